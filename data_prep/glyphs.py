@@ -64,7 +64,7 @@ def card() -> dict:
     return {
         "name": "glyphs",
         "source": "characters of Unicode categories L, N, P, S drawn in sixteen faces that matplotlib ships",
-        "licence": "the fonts' own: DejaVu (Bitstream Vera) and STIX, see LICENSE_DEJAVU and LICENSE_STIX in matplotlib",
+        "licence": "the fonts' own: DejaVu (Bitstream Vera) and STIX, LICENSE_DEJAVU and LICENSE_STIX in matplotlib",
         "protocol": "all-vs-rest",
         "recall_at": [1, 2, 4, 8, 16, 32],
         "settings": {"seed": SEED, "shares": SHARES, "jitter": JITTER},

@@ -1,9 +1,9 @@
 """The losses the histogram loss is compared with, each as its own paper defines it.
 
-Every loss is called as `loss(embeddings, labels)` with embeddings of shape (n, d), floating, and integer labels of shape
+Every loss is called as `loss(embeddings, labels)` with floating embeddings of shape (n, d) and integer labels of shape
 (n,), and returns a scalar of the embeddings' dtype (float32 for half precision; autocast is off inside). Pairs are the
-pairs i < j of the batch, each counted once. ValueError for wrong shapes, NaN and out-of-range options. A batch on which a
-loss is undefined is a ValueError, or with `on_degenerate="zero"` a zero that still has a (zero) gradient.
+pairs i < j of the batch, each counted once. ValueError for wrong shapes, NaN and out-of-range options. A batch on which
+a loss is undefined is a ValueError, or with `on_degenerate="zero"` a zero that still has a (zero) gradient.
 """
 
 import math
@@ -17,8 +17,8 @@ class BinomialDeviance(nn.Module):
     """Binomial deviance, equations 7-8 of the paper (after Yi et al. 2014), on cosine similarities s.
 
     mean over positives of log(1 + exp(-alpha (s - beta))) + mean over negatives of log(1 + exp(alpha C (s - beta))).
-    C is inside the exponent: the slope for negatives, not a weight. alpha = 2, beta = 0.5 are the authors' values on CUB
-    and Online Products; C = 25 there, 10 on CUHK03. Undefined without a positive or without a negative pair.
+    C is inside the exponent: the slope for negatives, not a weight. alpha = 2, beta = 0.5 are the authors' values on
+    CUB and Online Products; C = 25 there, 10 on CUHK03. Undefined without a positive or without a negative pair.
     """
 
     def __init__(self, alpha: float = 2.0, beta: float = 0.5, C: float = 10.0, on_degenerate: str = "raise") -> None:
@@ -33,11 +33,12 @@ class BinomialDeviance(nn.Module):
         positive, negative = _pairs(labels)
         if not (positive.any() and negative.any()):
             return _undefined(embeddings, positive, negative, self.on_degenerate)
-        slope = torch.where(positive, -self.alpha, self.alpha * self.C).to(embeddings)
+        positive, negative = positive.to(embeddings), negative.to(embeddings)
+        slope = self.alpha * (self.C * negative - positive)
         similarity = _products(F.normalize(embeddings))
         deviance = F.softplus(slope * (similarity - self.beta), threshold=40)  # the default 20 is off by 2e-9
         # Both triangles are summed: every pair twice in the sum and twice in the count.
-        return (deviance * (positive / positive.sum() + negative / negative.sum()).to(embeddings)).sum()
+        return (deviance * (positive / positive.sum() + negative / negative.sum())).sum()
 
 
 def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +72,8 @@ def _undefined(embeddings: Tensor, positive: Tensor, negative: Tensor, on_degene
     if on_degenerate == "zero":
         return embeddings.sum() * 0
     raise ValueError(
-        f"a batch of {len(embeddings)} with {int(positive.sum()) // 2} positive and {int(negative.sum()) // 2} negative "
-        'pairs leaves this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
+        f"a batch of {len(embeddings)} with {int(positive.sum()) // 2} positive and {int(negative.sum()) // 2} "
+        'negative pairs leaves this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
     )
 
 

@@ -1,10 +1,11 @@
 """Retrieval on embeddings: the rank of each query's first match, Recall@K, and the evaluation protocols by name.
 
-Similarity is the cosine (`metric="cosine"`), or minus the Euclidean distance of the raw embeddings
-(`metric="euclidean"`: lifted structure's own evaluation). Ties count against the query: a rival exactly as similar as the
-match stands before it. A query without any match has rank 0 and is reported, never counted as right or wrong.
+Nearness is the cosine (`metric="cosine"`), or the Euclidean distance of the raw embeddings (`metric="euclidean"`:
+lifted structure's own evaluation). Ties count against the query: a rival exactly as near as the match stands before it.
+A query without any match has rank 0 and is reported, never counted as right or wrong.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +47,10 @@ def first_match_ranks(embeddings: Tensor, labels: Tensor, metric: str = "cosine"
     embeddings (n, d) floating, labels (n,) integers. The query itself is never in its ranking; 1 is the best rank.
     """
     embeddings, labels = _checked(embeddings, labels)
-    embeddings = F.normalize(embeddings)
+    nearness = _nearness(embeddings, metric)
     ranks = torch.empty(len(labels), dtype=torch.int64)
     for rows in torch.arange(len(labels)).split(BLOCK):
-        similarity = embeddings[rows] @ embeddings.T
+        similarity = nearness(rows)
         same = labels[rows, None] == labels
         match = same.clone()
         match[torch.arange(len(rows)), rows] = False
@@ -71,11 +72,23 @@ def evaluate(
 
 
 PROTOCOLS = ("all-vs-rest",)
+METRICS = ("cosine", "euclidean")
 
 
 def _recall(ranks: Tensor, k: tuple[int, ...]) -> dict[int, float]:
     matched = ranks[ranks > 0]
     return {at: (matched <= at).double().mean().item() for at in k}
+
+
+def _nearness(embeddings: Tensor, metric: str) -> Callable[[Tensor], Tensor]:
+    """The function from row indices to their (rows, n) matrix of nearness to all embeddings, larger is nearer."""
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}, known are {', '.join(METRICS)}")
+    if metric == "cosine":
+        embeddings = F.normalize(embeddings)
+        return lambda rows: embeddings[rows] @ embeddings.T
+    half_squares = embeddings.square().sum(1) / 2
+    return lambda rows: embeddings[rows] @ embeddings.T - half_squares  # falls with the distance, row by row
 
 
 def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

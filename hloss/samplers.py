@@ -1,11 +1,11 @@
 """How a batch is drawn: endless batch samplers for `DataLoader(batch_sampler=...)`.
 
-A sampler yields lists of exactly `batch_size` image indices for ever: iterations, not epochs, drive training. Randomness
-comes from the passed generator alone, so that the same seed gives the same batches. `state_dict()` is the position right
-after the last batch yielded, in plain tensors and lists; a sampler built alike that loads it continues with the same
-batches (with DataLoader workers, which fetch ahead, take the state once the batches in flight have been used up).
+A sampler yields lists of exactly `batch_size` image indices for ever: iterations, not epochs, drive training.
+Randomness comes from the passed generator alone, so that the same seed gives the same batches. `state_dict()` is the
+position right after the last batch yielded, in plain tensors and lists; a sampler built alike that loads it continues
+with the same batches (with DataLoader workers, which fetch ahead, take the state once the batches in flight are used).
 
-Within a class all three samplers walk through the images in a shuffled order and reshuffle at its end: no image is drawn
+Within a class every sampler walks through the images in a shuffled order and reshuffles at its end: no image is drawn
 twice in one visit, and every image of a class of n is seen within ceil(n / images per visit) visits. (The authors' code
 reshuffles after every visit, which promises nothing about an image of a class above the cap.)
 """
@@ -79,9 +79,9 @@ class _ClassSampler:
 class ClassShuffleSampler(_ClassSampler):
     """The authors' sampler: shuffle the classes, visit each in turn, cut the stream of their images into batches.
 
-    A visit yields up to `images_per_class` images (the authors' cap is 10 on CUB and Market-1501), so a class may straddle
-    two batches, and every class is seen once per walk. A batch that spans two walks takes the classes it already holds
-    last, so that no image is in it twice if a walk yields at least batch_size + images_per_class images.
+    A visit yields up to `images_per_class` images (the authors' cap is 10 on CUB and Market-1501), so a class may
+    straddle two batches, and every class is seen once per walk. A batch that spans two walks takes the classes it
+    already holds last, so that no image is in it twice if a walk yields at least batch_size + images_per_class images.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:

@@ -40,7 +40,8 @@ def first_match_oracle(embeddings, labels, metric="cosine"):
 @given(n=st.integers(1, 40), seed=st.integers(0, 10_000), classes=st.integers(1, 25))
 def test_first_match_ranks_with_ties_and_singletons(n, seed, classes):
     embeddings, labels = gallery_with_ties(n, seed, classes)
-    assert first_match_ranks(embeddings, labels).tolist() == first_match_oracle(embeddings, labels)
+    for metric in retrieval.METRICS:
+        assert first_match_ranks(embeddings, labels, metric).tolist() == first_match_oracle(embeddings, labels, metric)
 
 
 def test_recall_counts_the_queries_that_have_a_match():
