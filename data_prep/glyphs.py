@@ -7,6 +7,7 @@ fixed jitter drawn from the dataset's seed; the classes are split 60/10/30 % int
 import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,7 +23,7 @@ from data_prep.prepared import create_images, finish, new_folder
 SIDE = 32
 SEED = 20161128  # of jitter and split; chosen once, before any training
 SHARES = {"train": 0.6, "val": 0.1, "test": 0.3}
-JITTER = {
+JITTER: dict[str, Any] = {
     "box_pixels": 24,
     "scale": (0.7, 1.1),
     "rotation_degrees": (-12.0, 12.0),

@@ -1,0 +1,679 @@
+"""The histogram loss, equations 1-6 of Ustinova & Lempitsky (2016), exact and streaming.
+
+The similarities s of the positive and of the negative pairs of a batch are binned into two histograms on the nodes
+t_r = -1 + r Delta, r = 0 ... n_bins, Delta = 2 / n_bins (`n_bins` intervals, n_bins + 1 nodes). The loss is the
+probability that a random negative pair is more similar than a random positive one: p_neg' C p_pos.
+
+Nothing of the size of all pairs is ever stored. A pair between nodes b and b+1 adds 1 - f to the first and f to the
+second (equation 2), so the forward pass keeps per interval the number of pairs and the sum of f; the loss depends on s
+through those alone, so its slope dL/ds is constant within an interval and the backward pass looks it up (equation 5).
+Counts and sums are integers: they do not depend on the order of the pairs, on CPU or CUDA.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+KERNELS = ("triangular", "gaussian", "epanechnikov", "uniform")
+ORDER_COSTS = ("step", "linear", "softplus")
+DENSITIES = ("histogram", "beta")
+NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # the group of a pair
+ROWS, COLUMNS = 256, 4096  # largest block of pairs held at once
+FIXED_POINT = 2.0**44  # of the fractions f: exact for float32, and 2^18 pairs of a block's row cannot overflow int64
+BETA_ENDS = (1e-5, 0.999)  # where the authors' layer evaluates the Beta density in place of 0 and 1
+
+
+class HistogramLoss(nn.Module):
+    """Histogram loss, equations 1-6: the estimated probability that a negative pair is more similar than a positive.
+
+    Args:
+        n_bins: intervals that [-1, 1] is cut into, at least 1; Delta = 2 / n_bins (the paper's 0.01 is 200).
+        kernel: how a pair is spread over the nodes: "triangular" (equation 2), "gaussian", "epanechnikov", "uniform".
+        bandwidth: standard deviation of the kernel in nodes, above 0; the triangular kernel takes none.
+        order_cost: cost C of a negative at t_r and a positive at t_q: "step" is 1 if t_q <= t_r + margin (equations
+            4, 6), "linear" is max(0, margin - t_q + t_r), "softplus" is ln(1 + exp(alpha (margin + t_r - t_q))).
+        margin: in similarity units, at least 0; for the step cost a whole number of bins.
+        alpha: steepness of the softplus cost, above 0; the other costs take none (1.0).
+        density: "histogram", or "beta", the authors' fit of a Beta density to each group of pairs by its moments.
+        normalize: L2-normalise the embeddings, as the authors do. If False they must have |s| <= 1 (+ 1e-4).
+        on_degenerate: "raise" a ValueError or return "zero" (with a zero gradient) when there is no positive or no
+            negative pair, or no variance for a Beta density to fit.
+
+    The step cost's loss is in [0, 1]. ValueError for a setting out of its range, naming it.
+    """
+
+    def __init__(
+        self,
+        n_bins: int = 200,
+        kernel: str = "triangular",
+        bandwidth: float | None = None,
+        order_cost: str = "step",
+        margin: float = 0.0,
+        alpha: float = 1.0,
+        density: str = "histogram",
+        normalize: bool = True,
+        on_degenerate: str = "raise",
+    ) -> None:
+        super().__init__()
+        self.settings = _Settings(
+            n_bins, kernel, bandwidth, order_cost, margin, alpha, density, normalize, on_degenerate
+        )
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        reference_embeddings: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of the pairs i < j of `embeddings`, or of all pairs of an embedding with a reference embedding.
+
+        Args:
+            embeddings: (n, d), floating; half precision is computed in float32.
+            labels: (n,) integer class labels, or a matrix of pairs, (n, n) symmetric or (n, m) against references:
+                +1 positive, -1 negative, 0 ignored (the diagonal of (n, n) is never a pair).
+            reference_embeddings: (m, d), for example a memory of earlier batches; gradient flows where it is required.
+            reference_labels: (m,) integer class labels of the references; none with a matrix of pairs.
+
+        Returns a scalar of the embeddings' dtype (float32 for half precision). ValueError for wrong shapes and, naming
+        the rows, for NaN, infinite or zero embeddings. Second derivatives are refused.
+        """
+        s = self.settings
+        references = embeddings if reference_embeddings is None else reference_embeddings
+        _check_embeddings("embeddings", embeddings, s.normalize)
+        if reference_embeddings is not None:
+            _check_embeddings("reference_embeddings", references, s.normalize)
+            if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
+                raise ValueError(
+                    f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}, "
+                    f"got {tuple(references.shape)} of {references.dtype}"
+                )
+        pairs = _pairs(labels, reference_labels, len(embeddings), len(references), reference_embeddings is None)
+        return _StreamedLoss.apply(embeddings, reference_embeddings, pairs.to(embeddings.device), s)
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        shape = s.density if s.density == "beta" else f"{s.kernel} kernel"
+        return f"n_bins={s.n_bins} (Delta={s.delta:g}), {shape}, {s.order_cost} cost, margin={s.margin:g}"
+
+
+def histogram_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    reference_embeddings: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    **settings: object,
+) -> Tensor:
+    """`HistogramLoss(**settings)(embeddings, labels, ...)`: the loss as a pure function."""
+    return HistogramLoss(**settings)(embeddings, labels, reference_embeddings, reference_labels)  # type: ignore[arg-type]
+
+
+class PairHistograms(NamedTuple):
+    """Two densities on the same nodes, float64 of shape (n_bins + 1,), each of mass 1."""
+
+    nodes: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+@torch.no_grad()
+def pair_histograms(
+    embeddings: Tensor,
+    labels: Tensor,
+    reference_embeddings: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    **settings: object,
+) -> PairHistograms:
+    """The two densities p_pos and p_neg that the loss compares (equation 1 with `HistogramLoss`'s settings)."""
+    s = _Settings(**settings)  # type: ignore[arg-type]
+    references = embeddings if reference_embeddings is None else reference_embeddings
+    _check_embeddings("embeddings", embeddings, s.normalize)
+    pairs = _pairs(labels, reference_labels, len(embeddings), len(references), reference_embeddings is None)
+    pairs = pairs.to(embeddings.device)
+    with _exact_products(embeddings.device):
+        density = _collected(_Sides(embeddings, reference_embeddings, pairs, s), pairs, s)
+    if density.undefined:
+        raise ValueError(density.undefined)
+    negative, positive = density.densities()
+    return PairHistograms(_nodes(s.n_bins, positive.device), positive, negative)
+
+
+def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") -> float:
+    """The probability that a negative pair is more similar than a positive one, exactly: what the loss estimates.
+
+    Over all pairs i < j of L2-normalised embeddings (n, d) and labels (n,) or a matrix of pairs as in `HistogramLoss`.
+    Equal similarities count one half (then it is 1 - ROC AUC of the pairs) or, with `ties="count"`, fully: the limit of
+    equation 4 for many bins. In [0, 1]. Takes O(P log P) time and O(P) memory for P pairs.
+    """
+    if ties not in ("half", "count"):
+        raise ValueError(f'ties must be "half" or "count", got {ties!r}')
+    _check_embeddings("embeddings", embeddings, True)
+    pairs = _pairs(labels, None, len(embeddings), len(embeddings), True).to(embeddings.device)
+    with torch.no_grad(), _exact_products(embeddings.device):
+        unit = _unit(embeddings)[0][pairs.row_order]
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for rows, columns, groups in pairs.blocks():
+            similarity = unit[rows] @ unit[columns].T
+            groups = torch.full_like(similarity, NEGATIVE, dtype=torch.int64) if groups is None else groups
+            for group in (NEGATIVE, POSITIVE):
+                found[group].append(similarity[groups == group])
+    negative, positive = torch.cat(found[NEGATIVE]), torch.cat(found[POSITIVE]).sort().values
+    if not (len(negative) and len(positive)):
+        raise ValueError(_lacking(len(positive), len(negative)))
+    at_most = torch.searchsorted(positive, negative, right=True).sum(dtype=torch.float64)
+    below = torch.searchsorted(positive, negative).sum(dtype=torch.float64)
+    reversed_pairs = at_most if ties == "count" else (at_most + below) / 2
+    return (reversed_pairs / len(positive) / len(negative)).item()
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class _Settings:
+    n_bins: int = 200
+    kernel: str = "triangular"
+    bandwidth: float | None = None
+    order_cost: str = "step"
+    margin: float = 0.0
+    alpha: float = 1.0
+    density: str = "histogram"
+    normalize: bool = True
+    on_degenerate: str = "raise"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n_bins, int) or isinstance(self.n_bins, bool) or self.n_bins < 1:
+            raise ValueError(f"n_bins must be a whole number of at least 1, got {self.n_bins!r}")
+        _check_choice("kernel", self.kernel, KERNELS)
+        _check_choice("order_cost", self.order_cost, ORDER_COSTS)
+        _check_choice("density", self.density, DENSITIES)
+        _check_choice("on_degenerate", self.on_degenerate, ("raise", "zero"))
+        if not _is_number(self.margin) or self.margin < 0:
+            raise ValueError(f"margin must be a number of at least 0 (similarity units), got {self.margin!r}")
+        if not _is_number(self.alpha) or self.alpha <= 0:
+            raise ValueError(f"alpha must be a number above 0, got {self.alpha!r}")
+        if self.alpha != 1 and self.order_cost != "softplus":
+            raise ValueError(
+                f'alpha belongs to order_cost "softplus", {self.order_cost!r} takes none; got {self.alpha!r}'
+            )
+        if self.order_cost == "step" and abs(self.margin / self.delta - self.margin_nodes) > 1e-6:
+            raise ValueError(
+                f"margin of the step cost must be a whole number of bins: a multiple of {self.delta:g} "
+                f"for n_bins={self.n_bins}, got {self.margin!r}"
+            )
+        if self.density == "beta" and self.kernel != "triangular":
+            raise ValueError(f"the beta density takes no kernel, got kernel={self.kernel!r}")
+        if self.kernel == "triangular" and self.bandwidth is not None:
+            raise ValueError(
+                f"bandwidth belongs to the other kernels, the triangular takes none; got {self.bandwidth!r}"
+            )
+        if self.kernel != "triangular" and not (_is_number(self.bandwidth) and self.bandwidth > 0):  # type: ignore[operator]
+            raise ValueError(
+                f"bandwidth of the {self.kernel} kernel must be a number above 0 (standard deviation in nodes), "
+                f"got {self.bandwidth!r}"
+            )
+
+    @property
+    def delta(self) -> float:
+        return 2 / self.n_bins
+
+    @property
+    def margin_nodes(self) -> int:
+        """mu of equation 6."""
+        return round(self.margin / self.delta)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------------- which pairs
+
+Block = tuple[slice, slice, Tensor | None]  # rows, columns, groups of the pairs (None: all of them negative)
+
+
+class _LabelPairs:
+    """Pairs told by class labels. Sorted by label, the positives of a block of rows lie in one window of columns."""
+
+    def __init__(self, labels: Tensor, reference_labels: Tensor | None) -> None:
+        self.within = reference_labels is None  # pairs i < j of one batch
+        self.rows, self.row_order = labels.sort(stable=True)
+        if reference_labels is None:
+            self.columns, self.column_order = self.rows, self.row_order
+        else:
+            self.columns, self.column_order = reference_labels.sort(stable=True)
+
+    def to(self, device: torch.device) -> "_LabelPairs":
+        for name in ("rows", "row_order", "columns", "column_order"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def blocks(self) -> Iterator[Block]:
+        n, m = len(self.rows), len(self.columns)
+        cuts = _row_cuts(n)
+        firsts = self.rows[torch.tensor(cuts[:-1], device=self.rows.device)]
+        lasts = self.rows[torch.tensor(cuts[1:], device=self.rows.device) - 1]
+        windows = torch.stack(
+            [torch.searchsorted(self.columns, firsts), torch.searchsorted(self.columns, lasts, right=True)]
+        ).tolist()  # the loop's one synchronisation
+        for top, bottom, left, right in zip(cuts, cuts[1:], *windows, strict=False):
+            rows = slice(top, bottom)
+            if self.within:
+                left = top
+            for columns in _chunks(0 if not self.within else left, left):
+                yield rows, columns, None
+            for columns in _chunks(left, right):
+                groups = (self.rows[rows, None] == self.columns[columns]).long()
+                yield rows, columns, _above_diagonal(groups, rows, columns) if self.within else groups
+            for columns in _chunks(right, m):
+                yield rows, columns, None
+
+
+class _MatrixPairs:
+    """Pairs told by a matrix of +1 (positive), -1 (negative) and 0 (ignored)."""
+
+    def __init__(self, matrix: Tensor, within: bool) -> None:
+        self.matrix, self.within = matrix, within
+        self.row_order: slice | Tensor = slice(None)
+        self.column_order: slice | Tensor = slice(None)
+
+    def to(self, device: torch.device) -> "_MatrixPairs":
+        self.matrix = self.matrix.to(device)
+        return self
+
+    def blocks(self) -> Iterator[Block]:
+        n, m = self.matrix.shape
+        cuts = _row_cuts(n)
+        for top, bottom in itertools.pairwise(cuts):
+            rows = slice(top, bottom)
+            for columns in _chunks(top if self.within else 0, m):
+                sign = self.matrix[rows, columns]
+                groups = torch.where(sign == 0, IGNORED, (sign > 0).long())
+                yield rows, columns, _above_diagonal(groups, rows, columns) if self.within else groups
+
+
+def _pairs(labels: Tensor, reference_labels: Tensor | None, n: int, m: int, within: bool) -> _LabelPairs | _MatrixPairs:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.ndim == 2:
+        return _matrix_pairs(labels, reference_labels, n, m, within)
+    if labels.shape != (n,):
+        raise ValueError(f"labels must have shape ({n},) or be a ({n}, {m}) matrix of pairs, got {tuple(labels.shape)}")
+    if within:
+        if reference_labels is not None:
+            raise ValueError("reference_labels were given without reference_embeddings")
+        return _LabelPairs(labels, None)
+    if reference_labels is None or reference_labels.shape != (m,) or reference_labels.is_floating_point():
+        got = "none" if reference_labels is None else f"{reference_labels.dtype} {tuple(reference_labels.shape)}"
+        raise ValueError(f"reference_labels must be integers of shape ({m},), got {got}")
+    return _LabelPairs(labels, reference_labels)
+
+
+def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: int, within: bool) -> _MatrixPairs:
+    if matrix.shape != (n, m):
+        raise ValueError(f"the matrix of pairs must have shape ({n}, {m}), got {tuple(matrix.shape)}")
+    if reference_labels is not None:
+        raise ValueError("reference_labels were given beside a matrix of pairs, which already tells every pair")
+    rows = _rows_where((matrix.abs() > 1).any(1))
+    if rows:
+        raise ValueError(f"the matrix of pairs may hold +1, -1 and 0 alone; rows {rows} hold other values")
+    rows = _rows_where((matrix != matrix.T).any(1)) if within else []
+    if rows:
+        raise ValueError(f"the matrix of pairs must be symmetric; rows {rows} differ from their columns")
+    return _MatrixPairs(matrix, within)
+
+
+def _row_cuts(n: int) -> list[int]:
+    """Bounds of the row blocks; small batches get smaller blocks, so that less of the lower triangle is computed."""
+    size = min(ROWS, max(64, n // 8))
+    return [*range(0, n, size), n]
+
+
+def _chunks(start: int, stop: int) -> Iterator[slice]:
+    for left in range(start, stop, COLUMNS):
+        yield slice(left, min(left + COLUMNS, stop))
+
+
+def _above_diagonal(groups: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Ignore all but the pairs i < j."""
+    if columns.start >= rows.stop:
+        return groups
+    i = torch.arange(rows.start, rows.stop, device=groups.device)
+    j = torch.arange(columns.start, columns.stop, device=groups.device)
+    return groups.masked_fill_(j <= i[:, None], IGNORED)
+
+
+# --------------------------------------------------------------------------------------- the two densities and C
+
+
+class _Histogram:
+    """Counts and sums of f per interval and group (equation 2), the loss from them, and dL/ds by look-up."""
+
+    def __init__(self, s: _Settings, device: torch.device) -> None:
+        self.s, self.size = s, s.n_bins + 1  # the last interval is a point: s = 1 has b = n_bins, f = 0
+        self.counts = torch.zeros(3, self.size, dtype=torch.int64, device=device)
+        self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
+
+    def add(self, position: Tensor, groups: Tensor | None) -> None:
+        """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns)."""
+        interval = position.long()
+        fixed = position.frac_().mul_(FIXED_POINT).long()
+        n = 1 if groups is None else 3
+        code = interval if groups is None else interval + groups * self.size
+        # One table row per row of pairs: few collisions of atomic additions on CUDA, parallel rows on CPU.
+        table = torch.zeros(len(code), n * self.size, dtype=torch.int64, device=code.device)
+        ones = torch.ones(1, 1, dtype=torch.int64, device=code.device).expand_as(code)
+        self.counts[:n] += table.scatter_add_(1, code, ones).sum(0).view(n, -1)
+        sums = table.zero_().scatter_add_(1, code, fixed).sum(0, dtype=torch.float64)
+        self.fractions[:n] += sums.view(n, -1) / FIXED_POINT
+
+    def finish(self) -> None:
+        self.totals = self.counts[:2].sum(1)
+        negatives, positives = self.totals.tolist()
+        self.undefined = "" if positives and negatives else _lacking(positives, negatives)
+
+    def densities(self) -> Tensor:
+        """p_neg and p_pos, (2, n_bins + 1)."""
+        mass = self.counts[:2].double() - self.fractions[:2]
+        mass[:, 1:] += self.fractions[:2, :-1]
+        h = mass / self.totals[:, None].double()
+        return h if self.s.kernel == "triangular" else h @ _kernel_matrix(self.s, h.device).T
+
+    def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
+        loss, by_density = _expected_cost(self.densities(), self.s)
+        by_mass = by_density if self.s.kernel == "triangular" else by_density @ _kernel_matrix(self.s, loss.device)
+        slope = by_mass.diff(dim=1) / (self.s.delta * self.totals[:, None].double())
+        slope = torch.cat([slope, slope[:, -1:]], dim=1)  # s = 1 belongs to the last interval
+        return loss, torch.cat([slope, torch.zeros_like(slope[:1])])
+
+    @staticmethod
+    def slope(slopes: Tensor, position: Tensor, groups: Tensor | None) -> Tensor:
+        """dL/ds of the pairs at `position`, from the (3, n_bins + 1) table of slopes."""
+        interval = position.long()
+        code = interval if groups is None else interval + groups * slopes.shape[1]
+        table = slopes[NEGATIVE] if groups is None else slopes.flatten()
+        return table.expand(len(code), -1).gather(1, code)
+
+
+class _Beta:
+    """The authors' Beta densities of x = (s + 1) / 2, fitted by mean and variance; dL/ds is affine in x."""
+
+    def __init__(self, s: _Settings, device: torch.device) -> None:
+        self.s = s
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums of x - 1/2 and its square, by group
+
+    def add(self, position: Tensor, groups: Tensor | None) -> None:
+        x = position / self.s.n_bins - 0.5
+        for group in (NEGATIVE,) if groups is None else (NEGATIVE, POSITIVE):
+            chosen = x if groups is None else x * (groups == group)
+            self.counts[group] += x.numel() if groups is None else (groups == group).sum()
+            self.moments[group, 0] += chosen.sum(dtype=torch.float64)
+            self.moments[group, 1] += chosen.double().square_().sum()
+
+    def finish(self) -> None:
+        n = self.counts[:2].double()
+        mean = self.moments[:, 0] / n
+        variance = (self.moments[:, 1] - n * mean**2) / (n - 1)
+        self.mean_variance = torch.stack([mean + 0.5, variance], dim=1)
+        fits = (variance > 1e-12) & (variance < self.mean_variance[:, 0] * (1 - self.mean_variance[:, 0]))
+        (negatives, positives), (negative_fits, positive_fits) = self.counts[:2].tolist(), fits.tolist()
+        self.undefined = "" if positives and negatives else _lacking(positives, negatives)
+        if not self.undefined and not (negative_fits and positive_fits):
+            group = "negative" if positive_fits else "positive"
+            self.undefined = f"no Beta density fits the {group} pairs, whose similarities do not vary between -1 and 1"
+
+    def densities(self) -> Tensor:
+        return self._densities(self.mean_variance)
+
+    def _densities(self, mean_variance: Tensor) -> Tensor:
+        mean, variance = mean_variance[:, :1], mean_variance[:, 1:]
+        total = mean * (1 - mean) / variance - 1
+        a, b = mean * total, (1 - mean) * total
+        x = (_nodes(self.s.n_bins, mean.device) + 1) / 2
+        x[0], x[-1] = BETA_ENDS
+        log_density = (a - 1) * x.log() + (b - 1) * (-x).log1p() + (a + b).lgamma() - a.lgamma() - b.lgamma()
+        return log_density.exp() * (self.s.delta / 2)
+
+    def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            moments = self.mean_variance.detach().requires_grad_()
+            densities = self._densities(moments)
+            loss, by_density = _expected_cost(densities.detach(), self.s)
+            by_mean, by_variance = torch.autograd.grad(densities, moments, by_density)[0].unbind(1)
+        n = self.counts[:2].double()
+        linear = by_variance / (n - 1)  # dx/ds = 1/2, d variance/dx = 2 (x - mean) / (n - 1)
+        constant = by_mean / (2 * n) - linear * self.mean_variance[:, 0]
+        slopes = torch.stack([constant, linear / self.s.n_bins], dim=1)
+        return loss, torch.cat([slopes, torch.zeros_like(slopes[:1])])
+
+    @staticmethod
+    def slope(slopes: Tensor, position: Tensor, groups: Tensor | None) -> Tensor:
+        constant, linear = slopes.unbind(1)
+        if groups is None:
+            return position * linear[NEGATIVE] + constant[NEGATIVE]
+        return constant[groups] + linear[groups] * position
+
+
+_DENSITIES = {"histogram": _Histogram, "beta": _Beta}
+
+
+def _nodes(n_bins: int, device: torch.device) -> Tensor:
+    """t_r = -1 + r Delta."""
+    return torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64, device=device)
+
+
+def _expected_cost(densities: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
+    """The loss p_neg' C p_pos and its derivative by (p_neg, p_pos), shape (2, n_bins + 1)."""
+    negative, positive = densities
+    if s.order_cost == "step":  # cumulative sums instead of C, equations 4 and 6
+        r = torch.arange(len(negative), device=negative.device)
+        by_negative = positive.cumsum(0)[(r + s.margin_nodes).clamp(max=s.n_bins)]
+        by_positive = negative.flip(0).cumsum(0).flip(0)[(r - s.margin_nodes).clamp(min=0)]
+    else:
+        cost = _cost_matrix(s, negative.device)
+        by_negative, by_positive = cost @ positive, negative @ cost
+    return negative @ by_negative, torch.stack([by_negative, by_positive])
+
+
+@lru_cache(maxsize=8)
+def _cost_matrix(s: _Settings, device: torch.device) -> Tensor:
+    """C[r, q], the cost of a negative at t_r with a positive at t_q."""
+    nodes = _nodes(s.n_bins, device)
+    reach = s.margin + nodes[:, None] - nodes
+    if s.order_cost == "linear":
+        return reach.clamp(min=0)
+    return torch.logaddexp(s.alpha * reach, torch.zeros_like(reach))
+
+
+@lru_cache(maxsize=8)
+def _kernel_matrix(s: _Settings, device: torch.device) -> Tensor:
+    """K[r, b]: the kernel's mass in the cell r +- 1/2 around node b, reflected at both ends; columns sum to 1."""
+    assert s.bandwidth is not None
+    half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel] * s.bandwidth
+    reach = math.ceil(half_width)
+    offsets = torch.arange(-reach, reach + 1)
+    edges = torch.cat([offsets - 0.5, offsets[-1:] + 0.5]).double()
+    mass = _kernel_cumulative(s.kernel, edges / s.bandwidth).diff()
+    size = s.n_bins + 1
+    target = (torch.arange(size) + offsets[:, None]) % (2 * size)  # reflection at both ends has period 2 R
+    target = torch.where(target < size, target, 2 * size - 1 - target)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix.scatter_add_(0, target, (mass / mass.sum())[:, None].expand_as(target).contiguous())
+    return matrix.to(device)
+
+
+def _kernel_cumulative(kernel: str, z: Tensor) -> Tensor:
+    """The kernel's mass below z, a kernel of standard deviation 1."""
+    if kernel == "gaussian":
+        return torch.special.ndtr(z)
+    if kernel == "uniform":
+        return (z / 3**0.5).clamp(-1, 1) / 2 + 0.5
+    z = (z / 5**0.5).clamp(-1, 1)
+    return 0.5 + 0.75 * (z - z**3 / 3)
+
+
+# ------------------------------------------------------------------------------------------- the streamed passes
+
+
+class _Sides:
+    """The rows and columns of the matrix of similarities, in the order of the pairs."""
+
+    def __init__(self, embeddings: Tensor, references: Tensor | None, pairs: _LabelPairs | _MatrixPairs, s: _Settings):
+        self.half_bins = s.n_bins / 2
+        rows, self.row_norms = _unit(embeddings) if s.normalize else (_full(embeddings), None)
+        self.rows = rows[pairs.row_order]
+        if references is None:
+            self.columns, self.column_norms = self.rows, self.row_norms
+        else:
+            columns, self.column_norms = _unit(references) if s.normalize else (_full(references), None)
+            self.columns = columns[pairs.column_order]
+
+    def positions(self, rows: slice, columns: slice) -> Tensor:
+        """(s + 1) / Delta of a block of pairs, clipped to [0, n_bins]."""
+        similarity = self.rows[rows] @ self.columns[columns].T
+        return similarity.mul_(self.half_bins).add_(self.half_bins).clamp_(0, 2 * self.half_bins)
+
+
+def _collected(sides: _Sides, pairs: _LabelPairs | _MatrixPairs, s: _Settings) -> _Histogram | _Beta:
+    """One pass over all pairs."""
+    density = _DENSITIES[s.density](s, sides.rows.device)
+    for rows, columns, groups in pairs.blocks():
+        density.add(sides.positions(rows, columns), groups)
+    density.finish()
+    return density
+
+
+class _StreamedLoss(torch.autograd.Function):
+    """Forward keeps the slopes of the loss; backward recomputes the similarities block by block."""
+
+    @staticmethod
+    def forward(ctx, embeddings, references, pairs, s):  # type: ignore[no-untyped-def]
+        with _exact_products(embeddings.device):
+            density = _collected(_Sides(embeddings, references, pairs, s), pairs, s)
+        if density.undefined and s.on_degenerate == "raise":
+            raise ValueError(density.undefined)
+        ctx.save_for_backward(embeddings, references)
+        ctx.pairs, ctx.settings = pairs, s
+        dtype = _full(embeddings[:0]).dtype
+        if density.undefined:
+            ctx.slopes = None
+            return embeddings.new_zeros((), dtype=dtype)
+        loss, slopes = density.loss_and_slopes()
+        ctx.slopes = slopes
+        return loss.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        embeddings, references = ctx.saved_tensors
+        if ctx.slopes is None:
+            return (*(x if x is None else torch.zeros_like(x) for x in (embeddings, references)), None, None)
+        s, pairs = ctx.settings, ctx.pairs
+        with _exact_products(embeddings.device):
+            sides = _Sides(embeddings, references, pairs, s)
+            by_rows = torch.zeros_like(sides.rows)
+            by_columns = by_rows if references is None else torch.zeros_like(sides.columns)
+            want_rows, want_columns = ctx.needs_input_grad[0], references is None or ctx.needs_input_grad[1]
+            slopes = (ctx.slopes * grad).to(sides.rows.dtype)
+            for rows, columns, groups in pairs.blocks():
+                slope = _DENSITIES[s.density].slope(slopes, sides.positions(rows, columns), groups)
+                if want_rows:
+                    by_rows[rows].addmm_(slope, sides.columns[columns])
+                if want_columns:
+                    by_columns[columns].addmm_(slope.T, sides.rows[rows])
+            by_embeddings = _through_norm(by_rows, sides.rows, sides.row_norms, pairs.row_order, embeddings)
+            if references is None:
+                return by_embeddings, None, None, None
+            by_references = _through_norm(by_columns, sides.columns, sides.column_norms, pairs.column_order, references)
+        return by_embeddings, by_references, None, None
+
+
+def _full(embeddings: Tensor) -> Tensor:
+    return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+
+
+def _unit(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """L2-normalised embeddings and their norms (n, 1)."""
+    embeddings = _full(embeddings)
+    norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+    return embeddings / norms, norms
+
+
+def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: slice | Tensor, like: Tensor) -> Tensor:
+    """From the gradient by sorted, normalised embeddings to the one by the embeddings given."""
+    if norms is not None:
+        grad = (grad - unit * (grad * unit).sum(1, keepdim=True)) / norms[order]
+    unsorted = torch.empty_like(grad)
+    unsorted[order] = grad
+    return unsorted.to(like.dtype)
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """Matrix products in their own precision: no autocast, no TF32 or bf16 inside, restored after."""
+    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]
+    if backends:
+        before = [b.fp32_precision for b in backends]
+        for b in backends:
+            b.fp32_precision = "ieee"
+    else:  # torch before 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if backends:
+            for b, value in zip(backends, before, strict=True):
+                b.fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def _check_embeddings(name: str, embeddings: Tensor, normalize: bool) -> None:
+    if embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise ValueError(f"{name} must be floating of shape (n, d), got {embeddings.dtype} {tuple(embeddings.shape)}")
+    norms = torch.linalg.vector_norm(_full(embeddings.detach()), dim=1)
+    good = norms.isfinite() & (norms > 0) if normalize else norms.isfinite()
+    if not good.all():
+        zero, endless = _rows_where(norms == 0), _rows_where(~norms.isfinite())
+        raise ValueError(
+            f"{name} rows {endless} hold NaN or infinity"
+            if endless
+            else f"{name} rows {zero} are zero and have no direction"
+        )
+    if not normalize and (norms > (1 + 1e-4) ** 0.5).any():
+        rows = _rows_where(norms > (1 + 1e-4) ** 0.5)
+        raise ValueError(
+            f"{name} rows {rows} are longer than 1 (up to {norms.max().item():.6g}): similarities leave [-1, 1]; "
+            "normalise them or set normalize=True"
+        )
+
+
+def _rows_where(mask: Tensor) -> list[int]:
+    """The first ten rows of a mask."""
+    return mask.nonzero().flatten()[:10].tolist()
+
+
+def _lacking(positives: int, negatives: int) -> str:
+    return (
+        f"the histogram loss of {positives} positive and {negatives} negative pairs is undefined; "
+        'draw several images of several classes, or set on_degenerate="zero"'
+    )
