@@ -122,6 +122,16 @@ def test_gradient_equals_finite_differences(options):
 
 
 def test_the_package_needs_torch_alone():
-    modules = "pandas pyarrow pydantic lightning_fabric matplotlib scipy torchvision yaml data_prep".split()
+    modules = [
+        "pandas",
+        "pyarrow",
+        "pydantic",
+        "lightning_fabric",
+        "matplotlib",
+        "scipy",
+        "torchvision",
+        "yaml",
+        "data_prep",
+    ]
     code = f"import sys, hloss; print([m for m in {modules} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,222 @@
+"""What a run is: its configuration, its folder, its result, and where the result came from."""
+
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
+
+from hloss.baselines import BASELINES
+from hloss.histogram import HistogramLoss
+from hloss.networks import NETWORKS
+from hloss.samplers import SAMPLERS
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {"histogram": HistogramLoss, **BASELINES}
+NO_LOSS = "none"  # a network as it is: the untrained and the raw-pixels baselines
+LOSS_SETTINGS = ("n_bins", "kernel", "bandwidth", "order_cost", "margin", "density", "alpha", "beta", "C")
+EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads")  # where and how a run happens, not what it is
+
+# The modules whose text decides a result: a run made by other text is another run.
+SOURCES = ("baselines", "datasets", "experiment", "histogram", "networks", "retrieval", "samplers", "training")
+
+
+class ConfigError(ValueError):
+    """A setting of a run is unknown or out of range; the message names it, its value and what is allowed."""
+
+
+class RunConfig(BaseModel):
+    """One run. The defaults are the smoke run: seconds on a CPU. `None` means the loss's own default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dataset: str = Field("glyphs", description="name of a prepared dataset in data_dir")
+    network: str = Field("glyphnet", description="glyphnet, or pixels for the raw-pixels baseline")
+    embedding_dim: int = Field(128, ge=1, description="dimensions of the embedding")
+    loss: str = Field("histogram", description="histogram, binomial, or none (with 0 iterations)")
+    n_bins: int | None = Field(None, description="intervals of [-1, 1] (histogram)")
+    kernel: str | None = Field(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
+    bandwidth: float | None = Field(None, description="standard deviation of the kernel in nodes (histogram)")
+    order_cost: str | None = Field(None, description="step, linear or softplus (histogram)")
+    density: str | None = Field(None, description="histogram or beta (histogram)")
+    margin: float | None = Field(None, description="in similarity units (histogram)")
+    alpha: float | None = Field(None, description="steepness (binomial; histogram with order_cost softplus)")
+    beta: float | None = Field(None, description="similarity between positives and negatives (binomial)")
+    C: float | None = Field(None, description="slope for negatives (binomial)")
+    sampler: str = Field("class-shuffle", description="how a batch is drawn")
+    batch_size: int = Field(128, ge=2, description="images per iteration")
+    images_per_class: int = Field(10, ge=2, description="most images of a class drawn in one visit")
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    iterations: int = Field(60, ge=0, description="batches trained on")
+    validate_every: int = Field(20, ge=1, description="iterations between two validations")
+    seed: int = Field(0, ge=0, description="of initialisation and batches")
+    study: str = Field("notebook", description="folder in runs_dir that the run is written to")
+    data_dir: str = Field("data", description="folder of the prepared datasets")
+    runs_dir: str = Field("runs", description="folder of the studies' runs")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    threads: int = Field(1, ge=1, description="CPU threads of torch")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        _check_name("dataset", self.dataset, None)
+        _check_name("study", self.study, None)
+        _check_name("network", self.network, tuple(NETWORKS))
+        _check_name("loss", self.loss, (*LOSSES, NO_LOSS))
+        _check_name("sampler", self.sampler, tuple(SAMPLERS))
+        _check_name("device", self.device, ("auto", "cpu", "cuda"))
+        if (self.iterations == 0) != (self.loss == NO_LOSS):
+            raise ValueError(
+                f'iterations={self.iterations} with loss={self.loss!r}: loss "none" and 0 iterations go together'
+            )
+        if self.network == "pixels" and self.iterations:
+            raise ValueError(f'network="pixels" has nothing to train, got iterations={self.iterations}')
+        self.build_loss()
+        return self
+
+    def loss_settings(self) -> dict[str, Any]:
+        """The settings of the loss with its own defaults filled in; a setting the loss does not take is refused."""
+        given = {name: getattr(self, name) for name in LOSS_SETTINGS if getattr(self, name) is not None}
+        if self.loss == NO_LOSS:
+            taken: dict[str, Any] = {}
+        else:
+            parameters = inspect.signature(LOSSES[self.loss]).parameters
+            taken = {n: p.default for n, p in parameters.items() if n in LOSS_SETTINGS}
+        for name in given:
+            if name not in taken:
+                raise ValueError(
+                    f"{name}={given[name]!r}: loss {self.loss!r} takes no {name}, it takes {', '.join(taken) or 'nothing'}"
+                )
+        return taken | given
+
+    def build_loss(self) -> nn.Module | None:
+        """The loss of this run; None for the baselines without training."""
+        settings = self.loss_settings()
+        return None if self.loss == NO_LOSS else LOSSES[self.loss](**settings)
+
+    def resolved(self) -> dict[str, Any]:
+        """What decides the result: every setting but those of execution, with the loss's defaults filled in."""
+        own = {k: v for k, v in self.model_dump().items() if k not in EXECUTION and k not in LOSS_SETTINGS}
+        return own | self.loss_settings()
+
+    @property
+    def run_id(self) -> str:
+        """Short hash of the resolved settings, seed included."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> Path:
+        return found_from_here(self.runs_dir) / self.study / self.run_id
+
+
+def _check_name(name: str, value: str, allowed: tuple[str, ...] | None) -> None:
+    if allowed is None:
+        if not value or not all(c.isalnum() or c in "-_" for c in value):
+            raise ValueError(f"{name}={value!r} must be a name of letters, digits, - and _")
+    elif value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{_suggestion(value, allowed)}")
+
+
+def _suggestion(value: str, allowed: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, allowed, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def parse_config(settings: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig, or one ConfigError that names every wrong setting, its value and what is allowed."""
+    known = tuple(RunConfig.model_fields)
+    problems = [
+        f"{name}={settings[name]!r} is no setting of a run{_suggestion(name, known)}; settings are {', '.join(known)}"
+        for name in settings
+        if name not in known
+    ]
+    if not problems:
+        try:
+            return RunConfig(**_numbers(settings))
+        except ValidationError as error:
+            for e in error.errors():
+                name = ".".join(str(part) for part in e["loc"])
+                message = e["msg"].removeprefix("Value error, ")
+                problems.append(f"{name}={e['input']!r}: {message}" if name else message)
+    raise ConfigError("; ".join(problems)) from None
+
+
+def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers are numbers: 1 may stand for 1.0 (JSON and the command line write it so)."""
+    floats = {n for n, f in RunConfig.model_fields.items() if f.annotation in (float, float | None)}
+    return {n: float(v) if n in floats and type(v) is int else v for n, v in settings.items()}
+
+
+def config_from_notebook(names: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig from a notebook's variables: those of the parameters cell and those papermill injected.
+
+    Any other plain variable is an unknown setting: papermill itself would only warn about it.
+    """
+    plain = (str, int, float, bool, list, dict, type(None))
+    ours = {n: v for n, v in names.items() if not n.startswith("_") and isinstance(v, plain) and n not in ("In", "Out")}
+    return parse_config(ours)
+
+
+def found_from_here(folder: str) -> Path:
+    """A relative folder from the project's root, also when the kernel runs in `notebooks/`."""
+    here = Path.cwd()
+    return Path(folder) if Path(folder).is_absolute() else (here.parent if here.name == "notebooks" else here) / folder
+
+
+def code_sha256() -> str:
+    """Hash of the sources that decide a result."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update(name.encode() + b"\0" + (Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(card_sha256: str) -> dict[str, str]:
+    """What else than the config decides a result: the code and the data."""
+    return {"code_sha256": code_sha256(), "card_sha256": card_sha256}
+
+
+def provenance(device: torch.device, threads: int) -> dict[str, Any]:
+    """Where a result came from, for the reader; nothing is decided by it."""
+    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas")
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": threads,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a run folder; None while there is none."""
+    file = Path(folder) / "result.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def write_whole(file: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    write(part)
+    with open(part, "rb") as opened:
+        os.fsync(opened.fileno())
+    part.replace(file)
