@@ -62,6 +62,6 @@ def open_dataset(folder: Path) -> Dataset:
     expected = (card["images"], *card["image_shape"])
     if images.shape != expected or images.dtype != np.uint8:
         raise DatasetError(
-            f"{folder / 'images.npy'} is {images.dtype} {images.shape}, {card_file} says uint8 {expected}; prepare again"
+            f"{folder / 'images.npy'} is {images.dtype} {images.shape}, {card_file} says {expected}; prepare again"
         )
     return Dataset(folder, card, hashlib.sha256(raw).hexdigest(), index, images)

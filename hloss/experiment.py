@@ -93,7 +93,8 @@ class RunConfig(BaseModel):
         for name in given:
             if name not in taken:
                 raise ValueError(
-                    f"{name}={given[name]!r}: loss {self.loss!r} takes no {name}, it takes {', '.join(taken) or 'nothing'}"
+                    f"{name}={given[name]!r}: loss {self.loss!r} takes no {name}, "
+                    f"it takes {', '.join(taken) or 'nothing'}"
                 )
         return taken | given
 

@@ -4,6 +4,7 @@ A network scales its own input, so that whoever holds one can feed it images. Th
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class GlyphNet(nn.Module):
                 nn.ReLU(),
                 nn.MaxPool2d(2) if i else nn.Identity(),
             )
-            for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (before, after) in enumerate(pairwise(widths))
         ]
         self.features = nn.Sequential(*blocks)
         self.embedding = nn.LazyLinear(embedding_dim)
