@@ -163,7 +163,7 @@ def _trained(
 
 
 def _validate(network: nn.Module, dataset: Dataset, device: torch.device, progress: dict[str, Any]) -> None:
-    """Add the validation Recall@1 of this iteration, and keep the network if it is the best (the earliest of equals)."""
+    """Add the validation Recall@1 of this iteration; keep the network if it is the best (the earliest of equals)."""
     recall = evaluate("all-vs-rest", *_validation(network, dataset, device), (1,)).metrics["recall@1"]
     progress["validations"].append([progress["iteration"], recall])
     if progress["best"] is None or recall > progress["best"]["recall"]:

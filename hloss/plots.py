@@ -1,0 +1,100 @@
+"""The figures. They draw what they are given and compute nothing; each returns its matplotlib Figure."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
+HIT, MISS = "#1a7f37", "#cf222e"
+
+
+def _finish(figure: Figure) -> Figure:
+    figure.tight_layout()
+    plt.close(figure)  # a notebook shows the returned figure once
+    return figure
+
+
+def recall_curves(recalls: pd.DataFrame) -> Figure:
+    """Recall@K by method over K, with the range over seeds. Columns: method, seed, K, recall (%)."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    sns.lineplot(recalls, x="K", y="recall", hue="method", style="method", markers=True, dashes=False, ax=axes,
+                 errorbar=("pi", 100))  # fmt: skip
+    axes.set(xscale="log", xlabel="K (number of nearest images)", ylabel="test Recall@K (%)", ylim=(0, 100))
+    ticks = sorted(recalls["K"].unique())
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return _finish(figure)
+
+
+def recall_over_bins(recalls: pd.DataFrame) -> Figure:
+    """Recall@1 over the number of bins, a point per seed and their mean. Columns: n_bins, seed, recall (%)."""
+    figure, axes = plt.subplots(figsize=(5, 3.5))
+    order = sorted(recalls["n_bins"].unique())
+    sns.pointplot(recalls, x="n_bins", y="recall", order=order, errorbar=None, color=POSITIVE, ax=axes)
+    sns.stripplot(recalls, x="n_bins", y="recall", order=order, color="0.3", size=5, jitter=0.05, ax=axes)
+    axes.set(xlabel="n_bins (intervals of [-1, 1])", ylabel="test Recall@1 (%)")
+    axes.set_ylim(0, max(5, 1.2 * recalls["recall"].max()))
+    return _finish(figure)
+
+
+def similarity_densities(panels: dict[str, pd.DataFrame]) -> Figure:
+    """Densities of positive and negative similarities, a panel per title. Columns: nodes, positive, negative."""
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows), squeeze=False, sharex=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, density) in zip(grid.flat, panels.items(), strict=False):
+        step = density["nodes"].iloc[1] - density["nodes"].iloc[0]
+        for sign, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
+            axes.fill_between(density["nodes"], density[sign] / step, color=color, alpha=0.45, label=f"{sign} pairs")
+        axes.set_title(title, fontsize=10)
+        axes.set(xlim=(-1, 1), xlabel="cosine similarity", ylabel="density", ylim=(0, None))
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    return _finish(figure)
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Validation Recall@1 over iterations by method and seed. Columns: method, seed, iteration, recall (%)."""
+    figure, axes = plt.subplots(figsize=(8, 4))
+    sns.lineplot(history, x="iteration", y="recall", hue="method", units="seed", estimator=None, ax=axes)
+    axes.set(xlabel="iteration", ylabel="validation Recall@1 (%)", ylim=(0, None))
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return _finish(figure)
+
+
+def loss_curve(loss: np.ndarray, name: str) -> Figure:
+    """The loss of each batch over iterations."""
+    figure, axes = plt.subplots(figsize=(6, 3))
+    axes.plot(np.arange(1, len(loss) + 1), loss, color="0.3", linewidth=1)
+    axes.set(xlabel="iteration", ylabel=f"{name} loss of the batch", ylim=(0, None))
+    return _finish(figure)
+
+
+def retrieval_panel(images: np.ndarray, panel: dict[str, list]) -> Figure:
+    """Queries (left) with their nearest images, nearest first; hits framed green, misses red and crossed out."""
+    queries, neighbours, hits = panel["queries"], panel["neighbours"], panel["hits"]
+    rows, columns = len(queries), 1 + len(neighbours[0])
+    figure, grid = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.0 * rows), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for i, query in enumerate(queries):
+        _show(grid[i, 0], images[query], "0.2")
+        for j, (row, hit) in enumerate(zip(neighbours[i], hits[i], strict=True), 1):
+            _show(grid[i, j], images[row], HIT if hit else MISS)
+            if not hit:
+                grid[i, j].plot([0.82, 0.97], [0.82, 0.97], color=MISS, transform=grid[i, j].transAxes, linewidth=2)
+                grid[i, j].plot([0.82, 0.97], [0.97, 0.82], color=MISS, transform=grid[i, j].transAxes, linewidth=2)
+    grid[0, 0].set_title("query", fontsize=9)
+    for j in range(1, columns):
+        grid[0, j].set_title(str(j), fontsize=9)
+    return _finish(figure)
+
+
+def _show(axes: plt.Axes, image: np.ndarray, frame: str) -> None:
+    axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+    for spine in axes.spines.values():
+        spine.set(edgecolor=frame, linewidth=2.5)
