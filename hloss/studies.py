@@ -75,8 +75,8 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
     return Study(name, text["title"], tuple(runs.values()))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_keys(file: Path, what: str, mapping: object, needed: set[str], optional: set[str]) -> None:
