@@ -62,9 +62,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         axes = entry.get("cross") or {}
         for values in itertools.product(*axes.values()):
             axis = dict(zip(axes, values, strict=True))
-            method = ", ".join(
-                [entry["name"], *(f"{k} {v:g}" if _is_number(v) else f"{k} {v}" for k, v in axis.items())]
-            )
+            method = ", ".join([entry["name"], *(f"{k} {_short(v)}" for k, v in axis.items())])
             for seed in entry.get("seeds", text["seeds"]):
                 settings = {**(text.get("fixed") or {}), **entry["set"], **axis, "seed": seed, "study": name}
                 try:

@@ -85,7 +85,7 @@ def execute_report(study: Study) -> None:
 
 def execute(notebook: str, out: Path, parameters: dict, log: Path) -> None:
     """Execute a notebook from the project's root; on failure print the end of its log and exit."""
-    part = out.with_name(f".{out.name}.part")
+    part = out.with_name(f".{out.name}")
     logging.basicConfig(filename=log, filemode="w", level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     try:
         papermill.execute_notebook(
