@@ -23,7 +23,7 @@ test: $(TEST_INSTALLED) data/glyphs/card.json
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest --nbval --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
-data/glyphs/card.json: data_prep/glyph_list.json $(wildcard data_prep/glyph*.py data_prep/prepared.py) | $(STUDY_INSTALLED)
+data/glyphs/card.json: data_prep/glyph_list.json data_prep/glyphs.py data_prep/glyph_drawing.py data_prep/prepared.py | $(STUDY_INSTALLED)
 	$(BIN)/python -m data_prep glyphs
 	@touch $@
 

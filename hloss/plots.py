@@ -44,7 +44,7 @@ def similarity_densities(panels: dict[str, pd.DataFrame]) -> Figure:
     """Densities of positive and negative similarities, a panel per title. Columns: nodes, positive, negative."""
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows), squeeze=False, sharex=True)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows), squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, density) in zip(grid.flat, panels.items(), strict=False):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import nbformat
 import papermill
@@ -56,7 +57,7 @@ def execute_run(study: Study, run_id: str) -> None:
     execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log")
     result = read_result(folder)
     if result is None:
-        sys.exit(f"{run.name}: the notebook ended without a result, see {folder / 'run.log'}")
+        fail(f"{run.name}: the notebook ended without a result, see {folder / 'run.log'}")
     seconds = time.monotonic() - started
     results = [(r.config.folder / "result.json").exists() for r in study.runs]
     done, total = sum(results), len(results)
@@ -77,16 +78,28 @@ def execute_report(study: Study) -> None:
     exporter = HTMLExporter(config=Config({"HTMLExporter": dict.fromkeys(DOWNLOADED, "")}))
     exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     html, _ = exporter.from_notebook_node(nbformat.read(folder / "90_report.ipynb", as_version=4))
-    html = re.sub(r'<script src="(https?:)?"></script>', "", html)
+    # What is left would still be loaded from elsewhere: script tags without a source, and the diagrams' module.
+    html = re.sub(
+        r'<script( type="module")?( src="")?>((?!</script>).)*mermaid((?!</script>).)*</script>', "", html, flags=re.S
+    )
+    html = re.sub(r'<script src=""></script>', "", html)
     html = html.replace("<title>90_report</title>", f"<title>{study.title}</title>")
     write_whole(folder / "report.html", lambda part: part.write_text(html))
     (folder / "summary.csv.part").replace(folder / "summary.csv")
+
+
+def fail(message: str) -> NoReturn:
+    """Say why and exit with 1."""
+    print(f"{'failed':>8}  {message}", flush=True)
+    sys.exit(1)
 
 
 def execute(notebook: str, out: Path, parameters: dict, log: Path) -> None:
     """Execute a notebook from the project's root; on failure print the end of its log and exit."""
     part = out.with_name(f".{out.name}")
     logging.basicConfig(filename=log, filemode="w", level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), sys.stderr.fileno())  # the kernel's own messages belong to the log, too
     try:
         papermill.execute_notebook(
             f"notebooks/{notebook}.ipynb",
@@ -98,12 +111,12 @@ def execute(notebook: str, out: Path, parameters: dict, log: Path) -> None:
             autosave_cell_every=10,
         )
     except KeyboardInterrupt:
-        sys.exit(f"{out} was interrupted; its checkpoint is kept")
+        fail(f"{out} was interrupted; its checkpoint is kept")
     except Exception as error:
         if part.exists():
             shutil.copy(part, out)
         last = str(error).strip().splitlines()[-1:] or [repr(error)]
-        sys.exit(f"{out} failed: {last[0]} (see {log})")
+        fail(f"{out} failed: {last[0]} (see {log})")
     part.replace(out)
 
 
