@@ -79,10 +79,8 @@ def execute_report(study: Study) -> None:
     exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     html, _ = exporter.from_notebook_node(nbformat.read(folder / "90_report.ipynb", as_version=4))
     # What is left would still be loaded from elsewhere: script tags without a source, and the diagrams' module.
-    html = re.sub(
-        r'<script( type="module")?( src="")?>((?!</script>).)*mermaid((?!</script>).)*</script>', "", html, flags=re.S
-    )
-    html = re.sub(r'<script src=""></script>', "", html)
+    html = re.sub(r"<script(?: [^>]*)?>(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>", "", html, flags=re.S)
+    html = html.replace('<script src=""></script>', "")
     html = html.replace("<title>90_report</title>", f"<title>{study.title}</title>")
     write_whole(folder / "report.html", lambda part: part.write_text(html))
     (folder / "summary.csv.part").replace(folder / "summary.csv")
