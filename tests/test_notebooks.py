@@ -1,0 +1,71 @@
+"""Notebooks: committed as a clean run of their defaults, parameters that mirror RunConfig, wrong ones refused."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from hloss.experiment import RunConfig
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def tagged(notebook, tag):
+    return [c for c in notebook.cells if tag in c.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
+def test_a_notebook_is_committed_with_the_outputs_of_a_clean_run(file):
+    notebook = nbformat.read(file, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert len(code) <= 20
+    assert not tagged(notebook, "injected-parameters"), "run with other than the default parameters"
+    assert len(tagged(notebook, "parameters")) <= 1
+    for cell in code:
+        assert not any(output.output_type in ("error",) for output in cell.outputs)
+        last = ast.parse(cell.source).body[-1]
+        shows = isinstance(last, ast.Expr) or "print(" in cell.source
+        assert bool(cell.outputs) == shows or "nbval-ignore-output" in cell.metadata.get("tags", [])
+    assert any(c.outputs for c in code)
+
+
+def test_the_parameters_cell_mirrors_the_settings_of_a_run():
+    (cell,) = tagged(nbformat.read(ROOT / "notebooks" / "20_train.ipynb", as_version=4), "parameters")
+    names = {}
+    for statement in ast.parse(cell.source).body:
+        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+        names[target.id] = ast.literal_eval(statement.value)
+    assert names == {name: field.default for name, field in RunConfig.model_fields.items()}
+    assert list(names) == list(RunConfig.model_fields)
+
+
+def papermill(out, *parameters):
+    command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(out)]
+    for name, value in parameters:
+        command += ["-p", name, value]
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_plain_papermill_is_a_door(tiny_data, tmp_path):
+    small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "4", "validate_every": "2"}
+    places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
+    answer = papermill(tmp_path / "out.ipynb", ("loss", "histogram"), *small.items(), *places.items())
+    assert answer.returncode == 0, answer.stderr
+    (result,) = (tmp_path / "runs").glob("notebook/*/result.json")
+    assert json.loads(result.read_text())["config"]["loss"] == "histogram"
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_bin", "50"), ("n_bins", "0"), ("dataset", "gliphs")])
+def test_plain_papermill_refuses_a_wrong_parameter_before_training(name, value, tmp_path):
+    answer = papermill(tmp_path / "out.ipynb", (name, value), ("runs_dir", str(tmp_path / "runs")))
+    assert answer.returncode != 0
+    assert name in answer.stderr or "is not prepared" in answer.stderr
+    assert not list((tmp_path).glob("runs/*/*/result.json"))

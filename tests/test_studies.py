@@ -1,0 +1,121 @@
+"""Studies: what they cross, what they refuse, and that results of different code are never mixed silently."""
+
+import pytest
+import yaml
+
+from hloss.experiment import ConfigError
+from hloss.statistics import summary, t_interval
+from hloss.studies import STUDIES, collect, load_study, stale_runs
+from hloss.training import run
+
+
+@pytest.fixture
+def study(tiny_data, tmp_path):
+    text = {
+        "title": "a test",
+        "fixed": {
+            "dataset": "tiny",
+            "batch_size": 24,
+            "images_per_class": 4,
+            "iterations": 4,
+            "validate_every": 2,
+            "data_dir": str(tiny_data),
+            "runs_dir": str(tmp_path / "runs"),
+        },
+        "seeds": [0, 1],
+        "runs": [
+            {"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [20, 50]}},
+            {"name": "raw pixels", "set": {"loss": "none", "iterations": 0, "network": "pixels"}, "seeds": [0]},
+        ],
+    }
+    return text, tmp_path
+
+
+def written(study):
+    text, folder = study
+    (folder / "small.yaml").write_text(yaml.safe_dump(text))
+    return load_study("small", folder)
+
+
+def test_axes_and_seeds_are_crossed(study):
+    runs = written(study).runs
+    assert [r.name for r in runs] == [
+        "histogram, n_bins 20, seed 0",
+        "histogram, n_bins 20, seed 1",
+        "histogram, n_bins 50, seed 0",
+        "histogram, n_bins 50, seed 1",
+        "raw pixels, seed 0",
+    ]
+    assert len({r.config.run_id for r in runs}) == 5
+    assert all(r.config.folder.parent.name == "small" for r in runs)
+
+
+def test_every_committed_study_loads():
+    for file in STUDIES.glob("*.yaml"):
+        assert load_study(file.stem).runs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(seed=[1]), r"has the unknown \['seed'\]"),
+        (lambda t: t["runs"][0].pop("set"), r"run 'histogram' lacks \['set'\]"),
+        (lambda t: t["runs"][0]["cross"].update(n_bins=[0]), "histogram, n_bins 0: n_bins must be a whole number"),
+        (lambda t: t["fixed"].update(lr=1.0), "lr=1.0 is no setting"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_name(study, change, message):
+    change(study[0])
+    with pytest.raises(ConfigError, match=message):
+        written(study)
+
+
+def test_an_unknown_study_is_refused_with_a_suggestion():
+    with pytest.raises(ConfigError, match=r"study='quik' is unknown, allowed are .*\(did you mean quick\?\)"):
+        load_study("quik")
+
+
+def test_results_of_different_code_are_never_mixed_silently(study, monkeypatch):
+    loaded = written(study)
+    for r in loaded.runs[1:]:
+        run(r.config, lambda line: None)
+    with pytest.raises(ConfigError, match="seed 0 has no result"):
+        collect(loaded)
+    with monkeypatch.context() as context:
+        context.setattr("hloss.experiment.code_sha256", lambda: "other")
+        made = run(loaded.runs[0].config, lambda line: None)
+    assert len(stale_runs(loaded, made["fingerprint"])) == 4
+    with pytest.raises(ConfigError, match="2 versions of the code"):
+        collect(loaded)
+    mixed = collect(loaded, keep=True)
+    assert mixed["code_sha256"].nunique() == 2
+    assert mixed["method"].tolist()[-1] == "raw pixels"
+
+
+def test_results_of_different_data_are_refused_even_when_kept(study):
+    loaded = written(study)
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    file = loaded.runs[0].config.folder / "result.json"
+    card = run(loaded.runs[0].config)["fingerprint"]["card_sha256"]
+    file.write_text(file.read_text().replace(card, "other"))
+    with pytest.raises(ConfigError, match="2 of the data"):
+        collect(loaded, keep=True)
+
+
+def test_the_table_holds_every_run_and_its_summary(study):
+    loaded = written(study)
+    results = {r.config.run_id: run(r.config, lambda line: None) for r in loaded.runs}
+    table = collect(loaded)
+    for row in table.itertuples():
+        assert row.chosen_iteration == results[row.run_id]["chosen"]["iteration"]
+    means = summary(table, ["recall@1"]).set_index("method")
+    values = table[table.method == "histogram, n_bins 20"]["recall@1"]
+    assert means.loc["histogram, n_bins 20", "recall@1"] == pytest.approx(values.mean())
+    assert means.loc["histogram, n_bins 20", "n"] == 2
+    assert means["recall@1 low"].isna().tolist() == [False, False, True]
+
+
+def test_t_interval_is_the_textbook_one():
+    mean, low, high = t_interval([1.0, 2.0, 3.0, 4.0])
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - 3.182446 * 1.290994 / 2, 2.5 + 3.182446 * 1.290994 / 2))
