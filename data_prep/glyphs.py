@@ -88,7 +88,8 @@ def split_classes(n: int, rng: np.random.Generator) -> np.ndarray:
 def jitter(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Place ink (uint8 (h, w)) on a 32 x 32 image under a random affine map, levels, noise and occluder: uint8."""
     scale, angle, shear = (rng.uniform(*JITTER[k]) for k in ("scale", "rotation_degrees", "shear"))
-    shift = rng.uniform(*JITTER["shift_pixels"], size=2)
+    low, high = JITTER["shift_pixels"]
+    shift = rng.uniform(low, high, size=2)
     angle = np.deg2rad(angle)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     zoom = scale * JITTER["box_pixels"] / max(ink.shape)

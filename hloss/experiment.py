@@ -214,7 +214,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def write_whole(file: Path, write: Callable[[Path], None]) -> None:
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it is there whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     write(part)

@@ -468,7 +468,7 @@ class _Beta:
         return constant[groups] + linear[groups] * position
 
 
-_DENSITIES = {"histogram": _Histogram, "beta": _Beta}
+_DENSITIES: dict[str, type[_Histogram] | type[_Beta]] = {"histogram": _Histogram, "beta": _Beta}
 
 
 def _nodes(n_bins: int, device: torch.device) -> Tensor:
@@ -534,6 +534,8 @@ class _Sides:
 
     def __init__(self, embeddings: Tensor, references: Tensor | None, pairs: _LabelPairs | _MatrixPairs, s: _Settings):
         self.half_bins = s.n_bins / 2
+        self.row_norms: Tensor | None
+        self.column_norms: Tensor | None
         rows, self.row_norms = _unit(embeddings) if s.normalize else (_full(embeddings), None)
         self.rows = rows[pairs.row_order]
         if references is None:
@@ -625,7 +627,8 @@ def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: slice
 @contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
     """Matrix products in their own precision: no autocast, no TF32 or bf16 inside, restored after."""
-    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]
+    matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends = [b for b in matmuls if hasattr(b, "fp32_precision")]
     if backends:
         before = [b.fp32_precision for b in backends]
         for b in backends:

@@ -71,7 +71,7 @@ class _ClassSampler:
         own = torch.cat(self._images)
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
             raise ValueError(f"the sampler's state is for {len(images)} other images than these {len(self.labels)}")
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(torch.as_tensor(state["generator"]))
         self._images = list(images.split(self.sizes))
         self._position = list(state["position"])
 
@@ -125,4 +125,4 @@ def _at_least(name: str, value: int, least: int) -> int:
     return value
 
 
-SAMPLERS: dict[str, type[_ClassSampler]] = {"class-shuffle": ClassShuffleSampler}
+SAMPLERS = {"class-shuffle": ClassShuffleSampler}
