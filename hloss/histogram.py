@@ -628,7 +628,7 @@ def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: slice
 def _exact_products(device: torch.device) -> Iterator[None]:
     """Matrix products in their own precision: no autocast, no TF32 or bf16 inside, restored after."""
     matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    backends = [b for b in matmuls if hasattr(b, "fp32_precision")]
+    backends = [b for b in matmuls if b is not None and hasattr(b, "fp32_precision")]
     if backends:
         before = [b.fp32_precision for b in backends]
         for b in backends:
