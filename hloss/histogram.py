@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 KERNELS = ("triangular", "gaussian", "epanechnikov", "uniform")
 ORDER_COSTS = ("step", "linear", "softplus")
@@ -579,8 +578,12 @@ class _StreamedLoss(torch.autograd.Function):
         return loss.to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the histogram loss has no second derivatives (its gradient is piecewise constant in the similarities); "
+                "call backward without create_graph=True"
+            )
         embeddings, references = ctx.saved_tensors
         if ctx.slopes is None:
             return (*(x if x is None else torch.zeros_like(x) for x in (embeddings, references)), None, None)
