@@ -581,8 +581,8 @@ class _StreamedLoss(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(
-                "the histogram loss has no second derivatives (its gradient is piecewise constant in the similarities); "
-                "call backward without create_graph=True"
+                "the histogram loss has no second derivatives (its gradient is piecewise constant in the "
+                "similarities); call backward without create_graph=True"
             )
         embeddings, references = ctx.saved_tensors
         if ctx.slopes is None:

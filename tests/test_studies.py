@@ -1,5 +1,8 @@
 """Studies: what they cross, what they refuse, and that results of different code are never mixed silently."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import yaml
 
@@ -120,3 +123,14 @@ def test_t_interval_is_the_textbook_one():
     mean, low, high = t_interval([1.0, 2.0, 3.0, 4.0])
     half = 3.182446 * 1.290994 / 2  # t quantile for 3 degrees of freedom, standard deviation, root of n
     assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-5)
+
+
+def test_the_committed_sample_is_the_quick_study_and_learned():
+    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    study = load_study("quick")
+    assert table["run_id"].tolist() == [r.config.run_id for r in study.runs]
+    assert table["code_sha256"].nunique() == 1
+    recall = table.set_index("method")["recall@1"]
+    raw, trained = recall["raw pixels"], table[table["iterations"] > 0]["recall@1"]
+    assert recall["untrained network"].max() < raw < trained.min()
+    assert table[table["loss"] == "histogram"]["recall@1"].min() >= 2.5 * raw
