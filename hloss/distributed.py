@@ -1,0 +1,71 @@
+"""The whole batch of several processes: every pair counts, also between two devices."""
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def global_batch(loss: nn.Module) -> nn.Module:
+    """Wrap a loss so that it sees the embeddings and labels of all processes of `torch.distributed`.
+
+    The wrapped loss is called as `loss(embeddings, labels)` with this process's share: embeddings (n, d) and integer
+    labels (n,). The shares may differ in size; one may be empty. It returns, on every process, the loss of the whole
+    batch. Its gradient is scaled by the number of processes, so that the average DistributedDataParallel takes of the
+    parameters' gradients is the gradient of one process with the whole batch, exactly. Without `torch.distributed`, or
+    with one process, it is the loss itself.
+
+    ValueError for what cannot be exact over several processes: reference embeddings, a matrix of pairs, and shares of
+    different width or dtype.
+    """
+    return _GlobalBatch(loss)
+
+
+class _GlobalBatch(nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, embeddings: Tensor, labels: Tensor, *references: Tensor | None) -> Tensor:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return self.loss(embeddings, labels, *references)
+        if any(reference is not None for reference in references):
+            raise ValueError(
+                "reference embeddings over several processes are refused: each process would hold other references, "
+                "and their pairs would be counted once per process; gather them yourself and use the loss unwrapped"
+            )
+        if labels.ndim != 1 or len(labels) != len(embeddings):
+            raise ValueError(
+                f"labels must have shape ({len(embeddings)},) on each of several processes, got {tuple(labels.shape)}; "
+                "a matrix of pairs cannot be gathered from its shares"
+            )
+        sizes = _shares(embeddings)
+        start = sum(sizes[: dist.get_rank()])
+        others = _gathered(embeddings.detach(), sizes)
+        own = embeddings.view_as(embeddings)
+        if own.requires_grad:
+            own.register_hook(lambda gradient: gradient * len(sizes))  # DistributedDataParallel divides by it
+        whole = torch.cat([others[:start], own, others[start + len(own) :]])
+        return self.loss(whole, _gathered(labels.to(embeddings.device), sizes))
+
+
+def _shares(embeddings: Tensor) -> list[int]:
+    """Number of embeddings of each process, after a look at whether the shares fit together."""
+    itemsize = embeddings.element_size() * (1 if embeddings.is_floating_point() else -1)
+    own = torch.tensor([len(embeddings), embeddings.shape[-1], itemsize], device=embeddings.device)
+    shapes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(shapes, own)
+    sizes, *kinds = zip(*(shape.tolist() for shape in shapes), strict=True)
+    if any(len(set(kind)) > 1 for kind in kinds):
+        raise ValueError(
+            f"the processes hold embeddings of different width or dtype: (width, bytes) {list(zip(*kinds))}"
+        )
+    return list(sizes)
+
+
+def _gathered(share: Tensor, sizes: list[int]) -> Tensor:
+    """The shares of all processes, in the order of their ranks; padded on the way, since gloo wants equal shapes."""
+    padded = share.new_zeros((max(sizes), *share.shape[1:]))
+    padded[: len(share)] = share
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
