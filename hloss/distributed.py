@@ -50,16 +50,13 @@ class _GlobalBatch(nn.Module):
 
 def _shares(embeddings: Tensor) -> list[int]:
     """Number of embeddings of each process, after a look at whether the shares fit together."""
-    itemsize = embeddings.element_size() * (1 if embeddings.is_floating_point() else -1)
-    own = torch.tensor([len(embeddings), embeddings.shape[-1], itemsize], device=embeddings.device)
+    own = torch.tensor([len(embeddings), embeddings.shape[1], embeddings.element_size()], device=embeddings.device)
     shapes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(shapes, own)
-    sizes, *kinds = zip(*(shape.tolist() for shape in shapes), strict=True)
-    if any(len(set(kind)) > 1 for kind in kinds):
-        raise ValueError(
-            f"the processes hold embeddings of different width or dtype: (width, bytes) {list(zip(*kinds))}"
-        )
-    return list(sizes)
+    sizes, widths, bytes_ = torch.stack(shapes, dim=1).tolist()
+    if len(set(widths)) > 1 or len(set(bytes_)) > 1:
+        raise ValueError(f"the processes hold embeddings of different width {widths} or bytes per number {bytes_}")
+    return sizes
 
 
 def _gathered(share: Tensor, sizes: list[int]) -> Tensor:

@@ -25,8 +25,10 @@ KERNELS = ("triangular", "gaussian", "epanechnikov", "uniform")
 ORDER_COSTS = ("step", "linear", "softplus")
 DENSITIES = ("histogram", "beta")
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # the group of a pair
-ROWS, COLUMNS = 256, 4096  # largest block of pairs held at once
-FIXED_POINT = 2.0**44  # of the fractions f: exact for float32, and 2^18 pairs of a block's row cannot overflow int64
+ROWS, COLUMNS = 256, 1024  # largest block of pairs held at once: 2^18 of them, so that int64 sums cannot overflow
+CPU_LANES = 16
+ONE_PAIR = 2**42  # above the sum of 2^18 fractions of 24 bits
+LONGEST = (1 + 1e-4) ** 0.5  # norm of an embedding that is not to be normalised
 BETA_ENDS = (1e-5, 0.999)  # where the authors' layer evaluates the Beta density in place of 0 and 1
 
 
@@ -87,16 +89,17 @@ class HistogramLoss(nn.Module):
         """
         s = self.settings
         references = embeddings if reference_embeddings is None else reference_embeddings
-        _check_embeddings("embeddings", embeddings, s.normalize)
+        norms = _checked_norms("embeddings", embeddings, s.normalize)
+        reference_norms = None
         if reference_embeddings is not None:
-            _check_embeddings("reference_embeddings", references, s.normalize)
+            reference_norms = _checked_norms("reference_embeddings", references, s.normalize)
             if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
                 raise ValueError(
                     f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}, "
                     f"got {tuple(references.shape)} of {references.dtype}"
                 )
-        pairs = _pairs(labels, reference_labels, len(embeddings), len(references), reference_embeddings is None)
-        return _StreamedLoss.apply(embeddings, reference_embeddings, pairs.to(embeddings.device), s)
+        pairs = _pairs(embeddings, labels, reference_embeddings, reference_labels)
+        return _StreamedLoss.apply(embeddings, reference_embeddings, norms, reference_norms, pairs, s)
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -133,12 +136,12 @@ def pair_histograms(
 ) -> PairHistograms:
     """The two densities p_pos and p_neg that the loss compares (equation 1 with `HistogramLoss`'s settings)."""
     s = _Settings(**settings)  # type: ignore[arg-type]
-    references = embeddings if reference_embeddings is None else reference_embeddings
-    _check_embeddings("embeddings", embeddings, s.normalize)
-    pairs = _pairs(labels, reference_labels, len(embeddings), len(references), reference_embeddings is None)
-    pairs = pairs.to(embeddings.device)
-    with _exact_products(embeddings.device):
-        density = _collected(_Sides(embeddings, reference_embeddings, pairs, s), pairs, s)
+    norms = _checked_norms("embeddings", embeddings, s.normalize)
+    reference_norms = None
+    if reference_embeddings is not None:
+        reference_norms = _checked_norms("reference_embeddings", reference_embeddings, s.normalize)
+    pairs = _pairs(embeddings, labels, reference_embeddings, reference_labels)
+    density = _collected(_Sides(embeddings, reference_embeddings, norms, reference_norms, pairs, s), pairs, s)
     if density.undefined:
         raise ValueError(density.undefined)
     negative, positive = density.densities()
@@ -154,14 +157,16 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
     """
     if ties not in ("half", "count"):
         raise ValueError(f'ties must be "half" or "count", got {ties!r}')
-    _check_embeddings("embeddings", embeddings, True)
-    pairs = _pairs(labels, None, len(embeddings), len(embeddings), True).to(embeddings.device)
+    norms = _checked_norms("embeddings", embeddings, True)
+    pairs = _pairs(embeddings, labels, None, None)
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad(), _exact_products(embeddings.device):
-        unit = _unit(embeddings)[0][pairs.row_order]
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for rows, columns, groups in pairs.blocks():
-            similarity = unit[rows] @ unit[columns].T
-            groups = torch.full_like(similarity, NEGATIVE, dtype=torch.int64) if groups is None else groups
+        unit = _arranged(embeddings, norms, pairs.row_order)
+        for block in pairs.blocks():
+            similarity = unit[block.rows] @ unit[block.columns].T
+            groups = torch.full_like(similarity, NEGATIVE, dtype=torch.int8)
+            if block.groups is not None:
+                groups[:, block.window] = block.groups
             for group in (NEGATIVE, POSITIVE):
                 found[group].append(similarity[groups == group])
     negative, positive = torch.cat(found[NEGATIVE]), torch.cat(found[POSITIVE]).sort().values
@@ -241,44 +246,45 @@ def _is_number(value: object) -> bool:
 
 # ------------------------------------------------------------------------------------------------- which pairs
 
-Block = tuple[slice, slice, Tensor | None]  # rows, columns, groups of the pairs (None: all of them negative)
+
+class _Block(NamedTuple):
+    """A block of pairs: all of them negative but for those of a window of its columns, whose groups are told."""
+
+    rows: slice
+    columns: slice
+    window: slice  # within the columns
+    groups: Tensor | None  # int8 (rows, window); None where the window is empty
 
 
 class _LabelPairs:
     """Pairs told by class labels. Sorted by label, the positives of a block of rows lie in one window of columns."""
 
     def __init__(self, labels: Tensor, reference_labels: Tensor | None) -> None:
-        self.within = reference_labels is None  # pairs i < j of one batch
-        self.rows, self.row_order = labels.sort(stable=True)
-        if reference_labels is None:
-            self.columns, self.column_order = self.rows, self.row_order
-        else:
-            self.columns, self.column_order = reference_labels.sort(stable=True)
+        rows, self.row_order = labels.sort(stable=True)
+        columns, self.column_order = rows, self.row_order
+        if reference_labels is not None:
+            columns, self.column_order = reference_labels.sort(stable=True)
+        self.n_columns, self.within = len(columns), reference_labels is None
+        # Row i has its positives in the columns first[i] ... last[i] - 1; within one batch they begin behind i itself.
+        self.column = torch.arange(1, self.n_columns + 1, device=rows.device, dtype=torch.int32)
+        self.last = torch.searchsorted(columns, rows, right=True, out_int32=True)
+        self.first = self.column if self.within else torch.searchsorted(columns, rows, out_int32=True)
+        self.cuts = _row_cuts(len(rows))
+        ends = torch.tensor(self.cuts, device=rows.device, dtype=torch.int64)
+        self.windows = torch.stack([self.first[ends[:-1]], self.last[ends[1:] - 1]], 1).tolist()  # synchronises, once
 
-    def to(self, device: torch.device) -> "_LabelPairs":
-        for name in ("rows", "row_order", "columns", "column_order"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
-
-    def blocks(self) -> Iterator[Block]:
-        n, m = len(self.rows), len(self.columns)
-        cuts = _row_cuts(n)
-        firsts = self.rows[torch.tensor(cuts[:-1], device=self.rows.device)]
-        lasts = self.rows[torch.tensor(cuts[1:], device=self.rows.device) - 1]
-        windows = torch.stack(
-            [torch.searchsorted(self.columns, firsts), torch.searchsorted(self.columns, lasts, right=True)]
-        ).tolist()  # the loop's one synchronisation
-        for top, bottom, left, right in zip(cuts, cuts[1:], *windows, strict=False):
+    def blocks(self) -> Iterator[_Block]:
+        for top, bottom, (left, right) in zip(self.cuts, self.cuts[1:], self.windows, strict=False):
             rows = slice(top, bottom)
-            if self.within:
-                left = top
-            for columns in _chunks(0 if not self.within else left, left):
-                yield rows, columns, None
-            for columns in _chunks(left, right):
-                groups = (self.rows[rows, None] == self.columns[columns]).long()
-                yield rows, columns, _above_diagonal(groups, rows, columns) if self.within else groups
-            for columns in _chunks(right, m):
-                yield rows, columns, None
+            for columns in _chunks(top if self.within else 0, self.n_columns):
+                window = slice(max(top if self.within else left, columns.start), min(right, columns.stop))
+                groups = self._groups(rows, window) if window.start < window.stop else None
+                yield _Block(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
+
+    def _groups(self, rows: slice, window: slice) -> Tensor:
+        behind = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # columns are numbered from 1
+        before = (self.column[window] <= self.first[rows, None]).view(torch.int8)
+        return behind + before if self.within else behind - before
 
 
 class _MatrixPairs:
@@ -286,39 +292,40 @@ class _MatrixPairs:
 
     def __init__(self, matrix: Tensor, within: bool) -> None:
         self.matrix, self.within = matrix, within
-        self.row_order: slice | Tensor = slice(None)
-        self.column_order: slice | Tensor = slice(None)
+        self.row_order, self.column_order = (torch.arange(size, device=matrix.device) for size in matrix.shape)
 
-    def to(self, device: torch.device) -> "_MatrixPairs":
-        self.matrix = self.matrix.to(device)
-        return self
-
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[_Block]:
         n, m = self.matrix.shape
-        cuts = _row_cuts(n)
-        for top, bottom in itertools.pairwise(cuts):
+        for top, bottom in itertools.pairwise(_row_cuts(n)):
             rows = slice(top, bottom)
             for columns in _chunks(top if self.within else 0, m):
                 sign = self.matrix[rows, columns]
-                groups = torch.where(sign == 0, IGNORED, (sign > 0).long())
-                yield rows, columns, _above_diagonal(groups, rows, columns) if self.within else groups
+                groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
+                if self.within:  # the pairs i < j alone
+                    behind = torch.ones_like(groups, dtype=torch.bool).tril_(top - columns.start)
+                    groups.masked_fill_(behind, IGNORED)
+                yield _Block(rows, columns, slice(0, groups.shape[1]), groups)
 
 
-def _pairs(labels: Tensor, reference_labels: Tensor | None, n: int, m: int, within: bool) -> _LabelPairs | _MatrixPairs:
+def _pairs(
+    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None
+) -> _LabelPairs | _MatrixPairs:
+    n, m = len(embeddings), len(embeddings if references is None else references)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
+    labels = labels.to(embeddings.device)
     if labels.ndim == 2:
-        return _matrix_pairs(labels, reference_labels, n, m, within)
+        return _matrix_pairs(labels, reference_labels, n, m, references is None)
     if labels.shape != (n,):
         raise ValueError(f"labels must have shape ({n},) or be a ({n}, {m}) matrix of pairs, got {tuple(labels.shape)}")
-    if within:
+    if references is None:
         if reference_labels is not None:
             raise ValueError("reference_labels were given without reference_embeddings")
         return _LabelPairs(labels, None)
     if reference_labels is None or reference_labels.shape != (m,) or reference_labels.is_floating_point():
         got = "none" if reference_labels is None else f"{reference_labels.dtype} {tuple(reference_labels.shape)}"
         raise ValueError(f"reference_labels must be integers of shape ({m},), got {got}")
-    return _LabelPairs(labels, reference_labels)
+    return _LabelPairs(labels, reference_labels.to(labels.device))
 
 
 def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: int, within: bool) -> _MatrixPairs:
@@ -336,23 +343,13 @@ def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: in
 
 
 def _row_cuts(n: int) -> list[int]:
-    """Bounds of the row blocks; small batches get smaller blocks, so that less of the lower triangle is computed."""
-    size = min(ROWS, max(64, n // 8))
-    return [*range(0, n, size), n]
+    """Bounds of the row blocks."""
+    return [*range(0, n, ROWS), n]
 
 
 def _chunks(start: int, stop: int) -> Iterator[slice]:
     for left in range(start, stop, COLUMNS):
         yield slice(left, min(left + COLUMNS, stop))
-
-
-def _above_diagonal(groups: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Ignore all but the pairs i < j."""
-    if columns.start >= rows.stop:
-        return groups
-    i = torch.arange(rows.start, rows.stop, device=groups.device)
-    j = torch.arange(columns.start, columns.stop, device=groups.device)
-    return groups.masked_fill_(j <= i[:, None], IGNORED)
 
 
 # --------------------------------------------------------------------------------------- the two densities and C
@@ -366,18 +363,32 @@ class _Histogram:
         self.counts = torch.zeros(3, self.size, dtype=torch.int64, device=device)
         self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
 
-    def add(self, position: Tensor, groups: Tensor | None) -> None:
-        """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns)."""
-        interval = position.long()
-        fixed = position.frac_().mul_(FIXED_POINT).long()
-        n = 1 if groups is None else 3
-        code = interval if groups is None else interval + groups * self.size
-        # One table row per row of pairs: few collisions of atomic additions on CUDA, parallel rows on CPU.
-        table = torch.zeros(len(code), n * self.size, dtype=torch.int64, device=code.device)
-        ones = torch.ones(1, 1, dtype=torch.int64, device=code.device).expand_as(code)
-        self.counts[:n] += table.scatter_add_(1, code, ones).sum(0).view(n, -1)
-        sums = table.zero_().scatter_add_(1, code, fixed).sum(0, dtype=torch.float64)
-        self.fractions[:n] += sums.view(n, -1) / FIXED_POINT
+    def add(self, position: Tensor, block: _Block) -> None:
+        """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns); `position` is used up."""
+        code = self._codes(position, block)
+        n = 1 if block.groups is None else 3
+        # A table has several lanes: on CUDA for few collisions of atomic additions, on CPU one or more per thread.
+        lanes = len(code) if code.is_cuda else math.gcd(len(code), CPU_LANES)
+        table = torch.zeros(lanes, n * self.size, dtype=torch.int64, device=code.device)
+        code, fraction = code.view(lanes, -1), position.frac_().view(lanes, -1)
+        if fraction.dtype == torch.float32:  # its 24 bits leave room for the count: one number a pair, one pass
+            pairs = fraction.mul_(2.0**24).int().long().add_(ONE_PAIR)
+            both = table.scatter_add_(1, code, pairs).sum(0)
+            counts, sums = both // ONE_PAIR, (both % ONE_PAIR).double() / 2.0**24
+        else:
+            one = torch.ones(1, 1, dtype=torch.int64, device=code.device)
+            counts = table.scatter_add_(1, code, one.expand_as(code)).sum(0)
+            fixed = fraction.mul_(2.0**44).long()
+            sums = table.zero_().scatter_add_(1, code, fixed).sum(0).double() / 2.0**44
+        self.counts[:n] += counts.view(n, -1)
+        self.fractions[:n] += sums.view(n, -1)
+
+    def _codes(self, position: Tensor, block: _Block) -> Tensor:
+        """Interval of each pair, moved on by `size` for a positive and by 2 `size` for an ignored one."""
+        code = position.long()
+        if block.groups is not None:
+            code[:, block.window].add_(block.groups, alpha=self.size)
+        return code
 
     def finish(self) -> None:
         self.totals = self.counts[:2].sum(1)
@@ -394,17 +405,14 @@ class _Histogram:
     def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
         loss, by_density = _expected_cost(self.densities(), self.s)
         by_mass = by_density if self.s.kernel == "triangular" else by_density @ _kernel_matrix(self.s, loss.device)
-        slope = by_mass.diff(dim=1) / (self.s.delta * self.totals[:, None].double())
-        slope = torch.cat([slope, slope[:, -1:]], dim=1)  # s = 1 belongs to the last interval
-        return loss, torch.cat([slope, torch.zeros_like(slope[:1])])
+        slopes = by_mass.new_zeros(3, self.size)
+        torch.div(by_mass.diff(dim=1), self.s.delta * self.totals[:, None].double(), out=slopes[:2, :-1])
+        slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval
+        return loss, slopes
 
-    @staticmethod
-    def slope(slopes: Tensor, position: Tensor, groups: Tensor | None) -> Tensor:
+    def slope(self, slopes: Tensor, position: Tensor, block: _Block) -> Tensor:
         """dL/ds of the pairs at `position`, from the (3, n_bins + 1) table of slopes."""
-        interval = position.long()
-        code = interval if groups is None else interval + groups * slopes.shape[1]
-        table = slopes[NEGATIVE] if groups is None else slopes.flatten()
-        return table.expand(len(code), -1).gather(1, code)
+        return slopes.view(1, -1).expand(len(position), -1).gather(1, self._codes(position, block))
 
 
 class _Beta:
@@ -415,13 +423,20 @@ class _Beta:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums of x - 1/2 and its square, by group
 
-    def add(self, position: Tensor, groups: Tensor | None) -> None:
-        x = position / self.s.n_bins - 0.5
-        for group in (NEGATIVE,) if groups is None else (NEGATIVE, POSITIVE):
-            chosen = x if groups is None else x * (groups == group)
-            self.counts[group] += x.numel() if groups is None else (groups == group).sum()
-            self.moments[group, 0] += chosen.sum(dtype=torch.float64)
-            self.moments[group, 1] += chosen.double().square_().sum()
+    def add(self, position: Tensor, block: _Block) -> None:
+        x = position.div_(self.s.n_bins).sub_(0.5)
+        negatives: int | Tensor = x.numel()
+        if block.groups is not None:
+            window, positive = x[:, block.window], block.groups == POSITIVE
+            self._add(POSITIVE, window * positive, positive.sum())
+            negatives = negatives - (block.groups != NEGATIVE).sum()
+            window *= block.groups == NEGATIVE
+        self._add(NEGATIVE, x, negatives)
+
+    def _add(self, group: int, x: Tensor, n: Tensor | int) -> None:
+        self.counts[group] += n
+        self.moments[group, 0] += x.sum(dtype=torch.float64)
+        self.moments[group, 1] += torch.linalg.vector_norm(x, dtype=torch.float64).square()
 
     def finish(self) -> None:
         n = self.counts[:2].double()
@@ -459,12 +474,14 @@ class _Beta:
         slopes = torch.stack([constant, linear / self.s.n_bins], dim=1)
         return loss, torch.cat([slopes, torch.zeros_like(slopes[:1])])
 
-    @staticmethod
-    def slope(slopes: Tensor, position: Tensor, groups: Tensor | None) -> Tensor:
+    def slope(self, slopes: Tensor, position: Tensor, block: _Block) -> Tensor:
+        """dL/ds of the pairs at `position`, from (3, 2) of constants and factors of the position."""
         constant, linear = slopes.unbind(1)
-        if groups is None:
-            return position * linear[NEGATIVE] + constant[NEGATIVE]
-        return constant[groups] + linear[groups] * position
+        slope = position * linear[NEGATIVE] + constant[NEGATIVE]
+        if block.groups is not None:
+            groups = block.groups.long()
+            slope[:, block.window] = constant[groups] + linear[groups] * position[:, block.window]
+        return slope
 
 
 _DENSITIES: dict[str, type[_Histogram] | type[_Beta]] = {"histogram": _Histogram, "beta": _Beta}
@@ -479,9 +496,11 @@ def _expected_cost(densities: Tensor, s: _Settings) -> tuple[Tensor, Tensor]:
     """The loss p_neg' C p_pos and its derivative by (p_neg, p_pos), shape (2, n_bins + 1)."""
     negative, positive = densities
     if s.order_cost == "step":  # cumulative sums instead of C, equations 4 and 6
-        r = torch.arange(len(negative), device=negative.device)
-        by_negative = positive.cumsum(0)[(r + s.margin_nodes).clamp(max=s.n_bins)]
-        by_positive = negative.flip(0).cumsum(0).flip(0)[(r - s.margin_nodes).clamp(min=0)]
+        by_negative, by_positive = positive.cumsum(0), negative.flip(0).cumsum(0).flip(0)
+        if s.margin_nodes:
+            r = torch.arange(len(negative), device=negative.device)
+            by_negative = by_negative[(r + s.margin_nodes).clamp(max=s.n_bins)]
+            by_positive = by_positive[(r - s.margin_nodes).clamp(min=0)]
     else:
         cost = _cost_matrix(s, negative.device)
         by_negative, by_positive = cost @ positive, negative @ cost
@@ -531,29 +550,30 @@ def _kernel_cumulative(kernel: str, z: Tensor) -> Tensor:
 class _Sides:
     """The rows and columns of the matrix of similarities, in the order of the pairs."""
 
-    def __init__(self, embeddings: Tensor, references: Tensor | None, pairs: _LabelPairs | _MatrixPairs, s: _Settings):
+    def __init__(
+        self,
+        embeddings: Tensor,
+        references: Tensor | None,
+        norms: Tensor | None,
+        reference_norms: Tensor | None,
+        pairs: _LabelPairs | _MatrixPairs,
+        s: _Settings,
+    ) -> None:
         self.half_bins = s.n_bins / 2
-        self.row_norms: Tensor | None
-        self.column_norms: Tensor | None
-        rows, self.row_norms = _unit(embeddings) if s.normalize else (_full(embeddings), None)
-        self.rows = rows[pairs.row_order]
-        if references is None:
-            self.columns, self.column_norms = self.rows, self.row_norms
-        else:
-            columns, self.column_norms = _unit(references) if s.normalize else (_full(references), None)
-            self.columns = columns[pairs.column_order]
+        self.rows = _arranged(embeddings, norms, pairs.row_order)
+        self.columns = self.rows if references is None else _arranged(references, reference_norms, pairs.column_order)
 
-    def positions(self, rows: slice, columns: slice) -> Tensor:
+    def positions(self, block: _Block) -> Tensor:
         """(s + 1) / Delta of a block of pairs, clipped to [0, n_bins]."""
-        similarity = self.rows[rows] @ self.columns[columns].T
-        return similarity.mul_(self.half_bins).add_(self.half_bins).clamp_(0, 2 * self.half_bins)
+        half = self.half_bins
+        return (self.rows[block.rows] @ self.columns[block.columns].T).mul_(half).add_(half).clamp_(0, 2 * half)
 
 
 def _collected(sides: _Sides, pairs: _LabelPairs | _MatrixPairs, s: _Settings) -> _Histogram | _Beta:
     """One pass over all pairs."""
     density = _DENSITIES[s.density](s, sides.rows.device)
-    for rows, columns, groups in pairs.blocks():
-        density.add(sides.positions(rows, columns), groups)
+    for block in pairs.blocks():
+        density.add(sides.positions(block), block)
     density.finish()
     return density
 
@@ -562,19 +582,17 @@ class _StreamedLoss(torch.autograd.Function):
     """Forward keeps the slopes of the loss; backward recomputes the similarities block by block."""
 
     @staticmethod
-    def forward(ctx, embeddings, references, pairs, s):  # type: ignore[no-untyped-def]
+    def forward(ctx, embeddings, references, norms, reference_norms, pairs, s):  # type: ignore[no-untyped-def]
         with _exact_products(embeddings.device):
-            density = _collected(_Sides(embeddings, references, pairs, s), pairs, s)
+            density = _collected(_Sides(embeddings, references, norms, reference_norms, pairs, s), pairs, s)
         if density.undefined and s.on_degenerate == "raise":
             raise ValueError(density.undefined)
-        ctx.save_for_backward(embeddings, references)
-        ctx.pairs, ctx.settings = pairs, s
+        ctx.save_for_backward(embeddings, references, norms, reference_norms)
+        ctx.pairs, ctx.settings, ctx.density = pairs, s, density
         dtype = _full(embeddings[:0]).dtype
         if density.undefined:
-            ctx.slopes = None
             return embeddings.new_zeros((), dtype=dtype)
-        loss, slopes = density.loss_and_slopes()
-        ctx.slopes = slopes
+        loss, ctx.slopes = density.loss_and_slopes()
         return loss.to(dtype)
 
     @staticmethod
@@ -584,47 +602,48 @@ class _StreamedLoss(torch.autograd.Function):
                 "the histogram loss has no second derivatives (its gradient is piecewise constant in the "
                 "similarities); call backward without create_graph=True"
             )
-        embeddings, references = ctx.saved_tensors
-        if ctx.slopes is None:
-            return (*(x if x is None else torch.zeros_like(x) for x in (embeddings, references)), None, None)
-        s, pairs = ctx.settings, ctx.pairs
+        embeddings, references, norms, reference_norms = ctx.saved_tensors
+        if ctx.density.undefined:
+            return (*(x if x is None else torch.zeros_like(x) for x in (embeddings, references)), *(None,) * 4)
+        pairs = ctx.pairs
         with _exact_products(embeddings.device):
-            sides = _Sides(embeddings, references, pairs, s)
+            sides = _Sides(embeddings, references, norms, reference_norms, pairs, ctx.settings)
             by_rows = torch.zeros_like(sides.rows)
             by_columns = by_rows if references is None else torch.zeros_like(sides.columns)
-            want_rows, want_columns = ctx.needs_input_grad[0], references is None or ctx.needs_input_grad[1]
             slopes = (ctx.slopes * grad).to(sides.rows.dtype)
-            for rows, columns, groups in pairs.blocks():
-                slope = _DENSITIES[s.density].slope(slopes, sides.positions(rows, columns), groups)
-                if want_rows:
+            for block in pairs.blocks():
+                slope = ctx.density.slope(slopes, sides.positions(block), block)
+                rows, columns, below = block.rows, block.columns, slope
+                if references is None and columns.start == rows.start:  # pairs among these rows: their slopes mirrored
+                    square, below = slope.split([len(slope), slope.shape[1] - len(slope)], dim=1)
+                    square += square.T.clone()
+                if ctx.needs_input_grad[0]:
                     by_rows[rows].addmm_(slope, sides.columns[columns])
-                if want_columns:
-                    by_columns[columns].addmm_(slope.T, sides.rows[rows])
-            by_embeddings = _through_norm(by_rows, sides.rows, sides.row_norms, pairs.row_order, embeddings)
+                if references is None or ctx.needs_input_grad[1]:
+                    by_columns[columns.stop - below.shape[1] : columns.stop].addmm_(below.T, sides.rows[rows])
+            by_embeddings = _through_norm(by_rows, sides.rows, norms, pairs.row_order, embeddings)
             if references is None:
-                return by_embeddings, None, None, None
-            by_references = _through_norm(by_columns, sides.columns, sides.column_norms, pairs.column_order, references)
-        return by_embeddings, by_references, None, None
+                return by_embeddings, *(None,) * 5
+            by_references = _through_norm(by_columns, sides.columns, reference_norms, pairs.column_order, references)
+        return by_embeddings, by_references, *(None,) * 4
 
 
 def _full(embeddings: Tensor) -> Tensor:
     return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
 
 
-def _unit(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """L2-normalised embeddings and their norms (n, 1)."""
-    embeddings = _full(embeddings)
-    norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
-    return embeddings / norms, norms
+def _arranged(embeddings: Tensor, norms: Tensor | None, order: Tensor) -> Tensor:
+    """The embeddings in the order of the pairs, divided by their norms (n, 1) if there are any."""
+    arranged = _full(embeddings).index_select(0, order)
+    return arranged if norms is None else arranged.div_(norms.index_select(0, order))
 
 
-def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: slice | Tensor, like: Tensor) -> Tensor:
-    """From the gradient by sorted, normalised embeddings to the one by the embeddings given."""
+def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tensor, like: Tensor) -> Tensor:
+    """From the gradient by arranged embeddings (used up) to the one by the embeddings given."""
     if norms is not None:
-        grad = (grad - unit * (grad * unit).sum(1, keepdim=True)) / norms[order]
-    unsorted = torch.empty_like(grad)
-    unsorted[order] = grad
-    return unsorted.to(like.dtype)
+        along = torch.linalg.vecdot(grad, unit)[:, None]
+        grad = grad.addcmul_(unit, along, value=-1).div_(norms.index_select(0, order))
+    return grad.index_select(0, order.argsort()).to(like.dtype)
 
 
 @contextmanager
@@ -653,24 +672,28 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
-def _check_embeddings(name: str, embeddings: Tensor, normalize: bool) -> None:
+def _checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | None:
+    """The norms (n, 1) to divide by, None if the embeddings are to be taken as they are."""
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(f"{name} must be floating of shape (n, d), got {embeddings.dtype} {tuple(embeddings.shape)}")
-    norms = torch.linalg.vector_norm(_full(embeddings.detach()), dim=1)
-    good = norms.isfinite() & (norms > 0) if normalize else norms.isfinite()
-    if not good.all():
-        zero, endless = _rows_where(norms == 0), _rows_where(~norms.isfinite())
-        raise ValueError(
-            f"{name} rows {endless} hold NaN or infinity"
-            if endless
-            else f"{name} rows {zero} are zero and have no direction"
-        )
-    if not normalize and (norms > (1 + 1e-4) ** 0.5).any():
-        rows = _rows_where(norms > (1 + 1e-4) ** 0.5)
-        raise ValueError(
-            f"{name} rows {rows} are longer than 1 (up to {norms.max().item():.6g}): similarities leave [-1, 1]; "
-            "normalise them or set normalize=True"
-        )
+    norms = torch.linalg.vector_norm(_full(embeddings.detach()), dim=1, keepdim=True)
+    if len(norms):
+        shortest, longest = torch.stack(norms.aminmax()).tolist()  # NaN spreads
+        if not (0 < shortest <= longest < math.inf if normalize else longest <= LONGEST):
+            _refuse_rows(name, norms[:, 0])
+    return norms if normalize else None
+
+
+def _refuse_rows(name: str, norms: Tensor) -> None:
+    endless, zero = _rows_where(~norms.isfinite()), _rows_where(norms == 0)
+    if endless:
+        raise ValueError(f"{name} rows {endless} hold NaN or infinity")
+    if zero:
+        raise ValueError(f"{name} rows {zero} are zero and have no direction")
+    raise ValueError(
+        f"{name} rows {_rows_where(norms > LONGEST)} are longer than 1 (up to {norms.max().item():.6g}): similarities "
+        "leave [-1, 1]; normalise them or set normalize=True"
+    )
 
 
 def _rows_where(mask: Tensor) -> list[int]:

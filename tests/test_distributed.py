@@ -1,4 +1,4 @@
-"""Several processes with a share of the batch each are one process with the whole batch: loss and averaged gradients."""
+"""Several processes with a share of the batch each equal one process with the whole batch: loss and gradients."""
 
 import contextlib
 

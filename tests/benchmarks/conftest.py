@@ -1,4 +1,4 @@
-"""Races: the sides of a comparison are timed in turn, round by round, so that whatever slows the machine slows them all.
+"""Races: the sides of a comparison are timed in turn, round by round, so that what slows the machine slows them all.
 
 `python -m pytest tests/benchmarks` prints one table. A ratio below 1 is faster than the floor named in its row.
 """
@@ -29,7 +29,7 @@ class Race:
 
 @pytest.fixture
 def race(benchmark, request) -> Callable[..., Race]:
-    """`race(case, floor, {floor: f, side: g, ...})` times the sides in turn; the last side is pytest-benchmark's own."""
+    """`race(case, floor, {floor: f, side: g, ...})` times the sides in turn; the last is pytest-benchmark's own."""
 
     def run(case: str, floor: str, sides: dict[str, Callable[[], object]], rounds: int = 20) -> Race:
         *others, last = sides
