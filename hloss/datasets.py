@@ -65,3 +65,30 @@ def open_dataset(folder: Path) -> Dataset:
             f"{folder / 'images.npy'} is {images.dtype} {images.shape}, {card_file} says {expected}; prepare again"
         )
     return Dataset(folder, card, hashlib.sha256(raw).hexdigest(), index, images)
+
+
+def train_view(images: Tensor, crop: int | None, mirror: bool, generator: torch.Generator) -> Tensor:
+    """A random crop of `crop` pixels and a random mirror image of each of the uint8 images (n, c, h, w)."""
+    n, _, height, width = images.shape
+    if crop is not None:
+        tops = torch.randint(height - crop + 1, (n,), generator=generator).tolist()
+        lefts = torch.randint(width - crop + 1, (n,), generator=generator).tolist()
+        pieces = [i[:, t : t + crop, left : left + crop] for i, t, left in zip(images, tops, lefts, strict=True)]
+        images = torch.stack(pieces)
+    if mirror:
+        flipped = torch.rand(n, generator=generator) < 0.5
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+    return images
+
+
+def test_view(images: Tensor, crop: int | None) -> Tensor:
+    """The central `crop` pixels of uint8 images (n, c, h, w)."""
+    if crop is None:
+        return images
+    top, left = (images.shape[2] - crop) // 2, (images.shape[3] - crop) // 2
+    return images[:, :, top : top + crop, left : left + crop]
+
+
+def stripes(images: Tensor) -> Tensor:
+    """Three overlapping stripes, from rows 0, 50 and 100, of images (n, 3, 160, 60): (n, 9, 60, 60)."""
+    return torch.cat([images[:, :, top : top + 60] for top in (0, 50, 100)], 1)

@@ -18,16 +18,41 @@ from torch import nn
 
 from hloss.baselines import BASELINES
 from hloss.histogram import HistogramLoss
-from hloss.networks import NETWORKS
+from hloss.networks import (
+    BATCHNORMS,
+    IMAGENET,
+    NETWORKS,
+    NO_WEIGHTS,
+    TORCHVISION,
+    has_pretrained_part,
+    known_network,
+    own_settings,
+)
 from hloss.samplers import SAMPLERS
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {"histogram": HistogramLoss, **BASELINES}
 NO_LOSS = "none"  # a network as it is: the untrained and the raw-pixels baselines
 LOSS_SETTINGS = ("n_bins", "kernel", "bandwidth", "order_cost", "margin", "density", "alpha", "beta", "C")
-EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads")  # where and how a run happens, not what it is
+RAW_LOSSES = ("lifted",)  # defined on embeddings that are not normalised
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+# Where and how a run happens, not what it is.
+EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads", "checkpoint_seconds")
 
 # The modules whose text decides a result: a run made by other text is another run.
-SOURCES = ("baselines", "datasets", "experiment", "histogram", "networks", "retrieval", "samplers", "training")
+SOURCES = (
+    "baselines",
+    "checkpoints",
+    "datasets",
+    "distributed",
+    "experiment",
+    "histogram",
+    "networks",
+    "outcome",
+    "recipe",
+    "retrieval",
+    "samplers",
+    "training",
+)
 
 
 class ConfigError(ValueError):
@@ -35,13 +60,19 @@ class ConfigError(ValueError):
 
 
 class RunConfig(BaseModel):
-    """One run. The defaults are the smoke run: seconds on a CPU. `None` means the loss's own default."""
+    """One run. The defaults are the smoke run: seconds on a CPU. `None` is the loss's or the network's own default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     dataset: str = Field("glyphs", description="name of a prepared dataset in data_dir")
-    network: str = Field("glyphnet", description="glyphnet, or pixels for the raw-pixels baseline")
-    embedding_dim: int = Field(128, ge=1, description="dimensions of the embedding")
+    network: str = Field(
+        "glyphnet", description="glyphnet, parts, googlenet, torchvision:NAME, or pixels for the raw-pixels baseline"
+    )
+    weights: str = Field("none", description="of the trunk: none, imagenet, or a file with torchvision's state dict")
+    embedding_dim: int | None = Field(None, ge=1, description="dimensions of the embedding")
+    dropout: float | None = Field(None, ge=0, lt=1, description="share of the features dropped before the embedding")
+    batchnorm: str | None = Field(None, description="statistics of BatchNorm: live, frozen or slices")
+    normalize_embeddings: bool | None = Field(None, description="to L2 norm 1; None: unless the loss is lifted")
     loss: str = Field("histogram", description="histogram, binomial, or none (with 0 iterations)")
     n_bins: int | None = Field(None, description="intervals of [-1, 1] (histogram)")
     kernel: str | None = Field(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
@@ -54,25 +85,48 @@ class RunConfig(BaseModel):
     C: float | None = Field(None, description="slope for negatives (binomial)")
     sampler: str = Field("class-shuffle", description="how a batch is drawn")
     batch_size: int = Field(128, ge=2, description="images per iteration")
+    micro_batch: int | None = Field(None, ge=1, description="images embedded at once, for the whole batch's gradient")
     images_per_class: int = Field(10, ge=2, description="most images of a class drawn in one visit")
+    crop: int | None = Field(
+        None, ge=1, description="side in pixels of the crop: random in training, central in testing"
+    )
+    mirror: bool = Field(False, description="mirror half of the training images")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    pretrained_lr_factor: float | None = Field(None, gt=0, description="times learning_rate for the trunk")
+    weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
+    decay_exempt: str = Field("biases", description="what weight_decay spares: biases (and BatchNorm), or none")
+    lr_step: int | None = Field(None, ge=1, description="iterations between two steps of the learning rate")
+    lr_step_factor: float = Field(0.1, gt=0, description="times the learning rate at each step")
     iterations: int = Field(60, ge=0, description="batches trained on")
     validate_every: int = Field(20, ge=1, description="iterations between two validations")
+    refit: bool = Field(False, description="train again with the validation classes, for the chosen iterations")
+    precision: str = Field("32-true", description="32-true, bf16-mixed or 64-true")
+    devices: int = Field(1, ge=1, description="processes, each with a share of every batch")
     seed: int = Field(0, ge=0, description="of initialisation and batches")
     study: str = Field("notebook", description="folder in runs_dir that the run is written to")
     data_dir: str = Field("data", description="folder of the prepared datasets")
     runs_dir: str = Field("runs", description="folder of the studies' runs")
     device: str = Field("auto", description="auto, cpu or cuda")
-    threads: int = Field(1, ge=1, description="CPU threads of torch")
+    threads: int = Field(1, ge=1, description="CPU threads of torch, per process")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds of training between two checkpoints")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         _check_name("dataset", self.dataset, None)
         _check_name("study", self.study, None)
-        _check_name("network", self.network, tuple(NETWORKS))
+        if not known_network(self.network):
+            _check_name("network", self.network, (*NETWORKS, f"{TORCHVISION}NAME"))
         _check_name("loss", self.loss, (*LOSSES, NO_LOSS))
         _check_name("sampler", self.sampler, tuple(SAMPLERS))
         _check_name("device", self.device, ("auto", "cpu", "cuda"))
+        _check_name("precision", self.precision, PRECISIONS)
+        _check_name("decay_exempt", self.decay_exempt, ("biases", "none"))
+        _check_name("batchnorm", self.network_settings()["batchnorm"], BATCHNORMS)
+        self._check_pretrained()
+        if self.devices > self.batch_size:
+            raise ValueError(f"devices={self.devices} cannot share batch_size={self.batch_size} images")
+        if self.refit and not self.iterations:
+            raise ValueError("refit=True has nothing to repeat with iterations=0")
         if (self.iterations == 0) != (self.loss == NO_LOSS):
             raise ValueError(
                 f'iterations={self.iterations} with loss={self.loss!r}: loss "none" and 0 iterations go together'
@@ -81,6 +135,26 @@ class RunConfig(BaseModel):
             raise ValueError(f'network="pixels" has nothing to train, got iterations={self.iterations}')
         self.build_loss()
         return self
+
+    def _check_pretrained(self) -> None:
+        if has_pretrained_part(self.network):
+            return
+        for name, value, idle in (
+            ("weights", self.weights, NO_WEIGHTS),
+            ("pretrained_lr_factor", self.pretrained_lr_factor, None),
+        ):
+            if value != idle:
+                raise ValueError(f"{name}={value!r}: network {self.network!r} has no part that comes pretrained")
+
+    def network_settings(self) -> dict[str, Any]:
+        """The settings of the network with its own defaults filled in."""
+        own = own_settings(self.network, self.weights) | {"normalize_embeddings": self.loss not in RAW_LOSSES}
+        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in own.items()}
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The local file of the trunk's weights; None where there is none."""
+        return None if self.weights in (NO_WEIGHTS, IMAGENET) else found_from_here(self.weights)
 
     def loss_settings(self) -> dict[str, Any]:
         """The settings of the loss with its own defaults filled in; a setting the loss does not take is refused."""
@@ -104,9 +178,9 @@ class RunConfig(BaseModel):
         return None if self.loss == NO_LOSS else LOSSES[self.loss](**settings)
 
     def resolved(self) -> dict[str, Any]:
-        """What decides the result: every setting but those of execution, with the loss's defaults filled in."""
+        """What decides the result: every setting but those of execution, with all defaults filled in."""
         own = {k: v for k, v in self.model_dump().items() if k not in EXECUTION and k not in LOSS_SETTINGS}
-        return own | self.loss_settings()
+        return own | self.network_settings() | self.loss_settings()
 
     @property
     def run_id(self) -> str:
@@ -217,7 +291,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it is there whole or not at all."""
     part = file.with_name(f".{file.name}.part")
-    write(part)
-    with open(part, "rb") as opened:
-        os.fsync(opened.fileno())
-    part.replace(file)
+    try:
+        write(part)
+        with open(part, "rb") as opened:
+            os.fsync(opened.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)  # on a full disk half a file is in the way of the next attempt
+        raise

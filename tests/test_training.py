@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from hloss import training
+from hloss.checkpoints import RunError, held
 from hloss.experiment import ConfigError, RunConfig, code_sha256, config_from_notebook, parse_config
 from hloss.retrieval import first_match_ranks
-from hloss.training import RunError, run
+from hloss.training import run
 
 
 @pytest.fixture
@@ -26,6 +26,7 @@ def settings(tiny_data, tmp_path):
         "data_dir": str(tiny_data),
         "runs_dir": str(tmp_path / "runs"),
         "device": "cpu",
+        "checkpoint_seconds": 0.0,
     }
 
 
@@ -78,7 +79,7 @@ def test_a_killed_run_continues_to_the_same_result(settings, tmp_path):
     assert not (broken.folder / "result.json").exists()
     lines = []
     assert outcome(run(broken, lines.append)) == outcome(whole)
-    assert lines[0] == "continued from iteration 8"
+    assert lines[0] == "continued from iteration 11 (choose)"
     assert not list(broken.folder.glob("checkpoint*"))
 
 
@@ -109,9 +110,9 @@ def test_a_second_process_on_a_run_is_refused(settings, monkeypatch):
     config = parse_config(settings)
     config.folder.mkdir(parents=True)
     with (
-        training._held(config.folder),
+        held(config.folder),
         pytest.raises(RunError, match="another process"),
-        training._held(config.folder, patience_seconds=0.1),
+        held(config.folder, patience_seconds=0.1),
     ):
         pass
 
