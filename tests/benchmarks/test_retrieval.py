@@ -54,7 +54,7 @@ def faiss_hits(embeddings, labels):
 
 
 def test_recall_against_the_full_matrix(race):
-    race(CASE, FLOOR, {FLOOR: full_matrix, "first_match_ranks": by_hloss}, rounds=3)
+    race(CASE, FLOOR, {FLOOR: full_matrix, "first_match_ranks": by_hloss}, rounds=2)
 
 
 def test_recall_against_faiss(race, record):
