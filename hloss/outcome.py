@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hloss.datasets import Dataset, test_view
 from hloss.experiment import RunConfig, write_whole
 from hloss.histogram import pair_histograms
+from hloss.neighbours import neighbours
 from hloss.networks import embed
-from hloss.retrieval import Retrieval, evaluate
+from hloss.retrieval import Retrieval, evaluate, recall_at_k
 
 PANEL_QUERIES, PANEL_NEIGHBOURS = 6, 8
 SIMILARITY_BINS = 100
@@ -31,13 +31,17 @@ def embeddings_of(
 
 
 def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
-    """Recall@1 on the validation classes, by which the iteration is chosen."""
-    return evaluate("all-vs-rest", *embeddings_of(network, dataset, "val", config, device), (1,)).metrics["recall@1"]
+    """Recall@1 on the validation classes, all-vs-rest, by which the iteration is chosen."""
+    embeddings, labels = embeddings_of(network, dataset, "val", config, device)
+    return recall_at_k(embeddings, labels, (1,), config.metric or config.trained_metric)[1]
 
 
-def tested(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> Retrieval:
+def tested(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> Retrieval:
     """The one look at the test set, by the protocol of the dataset's card."""
-    return evaluate(dataset.card["protocol"], embeddings, labels, tuple(dataset.card["recall_at"]))
+    protocol, recall_at = dataset.card["protocol"], tuple(dataset.card["recall_at"])
+    index = dataset.index.iloc[dataset.rows("test")]
+    cameras = torch.tensor(index.camera.to_numpy())
+    return evaluate(protocol, embeddings, labels, recall_at, metric, cameras, index.role.tolist())
 
 
 def similarity_density(embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
@@ -46,13 +50,11 @@ def similarity_density(embeddings: Tensor, labels: Tensor) -> dict[str, list[flo
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
 
 
-def retrieval_panel(embeddings: Tensor, labels: Tensor, rows: np.ndarray) -> dict[str, list]:
+def retrieval_panel(embeddings: Tensor, labels: Tensor, rows: np.ndarray, metric: str) -> dict[str, list]:
     """A few queries, the same in every run on a dataset, with the rows of their nearest images and which are hits."""
-    unit = F.normalize(embeddings)
     queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
-    similarity = unit[queries] @ unit.T
-    similarity[torch.arange(len(queries)), queries] = -torch.inf
-    nearest = similarity.topk(min(PANEL_NEIGHBOURS, len(rows) - 1)).indices
+    k = min(PANEL_NEIGHBOURS, len(rows) - 1)
+    _, nearest = neighbours(embeddings[queries], embeddings, k, metric, own=queries)
     hits = labels[nearest] == labels[queries, None]
     return {"queries": rows[queries].tolist(), "neighbours": rows[nearest].tolist(), "hits": hits.tolist()}
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from hloss.datasets import Dataset, train_view
 from hloss.experiment import RunConfig
 from hloss.networks import batchnorms
-from hloss.samplers import SAMPLERS
 
 
 def seed_of(*numbers: int) -> int:
@@ -29,9 +28,17 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big")
 
 
-def build_optimizer(network: nn.Module, config: RunConfig) -> torch.optim.Adam:
-    """Adam on `parameter_groups`; weight decay is added to the gradient, as the authors' solver does."""
-    return torch.optim.Adam(parameter_groups(network, config))
+def build_optimizer(network: nn.Module, config: RunConfig, loss: nn.Module | None = None) -> torch.optim.Adam:
+    """Adam on `parameter_groups`; weight decay is added to the gradient, as the authors' solver does.
+
+    Weights that the loss itself learns (class weights, proxies) have the learning rate and no weight decay.
+    """
+    groups = parameter_groups(network, config)
+    learned = [] if loss is None else list(loss.parameters())
+    if learned:
+        rate = config.learning_rate
+        groups.append({"params": learned, "lr": rate, "initial_lr": rate, "weight_decay": 0.0})
+    return torch.optim.Adam(groups)
 
 
 def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -70,9 +77,9 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         self, dataset: Dataset, rows: np.ndarray, config: RunConfig, share: tuple[int, int] = (0, 1), pin: bool = False
     ) -> None:
         self.dataset, self.rows, self.config, self.share, self.pin = dataset, rows, config, share, pin
-        self.labels = dataset.labels(rows)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.sampler = SAMPLERS[config.sampler](self.labels, config.batch_size, config.images_per_class, generator)
+        classes, self.labels = dataset.labels(rows).unique(return_inverse=True)  # from 0, as class weights need them
+        self.n_classes = len(classes)
+        self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
         self.iteration = 0  # of the last batch handed out
         self._drawn: list[int] = []  # the batch after it
         self._stream = iter(self.sampler)
@@ -154,7 +161,9 @@ def gradient(
     embeddings.requires_grad_()
     loss = loss_of(embeddings, labels)
     value = _finite(loss)
-    (wanted,) = torch.autograd.grad(loss, embeddings)
+    loss.backward()  # to the embeddings, and to what the loss itself learns
+    wanted = embeddings.grad
+    assert wanted is not None
     for i, (part, its) in enumerate(zip(slices, wanted.split(micro_batch or len(images)), strict=True)):
         with fabric.no_backward_sync(network, enabled=i < len(slices) - 1):
             fabric.backward(_embedded(network, part, seed(i)), its)

@@ -71,15 +71,18 @@ def first_match_ranks(embeddings: Tensor, labels: Tensor, metric: str = "cosine"
     best = _best_matches(space, labels)
     low, high = space.doubt(best)
     rivals = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+    blocks = space.vectors.new_empty(2, BLOCK * BLOCK)  # once: memory that is new to the process costs time
     with _exact_products(embeddings.device):
         for rows, columns in _upper_blocks(len(labels)):
-            nearness = space.approximate(rows, columns)
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            nearness, reached = blocks[:, : shape[0] * shape[1]].view(2, *shape)
+            space.approximate(rows, columns, nearness)
             if labels[columns.start] <= labels[rows.stop - 1]:
                 nearness.masked_fill_(labels[rows, None] == labels[columns], -torch.inf)
             for dim, queries, others in ((1, rows, columns), (0, columns, rows)):
                 if dim == 1 or rows != columns:
-                    beaten_by = _count(nearness, high[queries], dim)
-                    unsure = (beaten_by != _count(nearness, low[queries], dim)).nonzero().flatten()
+                    beaten_by = _count(nearness, high[queries], dim, reached)
+                    unsure = (beaten_by != _count(nearness, low[queries], dim, reached)).nonzero().flatten()
                     rivals[queries] += beaten_by
                     if len(unsure):
                         near = nearness.index_select(1 - dim, unsure).movedim(dim, 1)
@@ -164,12 +167,11 @@ class _Space:
         """Float64 nearness (rows, columns)."""
         return self.products(self.exact_vectors(rows), self.exact_vectors(columns))
 
-    def approximate(self, rows: slice, columns: slice) -> Tensor:
-        """Nearness (rows, columns) in the working precision, within `slack` of the exact one."""
-        nearness = self.vectors[rows] @ self.vectors[columns].T
+    def approximate(self, rows: slice, columns: slice, out: Tensor) -> None:
+        """Nearness (rows, columns) in the working precision, within `slack` of the exact one, into `out`."""
+        torch.mm(self.vectors[rows], self.vectors[columns].T, out=out)
         if self.metric == "euclidean":
-            nearness.sub_(self.half_squares[rows, None]).sub_(self.half_squares[columns])
-        return nearness
+            out.sub_(self.half_squares[rows, None]).sub_(self.half_squares[columns])
 
     def products(self, queries: Tensor, gallery: Tensor) -> Tensor:
         """Nearness of vectors made by `exact_vectors`."""
@@ -210,11 +212,10 @@ def _upper_blocks(n: int) -> Iterator[tuple[slice, slice]]:
     return ((rows, columns) for i, rows in enumerate(blocks) for columns in blocks[i:])
 
 
-def _count(nearness: Tensor, threshold: Tensor, dim: int) -> Tensor:
+def _count(nearness: Tensor, threshold: Tensor, dim: int, reached: Tensor) -> Tensor:
     """How many of the others (along `dim`) are at least as near as each query's threshold, int64."""
     # Counted as floats, exact up to 2^24: several times as fast as to count booleans.
-    reached = torch.ge(nearness, threshold.unsqueeze(dim), out=torch.empty_like(nearness))
-    return reached.sum(dim).long()
+    return torch.ge(nearness, threshold.unsqueeze(dim), out=reached).sum(dim).long()
 
 
 def _count_again(space: _Space, best: Tensor, queries: Tensor, others: slice, doubtful: Tensor) -> Tensor:

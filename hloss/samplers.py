@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-class _ClassSampler:
+class ClassSampler:
     """The walk through each class's images, and the state that the samplers share."""
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
@@ -78,7 +78,7 @@ class _ClassSampler:
         self._position = list(state["position"])
 
 
-class ClassShuffleSampler(_ClassSampler):
+class ClassShuffleSampler(ClassSampler):
     """The authors' sampler: shuffle the classes, visit each in turn, cut the stream of their images into batches.
 
     A visit yields up to `images_per_class` images (the authors' cap is 10 on CUB and Market-1501), so a class may
@@ -120,7 +120,7 @@ class ClassShuffleSampler(_ClassSampler):
         (self._pending_class,) = state["pending_class"]
 
 
-class BalancedSampler(_ClassSampler):
+class BalancedSampler(ClassSampler):
     """P x K: every batch holds batch_size / images_per_class classes with exactly images_per_class images of each.
 
     The classes are walked in a shuffled order, every class once per walk; a batch that spans two walks takes the
@@ -163,7 +163,7 @@ class BalancedSampler(_ClassSampler):
         self._order = list(state["order"])
 
 
-class RandomClassSampler(_ClassSampler):
+class RandomClassSampler(ClassSampler):
     """Random classes, and of each a random number of images between fewest_images and images_per_class.
 
     A batch draws its classes without replacement, each equally likely whatever its size, independently of the batches
@@ -243,7 +243,7 @@ def _at_least(name: str, value: int, least: int) -> int:
     return value
 
 
-SAMPLERS: dict[str, type[_ClassSampler]] = {
+SAMPLERS: dict[str, type[ClassSampler]] = {
     "class-shuffle": ClassShuffleSampler,
     "balanced": BalancedSampler,
     "random-class": RandomClassSampler,

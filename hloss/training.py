@@ -269,16 +269,18 @@ class Loop:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         training_mode(network, batchnorm)
         self.work, self.network, self.until = work, network, until
-        self.wrapped, self.optimizer = fabric.setup(network, build_optimizer(network, config))
         share = (fabric.global_rank, fabric.world_size)
         self.batches = Batches(work.dataset, rows, config, share, pin=fabric.device.type == "cuda")
+        loss = config.build_loss(self.batches.n_classes)
+        assert loss is not None
+        self.loss = loss.to(fabric.device)
+        self.loss_of = global_batch(self.loss)
+        self.wrapped, self.optimizer = fabric.setup(network, build_optimizer(network, config, self.loss))
         if saved:
             network.load_state_dict(saved["network"])
+            self.loss.load_state_dict(saved["loss"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.batches.load_state_dict(saved["batches"])
-        loss_of = config.build_loss()
-        assert loss_of is not None
-        self.loss_of = global_batch(loss_of)
         self.saved_at = time.monotonic()
 
     def train(self) -> None:
@@ -374,6 +376,7 @@ class Loop:
         return {
             **self.work.identity,
             "network": self.network.state_dict(),
+            "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
             "progress": self.work.progress,
@@ -413,7 +416,8 @@ def _result(work: Work, network: nn.Module) -> dict[str, Any]:
     """Test once, and write what a run leaves."""
     config, dataset, progress = work.config, work.dataset, work.progress
     embeddings, labels = _embeddings(work, network, "test")
-    retrieval = tested(dataset, embeddings, labels)
+    metric = config.metric or config.trained_metric
+    retrieval = tested(dataset, embeddings, labels, metric)
     work.report(f"test Recall@1 {100 * retrieval.metrics['recall@1']:.1f} %")
     best = progress["best"]
     validation = best["recall"] if best else validation_recall(network, dataset, config, work.fabric.device)
@@ -430,7 +434,7 @@ def _result(work: Work, network: nn.Module) -> dict[str, Any]:
         "chosen": {"iteration": best["iteration"] if best else 0, "how": how},
         "trained_on": _trained_on(config),
         "similarity_density": {"before": progress["before"], "after": similarity_density(embeddings, labels)},
-        "panel": retrieval_panel(embeddings, labels, dataset.rows("test")),
+        "panel": retrieval_panel(embeddings, labels, dataset.rows("test"), metric),
         "training_seconds": progress["seconds"],
         "peak_memory_mib": _peak_memory_mib(work.fabric.device),
         "network_sha256": weights_sha256(network),
