@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 SPLITS = ("train", "val", "test")
-ROLES = ("both", "query", "gallery", "junk", "distractor")
+ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")
 FORMAT = 1
 
 

@@ -100,8 +100,13 @@ def test_training_beats_no_training(settings):
     assert untrained["metrics"]["recall@1"] < trained["metrics"]["recall@1"]
 
 
+class NotANumber(torch.nn.Module):
+    def forward(self, embeddings, labels):
+        return embeddings.sum() * float("nan")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
-    monkeypatch.setattr(RunConfig, "build_loss", lambda self: lambda e, labels: e.sum() * float("nan"))
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
     with pytest.raises(RunError, match="nan at iteration 1"):
         run(parse_config(settings), quiet)
 

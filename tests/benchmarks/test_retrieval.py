@@ -28,10 +28,11 @@ def online_products():
 
 
 def full_matrix():
-    embeddings, _ = online_products()
-    for rows in embeddings.split(1024):
-        for columns in embeddings.split(1024):
-            rows @ columns.T
+    blocks = online_products()[0].split(1024)
+    nearness = torch.empty(1024, 1024)
+    for rows in blocks:
+        for columns in blocks:
+            torch.mm(rows, columns.T, out=nearness[: len(rows), : len(columns)])
 
 
 def by_hloss():
