@@ -81,6 +81,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         self.n_classes = len(classes)
         self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
         self.iteration = 0  # of the last batch handed out
+        self.current: list[int] = []  # its images, whole, as indices into `rows`
         self._drawn: list[int] = []  # the batch after it
         self._stream = iter(self.sampler)
         self._fetched: Future[tuple[Tensor, Tensor]] | None = None
@@ -92,7 +93,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         assert self._fetched is not None
         fetched = self._fetched.result()
         self.iteration += 1
-        self._drawn = []
+        self.current, self._drawn = self._drawn, []
         self._ahead()
         return fetched
 

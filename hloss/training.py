@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -101,13 +101,25 @@ def run(config: RunConfig, report: Callable[[str], None] = print) -> dict[str, A
     if config.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return _finished(config, identity) or _run_by_torchrun(config, report)
     first = int(os.environ.get("RANK", "0")) == 0
-    with held(config.folder) if first else nullcontext(), StopSignals(first) as stop, torch.random.fork_rng():
+    holding = held(config.folder) if first else nullcontext()
+    with holding, StopSignals(first) as stop, torch.random.fork_rng(), _default_dtype(config.precision):
         result = _finished(config, identity)
         if result:
             return result
         fabric = _fabric(config)
         work = Work(config, dataset, identity, fabric, stop, report if first else lambda line: None)
         return _watched(work) if first else _carried_out(work)
+
+
+@contextmanager
+def _default_dtype(precision: str) -> Iterator[None]:
+    """What Fabric hands embeddings over in, and so the loss computes in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if precision == "64-true" else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
@@ -329,10 +341,14 @@ class Loop:
         progress["losses"][progress["stage"]].append(value)
 
     def _give_up(self, why: str, error: Exception) -> None:
-        """Leave the last checkpoint as it is, and beside it the state that failed, for whoever wants to see why."""
+        """Leave the last checkpoint as it is, and beside it the state that failed, for whoever wants to see why.
+
+        `failed.pt` is a checkpoint with one more key: `batch`, the dataset's rows that the loss failed on.
+        """
         folder = self.work.config.folder
         if self.work.fabric.is_global_zero:
-            write_whole(folder / "failed.pt", lambda part: torch.save(self._state(), part))
+            failed = {**self._state(), "batch": self.batches.rows[self.batches.current].tolist()}
+            write_whole(folder / "failed.pt", lambda part: torch.save(failed, part))
         raise RunError(f"{why}; try a lower learning_rate. Weights and batch are in {folder / 'failed.pt'}") from error
 
     def _is_due(self, every: int) -> bool:
@@ -396,7 +412,8 @@ class Loop:
 
     def _bar(self) -> Any:
         """A bar for who is watching; a log has the lines of the validations."""
-        watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+        shell = sys.modules.get("IPython")
+        watched = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)
         hidden = not watched or not self.work.fabric.is_global_zero
         done, stage = self.work.progress["iteration"], self.work.progress["stage"]
         return tqdm(total=self.until, initial=done, desc=stage, disable=hidden, mininterval=1, leave=False)

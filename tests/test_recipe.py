@@ -142,7 +142,7 @@ def test_frozen_batchnorm_makes_slices_exact(fabric):
 def test_a_loss_that_is_not_finite_leaves_no_gradient(micro_batch, fabric):
     network = small_network()
     wrapped = fabric.setup(network)
-    with pytest.raises(ValueError, match="the loss is -?inf"):
+    with pytest.raises(ValueError, match=r"the loss is -?inf"):
         gradient(fabric, wrapped, lambda e, labels: e.sum() / 0, *a_batch(16), micro_batch, lambda part: 0)
     assert all(p.grad is None for p in network.parameters())
 
