@@ -23,14 +23,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """A data folder with the dataset `people`: 10 classes of 4 noisy colour images of 160 x 60."""
+    """A data folder with the dataset `people`: 10 classes of 4 images of 160 x 60, little alike in a class."""
     rng = np.random.default_rng(0)
     data = tmp_path_factory.mktemp("data")
     label = np.repeat(np.arange(10), 4)
-    colours = rng.uniform(50, 200, (10, 8, 1, 3)).repeat(20, 1).repeat(60, 2)
+    clothes = rng.normal(0, 20, (10, 8, 1, 3))[label] + rng.normal(125, 40, (40, 8, 1, 3))
     with new_folder(data / "people") as folder:
         images = create_images(folder, 40, 160, 60, 3)
-        images[:] = (colours[label] + rng.normal(0, 30, (40, 160, 60, 3))).clip(0, 255).astype(np.uint8)
+        images[:] = (clothes.repeat(20, 1) + rng.normal(0, 30, (40, 160, 60, 3))).clip(0, 255).astype(np.uint8)
         images.flush()
         split = np.where(label < 6, "train", np.where(label < 8, "val", "test"))
         index = {"label": label, "split": split, "role": "both", "camera": -1, "source": "noise"}
@@ -75,7 +75,10 @@ def started(settings, tmp_path):
     "network",
     [
         {"network": "glyphnet", "batchnorm": "frozen", "crop": 40, "mirror": True},
-        pytest.param({"network": "parts", "dropout": 0.0, "batch_size": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            {"network": "parts", "batchnorm": None, "dropout": 0.0, "batch_size": 4, "images_per_class": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda n: n["network"],
 )
