@@ -1,5 +1,6 @@
 """Losses, miners, samplers and metrics as settings of a run: checked before training, and carried out."""
 
+import itertools
 import json
 
 import numpy as np
@@ -212,6 +213,8 @@ def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_
     expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
     assert result["metrics"] == expected.metrics
     assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
+    shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbours"])]
+    assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}
 
 
 def test_modules_of_losses_hold_no_weights_but_those_of_proxies():
