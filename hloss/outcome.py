@@ -44,19 +44,28 @@ def tested(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) ->
     return evaluate(protocol, embeddings, labels, recall_at, metric, cameras, index.role.tolist())
 
 
-def similarity_density(embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """The two densities of the similarities (the paper's Figure 5), per node, on SIMILARITY_BINS intervals."""
-    histograms = pair_histograms(embeddings, labels, n_bins=SIMILARITY_BINS)
+def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """The two densities of the test images' cosines (the paper's Figure 5), per node, on SIMILARITY_BINS intervals."""
+    known = _of_known_identity(dataset)
+    histograms = pair_histograms(embeddings[known], labels[known], n_bins=SIMILARITY_BINS)
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
 
 
-def retrieval_panel(embeddings: Tensor, labels: Tensor, rows: np.ndarray, metric: str) -> dict[str, list]:
-    """A few queries, the same in every run on a dataset, with the rows of their nearest images and which are hits."""
+def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:
+    """A few test queries, the same in every run, with the rows of their nearest images and which are hits."""
+    known = _of_known_identity(dataset)
+    rows, embeddings, labels = dataset.rows("test")[known], embeddings[known], labels[known]
     queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
     k = min(PANEL_NEIGHBOURS, len(rows) - 1)
     _, nearest = neighbours(embeddings[queries], embeddings, k, metric, own=queries)
     hits = labels[nearest] == labels[queries, None]
     return {"queries": rows[queries].tolist(), "neighbours": rows[nearest].tolist(), "hits": hits.tolist()}
+
+
+def _of_known_identity(dataset: Dataset) -> np.ndarray:
+    """Positions among the test images of those that are queries or gallery: no junk, no distractors, no pool."""
+    roles = dataset.index.role.iloc[dataset.rows("test")]
+    return np.flatnonzero(roles.isin(["both", "query", "gallery"]))
 
 
 def weights_sha256(network: nn.Module) -> str:

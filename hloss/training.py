@@ -200,7 +200,7 @@ def _carried_out(work: Work) -> dict[str, Any]:
         losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
         work.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
         if fabric.is_global_zero:
-            work.progress["before"] = similarity_density(*_embeddings(work, network, "test"))
+            work.progress["before"] = similarity_density(work.dataset, *_embeddings(work, network, "test"))
     if config.iterations:
         network = _trained(work, network, saved)
     return _result(work, network) if fabric.is_global_zero else {}
@@ -450,8 +450,8 @@ def _result(work: Work, network: nn.Module) -> dict[str, Any]:
         "validation_recall@1": validation,
         "chosen": {"iteration": best["iteration"] if best else 0, "how": how},
         "trained_on": _trained_on(config),
-        "similarity_density": {"before": progress["before"], "after": similarity_density(embeddings, labels)},
-        "panel": retrieval_panel(embeddings, labels, dataset.rows("test"), metric),
+        "similarity_density": {"before": progress["before"], "after": similarity_density(dataset, embeddings, labels)},
+        "panel": retrieval_panel(dataset, embeddings, labels, metric),
         "training_seconds": progress["seconds"],
         "peak_memory_mib": _peak_memory_mib(work.fabric.device),
         "network_sha256": weights_sha256(network),

@@ -1,5 +1,6 @@
 """Losses, miners, samplers and metrics as settings of a run: checked before training, and carried out."""
 
+import itertools
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from hloss.experiment import ConfigError, RunConfig, config_from_notebook, parse
 from hloss.pml import PMLLoss
 from hloss.retrieval import PROTOCOLS, evaluate
 from hloss.samplers import SAMPLERS
+from hloss.studies import load_study
 from hloss.training import run
 
 MULTI_SIMILARITY = {"loss": "pml:MultiSimilarityLoss", "loss_options": {"alpha": 3.0}, "miner": "MultiSimilarityMiner"}
@@ -97,14 +99,15 @@ def test_weights_of_a_loss_are_learned_and_resumed(settings, tmp_path, micro_bat
     proxies = {"loss": "pml:ProxyAnchorLoss", "micro_batch": micro_batch, "batchnorm": "slices"}
     config = parse_config({**settings, **proxies})
     whole = run(config, quiet)
-    broken = parse_config({**settings, **proxies, "runs_dir": str(tmp_path / "broken")})
+    often = {"runs_dir": str(tmp_path / "broken"), "checkpoint_seconds": 0.0}
+    broken = parse_config({**settings, **proxies, **often})
 
     def killed_at_the_last_validation(line):
         if line.startswith("iteration 6/"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(parse_config({**settings, **proxies, "runs_dir": broken.runs_dir, "checkpoint_seconds": 0.0}), killed_at_the_last_validation)  # fmt: skip  # noqa: E501
+        run(broken, killed_at_the_last_validation)
     saved = torch.load(broken.folder / "checkpoint.pt", weights_only=True)
     (learned,) = saved["loss"].values()
     (drawn,) = config.build_loss(n_classes=16).state_dict().values()
@@ -124,6 +127,24 @@ def test_weights_of_a_loss_are_learned_and_resumed(settings, tmp_path, micro_bat
 def test_options_may_be_written_as_a_mapping_or_as_json(given):
     config = config_from_notebook({"loss": "pml:MultiSimilarityLoss", **given})
     assert config.loss_options == {"alpha": 3.0}
+
+
+def test_a_study_crosses_the_options_of_a_loss(tmp_path):
+    (tmp_path / "peers.yaml").write_text("""
+title: options in a study
+fixed: {loss: "pml:TripletMarginLoss", miner: TripletMarginMiner, miner_options: {type_of_triplets: semihard}}
+seeds: [0]
+runs:
+  - name: triplet
+    set: {}
+    cross: {loss_options: [{margin: 0.1}, {margin: 0.2, distance: {LpDistance: {power: 2}}}]}
+""")
+    runs = load_study("peers", tmp_path).runs
+    assert [run.config.loss_options["margin"] for run in runs] == [0.1, 0.2]
+    assert {run.config.miner_options["type_of_triplets"] for run in runs} == {"semihard"}
+    (tmp_path / "peers.yaml").write_text((tmp_path / "peers.yaml").read_text().replace("power", "pover"))
+    with pytest.raises(ConfigError, match=r"pover=2 is unknown to LpDistance.*did you mean power"):
+        load_study("peers", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +213,8 @@ def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_
     expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
     assert result["metrics"] == expected.metrics
     assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
+    shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbours"])]
+    assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}
 
 
 def test_modules_of_losses_hold_no_weights_but_those_of_proxies():
