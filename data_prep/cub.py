@@ -43,6 +43,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
         "original": found,
         "licence": ORIGINAL.licence,
         "protocol": "all-vs-rest",
+        "val_from_train": True,
         "recall_at": [1, 2, 4, 8, 16, 32],
         "settings": {**options.settings(), "split": "classes 1-100 train and val, 101-200 test (Song et al. 2016)"},
         "published": PUBLISHED,

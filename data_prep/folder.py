@@ -44,6 +44,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
         "original": {"kind": kind, "checksum": "none is published"},
         "licence": "that of its images",
         "protocol": protocol,
+        "val_from_train": "split" not in listed or not (listed.split == "val").any(),
         "recall_at": RECALL_AT[protocol],
         "settings": {**options.settings(), "test_share": TEST_SHARE if "split" not in listed else "given"},
         "class_names": names,

@@ -54,6 +54,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
         "original": found,
         "licence": ORIGINAL.licence,
         "protocol": "market1501",
+        "val_from_train": True,
         "recall_at": [1, 5, 10, 15, 20],
         "settings": {**options.settings(), "split": "the archive's folders"},
         "published": PUBLISHED,

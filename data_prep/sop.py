@@ -38,6 +38,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
         "original": found,
         "licence": ORIGINAL.licence,
         "protocol": "all-vs-rest",
+        "val_from_train": True,
         "recall_at": [1, 10, 100, 1000],
         "settings": {
             **options.settings(),

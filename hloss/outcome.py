@@ -15,7 +15,7 @@ from hloss.experiment import RunConfig, write_whole
 from hloss.histogram import pair_histograms
 from hloss.neighbours import neighbours
 from hloss.networks import embed
-from hloss.retrieval import Retrieval, evaluate, recall_at_k
+from hloss.retrieval import Retrieval, evaluate
 
 PANEL_QUERIES, PANEL_NEIGHBOURS = 6, 8
 SIMILARITY_BINS = 100
@@ -31,17 +31,28 @@ def embeddings_of(
 
 
 def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
-    """Recall@1 on the validation classes, all-vs-rest, by which the iteration is chosen."""
-    embeddings, labels = embeddings_of(network, dataset, "val", config, device)
-    return recall_at_k(embeddings, labels, (1,), config.metric or config.trained_metric)[1]
+    """Recall@1 on the validation classes, by which the iteration is chosen."""
+    found = embeddings_of(network, dataset, "val", config, device)
+    metric = config.metric or config.trained_metric
+    return _measured(dataset, "val", validation_protocol(dataset), (1,), *found, metric).metrics["recall@1"]
+
+
+def validation_protocol(dataset: Dataset) -> str:
+    """The protocol of the test, as far as validation images allow: they have no pool for multiple queries."""
+    return str(dataset.card["protocol"]).removesuffix("-multi-query")
 
 
 def tested(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> Retrieval:
     """The one look at the test set, by the protocol of the dataset's card."""
-    protocol, recall_at = dataset.card["protocol"], tuple(dataset.card["recall_at"])
-    index = dataset.index.iloc[dataset.rows("test")]
-    cameras = torch.tensor(index.camera.to_numpy())
-    return evaluate(protocol, embeddings, labels, recall_at, metric, cameras, index.role.tolist())
+    recall_at = tuple(dataset.card["recall_at"])
+    return _measured(dataset, "test", dataset.card["protocol"], recall_at, embeddings, labels, metric)
+
+
+def _measured(
+    dataset: Dataset, split: str, protocol: str, k: tuple[int, ...], embeddings: Tensor, labels: Tensor, metric: str
+) -> Retrieval:
+    rows = dataset.rows(split)
+    return evaluate(protocol, embeddings, labels, k, metric, dataset.cameras(rows), dataset.roles(rows))
 
 
 def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
