@@ -1,0 +1,126 @@
+"""What training costs beside the network: the rest of a step on glyphs, time and memory in slices, papermill."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import peak_above_start
+
+from hloss.checkpoints import StopSignals
+from hloss.datasets import open_dataset
+from hloss.experiment import parse_config
+from hloss.networks import training_mode
+from hloss.recipe import build_optimizer
+from hloss.training import Loop, Work, _fabric, _new_network
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_overhead_of_a_step_on_glyphs(race):
+    """A step of the loop, whole, against forward, backward and optimiser of its network alone on as many images."""
+    config = parse_config({"device": "cpu", "iterations": 10**6})
+    dataset = open_dataset(ROOT / "data" / "glyphs")
+    progress = {"stage": "choose", "iteration": 0, "seconds": 0.0, "losses": {"choose": [], "refit": []}}
+    work = Work(config, dataset, {}, _fabric(config), StopSignals(), print, progress)
+    torch.set_num_threads(1)
+    loop = Loop(work, _new_network(work), dataset.rows("train"), config.iterations, None)
+    network = _new_network(work)
+    training_mode(network, "live")
+    optimizer = build_optimizer(network, config)
+    images = next(loop.batches)[0]
+    slope = torch.randn(len(images), 128) / 1000
+
+    def bare():
+        network(images).backward(slope)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def bare_steps():
+        for _ in range(10):
+            bare()
+
+    def whole_steps():
+        for _ in range(10):
+            loop._step()
+
+    case, floor = "10 steps, glyphnet, batch 128, 1 thread", "forward, backward, Adam"
+    race(case, floor, {floor: bare_steps, "the training loop": whole_steps}, rounds=15)
+    loop.batches.close()
+
+
+PARTS = """
+import torch
+from hloss import HistogramLoss
+from hloss.experiment import parse_config
+from hloss.networks import build_network
+from hloss.recipe import build_optimizer, gradient, seed_of
+from hloss.training import _fabric
+torch.set_num_threads(2)
+config = parse_config({"network": "parts", "device": "cpu", "learning_rate": 1e-4})
+fabric = _fabric(config)
+network, optimizer = build_network("parts", (160, 60, 3), 500, 0.5), None
+optimizer = build_optimizer(network, config)
+wrapped, optimizer = fabric.setup(network, optimizer)
+def step(images, micro_batch):
+    optimizer.zero_grad()
+    labels = torch.arange(len(images)) // 8
+    gradient(fabric, wrapped, HistogramLoss(), images, labels, micro_batch, lambda part: seed_of(0, part))
+    optimizer.step()
+step(torch.zeros(16, 3, 160, 60, dtype=torch.uint8), None)  # the optimiser's state is there
+optimizer.zero_grad()
+images = torch.randint(256, (512, 3, 160, 60), dtype=torch.uint8)
+# start
+step(images, {micro_batch})
+"""
+
+
+def test_memory_of_a_batch_in_slices(benchmark, record):
+    """The parts network, batch 512: peak above model, optimiser and images; bound for the issue: at most 30 %."""
+    peaks = {}
+
+    def measure():
+        for micro_batch in (None, 64):
+            peaks[micro_batch] = peak_above_start(PARTS.replace("{micro_batch}", str(micro_batch)))
+
+    benchmark.pedantic(measure, rounds=1)
+    case = "parts network, batch 512"
+    record(case, "plain step", f"{peaks[None] / 2**20:.0f} MiB", "peak above model and optimiser")
+    record(case, "micro_batch 64", f"{peaks[64] / 2**20:.0f} MiB", f"{100 * peaks[64] / peaks[None]:.0f} % of it")
+
+
+def test_time_of_a_batch_in_slices(race):
+    torch.set_num_threads(2)
+    namespace = {}
+    exec(PARTS.split("# start")[0], namespace)  # the same set-up as the measure of memory, in this process
+    step, images = namespace["step"], namespace["images"]
+    sides = {"plain step": lambda: step(images, None), "micro_batch 64": lambda: step(images, 64)}
+    race("parts network, batch 512, 2 threads", "plain step", sides, rounds=3)
+
+
+def test_overhead_of_papermill(benchmark, record, tmp_path):
+    """A papermilled run, whole process, against the same run by the command."""
+    settings = {"iterations": 20, "validate_every": 20, "device": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    seconds = {}
+
+    def timed(name, command, **runs):
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        seconds[name] = time.perf_counter() - start
+
+    def measure():
+        file = tmp_path / "config.json"
+        given = parse_config({**settings, "data_dir": str(ROOT / "data"), "runs_dir": str(tmp_path / "command")})
+        file.write_text(given.model_dump_json())
+        timed("command", [sys.executable, "-m", "hloss.training", str(file)])
+        papermill = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(tmp_path / "out.ipynb")]
+        here = {**settings, "data_dir": str(ROOT / "data"), "runs_dir": str(tmp_path / "notebook")}
+        timed("papermill", papermill + [word for name, value in here.items() for word in ("-p", name, str(value))])
+
+    benchmark.pedantic(measure, rounds=1)
+    record("a run of 20 iterations", "hloss.training", f"{seconds['command']:.1f} s")
+    over = seconds["papermill"] - seconds["command"]
+    record("a run of 20 iterations", "papermill", f"{seconds['papermill']:.1f} s", f"{over:+.1f} s")
