@@ -88,16 +88,7 @@ class HistogramLoss(nn.Module):
         the rows, for NaN, infinite or zero embeddings. Second derivatives are refused.
         """
         s = self.settings
-        references = embeddings if reference_embeddings is None else reference_embeddings
-        norms = _checked_norms("embeddings", embeddings, s.normalize)
-        reference_norms = None
-        if reference_embeddings is not None:
-            reference_norms = _checked_norms("reference_embeddings", references, s.normalize)
-            if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
-                raise ValueError(
-                    f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}, "
-                    f"got {tuple(references.shape)} of {references.dtype}"
-                )
+        norms, reference_norms = _checked_sides(embeddings, reference_embeddings, s.normalize)
         pairs = _pairs(embeddings, labels, reference_embeddings, reference_labels)
         return _StreamedLoss.apply(embeddings, reference_embeddings, norms, reference_norms, pairs, s)
 
@@ -126,7 +117,6 @@ class PairHistograms(NamedTuple):
     negative: Tensor
 
 
-@torch.no_grad()
 def pair_histograms(
     embeddings: Tensor,
     labels: Tensor,
@@ -135,17 +125,59 @@ def pair_histograms(
     **settings: object,
 ) -> PairHistograms:
     """The two densities p_pos and p_neg that the loss compares (equation 1 with `HistogramLoss`'s settings)."""
+    density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
+    negative, positive = density.densities()
+    return PairHistograms(_nodes(density.s.n_bins, positive.device), positive, negative)
+
+
+class PairSlopes(NamedTuple):
+    """Where the loss pushes: at the similarity in the middle of each interval, float64 of shape (n_bins,)."""
+
+    similarities: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def pair_slopes(
+    embeddings: Tensor,
+    labels: Tensor,
+    reference_embeddings: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    **settings: object,
+) -> PairSlopes:
+    """dL/ds of one pair by its similarity s, times the number of pairs of its sign (equation 5).
+
+    The positive slopes are at most 0 and the negative at least 0 for the histograms: positives are drawn together,
+    negatives are driven apart.
+    """
+    density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
+    n_bins, slopes = density.s.n_bins, density.loss_and_slopes()[1]
+    position = torch.arange(n_bins, device=slopes.device)[None] + slopes.new_tensor(0.5)
+    everything = slice(0, n_bins)
+    found = []
+    for group in (POSITIVE, NEGATIVE):
+        groups = torch.full_like(position, group, dtype=torch.int8)
+        block = _Block(slice(0, 1), everything, everything, groups)
+        found.append(density.slope(slopes, position, block)[0] * density.counts[group].sum())
+    return PairSlopes(position[0] * density.s.delta - 1, *found)
+
+
+@torch.no_grad()
+def _density_of(
+    embeddings: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    settings: dict[str, object],
+) -> "_Histogram | _Beta":
     s = _Settings(**settings)  # type: ignore[arg-type]
-    norms = _checked_norms("embeddings", embeddings, s.normalize)
-    reference_norms = None
-    if reference_embeddings is not None:
-        reference_norms = _checked_norms("reference_embeddings", reference_embeddings, s.normalize)
-    pairs = _pairs(embeddings, labels, reference_embeddings, reference_labels)
-    density = _collected(_Sides(embeddings, reference_embeddings, norms, reference_norms, pairs, s), pairs, s)
+    norms, reference_norms = _checked_sides(embeddings, references, s.normalize)
+    pairs = _pairs(embeddings, labels, references, reference_labels)
+    with _exact_products(embeddings.device):
+        density = _collected(_Sides(embeddings, references, norms, reference_norms, pairs, s), pairs, s)
     if density.undefined:
         raise ValueError(density.undefined)
-    negative, positive = density.densities()
-    return PairHistograms(_nodes(s.n_bins, positive.device), positive, negative)
+    return density
 
 
 def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") -> float:
@@ -670,6 +702,22 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
+
+
+def _checked_sides(
+    embeddings: Tensor, references: Tensor | None, normalize: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Norms of both sides, None where they are not to be divided by."""
+    norms = _checked_norms("embeddings", embeddings, normalize)
+    if references is None:
+        return norms, None
+    reference_norms = _checked_norms("reference_embeddings", references, normalize)
+    if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
+        raise ValueError(
+            f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}, "
+            f"got {tuple(references.shape)} of {references.dtype}"
+        )
+    return norms, reference_norms
 
 
 def _checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | None:
