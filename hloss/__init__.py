@@ -1,15 +1,23 @@
 """The histogram loss of Ustinova & Lempitsky (2016) and what it is compared with; needs torch alone."""
 
-from hloss.baselines import BinomialDeviance
+from hloss.baselines import BinomialDeviance, Contrastive, LiftedStructure, Quadruplet, SemiHardTriplet, Triplet
 from hloss.distributed import global_batch
 from hloss.histogram import HistogramLoss, histogram_loss, pair_histograms, pair_slopes, reverse_probability
-from hloss.retrieval import recall_at_k
-from hloss.samplers import ClassShuffleSampler
+from hloss.retrieval import evaluate, recall_at_k
+from hloss.samplers import BalancedSampler, ClassShuffleSampler, RandomClassSampler
 
 __all__ = [
+    "BalancedSampler",
     "BinomialDeviance",
     "ClassShuffleSampler",
+    "Contrastive",
     "HistogramLoss",
+    "LiftedStructure",
+    "Quadruplet",
+    "RandomClassSampler",
+    "SemiHardTriplet",
+    "Triplet",
+    "evaluate",
     "global_batch",
     "histogram_loss",
     "pair_histograms",

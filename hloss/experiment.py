@@ -8,26 +8,67 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from hloss.baselines import BASELINES
 from hloss.histogram import HistogramLoss
-from hloss.networks import NETWORKS
-from hloss.samplers import SAMPLERS
+from hloss.networks import (
+    BATCHNORMS,
+    IMAGENET,
+    NETWORKS,
+    NO_WEIGHTS,
+    TORCHVISION,
+    has_pretrained_part,
+    known_network,
+    own_settings,
+)
+from hloss.pml import PREFIX, PMLLoss
+from hloss.retrieval import METRICS
+from hloss.samplers import SAMPLERS, ClassSampler
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {"histogram": HistogramLoss, **BASELINES}
 NO_LOSS = "none"  # a network as it is: the untrained and the raw-pixels baselines
-LOSS_SETTINGS = ("n_bins", "kernel", "bandwidth", "order_cost", "margin", "density", "alpha", "beta", "C")
-EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads")  # where and how a run happens, not what it is
+LOSS_SETTINGS = (
+    "n_bins",
+    "kernel",
+    "bandwidth",
+    "order_cost",
+    "density",
+    "margin",
+    "alpha",
+    "beta",
+    "C",
+    "normalize",
+    "on_degenerate",
+)
+PML_SETTINGS = ("loss_options", "miner", "miner_options")
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+# Where and how a run happens, not what it is.
+EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads", "checkpoint_seconds")
 
 # The modules whose text decides a result: a run made by other text is another run.
-SOURCES = ("baselines", "datasets", "experiment", "histogram", "networks", "retrieval", "samplers", "training")
+SOURCES = (
+    "baselines",
+    "checkpoints",
+    "datasets",
+    "distributed",
+    "experiment",
+    "histogram",
+    "neighbours",
+    "networks",
+    "outcome",
+    "pml",
+    "recipe",
+    "retrieval",
+    "samplers",
+    "training",
+)
 
 
 class ConfigError(ValueError):
@@ -35,61 +76,126 @@ class ConfigError(ValueError):
 
 
 class RunConfig(BaseModel):
-    """One run. The defaults are the smoke run: seconds on a CPU. `None` means the loss's own default."""
+    """One run. The defaults are the smoke run: seconds on a CPU. `None` is the loss's or the network's own default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     dataset: str = Field("glyphs", description="name of a prepared dataset in data_dir")
-    network: str = Field("glyphnet", description="glyphnet, or pixels for the raw-pixels baseline")
-    embedding_dim: int = Field(128, ge=1, description="dimensions of the embedding")
-    loss: str = Field("histogram", description="histogram, binomial, or none (with 0 iterations)")
+    network: str = Field(
+        "glyphnet", description="glyphnet, parts, googlenet, torchvision:NAME, or pixels for the raw-pixels baseline"
+    )
+    weights: str = Field("none", description="of the trunk: none, imagenet, or a file with torchvision's state dict")
+    embedding_dim: int | None = Field(None, ge=1, description="dimensions of the embedding")
+    dropout: float | None = Field(None, ge=0, lt=1, description="share of the features dropped before the embedding")
+    batchnorm: str | None = Field(None, description="statistics of BatchNorm: live, frozen or slices")
+    normalize_embeddings: bool | None = Field(None, description="to L2 norm 1; None: unless the loss takes them raw")
+    loss: str = Field(
+        "histogram",
+        description="histogram, a baseline (binomial, lifted, triplet, ...), pml:NAME, or none (with 0 iterations)",
+    )
     n_bins: int | None = Field(None, description="intervals of [-1, 1] (histogram)")
     kernel: str | None = Field(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
     bandwidth: float | None = Field(None, description="standard deviation of the kernel in nodes (histogram)")
     order_cost: str | None = Field(None, description="step, linear or softplus (histogram)")
     density: str | None = Field(None, description="histogram or beta (histogram)")
-    margin: float | None = Field(None, description="in similarity units (histogram)")
+    margin: float | None = Field(None, description="in units of similarity or distance (all but binomial and pml)")
     alpha: float | None = Field(None, description="steepness (binomial; histogram with order_cost softplus)")
     beta: float | None = Field(None, description="similarity between positives and negatives (binomial)")
     C: float | None = Field(None, description="slope for negatives (binomial)")
-    sampler: str = Field("class-shuffle", description="how a batch is drawn")
+    normalize: bool | None = Field(None, description="the embeddings within the loss (histogram, lifted, contrastive)")
+    on_degenerate: str | None = Field(None, description="a batch without such pairs is an error (raise), or zero")
+    loss_options: dict[str, Any] | None = Field(None, description="options of a pml loss, as a mapping or as JSON")
+    miner: str | None = Field(None, description="name of a miner of pytorch-metric-learning (pml)")
+    miner_options: dict[str, Any] | None = Field(None, description="options of the miner, as a mapping or as JSON")
+    metric: str | None = Field(None, description="of retrieval: cosine or euclidean; None: the one the loss trains")
+    sampler: str = Field("class-shuffle", description="how a batch is drawn: class-shuffle, balanced or random-class")
     batch_size: int = Field(128, ge=2, description="images per iteration")
+    micro_batch: int | None = Field(None, ge=1, description="images embedded at once, for the whole batch's gradient")
     images_per_class: int = Field(10, ge=2, description="most images of a class drawn in one visit")
+    fewest_images: int | None = Field(None, ge=2, description="fewest images of a class in a batch (random-class)")
+    crop: int | None = Field(
+        None, ge=1, description="side in pixels of the crop: random in training, central in testing"
+    )
+    mirror: bool = Field(False, description="mirror half of the training images")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    pretrained_lr_factor: float | None = Field(None, gt=0, description="times learning_rate for the trunk")
+    weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
+    decay_exempt: str = Field("biases", description="what weight_decay spares: biases (and BatchNorm), or none")
+    lr_step: int | None = Field(None, ge=1, description="iterations between two steps of the learning rate")
+    lr_step_factor: float = Field(0.1, gt=0, description="times the learning rate at each step")
     iterations: int = Field(60, ge=0, description="batches trained on")
     validate_every: int = Field(20, ge=1, description="iterations between two validations")
+    refit: bool = Field(False, description="train again with the validation classes, for the chosen iterations")
+    precision: str = Field("32-true", description="32-true, bf16-mixed or 64-true")
+    devices: int = Field(1, ge=1, description="processes, each with a share of every batch")
     seed: int = Field(0, ge=0, description="of initialisation and batches")
     study: str = Field("notebook", description="folder in runs_dir that the run is written to")
     data_dir: str = Field("data", description="folder of the prepared datasets")
     runs_dir: str = Field("runs", description="folder of the studies' runs")
     device: str = Field("auto", description="auto, cpu or cuda")
-    threads: int = Field(1, ge=1, description="CPU threads of torch")
+    threads: int = Field(1, ge=1, description="CPU threads of torch, per process")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds of training between two checkpoints")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         _check_name("dataset", self.dataset, None)
         _check_name("study", self.study, None)
-        _check_name("network", self.network, tuple(NETWORKS))
-        _check_name("loss", self.loss, (*LOSSES, NO_LOSS))
+        if not known_network(self.network):
+            _check_name("network", self.network, (*NETWORKS, f"{TORCHVISION}NAME"))
+        if not self.loss.startswith(PREFIX):
+            _check_name("loss", self.loss, (*LOSSES, f"{PREFIX}NAME", NO_LOSS))
         _check_name("sampler", self.sampler, tuple(SAMPLERS))
         _check_name("device", self.device, ("auto", "cpu", "cuda"))
+        _check_name("precision", self.precision, PRECISIONS)
+        _check_name("decay_exempt", self.decay_exempt, ("biases", "none"))
+        if self.metric is not None:
+            _check_name("metric", self.metric, METRICS)
+        self.sampler_settings()
+        self.build_loss()
+        _check_name("batchnorm", self.network_settings()["batchnorm"], BATCHNORMS)
+        self._check_pretrained()
+        if self.devices > self.batch_size:
+            raise ValueError(f"devices={self.devices} cannot share batch_size={self.batch_size} images")
+        if self.refit and not self.iterations:
+            raise ValueError("refit=True has nothing to repeat with iterations=0")
         if (self.iterations == 0) != (self.loss == NO_LOSS):
             raise ValueError(
                 f'iterations={self.iterations} with loss={self.loss!r}: loss "none" and 0 iterations go together'
             )
         if self.network == "pixels" and self.iterations:
             raise ValueError(f'network="pixels" has nothing to train, got iterations={self.iterations}')
-        self.build_loss()
         return self
+
+    def _check_pretrained(self) -> None:
+        if has_pretrained_part(self.network):
+            return
+        for name, value, idle in (
+            ("weights", self.weights, NO_WEIGHTS),
+            ("pretrained_lr_factor", self.pretrained_lr_factor, None),
+        ):
+            if value != idle:
+                raise ValueError(f"{name}={value!r}: network {self.network!r} has no part that comes pretrained")
+
+    def network_settings(self) -> dict[str, Any]:
+        """The settings of the network with its own defaults filled in."""
+        own = own_settings(self.network, self.weights) | {"normalize_embeddings": self.trained_metric == "cosine"}
+        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in own.items()}
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The local file of the trunk's weights; None where there is none."""
+        return None if self.weights in (NO_WEIGHTS, IMAGENET) else found_from_here(self.weights)
 
     def loss_settings(self) -> dict[str, Any]:
         """The settings of the loss with its own defaults filled in; a setting the loss does not take is refused."""
-        given = {name: getattr(self, name) for name in LOSS_SETTINGS if getattr(self, name) is not None}
-        if self.loss == NO_LOSS:
-            taken: dict[str, Any] = {}
+        pml = self.loss.startswith(PREFIX)
+        given = {name: getattr(self, name) for name in LOSS_SETTINGS + PML_SETTINGS if getattr(self, name) is not None}
+        if pml:
+            taken: dict[str, Any] = dict.fromkeys(PML_SETTINGS)
+        elif self.loss == NO_LOSS:
+            taken = {}
         else:
-            parameters = inspect.signature(LOSSES[self.loss]).parameters
-            taken = {n: p.default for n, p in parameters.items() if n in LOSS_SETTINGS}
+            taken = _defaults(LOSSES[self.loss], LOSS_SETTINGS)
         for name in given:
             if name not in taken:
                 raise ValueError(
@@ -98,15 +204,53 @@ class RunConfig(BaseModel):
                 )
         return taken | given
 
-    def build_loss(self) -> nn.Module | None:
-        """The loss of this run; None for the baselines without training."""
+    def build_loss(self, n_classes: int = 2) -> nn.Module | None:
+        """The loss of this run; None for the baselines without training.
+
+        n_classes: number of training classes, for losses of pytorch-metric-learning with weights for each. The weights
+        are drawn by the run's seed.
+        """
         settings = self.loss_settings()
-        return None if self.loss == NO_LOSS else LOSSES[self.loss](**settings)
+        if self.loss == NO_LOSS:
+            return None
+        if not self.loss.startswith(PREFIX):
+            return LOSSES[self.loss](**settings)
+        options, miner, miner_options = (settings[name] for name in PML_SETTINGS)
+        dimensions = self.embedding_dim or own_settings(self.network, self.weights)["embedding_dim"]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            try:
+                return PMLLoss(self.loss.removeprefix(PREFIX), options, miner, miner_options, n_classes, dimensions)
+            except ImportError as error:
+                raise ValueError(str(error)) from None
+
+    @property
+    def trained_metric(self) -> str:
+        """The nearness that the loss trains."""
+        return getattr(self.build_loss(), "metric", "cosine")
+
+    def sampler_settings(self) -> dict[str, Any]:
+        """The sampler's own settings with its defaults filled in; one that it does not take is refused."""
+        taken = _defaults(SAMPLERS[self.sampler], ("fewest_images",))
+        if self.fewest_images is not None and not taken:
+            raise ValueError(f"fewest_images={self.fewest_images}: sampler {self.sampler!r} takes no fewest_images")
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name) for name, default in taken.items()
+        }
+
+    def build_sampler(self, labels: Tensor, generator: torch.Generator) -> ClassSampler:
+        """The sampler of this run. ConfigError where these labels cannot make such batches."""
+        own = self.sampler_settings()
+        try:
+            return SAMPLERS[self.sampler](labels, self.batch_size, self.images_per_class, generator, **own)
+        except ValueError as error:
+            raise ConfigError(f"sampler={self.sampler!r}: {error}") from None
 
     def resolved(self) -> dict[str, Any]:
-        """What decides the result: every setting but those of execution, with the loss's defaults filled in."""
-        own = {k: v for k, v in self.model_dump().items() if k not in EXECUTION and k not in LOSS_SETTINGS}
-        return own | self.loss_settings()
+        """What decides the result: every setting but those of execution, with all defaults filled in."""
+        own = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
+        own["metric"] = self.metric or self.trained_metric
+        return own | self.network_settings() | self.loss_settings() | self.sampler_settings()
 
     @property
     def run_id(self) -> str:
@@ -116,6 +260,12 @@ class RunConfig(BaseModel):
     @property
     def folder(self) -> Path:
         return found_from_here(self.runs_dir) / self.study / self.run_id
+
+
+def _defaults(called: Callable[..., Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The defaults of those of the named arguments that a class or function takes."""
+    parameters = inspect.signature(called).parameters
+    return {name: parameters[name].default for name in names if name in parameters}
 
 
 def _check_name(name: str, value: str, allowed: tuple[str, ...] | None) -> None:
@@ -141,7 +291,7 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
     ]
     if not problems:
         try:
-            return RunConfig(**_numbers(settings))
+            return RunConfig(**_mappings(_numbers(settings)))
         except ValidationError as error:
             for e in error.errors():
                 name = ".".join(str(part) for part in e["loc"])
@@ -154,6 +304,19 @@ def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Whole numbers are numbers: 1 may stand for 1.0 (JSON and the command line write it so)."""
     floats = {n for n, f in RunConfig.model_fields.items() if f.annotation in (float, float | None)}
     return {n: float(v) if n in floats and type(v) is int else v for n, v in settings.items()}
+
+
+def _mappings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping may be written as JSON, as on papermill's command line."""
+    mappings = {n for n, f in RunConfig.model_fields.items() if f.annotation == dict[str, Any] | None}
+    return {n: _from_json(v) if n in mappings and isinstance(v, str) else v for n, v in settings.items()}
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text  # refused with its name by the check of its type
 
 
 def config_from_notebook(names: Mapping[str, Any]) -> RunConfig:
@@ -187,15 +350,22 @@ def fingerprint(card_sha256: str) -> dict[str, str]:
 
 def provenance(device: torch.device, threads: int) -> dict[str, Any]:
     """Where a result came from, for the reader; nothing is decided by it."""
-    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas")
+    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas", "pytorch-metric-learning", "faiss-cpu")
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: found for name in packages if (found := _version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": threads,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
@@ -217,7 +387,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it is there whole or not at all."""
     part = file.with_name(f".{file.name}.part")
-    write(part)
-    with open(part, "rb") as opened:
-        os.fsync(opened.fileno())
-    part.replace(file)
+    try:
+        write(part)
+        with open(part, "rb") as opened:
+            os.fsync(opened.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)  # on a full disk half a file is in the way of the next attempt
+        raise

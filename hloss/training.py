@@ -1,27 +1,53 @@
 """One run: train, validate, choose the iteration on the validation classes, test once, write the run folder.
 
 `run(config)` is what the notebook, `python -m hloss.training CONFIG.json` and a study all call. A run that was killed
-continues from its checkpoint to the same numbers; a finished run of the same code and data is returned as it is.
+continues from its checkpoint to the same numbers; a finished run of the same code and data is returned as it is. With
+several devices it starts the command under torchrun, one process each, and passes on what that prints; every batch is
+then shared out among the processes, and its loss is the whole batch's.
 """
 
-import fcntl
+import hashlib
 import json
+import logging
+import os
 import resource
+import signal
+import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.nn import functional as F
+from lightning_fabric.strategies import DDPStrategy
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
 
+from hloss.checkpoints import (
+    RunError,
+    RunStopped,
+    StopSignals,
+    held,
+    load_checkpoint,
+    read_status,
+    remove_checkpoints,
+    save_checkpoint,
+    signals_passed_on,
+    stopped_by,
+    write_status,
+)
 from hloss.datasets import Dataset, DatasetError, open_dataset
+from hloss.distributed import global_batch
 from hloss.experiment import (
     ConfigError,
     RunConfig,
@@ -32,61 +58,388 @@ from hloss.experiment import (
     read_result,
     write_whole,
 )
-from hloss.histogram import pair_histograms
-from hloss.networks import build_network, embed
-from hloss.retrieval import Retrieval, evaluate
-from hloss.samplers import SAMPLERS
+from hloss.networks import batchnorms, build_network, training_mode
+from hloss.outcome import (
+    embeddings_of,
+    history_of,
+    retrieval_panel,
+    similarity_density,
+    tested,
+    validation_protocol,
+    validation_recall,
+    weights_sha256,
+    write_outcome,
+)
+from hloss.recipe import Batches, build_optimizer, gradient, seed_of, set_learning_rates
 
-PANEL_QUERIES, PANEL_NEIGHBOURS = 6, 8
-SIMILARITY_BINS = 100
+CHOOSE, REFIT = "choose", "refit"  # the stages: a training that is validated, and one on all classes without
 
 
-class RunError(RuntimeError):
-    """A run cannot go on; the message says why and what to do."""
+@dataclass
+class Work:
+    """What the parts of a run share. `progress` is what a checkpoint holds beside weights, optimiser and batches."""
+
+    config: RunConfig
+    dataset: Dataset
+    identity: dict[str, Any]
+    fabric: Fabric
+    stop: StopSignals
+    report: Callable[[str], None]
+    progress: dict[str, Any] = field(default_factory=dict)
 
 
 def run(config: RunConfig, report: Callable[[str], None] = print) -> dict[str, Any]:
     """Carry out a run, or return its result if it is complete; `report` gets a line per validation.
 
     Returns the content of `result.json`. Metrics are fractions in [0, 1]. Raises ConfigError or DatasetError before any
-    training, RunError if another process holds the run's folder or the loss is not finite.
+    training; RunError if another process holds the run's folder or the loss is not finite; RunStopped after SIGTERM or
+    SIGINT, with everything saved. `status.json` in the run's folder says the same to other processes. Under torchrun
+    every process calls this; all but the first report nothing and return an empty dict.
     """
     dataset = open_dataset(found_from_here(config.data_dir) / config.dataset)
-    made_by = fingerprint(dataset.card_sha256)
+    identity = _identity(config, dataset)
     config.folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    with _held(config.folder), torch.random.fork_rng():
-        result = read_result(config.folder)
-        if result and result["fingerprint"] == made_by:
+    if config.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return _finished(config, identity) or _run_by_torchrun(config, report)
+    first = int(os.environ.get("RANK", "0")) == 0
+    holding = held(config.folder) if first else nullcontext()
+    with holding, StopSignals(first) as stop, torch.random.fork_rng(), _default_dtype(config.precision):
+        result = _finished(config, identity)
+        if result:
             return result
-        torch.set_num_threads(config.threads)
-        try:
-            return _carried_out(config, dataset, made_by, report)
-        finally:
-            torch.set_num_threads(threads)
+        fabric = _fabric(config)
+        work = Work(config, dataset, identity, fabric, stop, report if first else lambda line: None)
+        return _watched(work) if first else _carried_out(work)
 
 
-def _carried_out(
-    config: RunConfig, dataset: Dataset, made_by: dict[str, str], report: Callable[[str], None]
-) -> dict[str, Any]:
+@contextmanager
+def _default_dtype(precision: str) -> Iterator[None]:
+    """What Fabric hands embeddings over in, and so the loss computes in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if precision == "64-true" else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What a result and a checkpoint must share: settings, code, data and the file of the pretrained weights."""
+    weights = config.weights_file
+    if weights and not weights.is_file():
+        raise ConfigError(f'weights={config.weights!r} is neither "none" nor "imagenet" nor a file that exists')
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None
+    made_by = fingerprint(dataset.card_sha256)
+    return {"config": config.resolved(), "fingerprint": made_by, "pretrained_sha256": sha256}
+
+
+def _finished(config: RunConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The result in the run's folder, if it is of this code, data and pretrained weights."""
+    result = read_result(config.folder)
+    same = result and all(result.get(key) == identity[key] for key in ("fingerprint", "pretrained_sha256"))
+    return result if same else None
+
+
+def _fabric(config: RunConfig) -> Fabric:
+    """Fabric on the devices of the run. ConfigError where they are not."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != config.devices:
+        raise ConfigError(f"devices={config.devices}, but this run was started as {processes} processes")
+    found = torch.cuda.device_count()
+    if config.device == "cuda" and found < config.devices:
+        raise ConfigError(f'device="cuda" with devices={config.devices}: torch finds {found} CUDA devices here')
+    # The shares may differ in their number of slices: nothing may be exchanged on each forward pass.
+    name = max({"forward_sync_buffers", "broadcast_buffers"} & set(signature(DistributedDataParallel).parameters))
+    exchange: dict[str, Any] = {name: False}
+    strategy = DDPStrategy(**exchange) if config.devices > 1 else "auto"
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    kind: dict[str, Any] = {"accelerator": config.device, "precision": config.precision}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `srun` command is available")  # torchrun starts the processes of a run
+        fabric = Fabric(devices=config.devices, strategy=strategy, **kind)
+        fabric.launch()
+    return fabric
+
+
+def _watched(work: Work) -> dict[str, Any]:
+    """Carry out the run and keep `status.json` true."""
+
+    def ended(state: str, message: str = "", retry: bool = False) -> None:
+        write_status(work.config.folder, state, work.progress.get("iteration", 0), message, retry)
+
+    ended("running")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(work.config.threads)
+    try:
+        result = _carried_out(work)
+    except (RunStopped, KeyboardInterrupt) as error:
+        ended("stopped", str(error) or "interrupted", retry=True)
+        raise
+    except OSError as error:  # a full disk, a file system away: the same run may go on another day
+        ended("failed", str(error), retry=True)
+        raise
+    except BaseException as error:
+        ended("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    ended("complete")
+    return result
+
+
+def _carried_out(work: Work) -> dict[str, Any]:
+    """Everything of a run from its first network to its result."""
+    config, fabric = work.config, work.fabric
+    network = _new_network(work)
+    _check(work, network)
     (config.folder / "result.json").unlink(missing_ok=True)  # of other code: the folder is being made anew
-    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}[config.device]
-    fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true")
-    torch.manual_seed(config.seed)
-    height, width, channels = dataset.images.shape[1:]
-    network = build_network(config.network, (height, width, channels), config.embedding_dim).to(fabric.device)
-    state = {"config": config.resolved(), "fingerprint": made_by}
-    test_rows = dataset.rows("test")
-    before = _embeddings(network, dataset, test_rows, fabric.device)
-    chosen = {"iteration": 0, "how": "no training"}
-    history, seconds = pd.DataFrame(), 0.0
+    saved = load_checkpoint(config.folder, work.identity, work.report)
+    if saved:
+        work.progress.update(saved["progress"])
+        work.report(f"continued from iteration {work.progress['iteration']} ({work.progress['stage']})")
+    else:
+        losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
+        work.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
+        if fabric.is_global_zero:
+            work.progress["before"] = similarity_density(work.dataset, *_embeddings(work, network, "test"))
     if config.iterations:
-        history, chosen, seconds = _trained(config, dataset, network, fabric, state, report)
-    embeddings = _embeddings(network, dataset, test_rows, fabric.device)
-    labels = dataset.labels(test_rows)
-    retrieval = evaluate(dataset.card["protocol"], embeddings, labels, tuple(dataset.card["recall_at"]))
-    report(f"test Recall@1 {100 * retrieval.metrics['recall@1']:.1f} %")
-    validation = evaluate("all-vs-rest", *_validation(network, dataset, fabric.device), (1,))
+        network = _trained(work, network, saved)
+    return _result(work, network) if fabric.is_global_zero else {}
+
+
+def _new_network(work: Work) -> nn.Module:
+    """The network as the seed draws it, the same on every process."""
+    config = work.config
+    height, width, channels = work.dataset.images.shape[1:]
+    if config.crop is not None and config.crop > min(height, width):
+        raise ConfigError(f"crop={config.crop} is larger than the images of {config.dataset}, {height} x {width}")
+    shape = (config.crop or height, config.crop or width, channels)
+    settings = config.network_settings()
+    torch.manual_seed(config.seed)
+    try:
+        network = build_network(
+            config.network,
+            shape,
+            settings["embedding_dim"],
+            settings["dropout"],
+            str(config.weights_file or config.weights),
+            settings["normalize_embeddings"],
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return network.to(work.fabric.device)
+
+
+def _check(work: Work, network: nn.Module) -> None:
+    """Refuse what the settings alone could not show to be wrong."""
+    config, card = work.config, work.dataset.card
+    if config.iterations and not len(work.dataset.rows("val")):
+        raise ConfigError(f"dataset {config.dataset!r} has no validation images, by which an iteration could be chosen")
+    if config.refit and not card.get("val_from_train"):
+        raise ConfigError(
+            f"refit=True: the validation classes of {config.dataset!r} were not carved out of its training classes"
+        )
+    live = config.network_settings()["batchnorm"] == "live" and bool(batchnorms(network))
+    if live and config.micro_batch is not None and config.micro_batch * config.devices < config.batch_size:
+        raise ConfigError(
+            f"micro_batch={config.micro_batch}: network {config.network!r} has BatchNorm, and a batch in slices has no "
+            'live statistics; set batchnorm to "frozen" (those of the weights) or "slices" (each slice its own)'
+        )
+    if live and config.devices > 1 and work.fabric.device.type != "cuda":
+        raise ConfigError(
+            f"devices={config.devices}: live BatchNorm is synchronised over devices, which torch can do on CUDA only; "
+            'set batchnorm to "frozen" or "slices"'
+        )
+
+
+def _trained(work: Work, network: nn.Module, saved: dict[str, Any] | None) -> nn.Module:
+    """The network at the iteration that validation chose; with `refit`, that of a second training on all classes."""
+    config, progress = work.config, work.progress
+    if progress["stage"] == CHOOSE:
+        Loop(work, network, work.dataset.rows("train"), config.iterations, saved).train()
+        saved = None
+        if not config.refit:
+            if work.fabric.is_global_zero:
+                network.load_state_dict(progress["best"]["network"])
+            return network
+        best = {k: v for k, v in (progress["best"] or {}).items() if k != "network"}
+        progress |= {"stage": REFIT, "iteration": 0, "best": work.fabric.broadcast(best)}
+    network = _new_network(work)
+    rows = np.sort(np.concatenate([work.dataset.rows("train"), work.dataset.rows("val")]))
+    Loop(work, network, rows, progress["best"]["iteration"], saved).train()
+    return network
+
+
+class Loop:
+    """The training of one network on the images `rows` until iteration `until`, from where `saved` stands."""
+
+    def __init__(
+        self, work: Work, network: nn.Module, rows: np.ndarray, until: int, saved: dict[str, Any] | None
+    ) -> None:
+        config, fabric = work.config, work.fabric
+        batchnorm = config.network_settings()["batchnorm"]
+        if fabric.world_size > 1 and batchnorm == "live":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        training_mode(network, batchnorm)
+        self.work, self.network, self.until = work, network, until
+        share = (fabric.global_rank, fabric.world_size)
+        self.batches = Batches(work.dataset, rows, config, share, pin=fabric.device.type == "cuda")
+        loss = config.build_loss(self.batches.n_classes)
+        assert loss is not None
+        self.loss = loss.to(fabric.device)
+        self.loss_of = global_batch(self.loss)
+        self.wrapped, self.optimizer = fabric.setup(network, build_optimizer(network, config, self.loss))
+        if saved:
+            network.load_state_dict(saved["network"])
+            self.loss.load_state_dict(saved["loss"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.batches.load_state_dict(saved["batches"])
+        self.saved_at = time.monotonic()
+
+    def train(self) -> None:
+        """Step, validate and save until the end, or until a signal asks to stop: RunStopped, with everything saved."""
+        work, progress = self.work, self.work.progress
+        started = time.perf_counter() - progress["seconds"]
+        with closing(self.batches), self._bar() as bar:
+            work.stop.inside_loop()
+            while progress["iteration"] < self.until:
+                self._step()
+                progress["seconds"] = time.perf_counter() - started
+                self._show(bar)
+                if progress["stage"] == CHOOSE and self._is_due(work.config.validate_every):
+                    self._validate()
+                    progress["seconds"] = time.perf_counter() - started
+                    self._report()
+                stopped = self._stopped()
+                due = time.monotonic() - self.saved_at >= work.config.checkpoint_seconds
+                if stopped or due or progress["iteration"] == self.until:
+                    self._save()
+                if stopped:
+                    raise RunStopped(stopped_by(stopped))
+        work.stop.outside_loop()
+
+    def _step(self) -> None:
+        work, progress = self.work, self.work.progress
+        config, fabric = work.config, work.fabric
+        iteration = progress["iteration"] + 1
+        images, labels = (part.to(fabric.device, non_blocking=True) for part in next(self.batches))
+        set_learning_rates(self.optimizer, config, iteration)
+        self.optimizer.zero_grad()
+        try:
+            value = gradient(
+                fabric,
+                self.wrapped,
+                self.loss_of,
+                images,
+                labels,
+                config.micro_batch,
+                lambda part: seed_of(config.seed, iteration, fabric.global_rank, part),
+            )
+        except ValueError as error:
+            self._give_up(f"{error} at iteration {iteration}", error)
+        self.optimizer.step()
+        progress["iteration"] = iteration
+        progress["losses"][progress["stage"]].append(value)
+
+    def _give_up(self, why: str, error: Exception) -> None:
+        """Leave the last checkpoint as it is, and beside it the state that failed, for whoever wants to see why.
+
+        `failed.pt` is a checkpoint with one more key: `batch`, the dataset's rows that the loss failed on.
+        """
+        folder = self.work.config.folder
+        if self.work.fabric.is_global_zero:
+            failed = {**self._state(), "batch": self.batches.rows[self.batches.current].tolist()}
+            write_whole(folder / "failed.pt", lambda part: torch.save(failed, part))
+        raise RunError(f"{why}; try a lower learning_rate. Weights and batch are in {folder / 'failed.pt'}") from error
+
+    def _is_due(self, every: int) -> bool:
+        return self.work.progress["iteration"] % every == 0 or self.work.progress["iteration"] == self.until
+
+    def _validate(self) -> None:
+        """Add the validation Recall@1 of this iteration; keep the network if it is the best, earliest of equals."""
+        work, progress = self.work, self.work.progress
+        if not work.fabric.is_global_zero:
+            return
+        recall = validation_recall(self.network, work.dataset, work.config, work.fabric.device)
+        progress["validations"].append([progress["iteration"], recall])
+        if progress["best"] is None or recall > progress["best"]["recall"]:
+            kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+            progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
+
+    def _report(self) -> None:
+        work, progress = self.work, self.work.progress
+        if not work.fabric.is_global_zero:
+            return
+        done, seconds = progress["iteration"], progress["seconds"]
+        work.report(
+            f"iteration {done}/{self.until}  "
+            f"loss {np.mean(progress['losses'][CHOOSE][-work.config.validate_every :]):.4f}  "
+            f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
+            f"{done * work.config.batch_size / max(seconds, 1e-9):.0f} images/s  "
+            f"about {seconds / done * (self.until - done):.0f} s left"
+        )
+        write_status(work.config.folder, "running", done)
+
+    def _stopped(self) -> str | None:
+        """The signal that asked to stop; that of one process stops all, at the same iteration."""
+        received = self.work.stop.received
+        if self.work.fabric.world_size == 1:
+            return received
+        asked = torch.tensor(float(received is not None), device=self.work.fabric.device)
+        dist.all_reduce(asked)
+        return (received or "a signal to another process") if asked.item() else None
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **self.work.identity,
+            "network": self.network.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "progress": self.work.progress,
+        }
+
+    def _save(self) -> None:
+        """Checkpoint. A full disk does not end the training: the checkpoint before is whole, and room may come."""
+        work = self.work
+        self.saved_at = time.monotonic()
+        if not work.fabric.is_global_zero:
+            return
+        try:
+            save_checkpoint(work.config.folder, self._state())
+        except OSError as error:
+            work.report(f"iteration {work.progress['iteration']}: no checkpoint, the one before stays: {error}")
+        write_status(work.config.folder, "running", work.progress["iteration"])
+
+    def _bar(self) -> Any:
+        """A bar for who is watching; a log has the lines of the validations."""
+        shell = sys.modules.get("IPython")
+        watched = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)
+        hidden = not watched or not self.work.fabric.is_global_zero
+        done, stage = self.work.progress["iteration"], self.work.progress["stage"]
+        return tqdm(total=self.until, initial=done, desc=stage, disable=hidden, mininterval=1, leave=False)
+
+    def _show(self, bar: Any) -> None:
+        if bar.disable:
+            return
+        progress = self.work.progress
+        rate = progress["iteration"] * self.work.config.batch_size / progress["seconds"]
+        recall = f"{100 * progress['validations'][-1][1]:.1f} %" if progress["validations"] else "-"
+        loss = progress["losses"][progress["stage"]][-1]
+        bar.set_postfix_str(f"loss {loss:.4f}, validation Recall@1 {recall}, {rate:.0f} images/s", refresh=False)
+        bar.update()
+
+
+def _result(work: Work, network: nn.Module) -> dict[str, Any]:
+    """Test once, and write what a run leaves."""
+    config, dataset, progress = work.config, work.dataset, work.progress
+    embeddings, labels = _embeddings(work, network, "test")
+    metric = config.metric or config.trained_metric
+    retrieval = tested(dataset, embeddings, labels, metric)
+    work.report(f"test Recall@1 {100 * retrieval.metrics['recall@1']:.1f} %")
+    best = progress["best"]
+    validation = best["recall"] if best else validation_recall(network, dataset, config, work.fabric.device)
+    how = "best Recall@1 on validation classes" if best else "no training"
     result = {
         "run_id": config.run_id,
         "study": config.study,
@@ -95,179 +448,97 @@ def _carried_out(
         "protocol": retrieval.protocol,
         "n_queries": retrieval.n_queries,
         "n_unmatched": retrieval.n_unmatched,
-        "validation_recall@1": validation.metrics["recall@1"],
-        "chosen": chosen,
-        "similarity_density": {"before": _density(before, labels), "after": _density(embeddings, labels)},
-        "panel": _panel(embeddings, labels, test_rows),
-        "training_seconds": seconds,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "fingerprint": made_by,
-        "provenance": provenance(fabric.device, config.threads),
+        "validation_recall@1": validation,
+        "validation_protocol": validation_protocol(dataset),
+        "chosen": {"iteration": best["iteration"] if best else 0, "how": how},
+        "trained_on": _trained_on(config),
+        "similarity_density": {"before": progress["before"], "after": similarity_density(dataset, embeddings, labels)},
+        "panel": retrieval_panel(dataset, embeddings, labels, metric),
+        "training_seconds": progress["seconds"],
+        "peak_memory_mib": _peak_memory_mib(work.fabric.device),
+        "network_sha256": weights_sha256(network),
+        "pretrained_sha256": work.identity["pretrained_sha256"],
+        "fingerprint": work.identity["fingerprint"],
+        "provenance": provenance(work.fabric.device, config.threads),
     }
-    _write(config.folder, result, history, retrieval, embeddings)
+    write_outcome(config.folder, result, history_of(progress), retrieval, embeddings)
+    remove_checkpoints(config.folder)
     return result
 
 
-def _trained(
-    config: RunConfig,
-    dataset: Dataset,
-    network: nn.Module,
-    fabric: Fabric,
-    state: dict[str, Any],
-    report: Callable[[str], None],
-) -> tuple[pd.DataFrame, dict[str, Any], float]:
-    """Train `network` in place to its chosen iteration; returns the history, the choice and the seconds."""
-    train_rows = dataset.rows("train")
-    labels = dataset.labels(train_rows)
-    generator = torch.Generator().manual_seed(config.seed)
-    sampler = SAMPLERS[config.sampler](labels, config.batch_size, config.images_per_class, generator)
-    loss_of = config.build_loss()
-    assert loss_of is not None
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
-    wrapped, optimizer = fabric.setup(network, optimizer)
-    progress: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "losses": [], "validations": [], "best": None}
-    saved = _load_checkpoint(config.folder, state)
-    if saved:
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        sampler.load_state_dict(saved["sampler"])
-        progress = saved["progress"]
-        report(f"continued from iteration {progress['iteration']}")
-    started = time.perf_counter() - progress["seconds"]
-    batches = iter(sampler)
-    while progress["iteration"] < config.iterations:
-        batch = next(batches)
-        progress["iteration"] += 1
-        torch.manual_seed(config.seed * 1_000_003 + progress["iteration"])  # a resumed run draws the same
-        images = dataset.pixels(train_rows[batch]).to(fabric.device)
-        loss = loss_of(wrapped(images), labels[batch].to(fabric.device))
-        value = loss.item()
-        if not np.isfinite(value):
-            raise RunError(f"the loss is {value} at iteration {progress['iteration']}; lower learning_rate")
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        progress["losses"].append(value)
-        if progress["iteration"] % config.validate_every == 0 or progress["iteration"] == config.iterations:
-            progress["seconds"] = time.perf_counter() - started
-            _validate(network, dataset, fabric.device, progress)
-            _report_progress(progress, config, report)
-            parts = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            _save_checkpoint(config.folder, {**state, **parts, "sampler": sampler.state_dict(), "progress": progress})
-    best = progress["best"]
-    network.load_state_dict(best["network"])
-    history = pd.DataFrame({"iteration": range(1, config.iterations + 1), "loss": progress["losses"]})
-    validations = pd.DataFrame(progress["validations"], columns=["iteration", "validation_recall@1"])
-    chosen = {"iteration": best["iteration"], "how": "best Recall@1 on validation classes"}
-    return history.merge(validations, how="left"), chosen, progress["seconds"]
+def _trained_on(config: RunConfig) -> str:
+    """Which classes the tested network was trained on."""
+    if not config.iterations:
+        return "nothing"
+    return "training and validation classes (refit)" if config.refit else "training classes"
 
 
-def _validate(network: nn.Module, dataset: Dataset, device: torch.device, progress: dict[str, Any]) -> None:
-    """Add the validation Recall@1 of this iteration; keep the network if it is the best (the earliest of equals)."""
-    recall = evaluate("all-vs-rest", *_validation(network, dataset, device), (1,)).metrics["recall@1"]
-    progress["validations"].append([progress["iteration"], recall])
-    if progress["best"] is None or recall > progress["best"]["recall"]:
-        kept = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-        progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
+def _embeddings(work: Work, network: nn.Module, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return embeddings_of(network, work.dataset, split, work.config, work.fabric.device)
 
 
-def _report_progress(progress: dict[str, Any], config: RunConfig, report: Callable[[str], None]) -> None:
-    done, seconds = progress["iteration"], progress["seconds"]
-    report(
-        f"iteration {done}/{config.iterations}  loss {np.mean(progress['losses'][-config.validate_every :]):.4f}  "
-        f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
-        f"{done * config.batch_size / max(seconds, 1e-9):.0f} images/s  "
-        f"about {seconds / done * (config.iterations - done):.0f} s left"
-    )
+def _peak_memory_mib(device: torch.device) -> float:
+    """Most memory in use so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _validation(network: nn.Module, dataset: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = dataset.rows("val")
-    return _embeddings(network, dataset, rows, device), dataset.labels(rows)
+def _run_by_torchrun(config: RunConfig, report: Callable[[str], None]) -> dict[str, Any]:
+    """Start the command of this run under torchrun, one process per device, and pass on its reports.
+
+    What else the processes say goes to `devices.log` in the run's folder.
+    """
+    file = config.folder / "config.json"
+    write_whole(file, lambda part: part.write_text(config.model_dump_json(indent=1) + "\n"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
+    command = [*torchrun, "-m", "hloss.training", str(file)]
+    environment = {"OMP_NUM_THREADS": str(config.threads), **os.environ, "HLOSS_STDIN": "open while the starter lives"}
+    log = config.folder / "devices.log"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        open(log, "w") as errors,
+        subprocess.Popen(command, env=environment, text=True, stderr=errors, **pipes) as child,
+        signals_passed_on(child),
+    ):
+        assert child.stdout is not None
+        for line in child.stdout:
+            report(line.rstrip())
+    result = read_result(config.folder)
+    if child.returncode == 0 and result:
+        return result
+    status = read_status(config.folder) or {"state": "failed", "message": ""}
+    if status["state"] == "stopped":
+        raise RunStopped(status["message"])
+    raise RunError(f"the run on {config.devices} devices ended with {child.returncode}, see {log}. {status['message']}")
 
 
-def _embeddings(network: nn.Module, dataset: Dataset, rows: np.ndarray, device: torch.device) -> Tensor:
-    return embed(network, lambda part: dataset.pixels(rows[part]).to(device), len(rows))
+def _stop_with_starter() -> None:
+    """Ask this process to stop when the one that started torchrun is gone, and with it the other end of stdin."""
 
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # nothing is ever written: this returns at the end of the file
+        os.kill(os.getpid(), signal.SIGTERM)
 
-def _density(embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """The two densities of the similarities (the paper's Figure 5), per node, on SIMILARITY_BINS intervals."""
-    histograms = pair_histograms(embeddings, labels, n_bins=SIMILARITY_BINS)
-    return {name: getattr(histograms, name).tolist() for name in histograms._fields}
-
-
-def _panel(embeddings: Tensor, labels: Tensor, rows: np.ndarray) -> dict[str, list]:
-    """A few queries, the same in every run on a dataset, with the rows of their nearest images and which are hits."""
-    unit = F.normalize(embeddings)
-    queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
-    similarity = unit[queries] @ unit.T
-    similarity[torch.arange(len(queries)), queries] = -torch.inf
-    nearest = similarity.topk(min(PANEL_NEIGHBOURS, len(rows) - 1)).indices
-    hits = labels[nearest] == labels[queries, None]
-    return {"queries": rows[queries].tolist(), "neighbours": rows[nearest].tolist(), "hits": hits.tolist()}
-
-
-def _write(
-    folder: Path, result: dict[str, Any], history: pd.DataFrame, retrieval: Retrieval, embeddings: Tensor
-) -> None:
-    """Everything of a run, `result.json` last: it says that the rest is whole."""
-    write_whole(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
-    for name, array in (("ranks.npy", retrieval.ranks.to(torch.int32)), ("embeddings.npy", embeddings)):
-        write_whole(folder / name, lambda part, array=array: _save_array(part, array.numpy()))  # type: ignore[misc]
-    write_whole(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
-    for file in folder.glob("checkpoint*.pt"):
-        file.unlink()
-
-
-def _save_array(file: Path, array: np.ndarray) -> None:
-    with open(file, "wb") as opened:
-        np.save(opened, array, allow_pickle=False)
-
-
-def _save_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
-    """Replace the checkpoint, keeping the one before."""
-    current = folder / "checkpoint.pt"
-    if current.exists():
-        current.replace(folder / "checkpoint.previous.pt")
-    write_whole(current, lambda part: torch.save(checkpoint, part))
-
-
-def _load_checkpoint(folder: Path, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The newest checkpoint made by this config, code and data; None if there is none."""
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        if (folder / name).exists():
-            checkpoint = torch.load(folder / name, map_location="cpu", weights_only=True)
-            if all(checkpoint[key] == value for key, value in state.items()):
-                return checkpoint
-    return None
-
-
-@contextmanager
-def _held(folder: Path, patience_seconds: float = 10.0) -> Iterator[None]:
-    """Hold a run folder: a second process waits a little, then is refused."""
-    with open(folder / ".lock", "w") as lock:
-        deadline = time.monotonic() + patience_seconds
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunError(f"another process is working in {folder}; wait for it or end it") from None
-                time.sleep(0.2)
-        yield
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
     """`python -m hloss.training CONFIG.json`: one run from a file of its settings."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m hloss.training CONFIG.json")
+    if "HLOSS_STDIN" in os.environ:
+        _stop_with_starter()
     try:
         config = parse_config(json.loads(Path(sys.argv[1]).read_text()))
-        run(config)
+        result = run(config)
     except (ConfigError, DatasetError, RunError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"hloss.training: {error}")
-    print(config.folder / "result.json")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if result:
+        print(config.folder / "result.json")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,6 @@ def tiny_data(tmp_path_factory):
         images[:] = pixels.clip(0, 255).astype(np.uint8)[..., None]
         images.flush()
         index = {"label": label, "split": split, "role": "both", "camera": -1, "source": "pattern"}
-        card = {"name": "tiny", "protocol": "all-vs-rest", "recall_at": [1, 2, 4]}
+        card = {"name": "tiny", "protocol": "all-vs-rest", "recall_at": [1, 2, 4], "val_from_train": True}
         finish(folder, pd.DataFrame(index), card)
     return data

@@ -63,6 +63,22 @@ def test_plain_papermill_is_a_door(tiny_data, tmp_path):
     assert json.loads(result.read_text())["config"]["loss"] == "histogram"
 
 
+def test_plain_papermill_gives_a_loss_its_options(tiny_data, tmp_path):
+    small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "2", "validate_every": "2"}
+    places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
+    loss = {"loss": "pml:TripletMarginLoss", "loss_options": '{"margin": 0.2}', "miner": "TripletMarginMiner"}
+    command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(tmp_path / "out.ipynb")]
+    for name, value in {**small, **places, **loss}.items():
+        command += ["-p", name, value]
+    command += ["-y", "miner_options: {type_of_triplets: semihard}"]
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    (result,) = (tmp_path / "runs").glob("notebook/*/result.json")
+    config = json.loads(result.read_text())["config"]
+    assert (config["loss_options"], config["miner_options"]) == ({"margin": 0.2}, {"type_of_triplets": "semihard"})
+
+
 @pytest.mark.parametrize(("name", "value"), [("n_bin", "50"), ("n_bins", "0"), ("dataset", "gliphs")])
 def test_plain_papermill_refuses_a_wrong_parameter_before_training(name, value, tmp_path):
     answer = papermill(tmp_path / "out.ipynb", (name, value), ("runs_dir", str(tmp_path / "runs")))

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hloss.samplers import SAMPLERS, ClassShuffleSampler
+from hloss.samplers import SAMPLERS, ClassShuffleSampler, coverage
 
 SIZES = (2, 3, 5, 8, 12, 16, 16, 16, 30, 40)
-OPTIONS = {"class-shuffle": {"batch_size": 20, "images_per_class": 10}}
+OPTIONS = {
+    "class-shuffle": {"batch_size": 20, "images_per_class": 10},
+    "balanced": {"batch_size": 8, "images_per_class": 2},
+    "random-class": {"batch_size": 24, "images_per_class": 10},
+}
 
 
 def labels(sizes=SIZES, seed=0):
@@ -116,6 +120,68 @@ def test_class_shuffle_lets_a_class_straddle_two_batches():
 def test_class_shuffle_refuses_what_cannot_make_batches(sizes, options, message):
     with pytest.raises(ValueError, match=message):
         build("class-shuffle", sizes=sizes, **options)
+
+
+def test_balanced_batches_hold_as_many_images_of_each_of_their_classes():
+    sizes = (4, 5, 6, 7, 8, 9, 30)
+    for batch in take(build("balanced", sizes=sizes, batch_size=12, images_per_class=4), 200):
+        found, counts = labels(sizes)[batch].unique(return_counts=True)
+        assert len(found) == 3
+        assert counts.tolist() == [4, 4, 4]
+
+
+def test_balanced_sees_every_class_in_a_walk_and_every_image_within_the_promised_visits():
+    sampler = build("balanced")  # 10 classes, 4 in a batch
+    drawn = torch.tensor(list(itertools.chain.from_iterable(take(sampler, 5 * 20))))
+    for walk in labels()[drawn].view(-1, 10, 2)[..., 0]:  # every two walks make five batches
+        assert len(walk.unique()) == 10
+    visits = 20  # of the largest class, 40 images, at 2 a visit: all images within 20 walks of 2.5 batches
+    batches = take(build("balanced"), int(visits * 2.5))
+    assert set(itertools.chain.from_iterable(batches)) == set(range(len(labels())))
+
+
+def test_random_classes_give_between_the_fewest_and_the_most_images():
+    counts_seen, classes_seen = set(), []
+    for batch in take(build("random-class"), 400):
+        found = labels()[batch]
+        runs = [(label.item() // 3, len(list(run))) for label, run in itertools.groupby(found)]
+        assert len({label for label, _ in runs}) == len(runs)
+        for label, count in runs[:-1]:
+            assert min(SIZES[label], 5) <= count <= min(SIZES[label], 10)
+            counts_seen.add(count)
+        classes_seen += [label for label, _ in runs[:1]]
+    assert counts_seen == {2, 3, 5, 6, 7, 8, 9, 10}
+    frequency = torch.bincount(torch.tensor(classes_seen), minlength=10) / 400
+    assert (frequency - 0.1).abs().max() < 5 * (0.1 * 0.9 / 400) ** 0.5  # whatever their size
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options", "message"),
+    [
+        ("balanced", (8,) * 5, {"batch_size": 9}, "batch_size 9 is no multiple of images_per_class 2"),
+        ("balanced", (8,) * 3, {}, "needs 4 classes, there are 3"),
+        ("balanced", SIZES, {"images_per_class": 4}, r"2 of 10 classes have fewer than .* 4 images \(the smallest 2\)"),
+        ("balanced", (1,) * 20, {}, "none of the 20 classes has two images"),
+        ("balanced", (1, *SIZES), {}, "1 of 11 classes have fewer than images_per_class 2 images"),
+        ("random-class", (4,) * 5, {}, "batch_size 24 may not be filled: 5 classes with 5 images each yield 20"),
+        ("random-class", SIZES, {"images_per_class": 4}, "fewest_images 5 is above images_per_class 4"),
+        ("random-class", SIZES, {"fewest_images": 1}, "fewest_images must be an integer of at least 2, got 1"),
+        ("random-class", (1,) * 40, {}, "none of the 40 classes has two images"),
+    ],
+)
+def test_the_other_samplers_refuse_what_cannot_make_batches(name, sizes, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, sizes=sizes, **options)
+
+
+def test_coverage_counts_classes_images_and_positive_pairs():
+    summary = coverage(torch.tensor([0, 0, 0, 1, 1, 2]), [[0, 1, 3], [0, 1, 2], [3, 5]])
+    assert summary == (3, 1.0, 5 / 6, (2 + 1 + 2) / 3, 0, (1 + 3 + 0) / 3)
+    epoch = coverage(labels(), take(build("class-shuffle"), len(labels()) // 20))
+    assert epoch.classes_seen == 1
+    assert 0.5 < epoch.images_seen < 1
+    with pytest.raises(ValueError, match="no batch"):
+        coverage(labels(), [])
 
 
 def test_labels_of_the_wrong_kind_are_refused():

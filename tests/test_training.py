@@ -1,6 +1,7 @@
 """One run: repeatable, resumable, chosen on validation, refused before any work when it cannot be."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torchvision import models
 
-from hloss import training
-from hloss.experiment import ConfigError, RunConfig, code_sha256, config_from_notebook, parse_config
+from hloss.checkpoints import RunError, read_status
+from hloss.experiment import PRECISIONS, ConfigError, RunConfig, code_sha256, config_from_notebook, parse_config
 from hloss.retrieval import first_match_ranks
-from hloss.training import RunError, run
+from hloss.training import run
 
 
 @pytest.fixture
@@ -26,6 +28,7 @@ def settings(tiny_data, tmp_path):
         "data_dir": str(tiny_data),
         "runs_dir": str(tmp_path / "runs"),
         "device": "cpu",
+        "checkpoint_seconds": 0.0,
     }
 
 
@@ -78,7 +81,7 @@ def test_a_killed_run_continues_to_the_same_result(settings, tmp_path):
     assert not (broken.folder / "result.json").exists()
     lines = []
     assert outcome(run(broken, lines.append)) == outcome(whole)
-    assert lines[0] == "continued from iteration 8"
+    assert lines[0] == "continued from iteration 11 (choose)"
     assert not list(broken.folder.glob("checkpoint*"))
 
 
@@ -99,21 +102,95 @@ def test_training_beats_no_training(settings):
     assert untrained["metrics"]["recall@1"] < trained["metrics"]["recall@1"]
 
 
+class NotANumber(torch.nn.Module):
+    def forward(self, embeddings, labels):
+        return embeddings.sum() * float("nan")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
-    monkeypatch.setattr(RunConfig, "build_loss", lambda self: lambda e, labels: e.sum() * float("nan"))
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
     with pytest.raises(RunError, match="nan at iteration 1"):
         run(parse_config(settings), quiet)
 
 
-def test_a_second_process_on_a_run_is_refused(settings, monkeypatch):
-    config = parse_config(settings)
-    config.folder.mkdir(parents=True)
-    with (
-        training._held(config.folder),
-        pytest.raises(RunError, match="another process"),
-        training._held(config.folder, patience_seconds=0.1),
-    ):
-        pass
+def test_refit_trains_again_on_all_classes_for_the_chosen_iterations(settings, tiny_data):
+    config = parse_config({**settings, "refit": True})
+    lines = []
+    result = run(config, lines.append)
+    plain = run(parse_config(settings), quiet)
+    assert plain["trained_on"] == "training classes"
+    assert result["trained_on"] == "training and validation classes (refit)"
+    assert result["chosen"] == plain["chosen"]
+    assert result["validation_recall@1"] == plain["validation_recall@1"]
+    assert result["network_sha256"] != plain["network_sha256"]
+    history = pd.read_parquet(config.folder / "history.parquet")
+    assert history["refit_loss"].notna().sum() == result["chosen"]["iteration"]
+    assert history["loss"].notna().all()
+    assert lines[-1].startswith("test Recall@1")
+
+
+def test_refit_is_refused_where_validation_was_never_part_of_training(settings, tiny_data, tmp_path):
+    shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
+    card = json.loads((tmp_path / "tiny" / "card.json").read_text())
+    (tmp_path / "tiny" / "card.json").write_text(json.dumps({**card, "val_from_train": False}))
+    config = parse_config({**settings, "refit": True, "data_dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match="refit=True: the validation classes of 'tiny' were not carved out"):
+        run(config, quiet)
+    assert read_status(config.folder)["state"] == "failed"
+    assert read_status(config.folder)["retry"] is False
+
+
+def test_bf16_mixed_trains_about_as_32_bit_does(settings):
+    longer = {**settings, "iterations": 40, "validate_every": 40}
+    whole = run(parse_config(longer), quiet)
+    mixed = run(parse_config({**longer, "precision": "bf16-mixed"}), quiet)
+    assert mixed["network_sha256"] != whole["network_sha256"]
+    losses = [
+        pd.read_parquet(parse_config({**longer, "precision": p}).folder / "history.parquet")["loss"]
+        for p in PRECISIONS[:2]
+    ]
+    assert losses[1].iloc[0] == pytest.approx(losses[0].iloc[0], abs=0.02)
+    assert losses[1].tail(10).mean() == pytest.approx(losses[0].tail(10).mean(), abs=0.1)
+    assert losses[1].tail(10).mean() < losses[1].head(5).mean()
+
+
+def test_when_checkpoints_are_written_does_not_change_a_result(settings, tmp_path):
+    often = run(parse_config(settings), quiet)
+    never = run(parse_config({**settings, "checkpoint_seconds": 1e6, "runs_dir": str(tmp_path / "never")}), quiet)
+    assert outcome(often) == outcome(never)
+    assert often["network_sha256"] == never["network_sha256"]
+
+
+def test_pretrained_weights_decide_a_result_by_their_content(settings, tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "weights.pth"
+    torch.save(models.resnet18(weights=None).state_dict(), file)
+    given = {**settings, "network": "torchvision:resnet18", "weights": str(file), "iterations": 1, "batch_size": 8}
+    first = run(parse_config(given), quiet)
+    assert first["config"]["batchnorm"] == "frozen"
+    torch.save(models.resnet18(weights=None).state_dict(), file)
+    lines = []
+    second = run(parse_config(given), lines.append)
+    assert lines, "the run was made anew"
+    assert first["pretrained_sha256"] != second["pretrained_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"crop": 17}, "crop=17 is larger than the images of tiny, 16 x 16"),
+        ({"network": "parts"}, "takes RGB images of 160 x 60 pixels"),
+        ({"micro_batch": 8}, 'set batchnorm to "frozen" .* or "slices"'),
+        ({"network": "torchvision:resnet18", "weights": "nowhere.pth"}, "nor a file that exists"),
+        ({"network": "googlenet", "crop": 16, "weights": __file__}, "cannot be read as a state dict"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_the_data_are_refused_before_training(wrong, message, settings):
+    lines = []
+    with pytest.raises(ConfigError, match=message):
+        run(parse_config({**settings, **wrong}), lines.append)
+    assert lines == []
 
 
 @pytest.mark.parametrize(

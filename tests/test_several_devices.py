@@ -1,0 +1,171 @@
+"""Two processes are one with the whole batch; two CPU processes over gloo stand in for two GPUs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_prep.prepared import create_images, finish, new_folder
+from hloss.checkpoints import RunError, RunStopped, held, read_status
+from hloss.experiment import ConfigError, parse_config
+from hloss.training import run
+
+KEEPING = str(Path(__file__).parent / "keeping.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """A data folder with the dataset `people`: 10 classes of 4 images of 160 x 60, little alike in a class."""
+    rng = np.random.default_rng(0)
+    data = tmp_path_factory.mktemp("data")
+    label = np.repeat(np.arange(10), 4)
+    clothes = rng.normal(0, 20, (10, 8, 1, 3))[label] + rng.normal(125, 40, (40, 8, 1, 3))
+    with new_folder(data / "people") as folder:
+        images = create_images(folder, 40, 160, 60, 3)
+        images[:] = (clothes.repeat(20, 1) + rng.normal(0, 30, (40, 160, 60, 3))).clip(0, 255).astype(np.uint8)
+        images.flush()
+        split = np.where(label < 6, "train", np.where(label < 8, "val", "test"))
+        index = {"label": label, "split": split, "role": "both", "camera": -1, "source": "noise"}
+        finish(folder, pd.DataFrame(index), {"name": "people", "protocol": "all-vs-rest", "recall_at": [1, 2]})
+    return data
+
+
+@pytest.fixture
+def settings(people, tmp_path):
+    return {
+        "dataset": "people",
+        "network": "glyphnet",
+        "batchnorm": "frozen",
+        "precision": "64-true",
+        "batch_size": 6,
+        "images_per_class": 3,
+        "learning_rate": 1e-4,
+        "iterations": 20,
+        "validate_every": 10,
+        "data_dir": str(people),
+        "runs_dir": str(tmp_path / "runs"),
+        "device": "cpu",
+    }
+
+
+def started(settings, tmp_path):
+    """The weights after the last iteration of a run, started by torchrun if it has several devices; and its result."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(settings))
+    processes = settings.get("devices", 1)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, KEEPING, str(file)]
+    answer = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    folder = parse_config(settings).folder
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["iteration"] == settings["iterations"]
+    return checkpoint["network"], json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"network": "glyphnet", "batchnorm": "frozen", "crop": 40, "mirror": True},
+        pytest.param(
+            {"network": "parts", "batchnorm": None, "dropout": 0.0, "batch_size": 4, "images_per_class": 2},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda n: n["network"],
+)
+def test_two_processes_train_to_the_weights_of_one(network, settings, tmp_path):
+    """20 steps, float64, without dropout: within 1e-9, also where each process embeds its share in slices."""
+    settings = {**settings, **network}
+    one, alone = started(settings, tmp_path)
+    for several in ({"devices": 2}, {"devices": 2, "micro_batch": 1}):
+        two, together = started({**settings, **several}, tmp_path)
+        assert one.keys() == two.keys()
+        for name, weights in one.items():
+            assert weights.dtype in (torch.float64, torch.int64)
+            assert (weights - two[name]).abs().max() <= 1e-9, name
+        assert alone["metrics"] == together["metrics"]
+        assert alone["chosen"] == together["chosen"]
+    first, _ = started({**settings, "iterations": 1, "validate_every": 1}, tmp_path)
+    moved = [(first[name] - weights).abs().max() for name, weights in one.items() if name.endswith(("weight", "bias"))]
+    assert min(moved) > 1e-5, "the weights did move"
+
+
+def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):
+    config = parse_config({**settings, "devices": 2, "batchnorm": "slices", "precision": "32-true"})
+    lines = []
+    result = run(config, lines.append)
+    assert [line.split()[0] for line in lines[:3]] == ["iteration", "iteration", "test"]
+    assert result["config"]["devices"] == 2
+    assert read_status(config.folder)["state"] == "complete"
+    assert run(config, print) == result
+
+
+def test_a_signal_to_the_starter_stops_all_processes_at_one_iteration(settings):
+    """And what they leave is continued."""
+    config = parse_config({**settings, "devices": 2, "iterations": 100_000, "validate_every": 20})
+
+    def report(line):
+        if line.startswith("iteration 20/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunStopped, match="stopped by"):
+        run(config, report)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("stopped", True)
+    checkpoint = torch.load(config.folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["iteration"] == status["iteration"] >= 20
+
+
+def test_the_processes_end_with_their_starter(settings, tmp_path):
+    """SIGKILL of the one process that somebody watches leaves none behind, and nothing is lost."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**settings, "devices": 2, "iterations": 100_000, "validate_every": 20}))
+    folder = parse_config(json.loads(file.read_text())).folder
+    command = [sys.executable, "-m", "hloss.training", str(file)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout.readline().startswith("iteration 20/")
+        starter.kill()
+    with held(folder, patience_seconds=60):
+        status = read_status(folder)
+    assert status["retry"] is True
+    assert status["iteration"] >= 20
+    assert (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"devices": 3, "batch_size": 2}, "devices=3 cannot share batch_size=2 images"),
+        ({"devices": 2, "device": "cuda"}, 'device="cuda" with devices=2: torch finds 0 CUDA devices here'),
+        ({"batchnorm": "live", "micro_batch": 2}, "a batch in slices has no live statistics"),
+    ],
+    ids=str,
+)
+def test_what_several_devices_or_slices_cannot_do_is_refused(given, message, settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", str(given.get("devices", 1)))
+    with pytest.raises(ConfigError, match=message):
+        run(parse_config({**settings, **given}), print)
+
+
+def test_live_batchnorm_over_several_cpu_processes_is_refused(settings):
+    config = parse_config({**settings, "devices": 2, "batchnorm": "live"})
+    with pytest.raises(RunError, match="live BatchNorm is synchronised over devices, which torch can do on CUDA only"):
+        run(config, print)
+
+
+def test_a_run_for_several_devices_is_not_done_by_another_number(settings, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="devices=1, but this run was started as 2 processes"):
+        run(parse_config(settings), print)
