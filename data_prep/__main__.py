@@ -1,25 +1,132 @@
-"""`python -m data_prep NAME [--out data/NAME]`: turn a source into a prepared dataset."""
+"""`python -m data_prep NAME --source PATH [--out data/NAME]`: turn a source into a prepared dataset.
+
+`python -m data_prep list` says what there is, what is prepared, and where to get the rest; nothing is downloaded.
+"""
 
 import argparse
+import dataclasses
+import re
 import sys
 from pathlib import Path
 
-from data_prep import glyphs
+from data_prep import cub, cuhk03, folder, glyphs, market1501, sop
+from data_prep.conversion import Options
+from data_prep.decoding import FILTERS, Look
+from data_prep.originals import listing
 from data_prep.prepared import PreparationError
 
+PUBLISHED = {"cub": cub, "sop": sop, "cuhk03": cuhk03, "market1501": market1501}
 
-def main() -> None:
-    """Prepare one dataset from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
-    parser.add_argument("name", choices=["glyphs"])
-    parser.add_argument("--out", type=Path, help="folder to write (default data/NAME)")
-    options = parser.parse_args()
-    out = options.out or Path("data") / options.name
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prepare one dataset, or list them, from the command line."""
+    options = parser().parse_args(arguments)
     try:
-        card = glyphs.prepare(out)
+        if options.name == "list":
+            print(listing(descriptions(), options.data))
+        else:
+            report(options.name, options)
     except PreparationError as error:
         sys.exit(f"data_prep {options.name}: {error}")
+
+
+def report(name: str, options: argparse.Namespace) -> None:
+    """Prepare the dataset and say what came of it."""
+    out = options.out or Path("data") / name
+    card = prepare(name, out, options)
+    skipped = len(card.get("skipped_images", ()))
     print(f"{out}: {card['images']} images of {sum(card['classes'].values())} classes, {card['classes']}")
+    if skipped:
+        print(f"{skipped} images were skipped; {out / 'card.json'} names them")
+
+
+def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
+    """Call the dataset's own `prepare`."""
+    if name == "glyphs":
+        return glyphs.prepare(out)
+    if name == "cuhk03":
+        choice = cuhk03.Choice(options.boxes, options.camera_pairs, options.test_set, options.index_file)
+        return cuhk03.prepare(options.source, out, chosen(cuhk03.OPTIONS, options), choice)
+    module = folder if name == "folder" else PUBLISHED[name]
+    return module.prepare(options.source, out, chosen(module.OPTIONS, options))
+
+
+def chosen(defaults: Options, options: argparse.Namespace) -> Options:
+    """A dataset's options with those given on the command line."""
+    given = {k: v for k, v in vars(options).items() if v is not None}
+    height, width = given.get("size", (defaults.look.height, defaults.look.width))
+    look = Look(height, width, given.get("fit", defaults.look.fit), given.get("crop"))
+    rest = {k: given[k] for k in ("val_fraction", "seed", "any_checksum", "skip_bad") if k in given}
+    return dataclasses.replace(defaults, look=look, **rest)
+
+
+def descriptions() -> dict[str, list[str]]:
+    """For `list`: what is said of each dataset."""
+    published = {name: module.ORIGINAL.describe() for name, module in PUBLISHED.items()}
+    own = ["your own images", "prepare  python -m data_prep folder --source DIR_or_CSV --out data/NAME"]
+    return {"glyphs": ["embedded, nothing to get", "prepare  python -m data_prep glyphs"], **published, "folder": own}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    command = commands.add_parser("list", help="what there is, what is prepared, where to get the rest")
+    command.add_argument("--data", type=Path, default=Path("data"), help="folder of the prepared datasets (data)")
+    command = commands.add_parser("glyphs", help="the embedded dataset")
+    command.add_argument("--out", type=Path, help="folder to write (data/glyphs)")
+    for name, module in PUBLISHED.items():
+        command = commands.add_parser(name, help=module.ORIGINAL.title)
+        _add_common(command, name, module.OPTIONS)
+        help = "use the archive although its size or checksum is not the published one; the card says so"
+        command.add_argument("--any-checksum", action="store_true", default=None, help=help)
+        if name == "sop":
+            help = "first cut the white border off, as Song et al. do"
+            command.add_argument("--crop", choices=["bbox250"], help=help)
+        if name == "cuhk03":
+            _add_cuhk03(command)
+    command = commands.add_parser("folder", help="your own images: class-named folders, or a CSV")
+    _add_common(command, "folder", folder.OPTIONS)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) -> None:
+    look, share = defaults.look, defaults.val_fraction
+    command.add_argument(
+        "--source", type=Path, required=True, help="the archive or its extracted folder (folder: or CSV)"
+    )
+    command.add_argument("--out", type=Path, help=f"folder to write (data/{name})")
+    command.add_argument("--size", type=_size, help=f"HEIGHTxWIDTH in pixels ({look.height}x{look.width})")
+    help = f"pad: keep the aspect ratio, white around; stretch: do not keep it ({look.fit})"
+    command.add_argument("--fit", choices=list(FILTERS), help=help)
+    help = f"training classes held out for validation: a fraction, or from 1 on a number ({share:g})"
+    command.add_argument("--val-fraction", type=_positive, help=help)
+    command.add_argument("--seed", type=int, help=f"of the drawn classes ({defaults.seed})")
+    help = "leave out images that cannot be decoded; the card names them"
+    command.add_argument("--skip-bad", action="store_true", default=None, help=help)
+
+
+def _add_cuhk03(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--boxes", choices=list(cuhk03.PUBLISHED), default="labeled", help="(labeled)")
+    help = "use camera pairs 1-3, as the paper does, or all five (3)"
+    command.add_argument("--camera-pairs", type=int, choices=[3, 5], default=3, help=help)
+    command.add_argument("--test-set", type=int, default=1, help="one of the file's 20 test sets, from 1 (1)")
+    help = "cuhk03_new_protocol_config_labeled.mat or ..._detected.mat: prepare the 767/700 protocol"
+    command.add_argument("--index-file", type=Path, help=help)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, like 256x256")
+    return int(found[1]), int(found[2])
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The one way a prepared dataset is written: into a temporary folder beside its place, then renamed."""
 
+import errno
+import fcntl
 import hashlib
+import io
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +17,10 @@ import pandas as pd
 
 SPLITS = ("train", "val", "test")
 ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")
+FILES = ("card.json", "images.npy", "index.parquet")
 FORMAT = 1
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+BLOCK_ROWS = 256
 
 
 class PreparationError(Exception):
@@ -21,39 +28,172 @@ class PreparationError(Exception):
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `out` only when the block ends well; otherwise nothing stays behind."""
+def new_folder(out: Path, name: str | None = None) -> Iterator[Path]:
+    """Give a temporary folder that becomes `out` only when the block ends well; otherwise nothing stays behind.
+
+    An older preparation of the same dataset is replaced; `name` is the dataset's, to tell it from another one's.
+    """
     out = Path(out)
-    if out.exists() and not (out / "card.json").exists() and any(out.iterdir()):
-        raise PreparationError(
-            f"{out} holds something that is not a prepared dataset; choose another --out or empty it"
-        )
+    check_replaceable(out, name)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.preparing-*"):  # what an interrupted preparation left
-        shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
+    prefix = f".{out.name}.preparing-"
+    for left in out.parent.glob(f"{prefix}*"):  # what an interrupted preparation left
+        _remove_unless_held(left)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    held = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # tells another process that this folder is alive; ends with the process
         yield folder
         folder.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+        _take_place(folder, out)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise PreparationError(
+            f"no space left on the device of {out.parent.resolve()}; free some or choose another --out"
+        ) from error
     finally:
+        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_replaceable(out: Path, name: str | None = None) -> None:
+    """Refuse an `out` that holds anything but a prepared dataset of this name."""
+    out = Path(out)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise PreparationError(f"{out} is a file; choose another --out")
+    there = {p.name for p in out.iterdir()}
+    if there and ("card.json" not in there or there - set(FILES)):
+        raise PreparationError(
+            f"{out} holds something that is not a prepared dataset ({', '.join(sorted(there - set(FILES))[:5])}); "
+            "choose another --out or empty it"
+        )
+    if there and name:
+        other = json.loads((out / "card.json").read_text()).get("name")
+        if other != name:
+            raise PreparationError(f"{out} holds the prepared dataset {other!r}, not {name!r}; choose another --out")
+
+
+def _remove_unless_held(left: Path) -> None:
+    held = os.open(left, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PreparationError(f"another process is preparing {left}; wait for it or end it") from None
+    finally:
+        os.close(held)
+    shutil.rmtree(left)
+
+
+def _take_place(folder: Path, out: Path) -> None:
+    # The older one is renamed first: removed in place, an interruption would leave half of it looking whole.
+    older = folder.with_name(f"{folder.name}-older")
+    if out.exists():
+        out.rename(older)
+    folder.rename(out)
+    shutil.rmtree(older, ignore_errors=True)
+
+
 def create_images(folder: Path, n: int, height: int, width: int, channels: int) -> np.memmap:
-    """Create `images.npy`, uint8 of shape (n, height, width, channels), to be filled row by row."""
-    return np.lib.format.open_memmap(
+    """Create `images.npy`, uint8 of shape (n, height, width, channels), to be filled row by row.
+
+    Its space is taken at once: a full disk is met here and not, as a crash, in the middle of writing to the map.
+    """
+    needed, free = n * height * width * channels, shutil.disk_usage(folder).free
+    if needed > free:
+        raise PreparationError(
+            f"no space left on the device of {folder.parent.resolve()}: {needed / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free; free some or choose another --out"
+        )
+    images = np.lib.format.open_memmap(
         folder / "images.npy", mode="w+", dtype=np.uint8, shape=(n, height, width, channels)
     )
+    with open(folder / "images.npy", "r+b") as file:
+        reserve(file.fileno(), file.seek(0, os.SEEK_END))
+    return images
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Take `size` bytes of the disk for an open file, where its file system can."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+
+
+def drop_rows(folder: Path, bad: Sequence[int]) -> None:
+    """Take the rows `bad` out of `images.npy`, in place and block by block."""
+    images = np.load(folder / "images.npy", mmap_mode="r+")
+    keep = np.setdiff1d(np.arange(len(images)), bad)
+    for start in range(0, len(keep), BLOCK_ROWS):
+        rows = keep[start : start + BLOCK_ROWS]
+        images[start : start + len(rows)] = images[rows]
+    images.flush()
+    row_bytes = images[0].size
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (len(keep), *images.shape[1:])}
+    )
+    # The format leaves room for the first axis, so that the data stay where they are.
+    if len(header.getvalue()) != images.offset:
+        raise PreparationError(f"the header of {folder / 'images.npy'} changed its length")
+    with open(folder / "images.npy", "r+b") as file:
+        file.write(header.getvalue())
+        file.truncate(images.offset + len(keep) * row_bytes)
+
+
+def hold_out(index: pd.DataFrame, n: int | float, seed: int) -> pd.DataFrame:
+    """The index with `n` training classes (or that fraction of them, if below 1) moved to val, drawn by `seed`."""
+    classes = np.unique(index.label[index.split == "train"])
+    held = round(n * len(classes)) if n < 1 else int(n)
+    if not 0 < held < len(classes):
+        raise PreparationError(
+            f"{n} of {len(classes)} training classes would hold out {held} for validation; "
+            f"at least one must be held out and one be left: change --val-fraction"
+        )
+    chosen = np.random.default_rng(seed).choice(classes, held, replace=False)
+    return index.assign(split=index.split.mask(index.split.eq("train") & index.label.isin(chosen), "val"))
+
+
+def count(index: pd.DataFrame) -> dict[str, int]:
+    """Classes and images per split, as the publications count them."""
+    groups = index.groupby("split")
+    classes = {f"{split} classes": n for split, n in groups.label.nunique().items()}
+    return {**classes, **{f"{split} images": n for split, n in groups.size().items()}}
+
+
+def check_counts(name: str, found: dict[str, int], published: dict[str, int]) -> None:
+    """Refuse a source whose counts are not the published ones."""
+    wrong = [f"{found.get(k, 0):,} {k} (published: {n:,})" for k, n in published.items() if found.get(k, 0) != n]
+    if wrong:
+        raise PreparationError(
+            f"the source holds {', '.join(wrong)}: it is incomplete or not the original {name}; get it again "
+            "(`python -m data_prep list` says where)"
+        )
+
+
+def check_classes(where: str, found: set, expected: set) -> None:
+    """Refuse missing and extra classes by name."""
+    for what, classes in (("lacks the", expected - found), ("has the extra", found - expected)):
+        if classes:
+            raise PreparationError(
+                f"{where} {what} classes {_listed(sorted(classes))}: it is not the original; get it again"
+            )
+
+
+def _listed(values: Sequence[object], most: int = 10) -> str:
+    more = f" and {len(values) - most:,} more" if len(values) > most else ""
+    return ", ".join(map(str, values[:most])) + more
 
 
 def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
     """Check the index against the images, write `index.parquet` and `card.json` with counts and hashes.
 
-    `index` has one row per image in the order of `images.npy`: label (int64), split (train/val/test),
-    role (query/gallery/both/junk/distractor), camera (int64, -1 where there is none), source (str).
+    `index` has one row per image in the order of `images.npy`: label (int64, -1 for junk and distractors), split
+    (train/val/test), role (one of ROLES), camera (int64, -1 where there is none), source (str).
     `card` gives name, source, licence, protocol and settings; counts and hashes are added here.
     """
     images = np.load(folder / "images.npy", mmap_mode="r")
@@ -61,6 +201,9 @@ def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
     index = index.astype({"label": "int64", "camera": "int64"})
     index.to_parquet(folder / "index.parquet", index=False)
     known = index[index.label >= 0]
+    roles = {r: int((index.role == r).sum()) for r in ROLES}
+    if not roles["pool"]:  # only Market-1501 has such images
+        del roles["pool"]
     card = {
         "format": FORMAT,
         **card,
@@ -68,11 +211,14 @@ def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
         "image_shape": list(images.shape[1:]),
         "classes": {s: int(known[known.split == s].label.nunique()) for s in SPLITS},
         "images_per_split": {s: int((index.split == s).sum()) for s in SPLITS},
-        "roles": {r: int((index.role == r).sum()) for r in ROLES},
+        "roles": roles,
         "pixel_sha256": hash_file(folder / "images.npy"),
         "index_sha256": hash_index(index),
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    for name in FILES:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _check(index: pd.DataFrame, images: np.ndarray) -> None:

@@ -1,4 +1,7 @@
-"""The prepared dataset, read-only: the one way images enter a run."""
+"""The prepared dataset, read-only: the one way images enter a run; and what is done to a batch of them.
+
+Images of a batch are uint8 of shape (n, channels, height, width) all the way: networks scale them themselves.
+"""
 
 import hashlib
 import json
@@ -9,6 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+FORMAT = 1
+COLUMNS = ("label", "split", "role", "camera", "source")
+CARD_KEYS = ("format", "name", "protocol", "recall_at", "images", "image_shape", "classes", "roles", "index_sha256")
+STRIPE_ROWS, STRIPE_STARTS = 60, (0, 50, 100)  # of images of 160 rows
 
 
 class DatasetError(ValueError):
@@ -19,7 +28,8 @@ class DatasetError(ValueError):
 class Dataset:
     """A prepared dataset: `images` uint8 (n, height, width, channels), memory-mapped, one row of `index` per image.
 
-    `index` has label, split (train/val/test), role (both/query/gallery/junk/distractor), camera (-1: none), source.
+    `index` has label (-1: of no class), split (train/val/test), role (both/query/gallery/junk/distractor/pool),
+    camera (-1: none), source.
     """
 
     folder: Path
@@ -36,9 +46,24 @@ class Dataset:
         """Class labels, int64 (n,)."""
         return torch.tensor(self.index.label.to_numpy()[rows])
 
+    def cameras(self, rows: np.ndarray) -> Tensor:
+        """Camera numbers, int64 (n,); -1 where there is none."""
+        return torch.tensor(self.index.camera.to_numpy()[rows])
+
+    def roles(self, rows: np.ndarray) -> list[str]:
+        """What each image is for in retrieval."""
+        return self.index.role.to_numpy()[rows].tolist()
+
     def pixels(self, rows: np.ndarray) -> Tensor:
-        """Images of the given rows, uint8 (n, channels, height, width)."""
+        """Images of the given rows, uint8 (n, channels, height, width); a copy, laid out as it is on the disk."""
         return torch.from_numpy(self.images[np.asarray(rows)]).permute(0, 3, 1, 2)
+
+    def check_pixels(self) -> None:
+        """Compare all pixels with the card's checksum (reads the whole file: a minute for 20 GB)."""
+        with open(self.folder / "images.npy", "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.card["pixel_sha256"]:
+            raise DatasetError(f"{self.folder / 'images.npy'} is not the one its card describes; prepare it again")
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -46,49 +71,103 @@ def open_dataset(folder: Path) -> Dataset:
     folder = Path(folder)
     card_file = folder / "card.json"
     if not card_file.exists():
-        there = sorted(p.parent.name for p in folder.parent.glob("*/card.json"))
+        there = sorted(p.parent.name for p in folder.parent.glob("*/card.json") if not p.parent.name.startswith("."))
         raise DatasetError(
             f"dataset {folder.name!r} is not prepared: {card_file} does not exist; prepared in {folder.parent}: "
             f"{', '.join(there) or 'none'}. Prepare it with `python -m data_prep {folder.name}`"
         )
     raw = card_file.read_bytes()
-    card = json.loads(raw)
-    index = pd.read_parquet(folder / "index.parquet")
-    if hashlib.sha256(index.to_csv(index=False).encode()).hexdigest() != card["index_sha256"]:
+    card = _read_card(card_file, raw)
+    index = _read_index(folder / "index.parquet", card)
+    return Dataset(folder, card, hashlib.sha256(raw).hexdigest(), index, _map_images(folder / "images.npy", card))
+
+
+def _read_card(file: Path, raw: bytes) -> dict:
+    try:
+        card = json.loads(raw)
+    except ValueError as error:
+        raise DatasetError(f"{file} is no JSON ({error}); prepare the dataset again") from error
+    lacking = [key for key in CARD_KEYS if key not in card]
+    if lacking or card["format"] != FORMAT:
         raise DatasetError(
-            f"{folder / 'index.parquet'} is not the one {card_file} describes; prepare the dataset again"
+            f"{file} {'lacks ' + ', '.join(lacking) if lacking else 'has format ' + str(card['format'])}, "
+            f"this version reads format {FORMAT}; prepare the dataset again"
         )
-    images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    return card
+
+
+def _read_index(file: Path, card: dict) -> pd.DataFrame:
+    try:
+        index = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{file} cannot be read ({error}); prepare the dataset again") from error
+    if hashlib.sha256(index.to_csv(index=False).encode()).hexdigest() != card["index_sha256"]:
+        raise DatasetError(f"{file} is not the one {file.with_name('card.json')} describes; prepare the dataset again")
+    roles = index.role.value_counts()
+    classes = index[index.label >= 0].groupby("split").label.nunique()
+    counted = len(index), dict(card["roles"]), dict(card["classes"])
+    found = len(index), {r: int(roles.get(r, 0)) for r in counted[1]}, {s: int(classes.get(s, 0)) for s in counted[2]}
+    if tuple(index.columns) != COLUMNS or found != counted:
+        raise DatasetError(f"{file} holds {found}, its card says {counted}; prepare the dataset again")
+    return index
+
+
+def _map_images(file: Path, card: dict) -> np.ndarray:
     expected = (card["images"], *card["image_shape"])
+    try:
+        images = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{file} cannot be mapped ({error}); prepare the dataset again") from error
     if images.shape != expected or images.dtype != np.uint8:
         raise DatasetError(
-            f"{folder / 'images.npy'} is {images.dtype} {images.shape}, {card_file} says {expected}; prepare again"
+            f"{file} is {images.dtype} {images.shape}, {file.with_name('card.json')} says {expected}; prepare again"
         )
-    return Dataset(folder, card, hashlib.sha256(raw).hexdigest(), index, images)
-
-
-def train_view(images: Tensor, crop: int | None, mirror: bool, generator: torch.Generator) -> Tensor:
-    """A random crop of `crop` pixels and a random mirror image of each of the uint8 images (n, c, h, w)."""
-    n, _, height, width = images.shape
-    if crop is not None:
-        tops = torch.randint(height - crop + 1, (n,), generator=generator).tolist()
-        lefts = torch.randint(width - crop + 1, (n,), generator=generator).tolist()
-        pieces = [i[:, t : t + crop, left : left + crop] for i, t, left in zip(images, tops, lefts, strict=True)]
-        images = torch.stack(pieces)
-    if mirror:
-        flipped = torch.rand(n, generator=generator) < 0.5
-        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
     return images
 
 
+def train_view(images: Tensor, crop: int | None, mirror: bool, generator: torch.Generator) -> Tensor:
+    """Each image cut at a random place and, in half of the cases, mirrored: what training sees.
+
+    Args:
+        images: uint8 (n, c, h, w).
+        crop: side of the square that is cut out, in pixels; None for the whole image.
+        mirror: whether to mirror left and right with probability 1/2.
+        generator: decides places and mirrors, and is advanced by 3 n draws whatever the settings.
+
+    Returns uint8 (n, c, crop, crop), contiguous. Raises ValueError if the crop is larger than the images.
+    """
+    n, _, height, width = images.shape
+    rows, columns = _crop_size(images, crop)
+    draws = torch.rand((3, n), generator=generator, dtype=torch.float64)
+    tops = (draws[0] * (height - rows + 1)).long().tolist()
+    lefts = (draws[1] * (width - columns + 1)).long().tolist()
+    mirrored = (draws[2] < 0.5).logical_and(torch.tensor(mirror)).tolist()
+    views = images.new_empty((n, images.shape[1], rows, columns))
+    for i, (top, left, flip) in enumerate(zip(tops, lefts, mirrored, strict=True)):
+        view = transforms.crop(images[i], top, left, rows, columns)
+        views[i] = transforms.horizontal_flip(view) if flip else view
+    return views
+
+
 def test_view(images: Tensor, crop: int | None) -> Tensor:
-    """The central `crop` pixels of uint8 images (n, c, h, w)."""
-    if crop is None:
-        return images
-    top, left = (images.shape[2] - crop) // 2, (images.shape[3] - crop) // 2
-    return images[:, :, top : top + crop, left : left + crop]
+    """The central square of `crop` pixels of each image: what tests see. uint8 (n, c, h, w) to (n, c, crop, crop)."""
+    return transforms.center_crop(images, list(_crop_size(images, crop)))
 
 
 def stripes(images: Tensor) -> Tensor:
-    """Three overlapping stripes, from rows 0, 50 and 100, of images (n, 3, 160, 60): (n, 9, 60, 60)."""
-    return torch.cat([images[:, :, top : top + 60] for top in (0, 50, 100)], 1)
+    """The three overlapping horizontal parts of pedestrians, stacked: (n, 3, 160, 60) to (n, 9, 60, 60).
+
+    Parts start at rows 0, 50 and 100 and overlap by ten (the paper's network for re-identification).
+    """
+    if images.shape[1:] != (3, 160, 60):
+        raise ValueError(f"stripes are cut of images (n, 3, 160, 60), got {tuple(images.shape)}")
+    return torch.cat([images[:, :, start : start + STRIPE_ROWS] for start in STRIPE_STARTS], 1)
+
+
+def _crop_size(images: Tensor, crop: int | None) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    if crop is None:
+        return height, width
+    if not 1 <= crop <= min(height, width):
+        raise ValueError(f"crop={crop} does not fit into images of {height} x {width} pixels")
+    return crop, crop
