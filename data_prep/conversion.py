@@ -85,8 +85,11 @@ def fill(
             f"out and have the card name them:{listed}{more}"
         )
     if skipped:
-        drop_rows(folder, sorted(bad))
-        index = index.drop(index.index[sorted(bad)])
+        drop_rows(folder, bad)
+        left = index.drop(index.index[sorted(bad)])
+        if set(left.split) != set(index.split):
+            raise PreparationError(f"without the {len(skipped):,} bad images a whole split is empty")
+        index = left
     finish(folder, index, {**card, "skipped_images": skipped})
 
 

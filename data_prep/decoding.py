@@ -14,10 +14,11 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401, plugins register themselves
 
 # Only these: others (EPS, PDF) would start outside programs on a file that nobody has checked.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+# Pillow reads a JPEG that holds several images (MPO) by its JPEG plugin.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB decoded
 WHITE = 255

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,6 @@ ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")
 FILES = ("card.json", "images.npy", "index.parquet")
 FORMAT = 1
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-BLOCK_ROWS = 256
 
 
 class PreparationError(Exception):
@@ -124,31 +123,31 @@ def reserve(descriptor: int, size: int) -> None:
             raise
 
 
-def drop_rows(folder: Path, bad: Sequence[int]) -> None:
-    """Take the rows `bad` out of `images.npy`, in place and block by block."""
-    images = np.load(folder / "images.npy", mmap_mode="r+")
-    keep = np.setdiff1d(np.arange(len(images)), bad)
-    for start in range(0, len(keep), BLOCK_ROWS):
-        rows = keep[start : start + BLOCK_ROWS]
-        images[start : start + len(rows)] = images[rows]
-    images.flush()
-    row_bytes = images[0].size
+def drop_rows(folder: Path, bad: Collection[int]) -> None:
+    """Take the rows `bad` out of `images.npy`, in place."""
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    start, shape, row_bytes = images.offset, images.shape, images[0].size
+    keep = [row for row in range(len(images)) if row not in bad]
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (len(keep), *images.shape[1:])}
-    )
-    # The format leaves room for the first axis, so that the data stay where they are.
-    if len(header.getvalue()) != images.offset:
-        raise PreparationError(f"the header of {folder / 'images.npy'} changed its length")
+    # The format leaves room for a longer first number, so that the data stay where they are.
+    description = {"descr": "|u1", "fortran_order": False, "shape": (len(keep), *shape[1:])}
+    np.lib.format.write_array_header_1_0(header, description)
+    assert header.tell() == start
     with open(folder / "images.npy", "r+b") as file:
         file.write(header.getvalue())
-        file.truncate(images.offset + len(keep) * row_bytes)
+        for new, old in enumerate(keep):
+            if new != old:
+                file.seek(start + old * row_bytes)
+                row = file.read(row_bytes)
+                file.seek(start + new * row_bytes)
+                file.write(row)
+        file.truncate(start + len(keep) * row_bytes)
 
 
 def hold_out(index: pd.DataFrame, n: int | float, seed: int) -> pd.DataFrame:
-    """The index with `n` training classes (or that fraction of them, if below 1) moved to val, drawn by `seed`."""
+    """The index with `n` training classes moved to val, drawn by `seed`; below 1, n is their fraction (at least one)."""
     classes = np.unique(index.label[index.split == "train"])
-    held = round(n * len(classes)) if n < 1 else int(n)
+    held = max(1, round(n * len(classes))) if n < 1 else int(n)
     if not 0 < held < len(classes):
         raise PreparationError(
             f"{n} of {len(classes)} training classes would hold out {held} for validation; "
