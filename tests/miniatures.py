@@ -217,10 +217,7 @@ def evaluated(dataset, split="test", protocol=None, **settings):
         embeddings,
         dataset.labels(rows),
         k=tuple(dataset.card["recall_at"]),
-        **(
-            {}
-            if (protocol or dataset.card["protocol"]) == "all-vs-rest"
-            else {"cameras": dataset.cameras(rows), "roles": dataset.roles(rows)}
-        ),
+        cameras=dataset.cameras(rows),
+        roles=dataset.roles(rows),
         **settings,
     )
