@@ -145,7 +145,7 @@ def drop_rows(folder: Path, bad: Collection[int]) -> None:
 
 
 def hold_out(index: pd.DataFrame, n: int | float, seed: int) -> pd.DataFrame:
-    """The index with `n` training classes moved to val, drawn by `seed`; below 1, n is their fraction (at least one)."""
+    """The index with `n` training classes moved to val, drawn by `seed`; n below 1 is a fraction (of at least one)."""
     classes = np.unique(index.label[index.split == "train"])
     held = max(1, round(n * len(classes))) if n < 1 else int(n)
     if not 0 < held < len(classes):

@@ -105,7 +105,7 @@ def _read_index(file: Path, card: dict) -> pd.DataFrame:
         raise DatasetError(f"{file} is not the one {file.with_name('card.json')} describes; prepare the dataset again")
     roles = index.role.value_counts()
     classes = index[index.label >= 0].groupby("split").label.nunique()
-    counted = len(index), dict(card["roles"]), dict(card["classes"])
+    counted = card["images"], dict(card["roles"]), dict(card["classes"])
     found = len(index), {r: int(roles.get(r, 0)) for r in counted[1]}, {s: int(classes.get(s, 0)) for s in counted[2]}
     if tuple(index.columns) != COLUMNS or found != counted:
         raise DatasetError(f"{file} holds {found}, its card says {counted}; prepare the dataset again")

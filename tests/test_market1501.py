@@ -66,6 +66,9 @@ def test_the_archive_goes_all_the_way(archive, tmp_path):
     assert retrieval.protocol == "market1501"
     assert retrieval.n_queries == 16
     assert {f"recall@{k}" for k in (1, 5, 10, 15, 20)} <= retrieval.metrics.keys()
+    assert (retrieval.metrics["recall@1"], retrieval.n_unmatched) == (1.0, 0)  # an identity's images are all alike
+    assert evaluated(dataset, protocol="market1501-multi-query").metrics["recall@1"] == 1.0
+    assert evaluated(dataset, split="val").n_queries == 4
 
 
 def test_the_extracted_folder_gives_the_same_dataset(archive, tmp_path):
