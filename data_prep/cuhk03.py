@@ -19,7 +19,7 @@ from data_prep.archives import extract
 from data_prep.conversion import Options, begin, fill
 from data_prep.decoding import Look
 from data_prep.originals import Original
-from data_prep.prepared import PreparationError, check_counts, hash_file, hold_out, new_folder
+from data_prep.prepared import PreparationError, check_counts, count, hash_file, hold_out, new_folder
 
 ORIGINAL = Original(
     name="cuhk03",
@@ -89,7 +89,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, choice: Choice 
             with _h5py().File(file, "r") as mat:
                 images = read_images(mat, choice.boxes)
                 if choice.index_file:
-                    index = split_767(images, choice.index_file, choice.boxes)
+                    index = split_767(images, choice.index_file, choice)
                 else:
                     index = split_single_shot(images, read_test_set(mat, choice.test_set), choice)
                 index = hold_out(index, options.val_fraction, options.seed)
@@ -124,8 +124,15 @@ def _card(options: Options, choice: Choice, found: dict) -> dict:
         "protocol": "cuhk03-767-700" if choice.index_file else "cuhk03-single-shot",
         "recall_at": [1, 5, 10, 15, 20],
         "settings": {**options.settings(), **choice.settings()},
-        "published": {"images of all five pairs": PUBLISHED[choice.boxes], "identities of the pairs": PAIR_SIZES},
+        "published": published(choice),
     }
+
+
+def published(choice: Choice) -> dict[str, int]:
+    """What a choice must hold; of the old protocol only the identities are counted in print."""
+    if choice.index_file:
+        return {**CLASSES_767, **PUBLISHED_767[choice.boxes]}
+    return {"train classes": sum(PAIR_SIZES[: choice.camera_pairs]) - TEST_SIZE, "test classes": TEST_SIZE}
 
 
 def read_images(mat: Any, boxes: str) -> pd.DataFrame:
@@ -188,13 +195,11 @@ def split_single_shot(images: pd.DataFrame, tested: set[tuple[int, int]], choice
     images = images[images.pair <= choice.camera_pairs].reset_index(drop=True)
     is_tested = [person in tested for person in zip(images.pair, images.person, strict=True)]
     index = images.assign(split=np.where(is_tested, "test", "train"), role="both")
-    classes = index.groupby("split").label.nunique()
-    published = {"train identities": sum(PAIR_SIZES[: choice.camera_pairs]) - TEST_SIZE, "test identities": TEST_SIZE}
-    check_counts(ORIGINAL.title, {f"{split} identities": n for split, n in classes.items()}, published)
+    check_counts(ORIGINAL.title, count(index), published(choice))
     return index
 
 
-def split_767(images: pd.DataFrame, index_file: Path, boxes: str) -> pd.DataFrame:
+def split_767(images: pd.DataFrame, index_file: Path, choice: Choice) -> pd.DataFrame:
     """The 767/700 split that `cuhk03_new_protocol_config_labeled.mat` (or `_detected`) describes."""
     names, identities, parts = _read_index_file(index_file)
     listed = pd.DataFrame({"source": names, "identity": identities, "part": ""})
@@ -204,16 +209,15 @@ def split_767(images: pd.DataFrame, index_file: Path, boxes: str) -> pd.DataFram
     index = images.merge(listed, on="source", how="inner")
     if len(index) != len(listed) or listed.source.duplicated().any():
         raise PreparationError(
-            f"{index_file} names {len(listed):,} images, of which {len(index):,} are in {MAT} ({boxes}); "
+            f"{index_file} names {len(listed):,} images, of which {len(index):,} are in {MAT} ({choice.boxes}); "
             "is it the index of the other boxes?"
         )
     if (index.groupby("identity").label.nunique() > 1).any() or (index.groupby("label").identity.nunique() > 1).any():
         raise PreparationError(f"{index_file}: its labels contradict the identities that its file names state")
     index["split"] = np.where(index.part == "train", "train", "test")
     index["role"] = index.part.replace({"train": "both"})
-    classes = {f"{split} classes": n for split, n in index.groupby("split").label.nunique().items()}
-    counts = {f"{part} images": n for part, n in index.groupby("part").size().items()}
-    check_counts(f"767/700 protocol ({boxes})", {**classes, **counts}, {**CLASSES_767, **PUBLISHED_767[boxes]})
+    counts = count(index) | {f"{part} images": n for part, n in index.groupby("part").size().items()}
+    check_counts(f"767/700 protocol ({choice.boxes})", counts, published(choice))
     return index
 
 

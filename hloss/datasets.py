@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 FORMAT = 1
+SPLITS = ("train", "val", "test")
 COLUMNS = ("label", "split", "role", "camera", "source")
 CARD_KEYS = ("format", "name", "protocol", "recall_at", "images", "image_shape", "classes", "roles", "index_sha256")
 STRIPE_ROWS, STRIPE_STARTS = 60, (0, 50, 100)  # of images of 160 rows
@@ -57,6 +58,37 @@ class Dataset:
     def pixels(self, rows: np.ndarray) -> Tensor:
         """Images of the given rows, uint8 (n, channels, height, width); a copy, laid out as it is on the disk."""
         return torch.from_numpy(self.images[np.asarray(rows)]).permute(0, 3, 1, 2)
+
+    def counts(self) -> pd.DataFrame:
+        """Per split: images, classes, images per class (of images that have one), cameras."""
+        known = self.index[self.index.label >= 0]
+        sizes = known.groupby(["split", "label"]).size().groupby("split")
+        splits = [split for split in SPLITS if (self.index.split == split).any()]
+        counts = {
+            "images": self.index.groupby("split").size(),
+            "classes": sizes.size(),
+            "fewest per class": sizes.min(),
+            "median per class": sizes.median(),
+            "most per class": sizes.max(),
+            "cameras": self.index[self.index.camera >= 0].groupby("split").camera.nunique(),
+        }
+        return pd.DataFrame(counts).reindex(splits).fillna(0).astype({"cameras": int})
+
+    def against_published(self) -> pd.DataFrame:
+        """The counts of the publications, as far as the card has any, beside those of the index.
+
+        A count is named like "train images" or "gallery and distractor images": splits or roles, then what is counted.
+        The publications' train is train and val here, whose classes are drawn from it.
+        """
+        published = self.card.get("published", {})
+        found = {name: self._counted(name) for name in published}
+        return pd.DataFrame({"published": published, "here": found}, dtype="int64")
+
+    def _counted(self, name: str) -> int:
+        *groups, what = name.split()
+        groups += ["val"] if "train" in groups else []
+        rows = self.index[self.index.split.isin(groups) | self.index.role.isin(groups)]
+        return len(rows) if what == "images" else rows.label[rows.label >= 0].nunique()
 
     def check_pixels(self) -> None:
         """Compare all pixels with the card's checksum (reads the whole file: a minute for 20 GB)."""

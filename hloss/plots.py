@@ -94,6 +94,33 @@ def retrieval_panel(images: np.ndarray, panel: dict[str, list]) -> Figure:
     return _finish(figure)
 
 
+def images_per_class(sizes: pd.DataFrame) -> Figure:
+    """How many classes have how many images, a panel per split. Columns: split, images (of one class)."""
+    splits = list(dict.fromkeys(sizes["split"]))
+    figure, grid = plt.subplots(1, len(splits), figsize=(3.6 * len(splits), 3), sharex=True, squeeze=False)
+    for axes, split in zip(grid.flat, splits, strict=True):
+        sns.histplot(sizes[sizes["split"] == split], x="images", discrete=True, color=POSITIVE, ax=axes)
+        axes.set(title=split, xlabel="images of a class", ylabel="number of classes")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    return _finish(figure)
+
+
+def contact_sheet(images: np.ndarray, rows: list[list[int]], titles: list[str]) -> Figure:
+    """A line of images per title: row numbers of `images`, lines may differ in length."""
+    columns = max(map(len, rows))
+    height, width = images.shape[1:3]
+    size = 0.8 * columns, 0.8 * len(rows) * height / width
+    figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for line, numbers, title in zip(grid, rows, titles, strict=True):
+        for axes in line[len(numbers) :]:
+            axes.set_visible(False)
+        for axes, number in zip(line, numbers, strict=False):
+            axes.set(xticks=[], yticks=[])
+            _show(axes, images[number], "0.8")
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    return _finish(figure)
+
+
 def _show(axes: plt.Axes, image: np.ndarray, frame: str) -> None:
     axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
     for spine in axes.spines.values():

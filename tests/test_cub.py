@@ -40,6 +40,9 @@ def test_the_archive_goes_all_the_way(archive, tmp_path):
     assert index.source[0] == "images/001.Mini_Bird/Mini_Bird_0000_1.jpg"
     assert dataset.images.shape == (45, 256, 256, 3)
     assert dataset.card["original"]["checksum"] == "as published"
+    table = dataset.against_published()
+    assert len(table) >= 2
+    assert (table["published"] == table["here"]).all()
     images, labels = a_batch(dataset)
     assert images.shape == (8, 3, 256, 256)
     assert labels.unique().numel() >= 4

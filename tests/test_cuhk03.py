@@ -71,6 +71,9 @@ def test_the_archive_goes_all_the_way(source, tmp_path, monkeypatch):
     assert (index.label == names[0].map({1: 0, 2: 9, 3: 15}) + names[1] - 1).all()
     assert set(index.camera[(names[0] == 1) & (names[1] == 1)]) == {1}
     assert dataset.images.shape[1:] == (160, 60, 3)
+    table = dataset.against_published()
+    assert len(table) >= 2
+    assert (table["published"] == table["here"]).all()
     images, _ = a_batch(dataset, batch_size=8, images_per_class=4)
     assert images.shape == (8, 3, 160, 60)
     retrieval = evaluated(dataset)
@@ -144,6 +147,9 @@ def test_the_767_700_protocol_where_its_index_is_given(source, protocol_767, tmp
     assert all(index.role == [{"train": "both"}.get(part_of(n), part_of(n)) for n in index.source])
     assert set(index.role[index.split != "test"]) == {"both"}
     assert dataset.card["settings"]["index_file"] == "index.mat"
+    table = dataset.against_published()
+    assert len(table) == 5
+    assert (table["published"] == table["here"]).all()
     retrieval = evaluated(dataset)
     assert retrieval.protocol == "cuhk03-767-700"
     assert retrieval.n_queries == 20

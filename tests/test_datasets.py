@@ -40,6 +40,7 @@ def test_images_are_mapped_and_cannot_be_written(folder):
 
 
 def test_labels_cameras_and_roles_go_by_row(tmp_path):
+    published = {"train images": 2, "query and junk images": 3, "test classes": 1}
     with new_folder(tmp_path / "people") as folder:
         images = create_images(folder, 4, 8, 6, 3)
         images[:] = np.arange(4)[:, None, None, None]
@@ -51,7 +52,7 @@ def test_labels_cameras_and_roles_go_by_row(tmp_path):
             (-1, "test", "junk", 4, "d"),
         ]
         index = pd.DataFrame(rows, columns=["label", "split", "role", "camera", "source"])
-        finish(folder, index, {"name": "people", "protocol": "market1501", "recall_at": [1]})
+        finish(folder, index, {"name": "people", "protocol": "market1501", "recall_at": [1], "published": published})
     dataset = open_dataset(tmp_path / "people")
     test = dataset.rows("test")
     assert test.tolist() == [2, 3]
@@ -61,6 +62,14 @@ def test_labels_cameras_and_roles_go_by_row(tmp_path):
     assert dataset.pixels(test)[:, 2, 7, 5].tolist() == [2, 3]
     assert dataset.card["classes"] == {"train": 1, "val": 1, "test": 1}
     assert "pool" not in dataset.card["roles"]
+    assert dataset.counts()["images"].to_dict() == {"train": 1, "val": 1, "test": 2}
+    assert dataset.counts()["classes"].to_dict() == {"train": 1, "val": 1, "test": 1}
+    assert dataset.counts()["cameras"].to_dict() == {"train": 1, "val": 1, "test": 2}
+    assert dataset.against_published().to_dict("index") == {
+        "train images": {"published": 2, "here": 2},
+        "query and junk images": {"published": 3, "here": 2},
+        "test classes": {"published": 1, "here": 1},
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 """Market-1501 from a miniature of its archive, all the way: roles, cameras, stray files; and what is refused."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from miniatures import (
     MARKET_IDENTITIES,
@@ -16,6 +21,7 @@ from miniatures import (
 from data_prep import market1501
 from data_prep.prepared import PreparationError
 
+PROJECT = Path(__file__).parent.parent
 ROOT = "Market-1501-v15.09.15"
 
 
@@ -59,6 +65,9 @@ def test_the_archive_goes_all_the_way(archive, tmp_path):
     assert (first.label, first.split, first.role, first.camera) == (3, "test", "query", 4)
     assert sorted(index.camera[index.role == "junk"]) == [1, 3, 5]
     assert sorted(index.camera[index.role == "distractor"]) == [2, 6]
+    table = dataset.against_published()
+    assert len(table) >= 2
+    assert (table["published"] == table["here"]).all()
     images, labels = a_batch(dataset, batch_size=8, images_per_class=4)
     assert images.shape == (8, 3, 160, 60)
     assert labels.unique().numel() == 2
@@ -113,3 +122,14 @@ def test_an_image_that_does_not_belong_is_named(tmp_path, monkeypatch, name, mat
 def test_a_missing_folder_is_named(tmp_path, monkeypatch):
     files = {name: c for name, c in market_files().items() if "/gt_bbox/" not in name}
     refused(tmp_path, monkeypatch, files, "lacks gt_bbox/")
+
+
+def test_the_notebook_of_datasets_shows_it(archive, tmp_path):
+    prepared("market1501", archive, tmp_path / "data" / "market1501")
+    command = [sys.executable, "-m", "papermill", "notebooks/10_dataset.ipynb", str(tmp_path / "out.ipynb")]
+    command += ["-p", "dataset", "market1501", "-p", "data_dir", str(tmp_path / "data")]
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    text = (tmp_path / "out.ipynb").read_text()
+    assert all(f"{name}" in text for name in (*MARKET_PUBLISHED, "distractor"))

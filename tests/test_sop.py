@@ -46,6 +46,9 @@ def test_the_archive_goes_all_the_way(archive, tmp_path):
     assert index.source.str.endswith(".JPG").all()
     assert (set(index.role), set(index.camera)) == ({"both"}, {-1})
     assert dataset.images.shape == (59, 256, 256, 3)
+    table = dataset.against_published()
+    assert len(table) >= 2
+    assert (table["published"] == table["here"]).all()
     images, labels = a_batch(dataset)
     assert (images.shape, labels.shape) == ((8, 3, 256, 256), (8,))
     retrieval = evaluated(dataset)
