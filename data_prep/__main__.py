@@ -8,6 +8,8 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from data_prep import cub, cuhk03, folder, glyphs, market1501, sop
 from data_prep.conversion import Options
@@ -26,8 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(listing(descriptions(), options.data))
         else:
             report(options.name, options)
-    except PreparationError as error:
+    except (PreparationError, OSError) as error:
         sys.exit(f"data_prep {options.name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"data_prep {options.name}: interrupted, nothing was written")
 
 
 def report(name: str, options: argparse.Namespace) -> None:
@@ -76,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("glyphs", help="the embedded dataset")
     command.add_argument("--out", type=Path, help="folder to write (data/glyphs)")
     for name, module in PUBLISHED.items():
-        command = commands.add_parser(name, help=module.ORIGINAL.title)
+        command = commands.add_parser(name, help=module.ORIGINAL.title, **_described(module))
         _add_common(command, name, module.OPTIONS)
         help = "use the archive although its size or checksum is not the published one; the card says so"
         command.add_argument("--any-checksum", action="store_true", default=None, help=help)
@@ -85,9 +89,13 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--crop", choices=["bbox250"], help=help)
         if name == "cuhk03":
             _add_cuhk03(command)
-    command = commands.add_parser("folder", help="your own images: class-named folders, or a CSV")
+    command = commands.add_parser("folder", help="your own images: class-named folders, or a CSV", **_described(folder))
     _add_common(command, "folder", folder.OPTIONS)
     return parser
+
+
+def _described(module: ModuleType) -> dict[str, Any]:
+    return {"description": module.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) -> None:
@@ -111,7 +119,7 @@ def _add_cuhk03(command: argparse.ArgumentParser) -> None:
     help = "use camera pairs 1-3, as the paper does, or all five (3)"
     command.add_argument("--camera-pairs", type=int, choices=[3, 5], default=3, help=help)
     command.add_argument("--test-set", type=int, default=1, help="one of the file's 20 test sets, from 1 (1)")
-    help = "cuhk03_new_protocol_config_labeled.mat or ..._detected.mat: prepare the 767/700 protocol"
+    help = "cuhk03_new_protocol_config_labeled.mat or ..._detected.mat (of Zhong et al. 2017): the 767/700 protocol"
     command.add_argument("--index-file", type=Path, help=help)
 
 

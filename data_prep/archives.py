@@ -183,7 +183,7 @@ def is_stray(name: str) -> bool:
 def _open_folder(path: Path, texts: Collection[str]) -> Source:
     root = path.resolve()
     sizes = {}
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_refuse):
         for name in [*folders, *files]:
             place = Path(folder) / name
             if place.is_symlink() and (place.is_dir() or not place.resolve().is_relative_to(root)):
@@ -194,6 +194,10 @@ def _open_folder(path: Path, texts: Collection[str]) -> Source:
                 sizes[place.relative_to(root).as_posix()] = place.stat().st_size
     source = _source(root, "folder", dict(sorted(sizes.items())))
     return replace(source, texts=dict(read(source, _of_name(source.files, texts))))
+
+
+def _refuse(error: OSError) -> None:
+    raise PreparationError(f"{error.filename} cannot be read ({error.strerror})")
 
 
 def _open_zip(path: Path, texts: Collection[str]) -> Source:

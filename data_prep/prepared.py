@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -36,7 +37,7 @@ def new_folder(out: Path, name: str | None = None) -> Iterator[Path]:
     check_replaceable(out, name)
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.preparing-"
-    for left in out.parent.glob(f"{prefix}*"):  # what an interrupted preparation left
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # what an interrupted preparation left
         _remove_unless_held(left)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     held = os.open(folder, os.O_RDONLY)
@@ -70,7 +71,10 @@ def check_replaceable(out: Path, name: str | None = None) -> None:
             "choose another --out or empty it"
         )
     if there and name:
-        other = json.loads((out / "card.json").read_text()).get("name")
+        try:
+            other = json.loads((out / "card.json").read_text()).get("name")
+        except ValueError:
+            other = "with a broken card.json"
         if other != name:
             raise PreparationError(f"{out} holds the prepared dataset {other!r}, not {name!r}; choose another --out")
 

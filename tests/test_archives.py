@@ -173,6 +173,20 @@ def test_a_tar_cut_off_before_it_was_packed_is_refused(tmp_path):
         open_source(tmp_path / "a.tgz")
 
 
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "source", FILES)
+    scan = os.scandir
+
+    def denied(place):
+        if str(place).endswith("images"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PreparationError, match=r"top/images cannot be read \(Permission denied\)"):
+        open_source(source)
+
+
 def test_something_else_is_refused(tmp_path):
     (tmp_path / "a.rar").write_bytes(b"Rar!....")
     with pytest.raises(PreparationError, match=r"a\.rar is neither a folder nor a zip or tgz"):

@@ -87,6 +87,10 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path):
     with pytest.raises(PreparationError, match=r"is not a prepared dataset \(notes\.txt\)"):
         folder.prepare(source, tmp_path / "mine", SMALL)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine too"
+    (tmp_path / "mine" / "notes.txt").unlink()
+    (tmp_path / "mine" / "card.json").write_text("{")
+    with pytest.raises(PreparationError, match=r"dataset 'with a broken card\.json', not 'mine'"):
+        folder.prepare(source, tmp_path / "mine", SMALL)
     (tmp_path / "file").write_text("x")
     with pytest.raises(PreparationError, match="file is a file; choose another --out"):
         folder.prepare(source, tmp_path / "file", SMALL)
@@ -191,8 +195,9 @@ def test_an_interrupted_preparation_cleans_up(tmp_path):
     process = start(source, tmp_path / "data" / "mine")
     wait_for(lambda: list((tmp_path / "data").glob(".mine.preparing-*/images.npy")), process)
     process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode != 0
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error.endswith("data_prep folder: interrupted, nothing was written\n")
     assert children(tmp_path / "data") == []
 
 
