@@ -2,7 +2,7 @@
 
 from hloss.baselines import BinomialDeviance, Contrastive, LiftedStructure, Quadruplet, SemiHardTriplet, Triplet
 from hloss.distributed import global_batch
-from hloss.histogram import HistogramLoss, histogram_loss, pair_histograms, reverse_probability
+from hloss.histogram import HistogramLoss, histogram_loss, pair_histograms, pair_slopes, reverse_probability
 from hloss.retrieval import evaluate, recall_at_k
 from hloss.samplers import BalancedSampler, ClassShuffleSampler, RandomClassSampler
 
@@ -21,6 +21,7 @@ __all__ = [
     "global_batch",
     "histogram_loss",
     "pair_histograms",
+    "pair_slopes",
     "recall_at_k",
     "reverse_probability",
 ]

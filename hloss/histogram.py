@@ -88,16 +88,7 @@ class HistogramLoss(nn.Module):
         the rows, for NaN, infinite or zero embeddings. Second derivatives are refused.
         """
         s = self.settings
-        references = embeddings if reference_embeddings is None else reference_embeddings
-        norms = _checked_norms("embeddings", embeddings, s.normalize)
-        reference_norms = None
-        if reference_embeddings is not None:
-            reference_norms = _checked_norms("reference_embeddings", references, s.normalize)
-            if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
-                raise ValueError(
-                    f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}, "
-                    f"got {tuple(references.shape)} of {references.dtype}"
-                )
+        norms, reference_norms = _checked_sides(embeddings, reference_embeddings, s.normalize)
         pairs = _pairs(embeddings, labels, reference_embeddings, reference_labels)
         return _StreamedLoss.apply(embeddings, reference_embeddings, norms, reference_norms, pairs, s)
 
@@ -126,7 +117,6 @@ class PairHistograms(NamedTuple):
     negative: Tensor
 
 
-@torch.no_grad()
 def pair_histograms(
     embeddings: Tensor,
     labels: Tensor,
@@ -135,17 +125,59 @@ def pair_histograms(
     **settings: object,
 ) -> PairHistograms:
     """The two densities p_pos and p_neg that the loss compares (equation 1 with `HistogramLoss`'s settings)."""
+    density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
+    negative, positive = density.densities()
+    return PairHistograms(_nodes(density.s.n_bins, positive.device), positive, negative)
+
+
+class PairSlopes(NamedTuple):
+    """Where the loss pushes: at the similarity in the middle of each interval, float64 of shape (n_bins,)."""
+
+    similarities: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def pair_slopes(
+    embeddings: Tensor,
+    labels: Tensor,
+    reference_embeddings: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    **settings: object,
+) -> PairSlopes:
+    """dL/ds of one pair by its similarity s, times the number of pairs of its sign (equation 5).
+
+    The positive slopes are at most 0 and the negative at least 0 for the histograms: positives are drawn together,
+    negatives are driven apart.
+    """
+    density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
+    n_bins, slopes = density.s.n_bins, density.loss_and_slopes()[1]
+    position = torch.arange(n_bins, device=slopes.device)[None] + slopes.new_tensor(0.5)
+    everything = slice(0, n_bins)
+    found = []
+    for group in (POSITIVE, NEGATIVE):
+        groups = torch.full_like(position, group, dtype=torch.int8)
+        block = _Block(slice(0, 1), everything, everything, groups)
+        found.append(density.slope(slopes, position.clone(), block, _Buffers())[0] * density.counts[group].sum())
+    return PairSlopes(position[0] * density.s.delta - 1, *found)
+
+
+@torch.no_grad()
+def _density_of(
+    embeddings: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    settings: dict[str, object],
+) -> "_Histogram | _Beta":
     s = _Settings(**settings)  # type: ignore[arg-type]
-    norms = _checked_norms("embeddings", embeddings, s.normalize)
-    reference_norms = None
-    if reference_embeddings is not None:
-        reference_norms = _checked_norms("reference_embeddings", reference_embeddings, s.normalize)
-    pairs = _pairs(embeddings, labels, reference_embeddings, reference_labels)
-    density = _collected(_Sides(embeddings, reference_embeddings, norms, reference_norms, pairs, s), pairs, s)
+    norms, reference_norms = _checked_sides(embeddings, references, s.normalize)
+    pairs = _pairs(embeddings, labels, references, reference_labels)
+    with _exact_products(embeddings.device):
+        density, _ = _collected(_Sides(embeddings, references, norms, reference_norms, pairs, s), pairs, s)
     if density.undefined:
         raise ValueError(density.undefined)
-    negative, positive = density.densities()
-    return PairHistograms(_nodes(s.n_bins, positive.device), positive, negative)
+    return density
 
 
 def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") -> float:
@@ -256,6 +288,20 @@ class _Block(NamedTuple):
     groups: Tensor | None  # int8 (rows, window); None where the window is empty
 
 
+class _Buffers:
+    """Memory for the blocks of one pass, taken once: memory that is new to the process costs time."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: torch.Size | tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with anything in it, in the memory of the name's last."""
+        n = shape[0] * shape[1]
+        if name not in self.taken or len(self.taken[name]) < n:
+            self.taken[name] = torch.empty(n, dtype=dtype, device=device)
+        return self.taken[name][:n].view(shape)
+
+
 class _LabelPairs:
     """Pairs told by class labels. Sorted by label, the positives of a block of rows lie in one window of columns."""
 
@@ -282,9 +328,18 @@ class _LabelPairs:
                 yield _Block(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
 
     def _groups(self, rows: slice, window: slice) -> Tensor:
-        behind = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # columns are numbered from 1
-        before = (self.column[window] <= self.first[rows, None]).view(torch.int8)
-        return behind + before if self.within else behind - before
+        groups = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # columns are numbered from 1
+        if not self.within:
+            return groups - (self.column[window] <= self.first[rows, None]).view(torch.int8)
+        if window.start == rows.start:
+            n = rows.stop - rows.start
+            groups[:, :n] += _lower_triangle(ROWS, groups.device)[:n, :n]
+        return groups
+
+
+@lru_cache(maxsize=8)
+def _lower_triangle(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, n, dtype=torch.int8, device=device).tril_()
 
 
 class _MatrixPairs:
@@ -363,29 +418,29 @@ class _Histogram:
         self.counts = torch.zeros(3, self.size, dtype=torch.int64, device=device)
         self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
 
-    def add(self, position: Tensor, block: _Block) -> None:
+    def add(self, position: Tensor, block: _Block, buffers: _Buffers) -> None:
         """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns); `position` is used up."""
-        code = self._codes(position, block)
+        code = self._codes(position, block, buffers)
         n = 1 if block.groups is None else 3
         # A table has several lanes: on CUDA for few collisions of atomic additions, on CPU one or more per thread.
         lanes = len(code) if code.is_cuda else math.gcd(len(code), CPU_LANES)
         table = torch.zeros(lanes, n * self.size, dtype=torch.int64, device=code.device)
         code, fraction = code.view(lanes, -1), position.frac_().view(lanes, -1)
+        number = buffers.take("number", code.shape, torch.int64, code.device)
         if fraction.dtype == torch.float32:  # its 24 bits leave room for the count: one number a pair, one pass
-            pairs = fraction.mul_(2.0**24).int().long().add_(ONE_PAIR)
-            both = table.scatter_add_(1, code, pairs).sum(0)
+            number.copy_(fraction.mul_(2.0**24)).add_(ONE_PAIR)
+            both = table.scatter_add_(1, code, number).sum(0)
             counts, sums = both // ONE_PAIR, (both % ONE_PAIR).double() / 2.0**24
         else:
-            one = torch.ones(1, 1, dtype=torch.int64, device=code.device)
-            counts = table.scatter_add_(1, code, one.expand_as(code)).sum(0)
-            fixed = fraction.mul_(2.0**44).long()
-            sums = table.zero_().scatter_add_(1, code, fixed).sum(0).double() / 2.0**44
+            counts = table.scatter_add_(1, code, number.fill_(1)).sum(0)
+            number.copy_(fraction.mul_(2.0**44))
+            sums = table.zero_().scatter_add_(1, code, number).sum(0).double() / 2.0**44
         self.counts[:n] += counts.view(n, -1)
         self.fractions[:n] += sums.view(n, -1)
 
-    def _codes(self, position: Tensor, block: _Block) -> Tensor:
+    def _codes(self, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
         """Interval of each pair, moved on by `size` for a positive and by 2 `size` for an ignored one."""
-        code = position.long()
+        code = buffers.take("code", position.shape, torch.int64, position.device).copy_(position)
         if block.groups is not None:
             code[:, block.window].add_(block.groups, alpha=self.size)
         return code
@@ -410,9 +465,10 @@ class _Histogram:
         slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval
         return loss, slopes
 
-    def slope(self, slopes: Tensor, position: Tensor, block: _Block) -> Tensor:
-        """dL/ds of the pairs at `position`, from the (3, n_bins + 1) table of slopes."""
-        return slopes.view(1, -1).expand(len(position), -1).gather(1, self._codes(position, block))
+    def slope(self, slopes: Tensor, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
+        """dL/ds of the pairs at `position` (used up), from the (3, n_bins + 1) table of slopes."""
+        table = slopes.view(1, -1).expand(len(position), -1)
+        return torch.gather(table, 1, self._codes(position, block, buffers), out=position)
 
 
 class _Beta:
@@ -423,7 +479,7 @@ class _Beta:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums of x - 1/2 and its square, by group
 
-    def add(self, position: Tensor, block: _Block) -> None:
+    def add(self, position: Tensor, block: _Block, buffers: _Buffers) -> None:
         x = position.div_(self.s.n_bins).sub_(0.5)
         negatives: int | Tensor = x.numel()
         if block.groups is not None:
@@ -474,7 +530,7 @@ class _Beta:
         slopes = torch.stack([constant, linear / self.s.n_bins], dim=1)
         return loss, torch.cat([slopes, torch.zeros_like(slopes[:1])])
 
-    def slope(self, slopes: Tensor, position: Tensor, block: _Block) -> Tensor:
+    def slope(self, slopes: Tensor, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
         """dL/ds of the pairs at `position`, from (3, 2) of constants and factors of the position."""
         constant, linear = slopes.unbind(1)
         slope = position * linear[NEGATIVE] + constant[NEGATIVE]
@@ -563,32 +619,40 @@ class _Sides:
         self.rows = _arranged(embeddings, norms, pairs.row_order)
         self.columns = self.rows if references is None else _arranged(references, reference_norms, pairs.column_order)
 
-    def positions(self, block: _Block) -> Tensor:
-        """(s + 1) / Delta of a block of pairs, clipped to [0, n_bins]."""
-        half = self.half_bins
-        return (self.rows[block.rows] @ self.columns[block.columns].T).mul_(half).add_(half).clamp_(0, 2 * half)
+    def blocks(self, pairs: _LabelPairs | _MatrixPairs, buffers: _Buffers) -> Iterator[tuple[_Block, Tensor]]:
+        """Blocks of pairs with their positions (s + 1) / Delta, clipped to [0, n_bins]: each until the next."""
+        half = self.rows.new_tensor(self.half_bins)
+        for block in pairs.blocks():
+            rows, columns = self.rows[block.rows], self.columns[block.columns]
+            position = buffers.take("position", (len(rows), len(columns)), rows.dtype, rows.device)
+            torch.addmm(half, rows, columns.T, alpha=self.half_bins, out=position)
+            yield block, position.clamp_(0, 2 * self.half_bins)
 
 
-def _collected(sides: _Sides, pairs: _LabelPairs | _MatrixPairs, s: _Settings) -> _Histogram | _Beta:
-    """One pass over all pairs."""
-    density = _DENSITIES[s.density](s, sides.rows.device)
-    for block in pairs.blocks():
-        density.add(sides.positions(block), block)
+def _collected(
+    sides: _Sides, pairs: _LabelPairs | _MatrixPairs, s: _Settings
+) -> tuple[_Histogram | _Beta, list[tuple[_Block, Tensor]]]:
+    """One pass over all pairs; if they are a single block, it is kept with its positions."""
+    density, buffers, kept = _DENSITIES[s.density](s, sides.rows.device), _Buffers(), []
+    for block, position in sides.blocks(pairs, buffers):
+        if len(sides.rows) <= ROWS and len(sides.columns) <= COLUMNS:
+            kept.append((block, position.clone()))
+        density.add(position, block, buffers)
     density.finish()
-    return density
+    return density, kept
 
 
 class _StreamedLoss(torch.autograd.Function):
-    """Forward keeps the slopes of the loss; backward recomputes the similarities block by block."""
+    """Forward keeps the slopes of the loss; backward recomputes similarities block by block (a single one is kept)."""
 
     @staticmethod
     def forward(ctx, embeddings, references, norms, reference_norms, pairs, s):  # type: ignore[no-untyped-def]
         with _exact_products(embeddings.device):
-            density = _collected(_Sides(embeddings, references, norms, reference_norms, pairs, s), pairs, s)
+            density, kept = _collected(_Sides(embeddings, references, norms, reference_norms, pairs, s), pairs, s)
         if density.undefined and s.on_degenerate == "raise":
             raise ValueError(density.undefined)
         ctx.save_for_backward(embeddings, references, norms, reference_norms)
-        ctx.pairs, ctx.settings, ctx.density = pairs, s, density
+        ctx.pairs, ctx.settings, ctx.density, ctx.kept = pairs, s, density, kept
         dtype = _full(embeddings[:0]).dtype
         if density.undefined:
             return embeddings.new_zeros((), dtype=dtype)
@@ -610,9 +674,10 @@ class _StreamedLoss(torch.autograd.Function):
             sides = _Sides(embeddings, references, norms, reference_norms, pairs, ctx.settings)
             by_rows = torch.zeros_like(sides.rows)
             by_columns = by_rows if references is None else torch.zeros_like(sides.columns)
-            slopes = (ctx.slopes * grad).to(sides.rows.dtype)
-            for block in pairs.blocks():
-                slope = ctx.density.slope(slopes, sides.positions(block), block)
+            slopes, buffers = (ctx.slopes * grad).to(sides.rows.dtype), _Buffers()
+            kept = [(block, position.clone()) for block, position in ctx.kept]
+            for block, position in kept or sides.blocks(pairs, buffers):
+                slope = ctx.density.slope(slopes, position, block, buffers)
                 rows, columns, below = block.rows, block.columns, slope
                 if references is None and columns.start == rows.start:  # pairs among these rows: their slopes mirrored
                     square, below = slope.split([len(slope), slope.shape[1] - len(slope)], dim=1)
@@ -641,9 +706,10 @@ def _arranged(embeddings: Tensor, norms: Tensor | None, order: Tensor) -> Tensor
 def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tensor, like: Tensor) -> Tensor:
     """From the gradient by arranged embeddings (used up) to the one by the embeddings given."""
     if norms is not None:
-        along = torch.linalg.vecdot(grad, unit)[:, None]
-        grad = grad.addcmul_(unit, along, value=-1).div_(norms.index_select(0, order))
-    return grad.index_select(0, order.argsort()).to(like.dtype)
+        for g, u in zip(grad.split(ROWS), unit.split(ROWS), strict=True):
+            g.addcmul_(u, torch.linalg.vecdot(g, u)[:, None], value=-1)
+        grad.div_(norms.index_select(0, order))
+    return torch.index_select(grad, 0, order.argsort(), out=unit).to(like.dtype)  # no longer needed: `unit`
 
 
 @contextmanager
@@ -670,6 +736,22 @@ def _exact_products(device: torch.device) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
+
+
+def _checked_sides(
+    embeddings: Tensor, references: Tensor | None, normalize: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Norms of both sides, None where they are not to be divided by."""
+    norms = _checked_norms("embeddings", embeddings, normalize)
+    if references is None:
+        return norms, None
+    reference_norms = _checked_norms("reference_embeddings", references, normalize)
+    if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
+        raise ValueError(
+            f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}, "
+            f"got {tuple(references.shape)} of {references.dtype}"
+        )
+    return norms, reference_norms
 
 
 def _checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | None:

@@ -6,6 +6,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from hloss.histogram import PairHistograms, PairSlopes
+
 POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
 HIT, MISS = "#1a7f37", "#cf222e"
 
@@ -125,3 +127,81 @@ def _show(axes: plt.Axes, image: np.ndarray, frame: str) -> None:
     axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
     for spine in axes.spines.values():
         spine.set(edgecolor=frame, linewidth=2.5)
+
+
+def similarity_matrix(similarity: np.ndarray) -> Figure:
+    """Cosine similarities of all pairs of a batch, as an image."""
+    figure, axes = plt.subplots(figsize=(4.8, 4))
+    shown = axes.imshow(similarity, vmin=-1, vmax=1, cmap="RdBu_r")
+    axes.set(xlabel="image j", ylabel="image i")
+    figure.colorbar(shown, label="cosine similarity")
+    return _finish(figure)
+
+
+def linear_binning(nodes: np.ndarray, weights: np.ndarray, similarities: list[float]) -> Figure:
+    """What single similarities add to the nodes. weights: (similarities, nodes)."""
+    figure, axes = plt.subplots(figsize=(7, 2.6))
+    for row, s, color in zip(weights, similarities, sns.color_palette("dark"), strict=False):
+        used = row > 0
+        axes.vlines(nodes[used], 0, row[used], color=color, linewidth=4, alpha=0.6)
+        axes.plot(s, 0.02, marker="v", color=color, markersize=9, clip_on=False, label=f"s = {s:g}")
+    axes.set(
+        xticks=nodes, xlabel="cosine similarity; a tick is a node $t_r$", ylabel="weight of the node", ylim=(0, 1.05)
+    )
+    axes.legend(frameon=False, ncols=len(similarities), loc="upper left", bbox_to_anchor=(0, 1.25))
+    return _finish(figure)
+
+
+def expected_reversals(histograms: pd.DataFrame) -> Figure:
+    """Equation 4 as a picture. Columns: nodes, positive, negative, cumulative."""
+    step = histograms["nodes"].iloc[1] - histograms["nodes"].iloc[0]
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for sign, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
+        axes.bar(histograms["nodes"], histograms[sign], step, color=color, alpha=0.45, label=f"$h$ of {sign} pairs")
+    axes.set(xlim=(-1, 1), xlabel="cosine similarity", ylabel="mass of a node")
+    above = axes.twinx()
+    above.plot(histograms["nodes"], histograms["cumulative"], color=POSITIVE, label="share of positives up to here")
+    above.set(ylabel="cumulative share", ylim=(0, 1.02))
+    figure.legend(*(a + b for a, b in zip(axes.get_legend_handles_labels(), above.get_legend_handles_labels(),
+                  strict=True)), loc="upper left", bbox_to_anchor=(0.1, 0.95), frameon=False, fontsize=8)  # fmt: skip
+    return _finish(figure)
+
+
+def anatomy(panels: dict[str, tuple[PairHistograms, PairSlopes]]) -> Figure:
+    """Densities above, slopes of the loss below, a column per title."""
+    figure, grid = plt.subplots(
+        2, len(panels), figsize=(2.6 + 2.4 * len(panels), 4.6), squeeze=False, sharex=True, sharey="row"
+    )
+    for (title, (density, slopes)), top, bottom in zip(panels.items(), grid[0], grid[1], strict=True):
+        step = density.nodes[1] - density.nodes[0]
+        for sign, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
+            top.fill_between(density.nodes, getattr(density, sign) / step, color=color, alpha=0.45, label=sign)
+            bottom.plot(slopes.similarities, getattr(slopes, sign), color=color, drawstyle="steps-mid")
+        bottom.axhline(0, color="0.6", linewidth=0.8)
+        top.set_title(title, fontsize=10)
+        bottom.set(xlim=(-1, 1), xlabel="cosine similarity")
+    grid[0, 0].set(ylabel="density of pairs", ylim=(0, None))
+    grid[1, 0].set_ylabel("dL/ds of a pair\n(times their number)")
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    return _finish(figure)
+
+
+def order_costs(reach: np.ndarray, costs: dict[str, np.ndarray]) -> Figure:
+    """Order costs over how much more similar the negative pair is."""
+    figure, axes = plt.subplots(figsize=(6, 3))
+    for (name, cost), style in zip(costs.items(), ("-", "--", "-.", ":"), strict=False):
+        axes.plot(reach, cost, style, label=name, linewidth=2)
+    axes.set(xlabel="similarity of the negative pair less that of the positive", ylabel="cost C", ylim=(-0.05, None))
+    axes.legend(frameon=False)
+    return _finish(figure)
+
+
+def discretisation(errors: pd.DataFrame) -> Figure:
+    """Distance of the estimates from the exact probability. Columns: n_bins, estimate, error."""
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    sns.lineplot(errors, x="n_bins", y="error", hue="estimate", style="estimate", markers=True, dashes=False, ax=axes)
+    axes.set(
+        xscale="log", yscale="log", xlabel="n_bins (intervals of [-1, 1])", ylabel="distance from the exact probability"
+    )
+    axes.legend(title=None, frameon=False)
+    return _finish(figure)

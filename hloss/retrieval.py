@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hloss.histogram import _exact_products
 
 BLOCK = 1024  # rows and columns of the float32 blocks: large enough for the product, small enough for the cache
-PAIRS = 2**23  # pairs held at once in float64
+PAIRS = 2**22  # pairs held at once in float64
 TIE = 1e-13  # of the largest squared norm (1 for cosines)
 DRAWS = 100  # of the single-shot protocols
 METRICS = ("cosine", "euclidean")
@@ -242,7 +242,7 @@ def _match_ranks(nearness: Tensor, match: Tensor, ignored: Tensor, tie: float) -
     rising = (falling.masked_fill(~there, torch.inf) - tie).sort(1).values  # those not there last, reached by no rival
     reached = torch.searchsorted(rising, nearness.masked_fill(match | ignored, -torch.inf), right=True)
     rivals = torch.zeros(len(nearness), width + 1, dtype=torch.int64, device=nearness.device)
-    rivals.scatter_add_(1, reached, torch.ones_like(reached))
+    rivals.scatter_add_(1, reached, rivals.new_ones(1).expand_as(reached))
     at_least_as_near = rivals.flip(1).cumsum(1).flip(1)[:, 1:]  # by match, the least near first
     nearest_first = at_least_as_near.gather(1, (n_matches - place).clamp(min=0))
     return (place + nearest_first) * there

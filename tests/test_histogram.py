@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hloss import HistogramLoss, histogram_loss, pair_histograms, reverse_probability
+from hloss import HistogramLoss, histogram_loss, pair_histograms, pair_slopes, reverse_probability
 from hloss import histogram as module
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "authors_layer.npz")
@@ -391,3 +391,48 @@ def test_the_loss_exceeds_the_reverse_probability_by_half_the_common_mass():
         errors.append(abs(histogram_loss(embeddings, labels, n_bins=n_bins).item() - excess - exact))
     assert errors[0] < 0.01
     assert errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_slopes_are_the_derivative_by_one_similarity(options):
+    embeddings, labels = batch(n=16, d=6, classes=3, seed=4)
+    slopes = pair_slopes(embeddings, labels, **options)
+    unit = torch.nn.functional.normalize(embeddings)
+    n_bins = len(slopes.similarities)
+    pairs = {sign: len(pairs_by_sign(unit @ unit.T, signs(labels))[0 if sign == 1 else 1]) for sign in (1, -1)}
+    gradient = torch.zeros_like(unit)
+    for i in range(16):
+        for j in range(16):
+            if i != j:
+                sign = 1 if labels[i] == labels[j] else -1
+                at = int((unit[i] @ unit[j] + 1) * n_bins / 2)
+                slope = (slopes.positive if sign == 1 else slopes.negative)[at] / pairs[sign]
+                gradient[i] += slope * unit[j]
+    unit.requires_grad_()
+    HistogramLoss(**options, normalize=False)(unit, labels).backward()
+    tolerance = 1e-2 if options.get("density") == "beta" else 1e-9  # the Beta slope is not constant in an interval
+    assert (unit.grad - gradient).norm() <= tolerance * gradient.norm()
+
+
+def test_the_loss_draws_positives_together_and_drives_negatives_apart():
+    slopes = pair_slopes(*batch(n=60))
+    assert slopes.positive.max() <= 0
+    assert slopes.negative.min() >= 0
+    assert (slopes.negative - slopes.positive).max() > 0
+
+
+def test_float32_equals_float64_bit_for_bit_on_the_same_similarities():
+    """References that are the axes make the similarities the embeddings' own numbers, here exact in both."""
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.randint(-700, 701, (40, 24), generator=generator) / 4096
+    matrix = torch.randint(-1, 2, (40, 24), generator=generator)
+    gradients, losses = [], []
+    for dtype in (torch.float32, torch.float64):
+        embeddings = similarity.detach().to(dtype, copy=True).requires_grad_()
+        loss = HistogramLoss(n_bins=128, normalize=False)(embeddings, matrix, torch.eye(24, dtype=dtype))
+        loss.backward()
+        losses.append(loss.float())
+        gradients.append(embeddings.grad.float())
+    assert torch.equal(*losses)
+    assert torch.equal(*gradients)
+    assert gradients[0].unique().numel() > 30

@@ -60,6 +60,7 @@ def test_against_dense_bins(race, n):
     race(f"N = {n}", "HistogramLoss", steps, rounds=5 if n > 256 else 20)
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # of that package
 @pytest.mark.parametrize("n", [256, 512])
 def test_against_pytorch_metric_learning(race, n):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
