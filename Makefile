@@ -1,8 +1,13 @@
-# make study [STUDY=quick] [CORES=2] [KEEP=1]   run a study and write its report
-# make test                                     run every test and notebook
+# make study [STUDY=quick] [PROFILE=local] [CORES=2] [KEEP=1]   run a study and write its report
+# make plan [STUDY=quick] [PROFILE=local]   what a study still has to run, and the time, memory and disk it will take
+# make lab                  JupyterLab on the notebooks
+# make test                 every test and notebook but the slow ones
+# make test-all             the slow ones: studies killed and continued, a Slurm of one node, a browser
+# make check-gpu            the first thing to run on a machine with GPUs
 # An existing environment: make study BIN=/path/to/environment/bin
 
 STUDY ?= quick
+PROFILE ?= local
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 KEEP ?=
 PYTHON ?= python3
@@ -13,15 +18,28 @@ export OMP_NUM_THREADS ?= 1
 ifeq ($(BIN),$(VENV)/bin)
 STUDY_INSTALLED := $(VENV)/.installed-study
 TEST_INSTALLED := $(VENV)/.installed-test
+SLURM_INSTALLED := $(VENV)/.installed-slurm
 endif
 
-.PHONY: study test lint
-study: $(STUDY_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/run_study.py $(STUDY) --cores $(CORES) $(if $(KEEP),--keep)
+.PHONY: study plan lab test test-all check-gpu
+study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
+	@$(BIN)/python workflow/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
+
+plan: $(STUDY_INSTALLED) data/glyphs/card.json
+	@$(BIN)/python workflow/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
+
+lab: $(STUDY_INSTALLED) data/glyphs/card.json
+	$(BIN)/jupyter lab --notebook-dir . notebooks
 
 test: $(TEST_INSTALLED) data/glyphs/card.json
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest --nbval --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
+	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
+
+test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) data/glyphs/card.json
+	$(BIN)/python -m pytest -m slow -rs --durations=0 --ignore=tests/benchmarks tests
+
+check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
+	@$(BIN)/python workflow/check_gpu.py
 
 data/glyphs/card.json: data_prep/glyph_list.json data_prep/glyphs.py data_prep/glyph_drawing.py data_prep/prepared.py | $(STUDY_INSTALLED)
 	$(BIN)/python -m data_prep glyphs
@@ -36,6 +54,6 @@ $(VENV)/.installed-study: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --progress-bar on -e '.[study]'
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/.installed-study
-	$(VENV)/bin/python -m pip install -e '.[test]'
+$(VENV)/.installed-test $(VENV)/.installed-slurm: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
+	$(VENV)/bin/python -m pip install -e '.[$*]'
 	@touch $@

@@ -3,11 +3,13 @@
 title: what is asked
 fixed: {dataset: glyphs, iterations: 600}       # settings of every run
 seeds: [0, 1]
+resources: {gpus: 1, memory_gb: 8, hours: 2}    # what a run may use (Resources)
 runs:
   - name: histogram                             # the method's name in tables and figures
     set: {loss: histogram}                      # settings of its runs
     cross: {n_bins: [50, 200]}                  # one run per combination and seed
     seeds: [0]                                  # instead of the study's
+    resources: {hours: 6}                       # over the study's
 """
 
 import difflib
@@ -19,18 +21,33 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.experiment import ConfigError, RunConfig, parse_config, read_result
 
 STUDIES = Path("workflow/studies")
 
 
+class Resources(BaseModel):
+    """What one run may use. On one machine the GPUs alone matter; a cluster is asked for all of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    partition: str = Field("", description="Slurm partition; empty: the cluster's default")
+    account: str = Field("", description="Slurm account; empty: the user's default")
+    gpus: int = Field(ge=0, description="GPUs of the run's own; 0: it runs on the CPU. Default: the run's `devices`")
+    memory_gb: float = Field(8.0, gt=0, description="main memory of the first attempt, in GiB; a retry asks for more")
+    hours: float = Field(4.0, gt=0, description="time limit of the first attempt; a retry asks for more")
+    max_hours: float = Field(24.0, gt=0, description="the partition's time limit: no attempt asks for more")
+
+
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study, and the method it belongs to ("histogram, n_bins 50")."""
+    """One run of a study, the method it belongs to ("histogram, n_bins 50"), and what it may use."""
 
     method: str
     config: RunConfig
+    resources: Resources
 
     @property
     def name(self) -> str:
@@ -55,10 +72,10 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"study={name!r} is unknown, allowed are {', '.join(there) or 'none'}{hint}")
     text = yaml.safe_load(file.read_text())
-    _check_keys(file, "the study", text, {"title", "seeds", "runs"}, {"fixed"})
+    _check_keys(file, "the study", text, {"title", "seeds", "runs"}, {"fixed", "resources"})
     runs: dict[str, StudyRun] = {}
     for entry in text["runs"]:
-        _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, {"cross", "seeds"})
+        _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, {"cross", "seeds", "resources"})
         axes = entry.get("cross") or {}
         for values in itertools.product(*axes.values()):
             axis = dict(zip(axes, values, strict=True))
@@ -69,8 +86,29 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
                     config = parse_config(settings)
                 except ConfigError as error:
                     raise ConfigError(f"{file}, {method}: {error}") from None
-                runs.setdefault(config.run_id, StudyRun(method, config))
+                resources = _resources(file, method, config, text.get("resources"), entry.get("resources"))
+                runs.setdefault(config.run_id, StudyRun(method, config, resources))
     return Study(name, text["title"], tuple(runs.values()))
+
+
+def _resources(file: Path, method: str, config: RunConfig, *given: dict[str, Any] | None) -> Resources:
+    """The resources of a run, later mappings over earlier ones."""
+    settings: dict[str, Any] = {"gpus": 0 if config.device == "cpu" else config.devices}
+    for mapping in given:
+        _check_keys(file, "resources", mapping or {}, set(), set(Resources.model_fields))
+        settings |= mapping or {}
+    try:
+        resources = Resources(**settings)
+    except ValidationError as error:
+        wrong = (f"resources {e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{file}, {method}: {'; '.join(wrong)}") from None
+    allowed = {"cpu": (0,), "cuda": (config.devices,), "auto": (0, config.devices)}[config.device]
+    if resources.gpus not in allowed:
+        raise ConfigError(
+            f"{file}, {method}: resources gpus={resources.gpus}, but a run with device={config.device!r} and "
+            f"devices={config.devices} takes {' or '.join(map(str, allowed))}"
+        )
+    return resources
 
 
 def _short(value: object) -> str:

@@ -53,6 +53,42 @@ def test_axes_and_seeds_are_crossed(study):
     assert all(r.config.folder.parent.name == "small" for r in runs)
 
 
+def test_resources_are_the_studys_and_over_them_the_runs_own(study):
+    text, _ = study
+    text["resources"] = {"partition": "gpu", "memory_gb": 16, "hours": 2}
+    text["runs"][0]["resources"] = {"hours": 6.5}
+    text["runs"][1]["resources"] = {"gpus": 0}
+    runs = {r.name: r.resources for r in written(study).runs}
+    histogram, pixels = runs["histogram, n_bins 50, seed 1"], runs["raw pixels, seed 0"]
+    assert (histogram.partition, histogram.memory_gb, histogram.hours, histogram.gpus) == ("gpu", 16, 6.5, 1)
+    assert (pixels.partition, pixels.memory_gb, pixels.hours, pixels.gpus) == ("gpu", 16, 2, 0)
+
+
+def test_resources_do_not_change_what_a_run_is(study):
+    before = [r.config.run_id for r in written(study).runs]
+    study[0]["resources"] = {"hours": 1}
+    assert [r.config.run_id for r in written(study).runs] == before
+
+
+@pytest.mark.parametrize(
+    ("resources", "device", "message"),
+    [
+        ({"gpu": 1}, "auto", r"resources lacks \[\] and has the unknown \['gpu'\]; it takes account, gpus, hours"),
+        ({"hours": 0}, "auto", "histogram, n_bins 20: resources hours=0: Input should be greater than 0"),
+        ({"memory_gb": "much"}, "auto", "resources memory_gb='much'"),
+        ({"gpus": 1}, "cpu", "gpus=1, but a run with device='cpu' and devices=1 takes 0"),
+        ({"gpus": 0}, "cuda", "gpus=0, but a run with device='cuda' and devices=1 takes 1"),
+        ({"gpus": 3}, "auto", "takes 0 or 1"),
+    ],
+    ids=str,
+)
+def test_wrong_resources_are_refused_by_name(study, resources, device, message):
+    text, _ = study
+    text["fixed"]["device"], text["resources"] = device, resources
+    with pytest.raises(ConfigError, match=message):
+        written(study)
+
+
 def test_every_committed_study_loads():
     for file in STUDIES.glob("*.yaml"):
         assert load_study(file.stem).runs

@@ -1,72 +1,74 @@
-"""`python workflow/run_notebook.py run STUDY RUN_ID | report STUDY`: execute one notebook of a study by papermill."""
+"""`run_notebook.py run STUDY RUN_ID [--attempt N] [--own-gpus] | report STUDY`: execute one notebook by papermill."""
 
+import argparse
+import contextlib
 import logging
 import os
 import re
 import shutil
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import NoReturn
 
 import nbformat
 import papermill
+import psutil
+from devices import own_devices
 from nbconvert import HTMLExporter
+from processes import end_with_parent
 from traitlets.config import Config
 
+from hloss.checkpoints import read_status
 from hloss.experiment import read_result, write_whole
 from hloss.studies import Study, load_study
 
 DOWNLOADED = ("mathjax_url", "require_js_url", "jquery_url", "jupyter_widgets_base_url", "mermaid_js_url")
+STOP_SECONDS = 20  # Slurm's KillWait is 30 unless the cluster says otherwise
 
 
 def main() -> None:
     """Execute a run or a report; exits with 1 and the last lines of the log if the notebook fails."""
-    stop_with_parent()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # papermill saves the notebook on KeyboardInterrupt
-    kind, study = sys.argv[1], load_study(sys.argv[2])
-    if kind == "run":
-        execute_run(study, sys.argv[3])
+    parser = argparse.ArgumentParser(prog="workflow/run_notebook.py", description=__doc__)
+    parser.add_argument("kind", choices=["run", "report"])
+    parser.add_argument("study")
+    parser.add_argument("run_id", nargs="?")
+    parser.add_argument("--attempt", type=int, default=1, help="how often the engine has started this run")
+    parser.add_argument("--own-gpus", action="store_true", help="choose and hold GPUs of this machine")
+    options = parser.parse_args()
+    end_with_parent()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # papermill saves the notebook on KeyboardInterrupt
+    study = load_study(options.study)
+    if options.kind == "run":
+        execute_run(study, options.run_id, options.attempt, options.own_gpus)
     else:
         execute_report(study)
 
 
-def stop_with_parent() -> None:
-    """End this process, and its kernel with it, when the engine that started it is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def stop(signum: int, frame: object) -> None:
+    """Let the kernel finish its iteration, save and end; interrupt it after STOP_SECONDS."""
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    signal.alarm(STOP_SECONDS if children else 1)
 
 
-def execute_run(study: Study, run_id: str) -> None:
+def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None:
     """One run: the training notebook with the run's settings, kept as run.ipynb in the run's folder."""
     run = next(r for r in study.runs if r.config.run_id == run_id)
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{'started':>8}  {run.name}", flush=True)
-    started = time.monotonic()
-    execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log")
-    result = read_result(folder)
-    if result is None:
+    status = read_status(folder)
+    if attempt > 1 and status and status["state"] == "failed" and not status["retry"]:
+        fail(f"{run.name} is not tried again: {status['message']}")
+    given = run.resources.gpus and not own_gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
+    with contextlib.nullcontext() if given else own_devices(run.resources.gpus):
+        execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log")
+    if read_result(folder) is None:
         fail(f"{run.name}: the notebook ended without a result, see {folder / 'run.log'}")
-    seconds = time.monotonic() - started
-    results = [(r.config.folder / "result.json").exists() for r in study.runs]
-    done, total = sum(results), len(results)
-    left = (total - done) * seconds / int(os.environ.get("HLOSS_CORES", "1")) / 60
-    print(
-        f"{f'[{done}/{total}]':>8}  {run.name}: test Recall@1 {100 * result['metrics']['recall@1']:.1f} % "
-        f"({seconds:.0f} s, about {left:.1f} min left)",
-        flush=True,
-    )
 
 
 def execute_report(study: Study) -> None:
@@ -95,9 +97,10 @@ def fail(message: str) -> NoReturn:
 def execute(notebook: str, out: Path, parameters: dict, log: Path) -> None:
     """Execute a notebook from the project's root; on failure print the end of its log and exit."""
     part = out.with_name(f".{out.name}")
-    logging.basicConfig(filename=log, filemode="w", level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), sys.stderr.fileno())  # the kernel's own messages belong to the log, too
+    logging.info("started: %s, GPUs %r", notebook, os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     try:
         papermill.execute_notebook(
             f"notebooks/{notebook}.ipynb",

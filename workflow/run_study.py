@@ -1,4 +1,4 @@
-"""`python workflow/run_study.py STUDY [--cores N] [--keep]`: check a study, run what is not complete, print its table.
+"""`python workflow/run_study.py STUDY [--profile P] [--cores N] [--keep]`: run what is not complete, print the table.
 
 Everything that can be refused is refused here, before any training. One study runs at a time in a clone.
 """
@@ -6,55 +6,122 @@ Everything that can be refused is refused here, before any training. One study r
 import argparse
 import fcntl
 import os
-import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import papermill
+from devices import visible_devices
+from processes import call, end_with_parent
+from progress import Progress
+from slurm import SlurmError, is_slurm, job_prefix, jobs_in_queue, wait_for_queue
 
 from hloss.datasets import DatasetError, open_dataset
 from hloss.experiment import ConfigError, RunConfig, fingerprint, found_from_here, write_whole
 from hloss.studies import Study, collect, load_study, stale_runs
+
+PROFILES = Path("workflow/profiles")
 
 
 def main() -> None:
     """Run, collect or check a study from the command line."""
     parser = argparse.ArgumentParser(prog="workflow/run_study.py", description=__doc__)
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at once (default: all cores)")
+    parser.add_argument("--profile", default="local", help="name of a folder in workflow/profiles")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU threads at once, on this machine")
     parser.add_argument("--keep", action="store_true", help="keep runs that other code made, and say so in the report")
     parser.add_argument("--collect", action="store_true", help="only write reports/STUDY/results.parquet")
     options = parser.parse_args()
+    if "MAKELEVEL" in os.environ:
+        end_with_parent()
     try:
         study = load_study(options.study)
         if options.collect:
             write_results(study, options.keep)
         else:
-            run(study, options.cores, options.keep)
-    except (ConfigError, DatasetError) as error:
+            run(study, options.profile, options.cores, options.keep)
+    except (ConfigError, DatasetError, SlurmError) as error:
         sys.exit(f"study {options.study}: {error}")
 
 
-def run(study: Study, cores: int, keep: bool) -> None:
+def run(study: Study, profile: str, cores: int, keep: bool) -> None:
     """Hand the study to Snakemake and print the headline table."""
     check_notebook()
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--quiet", "all"]
+    command += ["--profile", str(checked_profile(profile)), "--rerun-triggers", "mtime", "--ignore-incomplete"]
+    command += ["--nolock", "--config", f"study={study.name}", *(["keep=1"] if keep else [])]  # last: gpus follows
+    with held_clone():
+        set_stale_aside(study, keep)
+        progress = Progress(study)
+        progress.print_start()
+        if is_slurm(PROFILES / profile):
+            status = run_on_slurm(study, command, progress)
+        else:
+            gpus = checked_gpus(study)
+            status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
+    if status:
+        sys.exit(
+            f"study {study.name} is not complete; run the same command again to redo only what is missing "
+            f"(each run's run.log says what happened, .snakemake/log what the engine did)"
+        )
+    print_headline(study)
+
+
+def checked_profile(name: str) -> Path:
+    """The profile's folder; ConfigError if there is none."""
+    there = sorted(p.parent.name for p in PROFILES.glob("*/config.yaml"))
+    if name not in there:
+        raise ConfigError(f"PROFILE={name} is unknown, allowed are {', '.join(there)}")
+    return PROFILES / name
+
+
+def checked_gpus(study: Study) -> int:
+    """How many GPUs this machine has for the study; ConfigError if a run can never have those it needs."""
+    devices = visible_devices()
+    for r in study.runs:
+        if r.resources.gpus > len(devices) and (devices or r.config.device == "cuda"):
+            raise ConfigError(f"{r.name} needs {r.resources.gpus} GPUs, this machine offers {len(devices)}")
+    return len(devices)
+
+
+@contextmanager
+def held_clone(patience_seconds: float = 30.0) -> Iterator[None]:
+    """Hold the clone's runs: a start that was killed needs some seconds to end, another study is refused."""
     Path("runs").mkdir(exist_ok=True)
     with open("runs/.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit("another study is running in this folder; wait for it or end it")
-        set_stale_aside(study, keep)
-        todo = [r for r in study.runs if not (r.config.folder / "result.json").exists()]
-        print(f"study {study.name}: {len(study.runs) - len(todo)} of {len(study.runs)} runs are complete", flush=True)
-        command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", str(cores)]
-        command += ["--config", f"study={study.name}", *(["keep=1"] if keep else [])]
-        command += ["--rerun-triggers", "mtime", "--ignore-incomplete", "--nolock", "--keep-going", "--quiet", "all"]
-        status = subprocess.run(command, env={**os.environ, "HLOSS_CORES": str(cores)}).returncode
-    if status:
-        sys.exit(f"study {study.name} is not complete; run the same command again to redo only what is missing")
-    print_headline(study)
+        deadline = time.monotonic() + patience_seconds
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    sys.exit("another study is running in this folder; wait for it or end it")
+                if not told:
+                    print("another study is running or ending in this folder; waiting for a moment", flush=True)
+                told = True
+                time.sleep(0.5)
+        yield
+
+
+def run_on_slurm(study: Study, command: list[str], progress: Progress) -> int:
+    """Snakemake with Slurm jobs. What a killed start left in the queue is not submitted again, the rest goes on."""
+    prefix = job_prefix(study.name)
+    command += ["--slurm-jobname-prefix", prefix]
+    print(f"jobs are named {prefix}_...; `squeue --me` shows them, runs/slurm keeps logs of failed ones", flush=True)
+    left = jobs_in_queue(prefix)
+    if left:
+        print(f"{len(left)} jobs of an earlier start are in the queue: they go on, none is submitted again", flush=True)
+        call(
+            [*command, "--omit-from", *(f"runs/{study.name}/{run_id}/result.json" for run_id in left.values())],
+            progress,
+        )
+        wait_for_queue(prefix, progress)
+    return call(command, progress)
 
 
 def check_notebook() -> None:

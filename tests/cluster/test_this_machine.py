@@ -1,0 +1,108 @@
+"""Studies on this machine: killed anywhere and started again, interrupted, repeated, on GPUs of their own."""
+
+import os
+import shutil
+import signal
+
+import psutil
+import pytest
+from copied_project import assert_no_gpu_for_two, continued, has_checkpoint, processes, projects, starts, wait_until
+
+pytestmark = pytest.mark.slow
+
+QUICK = {"dataset": "glyphs", "batch_size": 128, "validate_every": 10, "iterations": 40, "checkpoint_seconds": 2.0}
+
+
+@pytest.fixture
+def new_project(tmp_path):
+    with projects(tmp_path) as new:
+        yield new
+
+
+def left_behind(project):
+    """What still runs of a project's starts; the tests' own process has another PYTHONPATH."""
+    return processes("", PYTHONPATH=str(project.folder))
+
+
+def test_a_study_killed_anywhere_is_continued_and_only_what_is_missing_is_run(new_project):
+    study = {
+        "title": "a short study",
+        "fixed": QUICK,
+        "seeds": [0],
+        "resources": {"gpus": 0},
+        "runs": [
+            {"name": "untrained network", "set": {"loss": "none", "iterations": 0}},
+            {"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}},
+        ],
+    }
+    project = new_project("project", study)
+    untrained, *trained = project.runs().values()
+    first = project.start("CORES=3", STEP_SECONDS="1")
+    wait_until("two runs in the middle", lambda: all(has_checkpoint(run) for run in trained), during=first)
+    wait_until("one run complete", (untrained / "result.json").exists, during=first)
+
+    (runner,) = processes(f"run_notebook.py run short {trained[0].name}", PYTHONPATH=str(project.folder))
+    for kernel in runner.children():
+        kernel.kill()
+    wait_until("the run whose kernel was killed starts again", lambda: len(starts(trained[0])) == 2, during=first)
+    assert len(starts(trained[1])) == 1
+    engine = processes("workflow/run_study.py short", PYTHONPATH=str(project.folder))
+    for process in [psutil.Process(first.pid), *engine]:
+        if process.is_running():
+            process.kill()
+    first.wait(10)
+    wait_until("nothing of the killed start runs", lambda: not left_behind(project), 60)
+    assert not any((run / "result.json").exists() for run in trained)
+
+    assert project.finish(project.start("CORES=2"), 300) == 0, project.printed()
+    assert all(continued(run) for run in trained)
+    assert [len(starts(run)) for run in (untrained, *trained)] == [1, 3, 2]
+
+    report = project.folder / "reports" / "short" / "report.html"
+    made = report.stat().st_mtime_ns
+    assert project.finish(project.start("CORES=2"), 120) == 0, project.printed()
+    assert [len(starts(run)) for run in (untrained, *trained)] == [1, 3, 2]
+    assert report.stat().st_mtime_ns == made
+
+    shutil.rmtree(trained[1])
+    assert project.finish(project.start("CORES=2"), 300) == 0, project.printed()
+    assert [len(starts(run)) for run in (untrained, *trained)] == [1, 3, 1]
+    assert report.stat().st_mtime_ns > made
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_an_interrupted_start_leaves_checkpoints_and_no_process(number, new_project):
+    study = {
+        "title": "one run",
+        "fixed": QUICK,
+        "seeds": [0],
+        "resources": {"gpus": 0},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
+    project = new_project("project", study)
+    start = project.start(STEP_SECONDS="1")
+    (run,) = project.runs().values()
+    wait_until("a checkpoint", lambda: has_checkpoint(run), during=start)
+    if number == signal.SIGINT:
+        os.killpg(start.pid, number)  # a terminal's Ctrl-C
+    else:
+        start.send_signal(number)
+    assert project.finish(start, 60) != 0
+    wait_until("nothing of the start runs", lambda: not left_behind(project), 10)
+    assert has_checkpoint(run)
+    assert not (run / "result.json").exists()
+    assert len(starts(run)) == 1
+
+
+def test_each_run_has_a_gpu_of_its_own(new_project, tmp_path):
+    study = {
+        "title": "four runs on two GPUs",
+        "fixed": QUICK,
+        "seeds": [0, 1],
+        "resources": {"gpus": 1},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}}],
+    }
+    project = new_project("project", study)
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}  # no such devices: torch takes the CPU
+    assert project.finish(project.start("CORES=4", **environment), 300) == 0, project.printed()
+    assert_no_gpu_for_two(list((project.folder / "runs" / "short").iterdir()), {"0", "1"})

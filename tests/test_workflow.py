@@ -1,0 +1,242 @@
+"""What starts runs: GPUs held one by one, Slurm's queue read before anything is submitted, plans from measurements."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from xml.etree import ElementTree
+
+import check_gpu
+import devices
+import plan_study
+import processes
+import pytest
+import slurm
+import torch
+from devices import own_devices, visible_devices
+from progress import Progress
+
+from hloss.experiment import parse_config
+from hloss.studies import Resources, Study, StudyRun
+from hloss.training import run as carry_out
+
+
+def study_of(*configs, **resources):
+    runs = [StudyRun(f"method {n}", c, Resources(**{"gpus": 0, **resources})) for n, c in enumerate(configs)]
+    return Study("some", "a title", tuple(runs))
+
+
+@pytest.fixture
+def config(tiny_data, tmp_path):
+    settings = {"dataset": "tiny", "batch_size": 24, "images_per_class": 4, "iterations": 4, "validate_every": 2}
+    return parse_config({**settings, "data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs"), "device": "cpu"})
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "visible_devices", lambda: ["0", "1"])
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+
+
+def test_the_gpus_of_a_study_are_those_it_was_given(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert visible_devices() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_devices() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices() == [str(n) for n in range(torch.cuda.device_count())]
+
+
+def test_each_run_sees_gpus_of_its_own(monkeypatch, two_gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with own_devices(1) as first, own_devices(1) as second:
+        assert (first, second) == (["0"], ["1"])
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    with own_devices(0) as none:
+        assert none == []
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_run_on_two_gpus_waits_for_both_and_keeps_neither_meanwhile(two_gpus):
+    got = threading.Event()
+
+    def wait_for_two():
+        with own_devices(2) as both:
+            assert both == ["0", "1"]
+            got.set()
+
+    with own_devices(1):
+        waiting = threading.Thread(target=wait_for_two)
+        waiting.start()
+        assert not got.wait(0.2)
+        held = own_devices(1)
+        with held as other:  # the one that waits lets go of it between two looks
+            assert other == ["1"]
+    waiting.join(10)
+    assert got.is_set()
+
+
+@pytest.fixture
+def squeue(monkeypatch, tmp_path):
+    """A stand-in for the program: it prints `lines`, after `failures` failures."""
+
+    def stand_in(lines, failures=0):
+        (tmp_path / "queue").write_text("".join(f"{line}\n" for line in lines))
+        (tmp_path / "left").write_text("x" * failures)
+        program = tmp_path / "squeue"
+        program.write_text(
+            f"#!/bin/sh\ncd {tmp_path}\n"
+            'if [ -s left ]; then printf %s "$(cut -c2- left)" > left; echo "timed out" >&2; exit 1; fi\ncat queue\n'
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 0)
+
+    return stand_in
+
+
+def test_the_queue_tells_which_runs_an_earlier_start_left(squeue):
+    ours = slurm.job_prefix("quick")
+    squeue(
+        [
+            f"17|{ours}_2b1c-77|rule_run_wildcards_quick_0123456789ab",
+            f"18|{ours}2_2b1c-77|rule_run_wildcards_quick_ffffffffffff",
+            "19|another job|(null)",
+        ],
+        failures=2,
+    )
+    assert slurm.jobs_in_queue(ours) == {"17": "0123456789ab"}
+
+
+def test_a_queue_that_cannot_be_read_stops_the_start(squeue, monkeypatch, tmp_path):
+    squeue([], failures=slurm.ATTEMPTS)
+    with pytest.raises(slurm.SlurmError, match="squeue says: timed out"):
+        slurm.jobs_in_queue("hloss")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing here"))
+    with pytest.raises(slurm.SlurmError, match="squeue"):
+        slurm.jobs_in_queue("hloss")
+
+
+def test_job_names_tell_studies_and_clones_apart(monkeypatch, tmp_path):
+    names = {slurm.job_prefix("quick"), slurm.job_prefix("paper")}
+    monkeypatch.chdir(tmp_path)
+    names |= {slurm.job_prefix("quick"), slurm.job_prefix("x" * 100)}
+    assert len(names) == 4
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,50}", name) for name in names)  # what the Slurm plugin accepts
+
+
+def test_a_command_is_watched_to_its_end():
+    looks = []
+    assert processes.call([sys.executable, "-c", "raise SystemExit(7)"], lambda: looks.append(1)) == 7
+    assert looks
+
+
+def test_a_command_is_asked_to_stop_as_by_a_terminal(capfd):
+    code = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asked')"
+    printed = ""
+
+    def stop():
+        nonlocal printed
+        new = capfd.readouterr().out
+        printed += new
+        if "begun" in new:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="the same command continues"):
+        processes.call([sys.executable, "-c", code], stop)
+    assert "asked" in printed + capfd.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_progress_tells_a_change_once_and_old_news_never(config, capsys):
+    progress = Progress(study_of(config))
+    status = config.folder / "status.json"
+    config.folder.mkdir(parents=True)
+
+    def says(state, message=""):
+        status.write_text(json.dumps({"state": state, "iteration": 1, "message": message, "retry": True}))
+        os.utime(status, ns=(0, status.stat().st_mtime_ns + 1))
+        progress()
+        progress()
+        return capsys.readouterr().out.split("\n")[:-1]
+
+    assert says("running") == [" started  method 0, seed 0"]
+    assert says("running") == []
+    assert says("stopped", "out of time") == [" stopped  method 0, seed 0: out of time"]
+    assert Progress(study_of(config))() is None
+    assert capsys.readouterr().out == ""
+    carry_out(config, lambda line: None)
+    progress()
+    progress()
+    assert re.fullmatch(
+        r"   \[1/1\]  method 0, seed 0: test Recall@1 [\d.]+ % \(about 0.0 min left\)\n", capsys.readouterr().out
+    )
+
+
+def test_a_plan_tells_what_is_done_measured_and_not_measured(config, tmp_path):
+    longer = parse_config({**config.model_dump(), "iterations": 3_600_000})
+    other = parse_config({**longer.model_dump(), "batch_size": 25})
+    result = carry_out(config, lambda line: None)
+    result["training_seconds"] = 4 * 0.5
+    (config.folder / "result.json").write_text(json.dumps(result))
+    costs = plan_study.measured(tmp_path / "runs")
+    text = plan_study.plan(study_of(config, longer, other, hours=400.0), 0, costs)
+    assert re.search(r"method 0, seed 0 +done", text)
+    assert re.search(r"method 1, seed 0 +to do +500\.00 .*1 runs here \(hours=400 is short\)", text)
+    assert re.search(r"method 2, seed 0 +to do +not measured on cpu", text)
+    assert "1 of 3 runs are done. The other 2: 500.00 h" in text
+    assert "Not in these sums: 1 runs" in text
+
+
+def test_a_plan_counts_what_is_left_of_a_run(config, tmp_path):
+    config.folder.mkdir(parents=True)
+    (config.folder / "status.json").write_text(json.dumps({"state": "stopped", "iteration": 3}))
+    assert plan_study.state_of(study_of(config).runs[0]) == ("at iteration 3", 1)
+
+
+def test_the_table_of_measurements_is_of_the_quick_studys_runs():
+    costs = plan_study.table_of(plan_study.MEASURED)
+    quick = plan_study.load_study("quick").runs[0]
+    assert costs[plan_study.kind_of(quick, 0)].seconds < 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_check_without_cuda_says_so_and_exits_with_a_status_of_its_own(capsys):
+    with pytest.raises(SystemExit) as end:
+        check_gpu.main()
+    assert end.value.code == check_gpu.NO_CUDA == 3
+    assert "no CUDA device here" in capsys.readouterr().out
+
+
+def test_the_table_of_checks_counts_what_passed():
+    cases = """<testsuite><testcase classname="tests.test_x" name="test_a" time="0.5"/>
+    <testcase classname="tests.test_x" name="test_b" time="1"><failure message="far off&#10;more"/></testcase>
+    <testcase classname="tests.test_x" name="test_c" time="0"><skipped message="one GPU"/></testcase></testsuite>"""
+    checks = [check_gpu.check_of(case) for case in ElementTree.fromstring(cases)]
+    assert [(c.name, c.outcome, c.remark) for c in checks] == [
+        ("test_x: test_a", "passed", ""),
+        ("test_x: test_b", "failed", "far off"),
+        ("test_x: test_c", "skipped", "one GPU"),
+    ]
+    assert check_gpu.table(checks).endswith("1 of 3 passed")
+
+
+def test_a_check_that_takes_too_long_is_ended(capsys):
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    ended, _, output = check_gpu.called([sys.executable, "-c", code], 3)
+    assert (ended, output) == ("not finished", ["begun"])
+
+
+@pytest.mark.slow
+def test_the_checks_run_to_their_end_on_a_cpu(tmp_path):
+    tests = check_gpu.marked_tests("cuda", tmp_path)
+    assert tests
+    assert all(check.outcome in ("passed", "skipped") for check in tests), check_gpu.table(tests)
+    run = check_gpu.short_run("cpu", 1, tmp_path)
+    assert run.outcome == "passed", run.remark

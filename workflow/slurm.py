@@ -1,0 +1,54 @@
+"""What of a study is already in Slurm's queue: a start that was killed leaves its jobs there."""
+
+import hashlib
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+ATTEMPTS, PATIENCE_SECONDS = 5, 10
+
+
+class SlurmError(RuntimeError):
+    """The queue cannot be read; without it a run might be submitted twice."""
+
+
+def is_slurm(profile: Path) -> bool:
+    """Whether the profile hands runs to Slurm."""
+    return (yaml.safe_load((profile / "config.yaml").read_text()) or {}).get("executor") == "slurm"
+
+
+def job_prefix(study: str) -> str:
+    """What the names of a study's jobs begin with: another clone's jobs, of a study of the same name, are not ours."""
+    return f"hloss-{study[:25]}-{hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:8]}"
+
+
+def jobs_in_queue(prefix: str) -> dict[str, str]:
+    """Slurm's job number -> run_id, of the jobs that wait or run."""
+    jobs = [line.split("|") for line in _queue().splitlines()]
+    # The comment is rule_run_wildcards_STUDY_RUNID.
+    return {number: comment.rsplit("_", 1)[-1] for number, name, comment in jobs if name.startswith(f"{prefix}_")}
+
+
+def _queue() -> str:
+    """One line per job; a busy controller is asked more than once."""
+    command = ["squeue", "--me", "--noheader", "--format=%i|%j|%k"]
+    for attempts_left in reversed(range(ATTEMPTS)):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip()
+            if not attempts_left or isinstance(error, FileNotFoundError):
+                raise SlurmError(f"it is not known which runs are in the queue, squeue says: {reason}") from None
+        time.sleep(PATIENCE_SECONDS)
+    raise AssertionError("unreachable")
+
+
+def wait_for_queue(prefix: str, meanwhile: Callable[[], object]) -> None:
+    """Return when no job of the study is in the queue."""
+    while jobs_in_queue(prefix):
+        for _ in range(PATIENCE_SECONDS):
+            meanwhile()
+            time.sleep(1)
