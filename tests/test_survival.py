@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+from hloss import HistogramLoss
 from hloss.checkpoints import RunError, RunStopped, held, load_checkpoint, read_status, save_checkpoint
 from hloss.experiment import RunConfig, parse_config
 from hloss.training import run
@@ -239,18 +240,15 @@ def test_what_cannot_be_saved_leaves_the_checkpoints_as_they_were(tmp_path, monk
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(settings, monkeypatch):
     config = parse_config(settings)
-    build_loss = RunConfig.build_loss
 
-    def failing(self):
-        loss_of, calls = build_loss(self), []
+    class FailingAtTheTwentieth(HistogramLoss):
+        calls = 0
 
-        def loss(embeddings, labels):
-            calls.append(1)
-            return loss_of(embeddings, labels) * (float("nan") if len(calls) == 20 else 1)
+        def forward(self, embeddings, labels):
+            self.calls += 1
+            return super().forward(embeddings, labels) * (float("nan") if self.calls == 20 else 1)
 
-        return loss
-
-    monkeypatch.setattr(RunConfig, "build_loss", failing)
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: FailingAtTheTwentieth())
     with pytest.raises(RunError, match="the loss is nan at iteration 20; try a lower learning_rate"):
         run(config, lambda line: None)
     status = read_status(config.folder)
