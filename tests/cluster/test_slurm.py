@@ -25,7 +25,7 @@ QUICK = {"dataset": "glyphs", "batch_size": 128, "validate_every": 10, "iteratio
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """The environment that reaches the daemons."""
+    """The variables that reach the daemons."""
     reason = why_not()
     if reason is None:
         pytest.importorskip("snakemake_executor_plugin_slurm", reason="pip install -e '.[slurm]'")
@@ -33,6 +33,12 @@ def slurm(tmp_path_factory):
         pytest.skip(f"no Slurm here: {reason}")
     with one_node_slurm(tmp_path_factory.mktemp("slurm")) as environment:
         yield environment
+
+
+def called(slurm, *command):
+    """What a program of Slurm prints; a hanging or failing one fails the test."""
+    environment = os.environ | slurm
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout
 
 
 @pytest.fixture
@@ -47,9 +53,8 @@ def jobs(slurm):
     """`jobs()`: job number -> (run_id, state, minutes, MiB) of every job of this test."""
 
     def query(format):
-        command = ["squeue", "--states=all", "--noheader", f"--format={format}"]
-        answer = subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=120, check=True)
-        return [line.split("|") for line in answer.stdout.splitlines()]
+        printed = called(slurm, "squeue", "--states=all", "--noheader", f"--format={format}")
+        return [line.split("|") for line in printed.splitlines()]
 
     earlier = {number for (number,) in query("%i")}
 
@@ -60,7 +65,7 @@ def jobs(slurm):
     yield ours
     left = [number for number, (_, state, *_) in ours().items() if state in ("PENDING", "RUNNING")]
     if left:
-        subprocess.run(["scancel", *left], env=slurm, timeout=120, check=True)
+        called(slurm, "scancel", *left)
 
 
 def test_cancelled_killed_and_overdue_jobs_are_retried_to_the_report_of_this_machine(slurm, jobs, new_project):
@@ -89,7 +94,7 @@ def test_cancelled_killed_and_overdue_jobs_are_retried_to_the_report_of_this_mac
         return next(number for number, (run_id, *_) in jobs().items() if run_id == run.name)
 
     def cancel():
-        subprocess.run(["scancel", first_job(cancelled)], env=slurm, timeout=120, check=True)
+        called(slurm, "scancel", first_job(cancelled))
 
     def kill():
         for kernel in processes("ipykernel_launcher", SLURM_JOB_ID=first_job(killed)):
