@@ -82,7 +82,7 @@ def test_cancelled_killed_and_overdue_jobs_are_retried_to_the_report_of_this_mac
         ],
     }
     here = new_project("here", study)
-    assert here.finish(here.start(), 400) == 0, here.printed()
+    assert here.finish(here.start()) == 0, here.printed()
 
     there = new_project("there", study)
     there.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5, "default-resources": []})
@@ -141,7 +141,7 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
     wait_until("two runs are at work", lambda: sum(1 for _ in folder.glob("*/run.log")) == 2)
     kill_tree(first)
 
-    assert project.finish(project.start("PROFILE=slurm", **slurm), 600) == 0, project.printed()
+    assert project.finish(project.start("PROFILE=slurm", **slurm)) == 0, project.printed()
     assert "3 jobs of an earlier start are in the queue" in project.printed()
     submitted = [run_id for run_id, *_ in jobs().values()]
     assert sorted(submitted) == sorted(run.name for run in folder.iterdir())
