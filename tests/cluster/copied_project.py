@@ -67,7 +67,7 @@ class Project:
         self.starts.append(start)
         return start
 
-    def finish(self, start: subprocess.Popen, seconds: float) -> int:
+    def finish(self, start: subprocess.Popen, seconds: float = 900) -> int:
         """The exit status; a start that takes longer is ended and fails the test."""
         try:
             return start.wait(seconds)

@@ -85,7 +85,7 @@ def is_ours(link: Path) -> bool:
 
 @contextmanager
 def one_node_slurm(parent: Path) -> Iterator[dict[str, str]]:
-    """Start the daemons in `parent`/one-node-slurm, yield the environment that reaches them, stop them.
+    """Start the daemons in `parent`/one-node-slurm, yield the variables that reach them, stop them.
 
     One at a time on a machine: another one is waited for; what a killed one left is stopped first.
     """
@@ -134,7 +134,8 @@ def free_ports(n: int) -> list[int]:
 
 def start(folder: Path) -> dict[str, str]:
     """The daemons, up to an idle node; RuntimeError with the ends of their logs if it does not get there."""
-    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": search_path()}
+    ours = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": search_path()}
+    environment = os.environ | ours
     munged = ["munged", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket"]
     munged += [f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munge.seed"]
     for command in (munged, ["slurmctld"], ["slurmd", "-N", socket.gethostname().split(".")[0]]):
@@ -144,7 +145,7 @@ def start(folder: Path) -> dict[str, str]:
     while time.monotonic() < deadline:
         state = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True, timeout=30)
         if "idle" in state.stdout:
-            return environment
+            return ours
         time.sleep(0.5)
     logs = [f"{file.name}:\n{file.read_text()[-2000:]}" for file in folder.glob("*.log")]
     raise RuntimeError("the node did not become idle\n" + "\n".join(logs))

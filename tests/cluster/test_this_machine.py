@@ -54,7 +54,7 @@ def test_a_study_killed_anywhere_is_continued_and_only_what_is_missing_is_run(ne
     wait_until("nothing of the killed start runs", lambda: not left_behind(project), 60)
     assert not any((run / "result.json").exists() for run in trained)
 
-    assert project.finish(project.start("CORES=2"), 300) == 0, project.printed()
+    assert project.finish(project.start("CORES=2")) == 0, project.printed()
     assert all(continued(run) for run in trained)
     assert [len(starts(run)) for run in (untrained, *trained)] == [1, 3, 2]
 
@@ -65,7 +65,7 @@ def test_a_study_killed_anywhere_is_continued_and_only_what_is_missing_is_run(ne
     assert report.stat().st_mtime_ns == made
 
     shutil.rmtree(trained[1])
-    assert project.finish(project.start("CORES=2"), 300) == 0, project.printed()
+    assert project.finish(project.start("CORES=2")) == 0, project.printed()
     assert [len(starts(run)) for run in (untrained, *trained)] == [1, 3, 1]
     assert report.stat().st_mtime_ns > made
 
@@ -104,5 +104,5 @@ def test_each_run_has_a_gpu_of_its_own(new_project, tmp_path):
     }
     project = new_project("project", study)
     environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}  # no such devices: torch takes the CPU
-    assert project.finish(project.start("CORES=4", **environment), 300) == 0, project.printed()
+    assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
     assert_no_gpu_for_two(list((project.folder / "runs" / "short").iterdir()), {"0", "1"})
