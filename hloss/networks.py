@@ -196,6 +196,7 @@ def build_network(
     network = Embedder(scale, trunk, features.shape[1], embedding_dim, dropout, normalize)
     if name == "parts":
         _gaussian(network.embedding, 0.001)
+    network.to(memory_format=torch.channels_last)  # a third less time for convolutions and pooling on a CPU
     return network.train()
 
 

@@ -111,7 +111,6 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             images = images[own]
         else:
             images = self.dataset.pixels(self.rows[batch[own]])
-        images = images.clone(memory_format=torch.contiguous_format)
         return (images.pin_memory() if self.pin else images), self.labels[batch[own]]
 
     def state_dict(self) -> dict[str, Any]:

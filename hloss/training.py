@@ -541,7 +541,7 @@ def main() -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if result:
+    if result and "HLOSS_STDIN" not in os.environ:
         print(config.folder / "result.json")
 
 
