@@ -50,7 +50,7 @@ def new_project(jobs, tmp_path):
 
 @pytest.fixture
 def jobs(slurm):
-    """`jobs()`: job number -> (run_id, state, minutes, MiB) of every job of this test."""
+    """`jobs()`: job number -> (run_id, state, minutes, MiB) of every job of this test, in order."""
 
     def query(format):
         printed = called(slurm, "squeue", "--states=all", "--noheader", f"--format={format}")
@@ -59,7 +59,7 @@ def jobs(slurm):
     earlier = {number for (number,) in query("%i")}
 
     def ours():
-        rows = (row for row in query("%i|%k|%T|%l|%m") if row[0] not in earlier)
+        rows = sorted((row for row in query("%i|%k|%T|%l|%m") if row[0] not in earlier), key=lambda row: int(row[0]))
         return {number: (comment.rsplit("_", 1)[-1], *rest) for number, comment, *rest in rows}
 
     yield ours
