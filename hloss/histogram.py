@@ -26,6 +26,7 @@ ORDER_COSTS = ("step", "linear", "softplus")
 DENSITIES = ("histogram", "beta")
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # the group of a pair
 ROWS, COLUMNS = 256, 1024  # largest block of pairs held at once: 2^18 of them, so that int64 sums cannot overflow
+KEPT_PAIRS = 2**20  # so few pairs are kept for the backward pass, in at most 8 MiB: to recompute them costs more
 CPU_LANES = 16
 ONE_PAIR = 2**42  # above the sum of 2^18 fractions of 24 bits
 LONGEST = (1 + 1e-4) ** 0.5  # norm of an embedding that is not to be normalised
@@ -157,8 +158,9 @@ def pair_slopes(
     found = []
     for group in (POSITIVE, NEGATIVE):
         groups = torch.full_like(position, group, dtype=torch.int8)
-        block = _Block(slice(0, 1), everything, everything, groups)
-        found.append(density.slope(slopes, position.clone(), block, _Buffers())[0] * density.counts[group].sum())
+        block, buffers = _Block(slice(0, 1), everything, everything, groups), _Buffers()
+        places = density.places(position, block, buffers)
+        found.append(density.slope(slopes, places, block, buffers)[0] * density.counts[group].sum())
     return PairSlopes(position[0] * density.s.delta - 1, *found)
 
 
@@ -173,7 +175,7 @@ def _density_of(
     s = _Settings(**settings)  # type: ignore[arg-type]
     norms, reference_norms = _checked_sides(embeddings, references, s.normalize)
     pairs = _pairs(embeddings, labels, references, reference_labels)
-    with _exact_products(embeddings.device):
+    with exact_products(embeddings.device):
         density, _ = _collected(_Sides(embeddings, references, norms, reference_norms, pairs, s), pairs, s)
     if density.undefined:
         raise ValueError(density.undefined)
@@ -192,7 +194,7 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
     norms = _checked_norms("embeddings", embeddings, True)
     pairs = _pairs(embeddings, labels, None, None)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    with torch.no_grad(), _exact_products(embeddings.device):
+    with torch.no_grad(), exact_products(embeddings.device):
         unit = _arranged(embeddings, norms, pairs.row_order)
         for block in pairs.blocks():
             similarity = unit[block.rows] @ unit[block.columns].T
@@ -418,9 +420,9 @@ class _Histogram:
         self.counts = torch.zeros(3, self.size, dtype=torch.int64, device=device)
         self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
 
-    def add(self, position: Tensor, block: _Block, buffers: _Buffers) -> None:
-        """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns); `position` is used up."""
-        code = self._codes(position, block, buffers)
+    def add(self, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
+        """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns), used up; returns `places`."""
+        places = code = self.places(position, block, buffers)
         n = 1 if block.groups is None else 3
         # A table has several lanes: on CUDA for few collisions of atomic additions, on CPU one or more per thread.
         lanes = len(code) if code.is_cuda else math.gcd(len(code), CPU_LANES)
@@ -437,8 +439,9 @@ class _Histogram:
             sums = table.zero_().scatter_add_(1, code, number).sum(0).double() / 2.0**44
         self.counts[:n] += counts.view(n, -1)
         self.fractions[:n] += sums.view(n, -1)
+        return places
 
-    def _codes(self, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
+    def places(self, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
         """Interval of each pair, moved on by `size` for a positive and by 2 `size` for an ignored one."""
         code = buffers.take("code", position.shape, torch.int64, position.device).copy_(position)
         if block.groups is not None:
@@ -465,10 +468,10 @@ class _Histogram:
         slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval
         return loss, slopes
 
-    def slope(self, slopes: Tensor, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
-        """dL/ds of the pairs at `position` (used up), from the (3, n_bins + 1) table of slopes."""
-        table = slopes.view(1, -1).expand(len(position), -1)
-        return torch.gather(table, 1, self._codes(position, block, buffers), out=position)
+    def slope(self, slopes: Tensor, places: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
+        """dL/ds of the pairs at `places`, from the (3, n_bins + 1) table of slopes."""
+        found = buffers.take("slope", places.shape, slopes.dtype, slopes.device)
+        return torch.gather(slopes.view(1, -1).expand(len(places), -1), 1, places, out=found)
 
 
 class _Beta:
@@ -479,7 +482,8 @@ class _Beta:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums of x - 1/2 and its square, by group
 
-    def add(self, position: Tensor, block: _Block, buffers: _Buffers) -> None:
+    def add(self, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
+        places = buffers.take("places", position.shape, position.dtype, position.device).copy_(position)
         x = position.div_(self.s.n_bins).sub_(0.5)
         negatives: int | Tensor = x.numel()
         if block.groups is not None:
@@ -488,6 +492,10 @@ class _Beta:
             negatives = negatives - (block.groups != NEGATIVE).sum()
             window *= block.groups == NEGATIVE
         self._add(NEGATIVE, x, negatives)
+        return places
+
+    def places(self, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
+        return position
 
     def _add(self, group: int, x: Tensor, n: Tensor | int) -> None:
         self.counts[group] += n
@@ -530,13 +538,13 @@ class _Beta:
         slopes = torch.stack([constant, linear / self.s.n_bins], dim=1)
         return loss, torch.cat([slopes, torch.zeros_like(slopes[:1])])
 
-    def slope(self, slopes: Tensor, position: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
-        """dL/ds of the pairs at `position`, from (3, 2) of constants and factors of the position."""
+    def slope(self, slopes: Tensor, places: Tensor, block: _Block, buffers: _Buffers) -> Tensor:
+        """dL/ds of the pairs at `places`, their positions, from (3, 2) of constants and factors of the position."""
         constant, linear = slopes.unbind(1)
-        slope = position * linear[NEGATIVE] + constant[NEGATIVE]
+        slope = places * linear[NEGATIVE] + constant[NEGATIVE]
         if block.groups is not None:
             groups = block.groups.long()
-            slope[:, block.window] = constant[groups] + linear[groups] * position[:, block.window]
+            slope[:, block.window] = constant[groups] + linear[groups] * places[:, block.window]
         return slope
 
 
@@ -632,22 +640,23 @@ class _Sides:
 def _collected(
     sides: _Sides, pairs: _LabelPairs | _MatrixPairs, s: _Settings
 ) -> tuple[_Histogram | _Beta, list[tuple[_Block, Tensor]]]:
-    """One pass over all pairs; if they are a single block, it is kept with its positions."""
+    """One pass over all pairs; if they are few, the blocks are kept with the places of their pairs."""
     density, buffers, kept = _DENSITIES[s.density](s, sides.rows.device), _Buffers(), []
+    few = len(sides.rows) * len(sides.columns) <= KEPT_PAIRS
     for block, position in sides.blocks(pairs, buffers):
-        if len(sides.rows) <= ROWS and len(sides.columns) <= COLUMNS:
-            kept.append((block, position.clone()))
-        density.add(position, block, buffers)
+        places = density.add(position, block, _Buffers() if few else buffers)
+        if few:
+            kept.append((block, places))
     density.finish()
     return density, kept
 
 
 class _StreamedLoss(torch.autograd.Function):
-    """Forward keeps the slopes of the loss; backward recomputes similarities block by block (a single one is kept)."""
+    """Forward keeps the slopes of the loss; backward recomputes the pairs block by block, unless they are few."""
 
     @staticmethod
     def forward(ctx, embeddings, references, norms, reference_norms, pairs, s):  # type: ignore[no-untyped-def]
-        with _exact_products(embeddings.device):
+        with exact_products(embeddings.device):
             density, kept = _collected(_Sides(embeddings, references, norms, reference_norms, pairs, s), pairs, s)
         if density.undefined and s.on_degenerate == "raise":
             raise ValueError(density.undefined)
@@ -670,14 +679,14 @@ class _StreamedLoss(torch.autograd.Function):
         if ctx.density.undefined:
             return (*(x if x is None else torch.zeros_like(x) for x in (embeddings, references)), *(None,) * 4)
         pairs = ctx.pairs
-        with _exact_products(embeddings.device):
+        with exact_products(embeddings.device):
             sides = _Sides(embeddings, references, norms, reference_norms, pairs, ctx.settings)
             by_rows = torch.zeros_like(sides.rows)
             by_columns = by_rows if references is None else torch.zeros_like(sides.columns)
             slopes, buffers = (ctx.slopes * grad).to(sides.rows.dtype), _Buffers()
-            kept = [(block, position.clone()) for block, position in ctx.kept]
-            for block, position in kept or sides.blocks(pairs, buffers):
-                slope = ctx.density.slope(slopes, position, block, buffers)
+            recomputed = ((b, ctx.density.places(p, b, buffers)) for b, p in sides.blocks(pairs, buffers))
+            for block, places in ctx.kept or recomputed:
+                slope = ctx.density.slope(slopes, places, block, buffers)
                 rows, columns, below = block.rows, block.columns, slope
                 if references is None and columns.start == rows.start:  # pairs among these rows: their slopes mirrored
                     square, below = slope.split([len(slope), slope.shape[1] - len(slope)], dim=1)
@@ -713,7 +722,7 @@ def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tenso
 
 
 @contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
+def exact_products(device: torch.device) -> Iterator[None]:
     """Matrix products in their own precision: no autocast, no TF32 or bf16 inside, restored after."""
     matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     backends = [b for b in matmuls if b is not None and hasattr(b, "fp32_precision")]

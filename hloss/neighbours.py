@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.histogram import _exact_products
+from hloss.histogram import exact_products
 from hloss.retrieval import METRICS
 
 BACKENDS = ("faiss", "torch")
@@ -66,7 +66,7 @@ def neighbours(
 
 def _proposed_by_torch(queries: Tensor, gallery: Tensor, k: int, metric: str) -> Tensor:
     half_squares = gallery.square().sum(1) / 2 if metric == "euclidean" else 0
-    with _exact_products(gallery.device):
+    with exact_products(gallery.device):
         nearest = [(block @ gallery.T - half_squares).topk(k).indices for block in queries.split(QUERIES)]
     return torch.cat(nearest)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.histogram import _exact_products
+from hloss.histogram import exact_products
 
 BLOCK = 1024  # rows and columns of the float32 blocks: large enough for the product, small enough for the cache
 PAIRS = 2**22  # pairs held at once in float64
@@ -72,7 +72,7 @@ def first_match_ranks(embeddings: Tensor, labels: Tensor, metric: str = "cosine"
     low, high = space.doubt(best)
     rivals = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
     blocks = space.vectors.new_empty(2, BLOCK * BLOCK)  # once: memory that is new to the process costs time
-    with _exact_products(embeddings.device):
+    with exact_products(embeddings.device):
         for rows, columns in _upper_blocks(len(labels)):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             nearness, reached = blocks[:, : shape[0] * shape[1]].view(2, *shape)
@@ -132,7 +132,7 @@ def evaluate(
         raise ValueError(f"unknown protocol {protocol!r}, known are {', '.join(PROTOCOLS)}")
     embeddings, labels = _checked(embeddings, labels)
     rows = _Rows(protocol, _Space(embeddings, metric), labels, tuple(k), cameras, roles, seed)
-    with torch.no_grad(), _exact_products(embeddings.device):
+    with torch.no_grad(), exact_products(embeddings.device):
         return PROTOCOLS[protocol](rows)
 
 
