@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
@@ -168,6 +167,8 @@ def train_view(images: Tensor, crop: int | None, mirror: bool, generator: torch.
 
     Returns uint8 (n, c, crop, crop), contiguous. Raises ValueError if the crop is larger than the images.
     """
+    from torchvision.transforms.v2 import functional as transforms  # here, because it takes a second to import
+
     n, _, height, width = images.shape
     rows, columns = _crop_size(images, crop)
     draws = torch.rand((3, n), generator=generator, dtype=torch.float64)
@@ -183,6 +184,10 @@ def train_view(images: Tensor, crop: int | None, mirror: bool, generator: torch.
 
 def test_view(images: Tensor, crop: int | None) -> Tensor:
     """The central square of `crop` pixels of each image: what tests see. uint8 (n, c, h, w) to (n, c, crop, crop)."""
+    if crop is None:
+        return images
+    from torchvision.transforms.v2 import functional as transforms
+
     return transforms.center_crop(images, list(_crop_size(images, crop)))
 
 
