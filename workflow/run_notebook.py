@@ -15,9 +15,7 @@ import nbformat
 import papermill
 import psutil
 from devices import own_devices
-from nbconvert import HTMLExporter
 from processes import end_with_parent
-from traitlets.config import Config
 
 from hloss.checkpoints import read_status
 from hloss.experiment import read_result, write_whole
@@ -77,6 +75,9 @@ def execute_report(study: Study) -> None:
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
     parameters = {"results_file": str(folder / "results.parquet"), "summary_file": str(folder / "summary.csv.part")}
     execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")
+    from nbconvert import HTMLExporter  # here, because a run needs none of it
+    from traitlets.config import Config
+
     exporter = HTMLExporter(config=Config({"HTMLExporter": dict.fromkeys(DOWNLOADED, "")}))
     exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     html, _ = exporter.from_notebook_node(nbformat.read(folder / "90_report.ipynb", as_version=4))
