@@ -255,6 +255,19 @@ def test_the_result_does_not_depend_on_the_blocks(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(blocked, embeddings)[0], gradient, atol=1e-14, rtol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{}, {"kernel": "gaussian", "bandwidth": 2.0}, {"density": "beta"}])
+def test_pairs_kept_and_pairs_recomputed_give_the_same_gradient(monkeypatch, options):
+    embeddings, labels = batch(n=300, d=16, classes=40, dtype=torch.float32)
+    embeddings.requires_grad_()
+    kept = HistogramLoss(**options)(embeddings, labels)
+    gradients = [torch.autograd.grad(kept, embeddings, retain_graph=True)[0] for _ in range(2)]
+    monkeypatch.setattr(module, "KEPT_PAIRS", 0)
+    recomputed = HistogramLoss(**options)(embeddings, labels)
+    (wanted,) = torch.autograd.grad(recomputed, embeddings)
+    assert kept.item() == recomputed.item()
+    assert all(torch.equal(gradient, wanted) for gradient in gradients)
+
+
 def test_float32_is_close_to_float64():
     embeddings, labels = batch(n=300, d=32, classes=40)
     wide, narrow = embeddings.clone().requires_grad_(), embeddings.float().requires_grad_()
