@@ -4,9 +4,10 @@ The similarities s of the positive and of the negative pairs of a batch are binn
 t_r = -1 + r Delta, r = 0 ... n_bins, Delta = 2 / n_bins (`n_bins` intervals, n_bins + 1 nodes). The loss is the
 probability that a random negative pair is more similar than a random positive one: p_neg' C p_pos.
 
-Nothing of the size of all pairs is ever stored, unless they are few (KEPT_PAIRS). A pair between nodes b and b+1 adds 1 - f to the first and f to the
-second (equation 2), so the forward pass keeps per interval the number of pairs and the sum of f; the loss depends on s
-through those alone, so its slope dL/ds is constant within an interval and the backward pass looks it up (equation 5).
+Nothing of the size of all pairs is ever stored, unless they are few (KEPT_PAIRS). A pair between nodes b and b+1 adds
+1 - f to the first and f to the second (equation 2), so the forward pass keeps per interval the number of pairs and the
+sum of f; the loss depends on s through those alone, so its slope dL/ds is constant within an interval and the backward
+pass looks it up (equation 5).
 Counts and sums are integers: they do not depend on the order of the pairs, on CPU or CUDA.
 """
 
