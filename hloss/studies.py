@@ -3,13 +3,19 @@
 title: what is asked
 fixed: {dataset: glyphs, iterations: 600}       # settings of every run
 seeds: [0, 1]
+tuning_seed: 100                                # of the runs that choose settings
 resources: {gpus: 1, memory_gb: 8, hours: 2}    # what a run may use (Resources)
 runs:
   - name: histogram                             # the method's name in tables and figures
+    comparison: bins                            # what its runs are compared in ("losses")
     set: {loss: histogram}                      # settings of its runs
     cross: {n_bins: [50, 200]}                  # one run per combination and seed
     seeds: [0]                                  # instead of the study's
     resources: {hours: 6}                       # over the study's
+    tune: true                                  # the cross is a grid on tuning_seed; its best setting on validation
+                                                # is run with every seed
+
+A run that several comparisons share is run once and stands in each of them.
 """
 
 import difflib
@@ -26,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hloss.experiment import ConfigError, RunConfig, parse_config, read_result
 
 STUDIES = Path("workflow/studies")
+MUST_BE_ALIKE = ("protocol", "card_sha256", "network", "chosen_how", "trained_on")  # within one dataset
 
 
 class Resources(BaseModel):
@@ -43,11 +50,15 @@ class Resources(BaseModel):
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study, the method it belongs to ("histogram, n_bins 50"), and what it may use."""
+    """One run of a study, what it stands for in its comparisons ("bins": "histogram, n_bins 50"), what it may use."""
 
-    method: str
     config: RunConfig
     resources: Resources
+    methods: dict[str, str]
+
+    @property
+    def method(self) -> str:
+        return next(iter(self.methods.values()))
 
     @property
     def name(self) -> str:
@@ -56,11 +67,16 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's title and runs, in the order of its file."""
+    """A study's title and runs, in the order of its file.
+
+    `waiting` are runs whose settings are not chosen yet, with the first of the grid in their place: they become known
+    when the runs that choose are complete.
+    """
 
     name: str
     title: str
     runs: tuple[StudyRun, ...]
+    waiting: tuple[StudyRun, ...] = ()
 
 
 def load_study(name: str, folder: Path = STUDIES) -> Study:
@@ -72,23 +88,55 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"study={name!r} is unknown, allowed are {', '.join(there) or 'none'}{hint}")
     text = yaml.safe_load(file.read_text())
-    _check_keys(file, "the study", text, {"title", "seeds", "runs"}, {"fixed", "resources"})
+    _check_keys(file, "the study", text, {"title", "seeds", "runs"}, {"fixed", "resources", "tuning_seed"})
     runs: dict[str, StudyRun] = {}
+    waiting: list[StudyRun] = []
     for entry in text["runs"]:
-        _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, {"cross", "seeds", "resources"})
-        axes = entry.get("cross") or {}
-        for values in itertools.product(*axes.values()):
-            axis = dict(zip(axes, values, strict=True))
-            method = ", ".join([entry["name"], *(f"{k} {_short(v)}" for k, v in axis.items())])
-            for seed in entry.get("seeds", text["seeds"]):
-                settings = {**(text.get("fixed") or {}), **entry["set"], **axis, "seed": seed, "study": name}
-                try:
-                    config = parse_config(settings)
-                except ConfigError as error:
-                    raise ConfigError(f"{file}, {method}: {error}") from None
-                resources = _resources(file, method, config, text.get("resources"), entry.get("resources"))
-                runs.setdefault(config.run_id, StudyRun(method, config, resources))
-    return Study(name, text["title"], tuple(runs.values()))
+        optional = {"comparison", "cross", "seeds", "resources", "tune"}
+        _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, optional)
+        if entry.get("tune"):
+            known, unknown = _tuned(name, file, text, entry)
+            waiting += unknown
+        else:
+            known = _crossed(name, file, text, entry, entry.get("seeds", text["seeds"]))
+        for run in known:
+            same = runs.setdefault(run.config.run_id, run)
+            same.methods.update({k: v for k, v in run.methods.items() if k not in same.methods})
+    return Study(name, text["title"], tuple(runs.values()), tuple(waiting))
+
+
+def _crossed(name: str, file: Path, text: dict[str, Any], entry: dict[str, Any], seeds: list[int]) -> list[StudyRun]:
+    """The runs of an entry, one per combination of its axes and seed."""
+    runs, axes = [], entry.get("cross") or {}
+    for values in itertools.product(*axes.values()):
+        axis = dict(zip(axes, values, strict=True))
+        method = ", ".join([entry["name"], *(f"{k} {_short(v)}" for k, v in axis.items())])
+        for seed in seeds:
+            settings = {**(text.get("fixed") or {}), **entry["set"], **axis, "seed": seed, "study": name}
+            try:
+                config = parse_config(settings)
+            except ConfigError as error:
+                raise ConfigError(f"{file}, {method}: {error}") from None
+            resources = _resources(file, method, config, text.get("resources"), entry.get("resources"))
+            runs.append(StudyRun(config, resources, {entry.get("comparison", "losses"): method}))
+    return runs
+
+
+def _tuned(
+    name: str, file: Path, text: dict[str, Any], entry: dict[str, Any]
+) -> tuple[list[StudyRun], list[StudyRun]]:
+    """The runs that choose among an entry's grid, then those with the chosen setting: as known, or waiting to be."""
+    if "tuning_seed" not in text or text["tuning_seed"] in text["seeds"]:
+        raise ConfigError(f"{file}, run {entry['name']!r}: tune needs a tuning_seed of the study that is none of seeds")
+    comparison = entry.get("comparison", "losses")
+    grid = _crossed(name, file, text, {**entry, "comparison": f"{comparison}: choice"}, [text["tuning_seed"]])
+    results = [read_result(run.config.folder) for run in grid]
+    recalls = [result["validation_recall@1"] for result in results if result]
+    chosen = grid[recalls.index(max(recalls)) if len(recalls) == len(grid) else 0].config
+    settings = entry["set"] | {axis: getattr(chosen, axis) for axis in entry["cross"]}
+    final = {**entry, "set": settings, "cross": {}}
+    runs = _crossed(name, file, text, final, entry.get("seeds", text["seeds"]))
+    return (grid + runs, []) if len(recalls) == len(grid) else (grid, runs)
 
 
 def _resources(file: Path, method: str, config: RunConfig, *given: dict[str, Any] | None) -> Resources:
@@ -133,48 +181,92 @@ def stale_runs(study: Study, expected: dict[str, str]) -> list[StudyRun]:
 
 
 def collect(study: Study, keep: bool = False) -> pd.DataFrame:
-    """One row per run of the study. Refuses runs made by different code or data, unless `keep` says to mix them."""
+    """One row per run of the study; runs without a result are rows too, whose `complete` is False.
+
+    Refuses runs made by different code or data, unless `keep` says to mix them, and runs that differ in what must be
+    alike (`refuse_mixed`).
+    """
     rows = []
-    for run in study.runs:
-        result = read_result(run.config.folder)
-        if result is None:
-            raise ConfigError(f"{run.name} has no result in {run.config.folder}; run the study first")
-        history = pd.read_parquet(run.config.folder / "history.parquet")
-        rows.append(_row(study, run, result, history))
+    for run in (*study.runs, *study.waiting):
+        result = read_result(run.config.folder) if run not in study.waiting else None
+        rows.append(_of_study(study, run) | (_of_result(run, result) if result else {"complete": False}))
     table = pd.DataFrame(rows)
-    made_by = table[["code_sha256", "card_sha256"]].drop_duplicates()
+    if not table["complete"].any():
+        raise ConfigError(f"study {study.name!r} has no result yet; run it first")
+    made_by = table.dropna(subset="code_sha256")[["code_sha256", "card_sha256"]].drop_duplicates()
     if len(made_by.groupby("card_sha256")) > table.dataset.nunique() or (table.code_sha256.nunique() > 1 and not keep):
         raise ConfigError(
             f"the runs of study {study.name!r} were made by {table.code_sha256.nunique()} versions of the code and "
             f"{table.card_sha256.nunique()} of the data; run the study again, or mix them knowingly with KEEP=1"
         )
+    refuse_mixed(table)
     return table
 
 
-def _row(study: Study, run: StudyRun, result: dict[str, Any], history: pd.DataFrame) -> dict[str, Any]:
-    validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
-    density = result["similarity_density"]
+def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
+    """What the study says of a run."""
     return {
         "study": study.name,
         "title": study.title,
-        "method": run.method,
-        "run_id": result["run_id"],
-        **{name: result["config"].get(name) for name in ("dataset", "loss", "network", "n_bins", "C", "iterations")},
-        "seed": run.config.seed,
+        "comparison": list(run.methods),
+        "method": list(run.methods.values()),
+        "run_id": "" if run in study.waiting else run.config.run_id,
+        **run.config.resolved(),
+    }
+
+
+def _of_result(run: StudyRun, result: dict[str, Any]) -> dict[str, Any]:
+    """What the run's folder says of it."""
+    history = pd.read_parquet(run.config.folder / "history.parquet")
+    validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
+    density = result["similarity_density"]
+    return {
+        "complete": True,
+        "network": result["config"]["network"],
         **result["metrics"],
         "validation_recall@1": result["validation_recall@1"],
         "chosen_iteration": result["chosen"]["iteration"],
         "chosen_how": result["chosen"]["how"],
+        "trained_on": result["trained_on"],
         "protocol": result["protocol"],
         "n_queries": result["n_queries"],
         "training_seconds": result["training_seconds"],
         "history_iteration": validated["iteration"].astype(int).tolist(),
         "history_recall": validated["validation_recall@1"].tolist(),
-        "history_loss": history["loss"].tolist() if len(history) else [],
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
         "panel": json.dumps(result["panel"]),
         **result["fingerprint"],
         "git_commit": result["provenance"]["git_commit"],
+        "device": result["provenance"]["device"],
         "torch": result["provenance"]["packages"]["torch"],
     }
+
+
+def refuse_mixed(table: pd.DataFrame) -> None:
+    """ConfigError, naming the run, if results of one dataset differ in protocol, split, network or choice.
+
+    Networks without training stand beside the others as what there is without learning: they choose nothing, and may be
+    another network.
+    """
+    complete = table[table["complete"]]
+    for name in MUST_BE_ALIKE:
+        alike = complete if name in ("protocol", "card_sha256") else complete[complete["iterations"] > 0]
+        for dataset, runs in alike.groupby("dataset"):
+            usual = runs[name].mode()[0]
+            other = runs[runs[name] != usual]
+            if len(other):
+                run = other.iloc[0]
+                raise ConfigError(
+                    f"run {run['run_id']} ({run['method'][0]}) on {dataset} has {name}={run[name]!r}, the others "
+                    f"{usual!r}: such results are not compared; take it out of the study"
+                )
+
+
+def read_results(file: Path) -> pd.DataFrame:
+    """A study's table, one row per run and comparison it stands in, metrics in %. ConfigError if results are mixed."""
+    table = pd.read_parquet(file)
+    refuse_mixed(table)
+    recalls = [name for name in table.columns if name.startswith(("recall@", "validation_recall@", "map", "r_precision"))]
+    table[recalls] *= 100
+    return table.explode(["comparison", "method"], ignore_index=True)

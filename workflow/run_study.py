@@ -50,24 +50,35 @@ def main() -> None:
 def run(study: Study, profile: str, cores: int, keep: bool) -> None:
     """Hand the study to Snakemake and print the headline table."""
     check_notebook()
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--quiet", "all"]
-    command += ["--profile", str(checked_profile(profile)), "--rerun-triggers", "mtime", "--ignore-incomplete"]
-    command += ["--nolock", "--config", f"study={study.name}", *(["keep=1"] if keep else [])]  # last: gpus follows
+    checked_profile(profile)
     with held_clone():
         set_stale_aside(study, keep)
-        progress = Progress(study)
-        progress.print_start()
-        if is_slurm(PROFILES / profile):
-            status = run_on_slurm(study, command, progress)
-        else:
-            gpus = checked_gpus(study)
-            status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
+        study = load_study(study.name)  # what was set aside chooses no settings any more
+        while study.waiting:
+            print(f"{len(study.waiting)} more runs wait for settings that these choose", flush=True)
+            complete("runs", study, profile, cores, keep)
+            study = load_study(study.name)
+        complete("all", study, profile, cores, keep)
+    print_headline(study)
+
+
+def complete(target: str, study: Study, profile: str, cores: int, keep: bool) -> None:
+    """Let Snakemake make a rule's target; exits if a run fails for good."""
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile", "--quiet", "all"]
+    command += ["--profile", str(PROFILES / profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]
+    command += ["--nolock", "--config", f"study={study.name}", *(["keep=1"] if keep else [])]  # last: gpus follows
+    progress = Progress(study)
+    progress.print_start()
+    if is_slurm(PROFILES / profile):
+        status = run_on_slurm(study, command, progress)
+    else:
+        gpus = checked_gpus(study)
+        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
     if status:
         sys.exit(
             f"study {study.name} is not complete; run the same command again to redo only what is missing "
             f"(each run's run.log says what happened, .snakemake/log what the engine did)"
         )
-    print_headline(study)
 
 
 def checked_profile(name: str) -> Path:
