@@ -25,7 +25,7 @@ from hloss.training import run as carry_out
 
 
 def study_of(*configs, **resources):
-    runs = [StudyRun(f"method {n}", c, Resources(**{"gpus": 0, **resources})) for n, c in enumerate(configs)]
+    runs = [StudyRun(c, Resources(**{"gpus": 0, **resources}), {"losses": f"method {n}"}) for n, c in enumerate(configs)]
     return Study("some", "a title", tuple(runs))
 
 
