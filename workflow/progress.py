@@ -1,6 +1,7 @@
 """What becomes of a study's runs, read from their folders: the same on this machine and on a cluster."""
 
 import time
+from pathlib import Path
 
 from hloss.checkpoints import read_status
 from hloss.experiment import read_result
@@ -12,40 +13,37 @@ class Progress:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.todo = [run for run in study.runs if not (run.config.folder / "result.json").exists()]
+        folders = [(run, run.config.folder) for run in study.runs]  # once: a folder's name takes a millisecond
+        self.todo = [(run, folder) for run, folder in folders if not (folder / "result.json").exists()]
         self.total, self.first = len(study.runs), len(self.todo)
         self.started = time.monotonic()
-        self.seen = {run.config.run_id: (self._written(run), "") for run in self.todo}
+        self.seen = {folder: (_written(folder), "") for _, folder in self.todo}
 
     def print_start(self) -> None:
         print(f"study {self.study.name}: {self.total - self.first} of {self.total} runs are complete", flush=True)
 
     def __call__(self) -> None:
-        for run in list(self.todo):
-            result = read_result(run.config.folder)
+        for run, folder in list(self.todo):
+            result = read_result(folder)
             if result is None:
-                self._tell_state(run)
+                self._tell_state(run, folder)
             else:
-                self.todo.remove(run)
+                self.todo.remove((run, folder))
                 recall = 100 * result["metrics"]["recall@1"]
                 print(f"{self._count()}  {run.name}: test Recall@1 {recall:.1f} % ({self._left()})", flush=True)
 
-    def _tell_state(self, run: StudyRun) -> None:
+    def _tell_state(self, run: StudyRun, folder: Path) -> None:
         """Tell a state once; what an earlier start left in the folder is no news."""
-        written, state = self.seen[run.config.run_id]
-        if self._written(run) == written:
+        written, state = self.seen[folder]
+        if _written(folder) == written:
             return
-        status = read_status(run.config.folder)
+        status = read_status(folder)
         if status is None:
             return
-        self.seen[run.config.run_id] = (self._written(run), status["state"])
+        self.seen[folder] = (_written(folder), status["state"])
         if status["state"] not in (state, "complete"):
             word = "started" if status["state"] == "running" else status["state"]
             print(f"{word:>8}  {run.name}{': ' * bool(status['message'])}{status['message']}", flush=True)
-
-    def _written(self, run: StudyRun) -> int:
-        file = run.config.folder / "status.json"
-        return file.stat().st_mtime_ns if file.exists() else 0
 
     def _count(self) -> str:
         return f"{f'[{self.total - len(self.todo)}/{self.total}]':>8}"
@@ -53,3 +51,8 @@ class Progress:
     def _left(self) -> str:
         minutes = (time.monotonic() - self.started) / 60
         return f"about {minutes * len(self.todo) / (self.first - len(self.todo)):.1f} min left"
+
+
+def _written(folder: Path) -> int:
+    file = folder / "status.json"
+    return file.stat().st_mtime_ns if file.exists() else 0
