@@ -122,9 +122,7 @@ def _crossed(name: str, file: Path, text: dict[str, Any], entry: dict[str, Any],
     return runs
 
 
-def _tuned(
-    name: str, file: Path, text: dict[str, Any], entry: dict[str, Any]
-) -> tuple[list[StudyRun], list[StudyRun]]:
+def _tuned(name: str, file: Path, text: dict[str, Any], entry: dict[str, Any]) -> tuple[list[StudyRun], list[StudyRun]]:
     """The runs that choose among an entry's grid, then those with the chosen setting: as known, or waiting to be."""
     if "tuning_seed" not in text or text["tuning_seed"] in text["seeds"]:
         raise ConfigError(f"{file}, run {entry['name']!r}: tune needs a tuning_seed of the study that is none of seeds")
@@ -267,6 +265,8 @@ def read_results(file: Path) -> pd.DataFrame:
     """A study's table, one row per run and comparison it stands in, metrics in %. ConfigError if results are mixed."""
     table = pd.read_parquet(file)
     refuse_mixed(table)
-    recalls = [name for name in table.columns if name.startswith(("recall@", "validation_recall@", "map", "r_precision"))]
+    recalls = [
+        name for name in table.columns if name.startswith(("recall@", "validation_recall@", "map", "r_precision"))
+    ]
     table[recalls] *= 100
     return table.explode(["comparison", "method"], ignore_index=True)

@@ -1,0 +1,291 @@
+"""The paper's claims as checks over a study's results: what each says, by what it is judged, and the verdict.
+
+`reports/claims.yaml` holds the claims. A claim is judged on each dataset of a study and in each of its comparisons, and
+only when every run that it needs is complete. A verdict is made of parts, one per pair of methods or levels: it is
+"reproduced" if all hold, "not reproduced" if one is refuted, "inconclusive" otherwise. Refutations are looked for among
+k parts, so each is tested at 5 % / k (Bonferroni); that all hold needs no such care.
+"""
+
+import re
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hloss.experiment import ConfigError, found_from_here
+from hloss.published import EXACT, beside_published
+from hloss.statistics import EQUIVALENCE_MARGIN, equivalence, paired_difference
+
+CLAIMS = "reports/claims.yaml"
+REPRODUCED, REFUTED, OPEN, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
+LEVEL = 0.05
+
+
+class Claim(BaseModel):
+    """A row of `reports/claims.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    section: str
+    claim: str
+    criterion: str
+    check: Literal[
+        "above", "equivalent", "less_overlap", "rising", "sensitive", "best", "no_gain", "quadratic", "table"
+    ]
+    data: list[str]
+    comparison: list[str] = []
+    among: dict[str, Any] = {}
+    axis: str | None = None
+    levels: list[Any] | None = None
+    reference: Any = None
+    within: str | None = None
+    method: dict[str, Any] | None = None
+    rivals: list[dict[str, Any]] | None = None
+
+
+class Part(NamedTuple):
+    """One difference that a claim rests on: what of, the points or shares, its interval and n, and whether it holds."""
+
+    of: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    holds: bool | None
+
+    def __str__(self) -> str:
+        if self.n < 2:
+            return f"{self.of}: {self.mean:+.1f} (one seed)"
+        return f"{self.of}: {self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f}, n = {self.n})"
+
+
+class _Missing(Exception):
+    """The runs that a claim needs are not there or not complete; the message says which."""
+
+
+def read_claims(file: str = CLAIMS) -> list[Claim]:
+    """The claims in the order of their file. ConfigError names what is wrong in it."""
+    path = found_from_here(file)
+    claims = []
+    for row in yaml.safe_load(path.read_text()):
+        try:
+            claims.append(Claim(**row))
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"{path}, claim {row.get('name')!r}: {wrong}") from None
+    return claims
+
+
+def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[Claim] | None = None) -> pd.DataFrame:
+    """One row per claim, dataset and comparison: its verdict, the evidence in words, and the runs it rests on.
+
+    results: of `read_results`: a row per run and comparison, metrics in %, `complete` False for runs still to come.
+    cost: the seconds of the loss by batch size (columns batch_size, seconds), for the claim on its cost.
+    Columns: claim, text, section, criterion, dataset, asked ("the paper's data" or "other data"), comparison, verdict,
+    evidence, run_ids.
+    """
+    rows = []
+    for claim in read_claims() if claims is None else claims:
+        if claim.check == "quadratic":
+            rows.append(_row(claim, "any", "", *_quadratic(cost), ""))
+            continue
+        for dataset, runs in results.groupby(results["dataset"].map(family), sort=False):
+            for comparison in claim.comparison:
+                there = runs[runs["comparison"] == comparison]
+                rows.append(_row(claim, str(dataset), comparison, *_verdict(claim, there)))
+    return pd.DataFrame(rows)
+
+
+def family(dataset: str) -> str:
+    """The dataset that a split belongs to: cuhk03 of cuhk03-1."""
+    return re.sub(r"-\d+$", "", dataset)
+
+
+def overlap(results: pd.DataFrame) -> pd.Series:
+    """Share of mass that the two densities of test similarities have in common, in %: sum of min(h+, h-)."""
+    pairs = zip(results["positive_after"], results["negative_after"], strict=True)
+    return pd.Series([100 * np.minimum(p, n).sum() for p, n in pairs], index=results.index)
+
+
+def _row(claim: Claim, dataset: str, comparison: str, verdict: str, evidence: str, run_ids: str) -> dict[str, str]:
+    asked = "the paper's data" if dataset in claim.data or not claim.data else "other data"
+    return {
+        "claim": claim.name,
+        "text": claim.claim,
+        "section": claim.section,
+        "criterion": claim.criterion,
+        "dataset": dataset,
+        "asked": asked,
+        "comparison": comparison,
+        "verdict": verdict,
+        "evidence": evidence,
+        "run_ids": run_ids,
+    }
+
+
+def _verdict(claim: Claim, runs: pd.DataFrame) -> tuple[str, str, str]:
+    try:
+        runs = _found(runs, claim.among)
+        if claim.check == "table":
+            return *_table(runs), ", ".join(runs["run_id"])
+        if claim.method is not None:
+            used, parts = _of_methods(claim, runs)
+        else:
+            used, parts = _of_levels(claim, runs)
+    except _Missing as missing:
+        return NOT_RUN, str(missing), ""
+    return _together(parts), "; ".join(map(str, parts)), ", ".join(sorted(set(used["run_id"])))
+
+
+def _together(parts: list[Part]) -> str:
+    if any(part.holds is False for part in parts):
+        return REFUTED
+    return REPRODUCED if all(part.holds for part in parts) else OPEN
+
+
+def _found(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
+    """The runs with these settings (a list: one of them; None: without), all of which must be complete."""
+    for name, value in settings.items():
+        allowed = value if isinstance(value, list) else [value]
+        column = runs[name] if name in runs else pd.Series(None, index=runs.index, dtype=object)
+        runs = runs[column.isin([v for v in allowed if v is not None]) | (column.isna() & (None in allowed))]
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    if runs.empty:
+        raise _Missing(f"no such runs here{f' ({told})' * bool(told)}")
+    if not runs["complete"].all():
+        raise _Missing(f"{(~runs['complete']).sum()} of {len(runs)} runs are missing{f' ({told})' * bool(told)}")
+    return runs
+
+
+def _by_seed(runs: pd.DataFrame, values: pd.Series | None = None) -> pd.Series:
+    """Recall@1, or other values of these runs, by seed."""
+    chosen = runs["recall@1"] if values is None else values[runs.index]
+    return pd.Series(chosen.to_numpy(), index=runs["seed"].to_numpy())
+
+
+def _of_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+    assert claim.method is not None and claim.rivals
+    ours, rivals = _found(runs, claim.method), [_found(runs, rival) for rival in claim.rivals]
+    shares = overlap(runs) if claim.check == "less_overlap" else None
+    parts = []
+    for rival in rivals:
+        of = f"{ours['method'].iloc[0]} less {rival['method'].iloc[0]}"
+        parts.append(PAIRS[claim.check](of, _by_seed(ours, shares), _by_seed(rival, shares), len(rivals)))
+    return pd.concat([ours, *rivals]), parts
+
+
+def _of_levels(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+    assert claim.axis is not None
+    if claim.levels is not None:
+        runs = _found(runs, {claim.axis: claim.levels})
+    groups = [("", runs)] if claim.within is None else [
+        (f"{claim.within} {value}: ", group) for value, group in runs.groupby(claim.within)
+    ]  # fmt: skip
+    parts: list[Part] = []
+    for prefix, group in groups:
+        levels = {level: _by_seed(rows) for level, rows in group.groupby(claim.axis)}
+        if len(levels) < 2 or (claim.reference is not None and claim.reference not in levels):
+            raise _Missing(f"{prefix}{claim.axis} {list(levels)} leaves nothing to compare")
+        parts += AXES[claim.check](prefix, levels, claim.reference, len(groups))
+    return runs, parts
+
+
+def _above(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+    """a above b; refuted if it is below, or if the two are equivalent."""
+    difference, strict = paired_difference(a, b, 1 - LEVEL), paired_difference(a, b, 1 - LEVEL / k)
+    holds = True if difference.low > 0 else None
+    if holds is None and (strict.high < 0 or equivalence(a, b, level=LEVEL / k).verdict == "equivalent"):
+        holds = False
+    return Part(of, *difference, holds)
+
+
+def _equivalent(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+    verdict = equivalence(a, b, level=LEVEL).verdict
+    different = equivalence(a, b, level=LEVEL / k).verdict == "different"
+    return Part(
+        of, *paired_difference(a, b, 1 - LEVEL), True if verdict == "equivalent" else False if different else None
+    )
+
+
+def _below(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+    difference, strict = paired_difference(a, b, 1 - LEVEL), paired_difference(a, b, 1 - LEVEL / k)
+    return Part(of, *difference, True if difference.high < 0 else False if strict.low > 0 else None)
+
+
+def _rising(prefix: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
+    steps = list(pairwise(sorted(levels)))
+    return [_above(f"{prefix}{b:g} less {a:g}", levels[b], levels[a], len(steps) * groups) for a, b in steps]
+
+
+def _level_with_reference(check: Callable[..., Part], toward: int) -> Callable[..., list[Part]]:
+    """A check of each other level with the reference; toward -1: of the reference with each other level."""
+
+    def checked(prefix: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
+        others = [level for level in levels if level != reference]
+        parts = []
+        for level in others:
+            a, b = (level, reference)[::toward]
+            parts.append(check(f"{prefix}{a} less {b}", levels[a], levels[b], len(others) * groups))
+        return parts
+
+    return checked
+
+
+def _no_gain(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+    """a above b by less than the margin; refuted if it is by more."""
+    one_sided = paired_difference(a, b, 1 - 2 * LEVEL)
+    strict = paired_difference(a, b, 1 - LEVEL / k)
+    holds = True if one_sided.high < EQUIVALENCE_MARGIN else False if strict.low > EQUIVALENCE_MARGIN else None
+    return Part(of, *paired_difference(a, b, 1 - LEVEL), holds)
+
+
+def _sensitive(prefix: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
+    """The two levels that lie furthest apart: they were picked among k pairs, so all is at 5 % / k."""
+    pairs = list(combinations(sorted(levels, key=lambda level: levels[level].mean()), 2))
+    worst, best = pairs[len(levels) - 2]
+    k = len(pairs)
+    strict = paired_difference(levels[best], levels[worst], 1 - LEVEL / k)
+    all_alike = all(equivalence(levels[a], levels[b], level=LEVEL).verdict == "equivalent" for a, b in pairs)
+    holds = True if strict.low > EQUIVALENCE_MARGIN else False if all_alike else None
+    return [Part(f"{prefix}{best:g} less {worst:g}", *strict, holds)]
+
+
+PAIRS: dict[str, Callable[..., Part]] = {"above": _above, "equivalent": _equivalent, "less_overlap": _below}
+AXES: dict[str, Callable[..., list[Part]]] = {
+    "rising": _rising,
+    "sensitive": _sensitive,
+    "equivalent": _level_with_reference(_equivalent, 1),
+    "no_gain": _level_with_reference(_no_gain, 1),
+    "best": _level_with_reference(_above, -1),
+}
+
+
+def _quadratic(cost: pd.DataFrame | None) -> tuple[str, str]:
+    if cost is None or len(cost) < 3:
+        return NOT_RUN, "the cost of the loss was not measured with this study"
+    exponent = float(np.polyfit(np.log(cost["batch_size"]), np.log(cost["seconds"]), 1)[0])
+    measured = ", ".join(f"{row.batch_size:,.0f}: {1e3 * row.seconds:.0f} ms" for row in cost.itertuples())
+    verdict = REPRODUCED if exponent <= 2.5 else REFUTED if exponent >= 3 else OPEN
+    return verdict, f"exponent {exponent:.2f} ({measured})"
+
+
+def _table(runs: pd.DataFrame) -> tuple[str, str]:
+    beside = beside_published(runs)
+    exact = beside[beside["match"] == EXACT]
+    if exact.empty:
+        raise _Missing("no value was published for this network and protocol")
+    parts = [_of_published(row) for row in exact.itertuples()]
+    return _together(parts), "; ".join(map(str, parts))
+
+
+def _of_published(row: Any) -> Part:
+    low, high = row.low - row.published, row.high - row.published
+    inside = low > -EQUIVALENCE_MARGIN and high < EQUIVALENCE_MARGIN
+    outside = low > EQUIVALENCE_MARGIN or high < -EQUIVALENCE_MARGIN
+    holds = True if inside else False if outside else None
+    return Part(f"{row.metric} less the published {row.published}", row.difference, low, high, row.n, holds)
