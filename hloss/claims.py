@@ -169,8 +169,8 @@ def _by_seed(runs: pd.DataFrame, values: pd.Series | None = None) -> pd.Series:
 
 
 def _of_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
-    assert claim.method is not None and claim.rivals
-    ours, rivals = _found(runs, claim.method), [_found(runs, rival) for rival in claim.rivals]
+    assert claim.method is not None
+    ours, rivals = _found(runs, claim.method), [_found(runs, rival) for rival in claim.rivals or []]
     shares = overlap(runs) if claim.check == "less_overlap" else None
     parts = []
     for rival in rivals:

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hloss.experiment import ConfigError, RunConfig, parse_config, read_result
 
 STUDIES = Path("workflow/studies")
+METRICS = ("recall@", "validation_recall@", "map", "r_precision")  # how the columns of metrics begin
 MUST_BE_ALIKE = ("protocol", "card_sha256", "network", "chosen_how", "trained_on")  # within one dataset
 
 

@@ -25,7 +25,9 @@ from hloss.training import run as carry_out
 
 
 def study_of(*configs, **resources):
-    runs = [StudyRun(c, Resources(**{"gpus": 0, **resources}), {"losses": f"method {n}"}) for n, c in enumerate(configs)]
+    runs = [
+        StudyRun(c, Resources(**{"gpus": 0, **resources}), {"losses": f"method {n}"}) for n, c in enumerate(configs)
+    ]
     return Study("some", "a title", tuple(runs))
 
 
