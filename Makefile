@@ -19,6 +19,7 @@ ifeq ($(BIN),$(VENV)/bin)
 STUDY_INSTALLED := $(VENV)/.installed-study
 TEST_INSTALLED := $(VENV)/.installed-test
 SLURM_INSTALLED := $(VENV)/.installed-slurm
+BROWSER_INSTALLED := $(VENV)/.installed-browser
 endif
 
 .PHONY: study plan lab test test-all check-gpu
@@ -29,13 +30,13 @@ plan: $(STUDY_INSTALLED) data/glyphs/card.json
 	@$(BIN)/python workflow/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
 
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
-	$(BIN)/jupyter lab --notebook-dir . notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 test: $(TEST_INSTALLED) data/glyphs/card.json
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
-test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) data/glyphs/card.json
+test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) data/glyphs/card.json
 	$(BIN)/python -m pytest -m slow -rs --durations=0 --ignore=tests/benchmarks tests
 
 check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
@@ -54,6 +55,6 @@ $(VENV)/.installed-study: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --progress-bar on -e '.[study]'
 	@touch $@
 
-$(VENV)/.installed-test $(VENV)/.installed-slurm: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
+$(VENV)/.installed-test $(VENV)/.installed-slurm $(VENV)/.installed-browser: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
 	$(VENV)/bin/python -m pip install -e '.[$*]'
 	@touch $@

@@ -1,0 +1,93 @@
+"""HTML for the report: tables that sort, links that show where they lead somewhere. No file is loaded for it.
+
+Display the strings by IPython.display.HTML. Without scripts (on GitHub, in an untrusted notebook) they are what they
+say: a plain table, a plain link.
+"""
+
+import html
+import urllib.parse
+from collections.abc import Collection
+
+import pandas as pd
+
+# Works on every <table class="sortable"> above it. A column is one of numbers if most of its cells begin with one
+# ("41.5", "41.5 +- 0.8", "-3 %"); what is no number in it, as what is empty in any, stays below in both directions.
+SORTING = """<style>
+table.sortable th button { all: unset; cursor: pointer; font-weight: bold; }
+table.sortable th button:focus-visible { outline: 2px solid; }
+table.sortable th button::after { content: " \\2195"; opacity: 0.4; }
+table.sortable th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
+table.sortable th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
+</style>
+<script>
+for (const table of document.querySelectorAll("table.sortable:not([data-sorts])")) {
+  table.dataset.sorts = "";
+  const body = table.tBodies[0], headers = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  const start = /^[-+]?(\\d+\\.?\\d*|\\.\\d+)(e[-+]?\\d+)?(?![\\w.])/i;
+  const number = text => Number((text.replaceAll(",", "").replace("\\u2212", "-").match(start) || [NaN])[0]);
+  headers.forEach((header, column) => {
+    const text = row => row.cells[column].textContent.trim();
+    const filled = [...body.rows].map(text).filter(t => t);
+    const numeric = filled.filter(t => !isNaN(number(t))).length > filled.length / 2;
+    if (!numeric) for (const row of body.rows) row.cells[column].style.textAlign = "left";
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...header.childNodes);
+    header.append(button);
+    button.addEventListener("click", () => {
+      const way = header.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+      const last = t => numeric ? isNaN(number(t)) : !t;
+      const order = (a, b) => last(a) || last(b) ? last(a) - last(b)
+        : way * (numeric ? number(a) - number(b) : a.localeCompare(b, "en", {numeric: true}));
+      body.append(...[...body.rows].sort((a, b) => order(text(a), text(b))));
+      headers.forEach(h => h.removeAttribute("aria-sort"));
+      header.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+    });
+  });
+}
+</script>"""
+
+# An image beside the report tells that its folder is there: of a report that was mailed alone, nothing else is.
+LINKS = """<script>
+{
+  const probe = new Image();
+  probe.onload = () => {
+    for (const link of document.querySelectorAll("a[data-beside]")) link.href = link.dataset.beside;
+  };
+  probe.src = "PROBE";
+}
+</script>"""
+
+
+def link_beside(target: str, text: str) -> str:
+    """A link to a file by its path from the report; plain text until `links_beside` finds the report's folder."""
+    return f'<a data-beside="{html.escape(urllib.parse.quote(target))}">{html.escape(text)}</a>'
+
+
+def links_beside(probe: str) -> str:
+    """The script that turns on every `link_beside` above it, if the image `probe` (path from the report) is there."""
+    return LINKS.replace("PROBE", urllib.parse.quote(probe))
+
+
+def sortable_table(frame: pd.DataFrame, html_columns: Collection[str] = ()) -> str:
+    """A frame, without its index, as a table that sorts by a click, Enter or Space on a header.
+
+    Values stand as str gives them, so round or format them first; missing ones are empty. Cells are escaped, but for
+    those of `html_columns`, which hold HTML (links). Sorting twice turns the order round, and equal rows keep theirs.
+    Raises ValueError for a name in `html_columns` that is no column.
+    """
+    unknown = sorted(set(html_columns) - set(frame.columns))
+    if unknown:
+        raise ValueError(f"html_columns {unknown} are no columns of the table, which has {list(frame.columns)}")
+    header = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
+    rows = []
+    for values in frame.astype(object).itertuples(index=False, name=None):
+        cells = (_cell(value, name in html_columns) for name, value in zip(frame.columns, values, strict=True))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    lines = ['<table class="sortable">', f"<thead><tr>{header}</tr></thead>", "<tbody>", *rows, "</tbody>", "</table>"]
+    return "\n".join([*lines, SORTING])
+
+
+def _cell(value: object, is_html: bool) -> str:
+    text = "" if value is None or value is pd.NA or value != value else str(value)
+    return f"<td>{text if is_html else html.escape(text)}</td>"
