@@ -1,5 +1,6 @@
 # make study [STUDY=quick] [PROFILE=local] [CORES=2] [KEEP=1]   run a study and write its report
 # make plan [STUDY=quick] [PROFILE=local]   what a study still has to run, and the time, memory and disk it will take
+# make report [STUDY=quick]  the report of a study that is not complete: it says what is missing
 # make lab                  JupyterLab on the notebooks
 # make test                 every test and notebook but the slow ones
 # make test-all             the slow ones: studies killed and continued, a Slurm of one node, a browser
@@ -22,12 +23,16 @@ SLURM_INSTALLED := $(VENV)/.installed-slurm
 BROWSER_INSTALLED := $(VENV)/.installed-browser
 endif
 
-.PHONY: study plan lab test test-all check-gpu
+.PHONY: study plan report lab test test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
 	@$(BIN)/python workflow/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
 plan: $(STUDY_INSTALLED) data/glyphs/card.json
 	@$(BIN)/python workflow/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
+
+report: $(STUDY_INSTALLED) data/glyphs/card.json
+	@$(BIN)/python workflow/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
+	@$(BIN)/python workflow/run_notebook.py report $(STUDY)
 
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

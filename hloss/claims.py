@@ -130,13 +130,10 @@ def _row(claim: Claim, dataset: str, comparison: str, verdict: str, evidence: st
 
 def _verdict(claim: Claim, runs: pd.DataFrame) -> tuple[str, str, str]:
     try:
-        runs = _found(runs, claim.among)
         if claim.check == "table":
-            return *_table(runs), ", ".join(runs["run_id"])
-        if claim.method is not None:
-            used, parts = _of_methods(claim, runs)
-        else:
-            used, parts = _of_levels(claim, runs)
+            used = _found(runs, claim.among)
+            return *_table(used), ", ".join(used["run_id"])
+        used, parts = (_of_levels if claim.method is None else _of_methods)(claim, runs)
     except _Missing as missing:
         return NOT_RUN, str(missing), ""
     return _together(parts), "; ".join(map(str, parts)), ", ".join(sorted(set(used["run_id"])))
@@ -171,7 +168,7 @@ def _by_seed(runs: pd.DataFrame, values: pd.Series | None = None) -> pd.Series:
 def _of_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
     assert claim.method is not None
     ours, rivals = _found(runs, claim.method), [_found(runs, rival) for rival in claim.rivals or []]
-    shares = overlap(runs) if claim.check == "less_overlap" else None
+    shares = overlap(pd.concat([ours, *rivals])) if claim.check == "less_overlap" else None
     parts = []
     for rival in rivals:
         of = f"{ours['method'].iloc[0]} less {rival['method'].iloc[0]}"
@@ -181,8 +178,7 @@ def _of_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Pa
 
 def _of_levels(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
     assert claim.axis is not None
-    if claim.levels is not None:
-        runs = _found(runs, {claim.axis: claim.levels})
+    runs = _found(runs, claim.among | ({} if claim.levels is None else {claim.axis: claim.levels}))
     groups = [("", runs)] if claim.within is None else [
         (f"{claim.within} {value}: ", group) for value, group in runs.groupby(claim.within)
     ]  # fmt: skip

@@ -31,14 +31,20 @@ def recall_curves(recalls: pd.DataFrame) -> Figure:
     return _finish(figure)
 
 
-def recall_over_bins(recalls: pd.DataFrame) -> Figure:
-    """Recall@1 over the number of bins, a point per seed and their mean. Columns: n_bins, seed, recall (%)."""
-    figure, axes = plt.subplots(figsize=(5, 3.5))
-    order = sorted(recalls["n_bins"].unique())
-    sns.pointplot(recalls, x="n_bins", y="recall", order=order, errorbar=None, color=POSITIVE, ax=axes)
-    sns.stripplot(recalls, x="n_bins", y="recall", order=order, color="0.3", size=5, jitter=0.05, ax=axes)
-    axes.set(xlabel="n_bins (intervals of [-1, 1])", ylabel="test Recall@1 (%)")
-    axes.set_ylim(0, max(5, 1.2 * recalls["recall"].max()))
+def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Test Recall@1 (%) of the methods of a comparison: a point per seed, the mean with its 95 % interval.
+
+    results: of `hloss.studies.read_results`; table: their `hloss.statistics.summary`.
+    """
+    runs = results[(results["comparison"] == name) & results["complete"]]
+    means = table[(table["comparison"] == name) & (table["n"] > 0)]
+    order, mean = means["method"].tolist(), means["recall@1"]
+    figure, axes = plt.subplots(figsize=(7.5, 0.8 + 0.33 * len(order)))
+    sns.stripplot(runs, y="method", x="recall@1", order=order, color="0.55", size=4, jitter=0.12, ax=axes)
+    spread = np.nan_to_num(np.array([mean - means["recall@1 low"], means["recall@1 high"] - mean]))
+    axes.errorbar(mean, range(len(order)), xerr=spread, fmt="o", color=POSITIVE, markersize=6, capsize=3, zorder=3)
+    axes.set(title=name, xlabel="test Recall@1 (%)", ylabel=None)
+    axes.grid(axis="x", color="0.9")
     return _finish(figure)
 
 

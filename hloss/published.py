@@ -76,7 +76,8 @@ def beside_published(results: pd.DataFrame, published: pd.DataFrame | None = Non
     on the test set is one): the last is to be shown apart. Empty where nothing was published.
 
     results: one row per run and comparison, of the comparisons that hold the methods of the publications (SHOWN);
-    metrics are fractions. ConfigError where the runs of one method differ in loss, network, dimensions or protocol.
+    metrics in %, as of `hloss.studies.read_results`. ConfigError where the runs of one method differ in loss, network,
+    dimensions or protocol.
     """
     published = read_published() if published is None else published
     rows = []
@@ -106,7 +107,7 @@ def _is_published(run: pd.Series, value: dict[str, Any]) -> bool:
 
 
 def _beside(dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any]) -> dict[str, Any]:
-    ours, low, high = (100 * bound for bound in t_interval(runs[value["metric"]].to_numpy()))
+    ours, low, high = t_interval(runs[value["metric"]].to_numpy())
     return {
         "dataset": dataset,
         "method": method,

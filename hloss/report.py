@@ -1,4 +1,4 @@
-"""HTML for the report: tables that sort, links that show where they lead somewhere. No file is loaded for it.
+"""What the report shows: tables that sort, links that show where they lead somewhere, figures that are also files.
 
 Display the strings by IPython.display.HTML. Without scripts (on GitHub, in an untrusted notebook) they are what they
 say: a plain table, a plain link.
@@ -9,6 +9,10 @@ import urllib.parse
 from collections.abc import Collection
 
 import pandas as pd
+from matplotlib.figure import Figure
+
+from hloss.experiment import found_from_here, write_whole
+from hloss.statistics import shown_interval
 
 # Works on every <table class="sortable"> above it. A column is one of numbers if most of its cells begin with one
 # ("41.5", "41.5 +- 0.8", "-3 %"); what is no number in it, as what is empty in any, stays below in both directions.
@@ -91,3 +95,21 @@ def sortable_table(frame: pd.DataFrame, html_columns: Collection[str] = ()) -> s
 def _cell(value: object, is_html: bool) -> str:
     text = "" if value is None or value is pd.NA or value != value else str(value)
     return f"<td>{text if is_html else html.escape(text)}</td>"
+
+
+def saved(figure: Figure, name: str, folder: str) -> Figure:
+    """The figure, written as PNG and SVG into a folder of the project ("": nowhere)."""
+    for kind in ("png", "svg") if folder else ():
+        file = found_from_here(folder) / f"{name.replace(' ', '_')}.{kind}"
+        write_whole(file, lambda part, kind=kind: figure.savefig(part, format=kind, dpi=150))  # type: ignore[misc]
+    return figure
+
+
+def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[str]) -> str:
+    """The table of these comparisons, of `hloss.statistics.summary`, as HTML: means in %, the interval of the first."""
+    rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
+    shown = rows[["dataset", "comparison", "method", "n"]].copy()
+    for k in metrics:
+        shown[f"{k} (%)"] = rows[k].map("{:.1f}".format)
+    shown.insert(5, "95 % interval", list(map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])))
+    return sortable_table(shown)

@@ -108,15 +108,25 @@ def bootstrap_over_classes(
 
 
 def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """One row per method: mean, 95 % interval over seeds and n of each metric, in the unit of the metric."""
+    """One row per dataset, comparison and method: mean, 95 % interval over seeds of each metric, n, and the runs.
+
+    results: of `hloss.studies.read_results`. Runs that are not complete are left out, `of` says how many there are.
+    """
     rows = []
-    for method, runs in results.groupby("method", sort=False):
-        row: dict[str, object] = {"method": method, "n": len(runs)}
-        for metric in metrics:
-            mean, low, high = t_interval(runs[metric].to_numpy())
+    for key, runs in results.groupby(["dataset", "comparison", "method"], sort=False):
+        complete = runs[runs["complete"]]
+        row: dict[str, object] = dict(zip(("dataset", "comparison", "method"), key, strict=True))
+        row |= {"n": len(complete), "of": len(runs)}
+        for metric in metrics if len(complete) else []:
+            mean, low, high = t_interval(complete[metric].to_numpy())
             row |= {metric: mean, f"{metric} low": low, f"{metric} high": high}
-        rows.append(row)
+        rows.append(row | {"run_ids": ", ".join(complete["run_id"])})
     return pd.DataFrame(rows)
+
+
+def shown_interval(low: float, high: float) -> str:
+    """An interval in words: "41.0 to 43.2", or that there is none."""
+    return "no interval" if pd.isna(low) else f"{low:.1f} to {high:.1f}"
 
 
 def _differences(a: pd.Series, b: pd.Series) -> np.ndarray:

@@ -85,6 +85,16 @@ def test_nothing_is_concluded_from_half_a_study():
     assert (row["verdict"], row["evidence"], row["run_ids"]) == ("not run", "1 of 15 runs are missing", "")
 
 
+def test_a_claim_waits_for_its_own_runs_alone():
+    results = pd.concat(
+        [runs({200: 43.0}), runs({0: 40.0}, loss="lifted"), runs({1: 1.0}, loss="triplet")], ignore_index=True
+    )
+    asked = claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])
+    for loss, expected in (("triplet", "reproduced"), ("lifted", "not run")):
+        half = results.assign(complete=(results["loss"] != loss) | (results["seed"] > 0))
+        assert verdict(half, asked) == expected
+
+
 def test_levels_within_groups_are_compared_within_them():
     results = pd.concat(
         [runs({50: 20.0, 200: 20.2}, batch_size=32), runs({50: 40.0, 200: 40.1}, batch_size=128)], ignore_index=True

@@ -80,7 +80,14 @@ def runs_of(dataset, method, recall, **settings):
     own = {"loss": "histogram", "network": "parts", "embedding_dim": 500, "batch_size": 256, "C": None, **settings}
     protocol = {"cuhk03": "cuhk03-single-shot", "market1501": "market1501"}.get(dataset, "all-vs-rest")
     runs = [
-        {"dataset": dataset, "method": method, "run_id": f"{method}-{i}", "protocol": protocol, **own, "recall@1": r}
+        {
+            "dataset": dataset,
+            "method": method,
+            "run_id": f"{method}-{i}",
+            "protocol": protocol,
+            **own,
+            "recall@1": 100 * r,
+        }
         for i, r in enumerate(recall)
     ]
     return pd.DataFrame(runs)

@@ -1,5 +1,6 @@
 """Studies: what they cross, what they refuse, and that results of different code are never mixed silently."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +9,7 @@ import yaml
 
 from hloss.experiment import ConfigError
 from hloss.statistics import summary, t_interval
-from hloss.studies import STUDIES, collect, load_study, stale_runs
+from hloss.studies import STUDIES, collect, load_study, read_results, stale_runs
 from hloss.training import run
 
 
@@ -160,12 +161,67 @@ def test_t_interval_is_the_textbook_one():
     assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-5)
 
 
-def test_the_committed_sample_is_the_quick_study_and_learned():
+def test_the_committed_sample_is_the_glyphs_study_and_learned():
+    table = read_results(Path("reports/sample/results.parquet"))
+    known = {r.config.run_id for r in load_study("glyphs").runs}
+    assert known <= set(table["run_id"])
+    complete = table[table["complete"]]
+    assert complete["code_sha256"].nunique() == 1
+    recall = complete[complete["comparison"] == "losses"].groupby("method")["recall@1"].agg(["min", "max"])
+    assert recall.loc["untrained network", "max"] < 5
+    assert recall.loc["histogram", "min"] > 5 * recall.loc["untrained network", "max"]
+
+
+def test_results_that_must_not_be_compared_are_refused_by_name(tmp_path):
     table = pd.read_parquet(Path("reports/sample/results.parquet"))
-    study = load_study("quick")
-    assert table["run_id"].tolist() == [r.config.run_id for r in study.runs]
-    assert table["code_sha256"].nunique() == 1
-    recall = table.set_index("method")["recall@1"]
-    raw, trained = recall["raw pixels"], table[table["iterations"] > 0]["recall@1"]
-    assert recall["untrained network"].max() < raw < trained.min()
-    assert table[table["loss"] == "histogram"]["recall@1"].min() >= 2.5 * raw
+    row = table.index[table["complete"] & (table["iterations"] > 0)][3]
+    for name, value in {
+        "protocol": "market1501",
+        "card_sha256": "another split",
+        "network": "googlenet",
+        "chosen_how": "best Recall@1 on test classes",
+        "trained_on": "training and validation classes (refit)",
+    }.items():
+        planted = table.copy()
+        planted.loc[row, name] = value
+        planted.to_parquet(tmp_path / "results.parquet")
+        with pytest.raises(ConfigError, match=f"run {table.loc[row, 'run_id']} .* has {name}='{re.escape(value)}'"):
+            read_results(tmp_path / "results.parquet")
+
+
+def tuned(study):
+    text, _ = study
+    text["tuning_seed"] = 9
+    text["runs"][0] |= {"tune": True, "comparison": "tuned"}
+    return text
+
+
+def test_a_tuned_setting_is_the_best_on_validation_and_only_then_known(study):
+    tuned(study)
+    waiting = written(study)
+    assert [(r.methods, r.config.seed) for r in waiting.runs[:2]] == [
+        ({"tuned: choice": "histogram, n_bins 20"}, 9),
+        ({"tuned: choice": "histogram, n_bins 50"}, 9),
+    ]
+    assert [r.name for r in waiting.waiting] == ["histogram, seed 0", "histogram, seed 1"]
+    results = {r.config.n_bins: run(r.config, lambda line: None)["validation_recall@1"] for r in waiting.runs[:2]}
+    known = written(study)
+    assert known.waiting == ()
+    chosen = [r.config.n_bins for r in known.runs if r.methods == {"tuned": "histogram"}]
+    assert chosen == [max(results, key=results.get)] * 2
+
+
+def test_tuning_on_a_seed_of_the_comparison_is_refused(study):
+    tuned(study)["tuning_seed"] = 0
+    with pytest.raises(
+        ConfigError, match="run 'histogram': tune needs a tuning_seed of the study that is none of seeds"
+    ):
+        written(study)
+
+
+def test_a_run_of_two_comparisons_is_run_once(study):
+    text, _ = study
+    text["runs"].append({"name": "histogram, coarse", "comparison": "bins", "set": {"loss": "histogram", "n_bins": 20}})
+    loaded = written(study)
+    assert len(loaded.runs) == 5
+    assert loaded.runs[0].methods == {"losses": "histogram, n_bins 20", "bins": "histogram, coarse"}

@@ -73,7 +73,7 @@ def execute_report(study: Study) -> None:
     """The report: its notebook on the study's results, as one HTML file that loads nothing from elsewhere."""
     folder = Path("reports") / study.name
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
-    parameters = {"results_file": str(folder / "results.parquet"), "summary_file": str(folder / "summary.csv.part")}
+    parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
     execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")
     from nbconvert import HTMLExporter  # here, because a run needs none of it
     from traitlets.config import Config
@@ -86,7 +86,6 @@ def execute_report(study: Study) -> None:
     html = html.replace('<script src=""></script>', "")
     html = html.replace("<title>90_report</title>", f"<title>{study.title}</title>")
     write_whole(folder / "report.html", lambda part: part.write_text(html))
-    (folder / "summary.csv.part").replace(folder / "summary.csv")
 
 
 def fail(message: str) -> NoReturn:
