@@ -100,8 +100,8 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser") / "hloss"
     for name in ("hloss", "data_prep", "workflow", "notebooks", "docs", "reports/sample"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("Makefile", "pyproject.toml", "README.md"):
-        shutil.copy2(ROOT / name, folder)
+    for name in ("Makefile", "pyproject.toml", "README.md", "reports/claims.yaml", "reports/published_values.csv"):
+        shutil.copy2(ROOT / name, folder / name)
     (folder / "data").symlink_to(ROOT / "data")
     return folder
 
@@ -118,7 +118,7 @@ def report(project):
     """The folder of the report on the committed sample of results, as `make study` leaves it."""
     study = pd.read_parquet(project / "reports/sample/results.parquet")["study"].iloc[0]
     folder = project / "reports" / study
-    made = shutil.ignore_patterns("*.html", "*.csv", "*.ipynb", "*.png", "*.svg")
+    made = shutil.ignore_patterns("*.html", "summary.csv", "claims.csv", "*.ipynb", "*.png", "*.svg")
     shutil.copytree(project / "reports/sample", folder, ignore=made)
     called(project, "workflow/run_notebook.py", "report", study)
     return folder

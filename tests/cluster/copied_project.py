@@ -39,8 +39,9 @@ class Project:
         self.starts: list[subprocess.Popen] = []
         for name in ("hloss", "data_prep", "workflow", "notebooks"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("Makefile", "pyproject.toml"):
-            shutil.copy2(ROOT / name, folder)
+        for name in ("Makefile", "pyproject.toml", "reports/claims.yaml", "reports/published_values.csv"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
         (folder / "data").symlink_to(ROOT / "data")
         with open(folder / "hloss" / "networks.py", "a") as file:
             file.write(SLOW_STEPS)
