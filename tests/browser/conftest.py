@@ -95,15 +95,26 @@ def visit(new_visit):
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory):
-    """A copy of the project to write in: the notebooks link to some of it, the report's notebook reads some."""
-    folder = tmp_path_factory.mktemp("browser") / "hloss"
-    for name in ("hloss", "data_prep", "workflow", "notebooks", "docs", "reports/sample"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("Makefile", "pyproject.toml", "README.md", "reports/claims.yaml", "reports/published_values.csv"):
-        shutil.copy2(ROOT / name, folder / name)
-    (folder / "data").symlink_to(ROOT / "data")
-    return folder
+def new_project(tmp_path_factory):
+    """`new_project()` is a copy of the project to write in: pages link to some of it, notebooks read some."""
+
+    def new() -> Path:
+        folder = tmp_path_factory.mktemp("browser") / "hloss"
+        passed = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        for name in ("hloss", "data_prep", "workflow", "notebooks", "docs", "reports/sample"):
+            shutil.copytree(ROOT / name, folder / name, ignore=passed)
+        for name in ("Makefile", "pyproject.toml", "README.md", "reports/claims.yaml", "reports/published_values.csv"):
+            shutil.copy2(ROOT / name, folder / name)
+        (folder / "data").symlink_to(ROOT / "data")
+        return folder
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def project(new_project):
+    """The copy whose report and notebooks become pages."""
+    return new_project()
 
 
 def called(folder: Path, *command: str) -> None:

@@ -43,8 +43,10 @@ def answers(url):
 
 
 @pytest.fixture
-def lab(browser, project, tmp_path):
-    """The address of a JupyterLab started by `make lab` in the project's copy, with settings of its own."""
+def lab(browser, new_project, tmp_path):
+    """The address of a JupyterLab started by `make lab` in a copy of the project, with settings of its own."""
+    project = new_project()
+    forget_outputs(project / f"notebooks/{NOTEBOOK}.ipynb")  # so that a number tells that a cell has run
     port = free_port()
     server = {"open_browser": False, "ip": "127.0.0.1", "port": port, "port_retries": 0, "allow_root": True}
     config = {"ServerApp": server, "IdentityProvider": {"token": TOKEN}}
@@ -84,10 +86,9 @@ def end(start):
     start.wait(15)
 
 
-def test_the_first_notebook_runs_in_jupyterlab_and_a_slider_turns_its_figure(lab, project, visit):
+def test_the_first_notebook_runs_in_jupyterlab_and_a_slider_turns_its_figure(lab, visit):
     from playwright.sync_api import expect
 
-    forget_outputs(project / f"notebooks/{NOTEBOOK}.ipynb")
     page = visit.page
     page.goto(lab)
     page.locator(".jp-DirListing-item", has_text=f"{NOTEBOOK}.ipynb").dblclick()
