@@ -124,6 +124,24 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def differences_from(results: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Recall@1 of every other method of a comparison less that of `method`, in points: mean, 95 % interval, n, verdict.
+
+    results: complete runs of one comparison, of `hloss.studies.read_results`. ValueError if `method` is none of them.
+    """
+    by_seed = {name: runs.set_index("seed")["recall@1"] for name, runs in results.groupby("method", sort=False)}
+    if method not in by_seed:
+        raise ValueError(f"method={method!r} is none of {', '.join(by_seed)}")
+    rows = []
+    for other, recalls in by_seed.items():
+        if other != method:
+            found = paired_difference(recalls, by_seed[method])
+            verdict = equivalence(recalls, by_seed[method]).verdict
+            rows.append({"method": other, f"less {method}": found.mean, "low": found.low, "high": found.high,
+                         "n": found.n, "verdict": verdict})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def shown_interval(low: float, high: float) -> str:
     """An interval in words: "41.0 to 43.2", or that there is none."""
     return "no interval" if pd.isna(low) else f"{low:.1f} to {high:.1f}"

@@ -21,18 +21,26 @@ A run that several comparisons share is run once and stands in each of them.
 import difflib
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hloss.experiment import ConfigError, RunConfig, parse_config, read_result
+from hloss.datasets import open_dataset
+from hloss.experiment import ConfigError, RunConfig, found_from_here, parse_config, read_result, write_whole
+from hloss.histogram import reverse_probability
+from hloss.outcome import _of_known_identity
 
 STUDIES = Path("workflow/studies")
 METRICS = ("recall@", "validation_recall@", "map", "r_precision")  # how the columns of metrics begin
+COMPARED = {"losses", "tuned losses"}  # whose runs of the first seed are asked for their exact probability of reverse
+MOST_IMAGES = 10_000  # that it is computed for: all pairs are sorted in memory
 MUST_BE_ALIKE = ("protocol", "card_sha256", "network", "chosen_how", "trained_on")  # within one dataset
 
 
@@ -185,10 +193,10 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     Refuses runs made by different code or data, unless `keep` says to mix them, and runs that differ in what must be
     alike (`refuse_mixed`).
     """
-    rows = []
+    rows, first = [], min(run.config.seed for run in study.runs)
     for run in (*study.runs, *study.waiting):
         result = read_result(run.config.folder) if run not in study.waiting else None
-        rows.append(_of_study(study, run) | (_of_result(run, result) if result else {"complete": False}))
+        rows.append(_of_study(study, run) | (_of_result(run, result, first) if result else {"complete": False}))
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result yet; run it first")
@@ -214,7 +222,7 @@ def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
     }
 
 
-def _of_result(run: StudyRun, result: dict[str, Any]) -> dict[str, Any]:
+def _of_result(run: StudyRun, result: dict[str, Any], first_seed: int) -> dict[str, Any]:
     """What the run's folder says of it."""
     history = pd.read_parquet(run.config.folder / "history.parquet")
     validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
@@ -234,12 +242,31 @@ def _of_result(run: StudyRun, result: dict[str, Any]) -> dict[str, Any]:
         "history_recall": validated["validation_recall@1"].tolist(),
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
+        "reverse_probability": _reverse_probability(run) if run.config.seed == first_seed else math.nan,
         "panel": json.dumps(result["panel"]),
         **result["fingerprint"],
         "git_commit": result["provenance"]["git_commit"],
         "device": result["provenance"]["device"],
         "torch": result["provenance"]["packages"]["torch"],
     }
+
+
+def _reverse_probability(run: StudyRun) -> float:
+    """The exact probability of reverse of the test images, kept in the run's folder; NaN for too many images.
+
+    Of all that are query or gallery, as the densities are. In [0, 1].
+    """
+    file = run.config.folder / "reverse_probability.json"
+    if not COMPARED & {*run.methods}:
+        return math.nan
+    if not file.exists():
+        dataset = open_dataset(found_from_here(run.config.data_dir) / run.config.dataset)
+        known = _of_known_identity(dataset)
+        labels = dataset.labels(dataset.rows("test"))[known]
+        embeddings = torch.from_numpy(np.load(run.config.folder / "embeddings.npy")[known])
+        value = reverse_probability(embeddings, labels) if len(known) <= MOST_IMAGES else math.nan
+        write_whole(file, lambda part: part.write_text(json.dumps(value)))
+    return float(json.loads(file.read_text()))
 
 
 def refuse_mixed(table: pd.DataFrame) -> None:

@@ -31,7 +31,7 @@ def test_a_notebook_is_committed_with_the_outputs_of_a_clean_run(file):
     for cell in code:
         assert not any(output.output_type in ("error",) for output in cell.outputs)
         last = ast.parse(cell.source).body[-1]
-        shows = isinstance(last, ast.Expr) or "print(" in cell.source
+        shows = isinstance(last, ast.Expr) or "print(" in cell.source or "display(" in cell.source
         assert bool(cell.outputs) == shows or "nbval-ignore-output" in cell.metadata.get("tags", [])
     assert any(c.outputs for c in code)
 
