@@ -150,7 +150,9 @@ def test_two_preparations_of_one_output_do_not_meet(tmp_path):
 
 def start(source, out, *options):
     command = [sys.executable, "-m", "data_prep", "folder", "--source", str(source), "--out", str(out), *options]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Tests started in the background of a shell ignore SIGINT, and so would what they start.
+    return subprocess.Popen(command, cwd=ROOT, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(condition, process):
