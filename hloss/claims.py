@@ -151,11 +151,20 @@ def _found(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
         allowed = value if isinstance(value, list) else [value]
         column = runs[name] if name in runs else pd.Series(None, index=runs.index, dtype=object)
         runs = runs[column.isin([v for v in allowed if v is not None]) | (column.isna() & (None in allowed))]
-    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    told = f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
     if runs.empty:
-        raise _Missing(f"no such runs here{f' ({told})' * bool(told)}")
+        raise _Missing(f"no such runs here{told}")
     if not runs["complete"].all():
-        raise _Missing(f"{(~runs['complete']).sum()} of {len(runs)} runs are missing{f' ({told})' * bool(told)}")
+        raise _Missing(f"{(~runs['complete']).sum()} of {len(runs)} runs are missing{told}")
+    return runs
+
+
+def _method(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
+    """The runs with these settings, which must be those of one method."""
+    runs = _found(runs, settings)
+    methods = runs["method"].unique()
+    if len(methods) > 1:
+        raise _Missing(f"several methods, not one: {'; '.join(methods)}")
     return runs
 
 
@@ -167,7 +176,7 @@ def _by_seed(runs: pd.DataFrame, values: pd.Series | None = None) -> pd.Series:
 
 def _of_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
     assert claim.method is not None
-    ours, rivals = _found(runs, claim.method), [_found(runs, rival) for rival in claim.rivals or []]
+    ours, rivals = _method(runs, claim.method), [_method(runs, rival) for rival in claim.rivals or []]
     shares = overlap(pd.concat([ours, *rivals])) if claim.check == "less_overlap" else None
     parts = []
     for rival in rivals:

@@ -95,6 +95,13 @@ def test_a_claim_waits_for_its_own_runs_alone():
         assert verdict(half, asked) == expected
 
 
+def test_a_claim_of_one_method_is_not_judged_by_two():
+    results = pd.concat([runs({50: 43.0, 200: 43.0}), runs({0: 40.0}, loss="lifted")], ignore_index=True)
+    asked = claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])
+    (row,) = judge(results, claims=[asked]).to_dict("records")
+    assert (row["verdict"], row["evidence"]) == ("not run", "several methods, not one: histogram 50; histogram 200")
+
+
 def test_levels_within_groups_are_compared_within_them():
     results = pd.concat(
         [runs({50: 20.0, 200: 20.2}, batch_size=32), runs({50: 40.0, 200: 40.1}, batch_size=128)], ignore_index=True
