@@ -130,7 +130,9 @@ def contact_sheet(images: np.ndarray, rows: list[list[int]], titles: list[str]) 
 
 
 def _show(axes: plt.Axes, image: np.ndarray, frame: str) -> None:
-    axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+    axes.imshow(
+        image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+    )
     for spine in axes.spines.values():
         spine.set(edgecolor=frame, linewidth=2.5)
 

@@ -14,6 +14,7 @@ import yaml
 
 from hloss.experiment import ConfigError, RunConfig, found_from_here
 from hloss.statistics import t_interval
+from hloss.studies import COMPARED
 
 PUBLISHED = "reports/published_values.csv"
 NEEDED = ("dataset", "method", "network", "protocol", "selection", "metric", "value", "source", "place", "url")
@@ -21,7 +22,7 @@ COLUMNS = (*NEEDED, "settings", "dim", "note")
 DATASETS = ("cub", "sop", "cuhk03", "market1501")
 SELECTIONS = ("validation classes", "not stated", "test set", "nothing to choose")
 EXACT, NETWORK, PROTOCOL = "exact", "same protocol, another network", "other protocol"
-SHOWN = ("losses", "tuned losses", "batch")  # the comparisons that hold the methods of the publications
+SHOWN = (*COMPARED, "batch")  # the comparisons that hold the methods of the publications
 ALIKE = ("loss", "network", "embedding_dim", "protocol")  # what the runs of one method must share
 
 

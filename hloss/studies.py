@@ -33,13 +33,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.datasets import open_dataset
-from hloss.experiment import ConfigError, RunConfig, found_from_here, parse_config, read_result, write_whole
+from hloss.experiment import ConfigError, RunConfig, found_from_here, parse_config, read_result
 from hloss.histogram import reverse_probability
 from hloss.outcome import _of_known_identity
 
 STUDIES = Path("workflow/studies")
-METRICS = ("recall@", "validation_recall@", "map", "r_precision")  # how the columns of metrics begin
-COMPARED = {"losses", "tuned losses"}  # whose runs of the first seed are asked for their exact probability of reverse
+COMPARED = ("losses", "tuned losses")  # the comparisons of losses with each other
 MOST_IMAGES = 10_000  # that it is computed for: all pairs are sorted in memory
 MUST_BE_ALIKE = ("protocol", "card_sha256", "network", "chosen_how", "trained_on")  # within one dataset
 
@@ -194,9 +193,10 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     alike (`refuse_mixed`).
     """
     rows, first = [], min(run.config.seed for run in study.runs)
-    for run in (*study.runs, *study.waiting):
-        result = read_result(run.config.folder) if run not in study.waiting else None
+    for run in study.runs:
+        result = read_result(run.config.folder)
         rows.append(_of_study(study, run) | (_of_result(run, result, first) if result else {"complete": False}))
+    rows += [_of_study(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result yet; run it first")
@@ -217,7 +217,7 @@ def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
         "title": study.title,
         "comparison": list(run.methods),
         "method": list(run.methods.values()),
-        "run_id": "" if run in study.waiting else run.config.run_id,
+        "run_id": run.config.run_id,
         **run.config.resolved(),
     }
 
@@ -252,21 +252,18 @@ def _of_result(run: StudyRun, result: dict[str, Any], first_seed: int) -> dict[s
 
 
 def _reverse_probability(run: StudyRun) -> float:
-    """The exact probability of reverse of the test images, kept in the run's folder; NaN for too many images.
+    """The exact probability of reverse of the test images of a run that compares losses, in [0, 1].
 
-    Of all that are query or gallery, as the densities are. In [0, 1].
+    Of all that are query or gallery, as the densities are. NaN for other runs and for too many images.
     """
-    file = run.config.folder / "reverse_probability.json"
-    if not COMPARED & {*run.methods}:
+    if not set(COMPARED) & set(run.methods):
         return math.nan
-    if not file.exists():
-        dataset = open_dataset(found_from_here(run.config.data_dir) / run.config.dataset)
-        known = _of_known_identity(dataset)
-        labels = dataset.labels(dataset.rows("test"))[known]
-        embeddings = torch.from_numpy(np.load(run.config.folder / "embeddings.npy")[known])
-        value = reverse_probability(embeddings, labels) if len(known) <= MOST_IMAGES else math.nan
-        write_whole(file, lambda part: part.write_text(json.dumps(value)))
-    return float(json.loads(file.read_text()))
+    dataset = open_dataset(found_from_here(run.config.data_dir) / run.config.dataset)
+    known = _of_known_identity(dataset)
+    if len(known) > MOST_IMAGES:
+        return math.nan
+    labels = dataset.labels(dataset.rows("test"))[known]
+    return reverse_probability(torch.from_numpy(np.load(run.config.folder / "embeddings.npy")[known]), labels)
 
 
 def refuse_mixed(table: pd.DataFrame) -> None:
@@ -293,8 +290,29 @@ def read_results(file: Path) -> pd.DataFrame:
     """A study's table, one row per run and comparison it stands in, metrics in %. ConfigError if results are mixed."""
     table = pd.read_parquet(file)
     refuse_mixed(table)
-    recalls = [
+    metrics = [
         name for name in table.columns if name.startswith(("recall@", "validation_recall@", "map", "r_precision"))
     ]
-    table[recalls] *= 100
+    table[metrics] *= 100
     return table.explode(["comparison", "method"], ignore_index=True)
+
+
+def recall_names(results: pd.DataFrame) -> list[str]:
+    """The Recall@K that any of these runs has, by K: recall@1, recall@2, ..."""
+    return [name for name in results.columns if name.startswith("recall@") and results[name].notna().any()]
+
+
+def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:
+    """Test Recall@K of complete runs, one row per run and K: method, seed, K, recall (%)."""
+    recalls = results.melt(["method", "seed"], recall_names(results), var_name="K", value_name="recall").dropna()
+    return recalls.assign(K=recalls["K"].str.removeprefix("recall@").astype(int))
+
+
+def histories(results: pd.DataFrame) -> pd.DataFrame:
+    """Validations of complete runs that trained: method, seed, iteration, recall (%)."""
+    trained = results[results["iterations"] > 0]
+    found = trained[["method", "seed", "history_iteration", "history_recall"]].set_axis(
+        ["method", "seed", "iteration", "recall"], axis=1
+    )
+    found = found.explode(["iteration", "recall"], ignore_index=True).astype({"iteration": int, "recall": float})
+    return found.assign(recall=100 * found["recall"])

@@ -24,7 +24,7 @@ from hloss.datasets import DatasetError, open_dataset
 from hloss.experiment import ConfigError, RunConfig, fingerprint, found_from_here, write_whole
 from hloss.histogram import histogram_loss
 from hloss.statistics import shown_interval
-from hloss.studies import Study, collect, load_study, stale_runs
+from hloss.studies import COMPARED, Study, collect, load_study, stale_runs
 
 PROFILES = Path("workflow/profiles")
 
@@ -187,7 +187,7 @@ def print_headline(study: Study) -> None:
     """The table of the report, and where the report is."""
     folder = Path("reports") / study.name
     table = pd.read_csv(folder / "summary.csv")
-    table = table[table["comparison"].isin(["losses", "tuned losses"])]
+    table = table[table["comparison"].isin(COMPARED)]
     shown = table[["dataset", "comparison", "method", "n"]].copy()
     shown["test Recall@1 (%)"] = table["recall@1"].map("{:.1f}".format)
     shown["95 % interval"] = list(map(shown_interval, table["recall@1 low"], table["recall@1 high"]))
