@@ -105,7 +105,7 @@ def open_dataset(folder: Path) -> Dataset:
         there = sorted(p.parent.name for p in folder.parent.glob("*/card.json") if not p.parent.name.startswith("."))
         raise DatasetError(
             f"dataset {folder.name!r} is not prepared: {card_file} does not exist; prepared in {folder.parent}: "
-            f"{', '.join(there) or 'none'}. Prepare it with `python -m data_prep {folder.name}`"
+            f"{', '.join(there) or 'none'}. `python -m data_prep list` says how to prepare it"
         )
     raw = card_file.read_bytes()
     card = _read_card(card_file, raw)

@@ -234,6 +234,11 @@ class RunConfig(BaseModel):
         taken = _defaults(SAMPLERS[self.sampler], ("fewest_images",))
         if self.fewest_images is not None and not taken:
             raise ValueError(f"fewest_images={self.fewest_images}: sampler {self.sampler!r} takes no fewest_images")
+        if self.sampler == "balanced" and self.batch_size % self.images_per_class:
+            raise ValueError(
+                f'batch_size={self.batch_size}: sampler "balanced" takes a multiple of '
+                f"images_per_class={self.images_per_class}"
+            )
         return {
             name: default if getattr(self, name) is None else getattr(self, name) for name, default in taken.items()
         }

@@ -55,28 +55,28 @@ def _measured(
     return evaluate(protocol, embeddings, labels, k, metric, dataset.cameras(rows), dataset.roles(rows))
 
 
+def of_known_identity(dataset: Dataset) -> np.ndarray:
+    """Positions among the test images of those that are queries or gallery: no junk, no distractors, no pool."""
+    roles = dataset.index.role.iloc[dataset.rows("test")]
+    return np.flatnonzero(roles.isin(["both", "query", "gallery"]))
+
+
 def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
     """The two densities of the test images' cosines (the paper's Figure 5), per node, on SIMILARITY_BINS intervals."""
-    known = _of_known_identity(dataset)
+    known = of_known_identity(dataset)
     histograms = pair_histograms(embeddings[known], labels[known], n_bins=SIMILARITY_BINS)
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
 
 
 def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:
     """A few test queries, the same in every run, with the rows of their nearest images and which are hits."""
-    known = _of_known_identity(dataset)
+    known = of_known_identity(dataset)
     rows, embeddings, labels = dataset.rows("test")[known], embeddings[known], labels[known]
     queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
     k = min(PANEL_NEIGHBOURS, len(rows) - 1)
     _, nearest = neighbours(embeddings[queries], embeddings, k, metric, own=queries)
     hits = labels[nearest] == labels[queries, None]
     return {"queries": rows[queries].tolist(), "neighbours": rows[nearest].tolist(), "hits": hits.tolist()}
-
-
-def _of_known_identity(dataset: Dataset) -> np.ndarray:
-    """Positions among the test images of those that are queries or gallery: no junk, no distractors, no pool."""
-    roles = dataset.index.role.iloc[dataset.rows("test")]
-    return np.flatnonzero(roles.isin(["both", "query", "gallery"]))
 
 
 def weights_sha256(network: nn.Module) -> str:
@@ -103,10 +103,14 @@ def history_of(progress: dict[str, Any]) -> pd.DataFrame:
 def write_outcome(
     folder: Path, result: dict[str, Any], history: pd.DataFrame, retrieval: Retrieval, embeddings: Tensor
 ) -> None:
-    """Everything of a run, `result.json` last: it says that the rest is whole."""
+    """Everything of a run, `result.json` last: it says that the rest is whole.
+
+    `queries.npy` are the queries' positions among the test images, `ranks.npy` the ranks of their first matches.
+    """
     write_whole(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
-    for name, array in (("ranks.npy", retrieval.ranks.to(torch.int32)), ("embeddings.npy", embeddings)):
-        write_whole(folder / name, lambda part, array=array: _save_array(part, array.numpy()))  # type: ignore[misc]
+    arrays = {"ranks": retrieval.ranks.to(torch.int32), "queries": retrieval.query_index.to(torch.int32)}
+    for name, array in (arrays | {"embeddings": embeddings}).items():
+        write_whole(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.numpy()))  # type: ignore[misc]
     write_whole(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
 
 

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hloss.datasets import open_dataset
 from hloss.experiment import ConfigError, RunConfig, found_from_here, parse_config, read_result
 from hloss.histogram import reverse_probability
-from hloss.outcome import _of_known_identity
+from hloss.outcome import of_known_identity
 
 STUDIES = Path("workflow/studies")
 COMPARED = ("losses", "tuned losses")  # the comparisons of losses with each other
@@ -259,7 +259,7 @@ def _reverse_probability(run: StudyRun) -> float:
     if not set(COMPARED) & set(run.methods):
         return math.nan
     dataset = open_dataset(found_from_here(run.config.data_dir) / run.config.dataset)
-    known = _of_known_identity(dataset)
+    known = of_known_identity(dataset)
     if len(known) > MOST_IMAGES:
         return math.nan
     labels = dataset.labels(dataset.rows("test"))[known]

@@ -166,6 +166,10 @@ runs:
         ({"metric": "cosin"}, r"metric='cosin' is unknown, allowed are cosine, euclidean \(did you mean cosine\?\)"),
         ({"sampler": "balance"}, r"allowed are class-shuffle, balanced, random-class \(did you mean balanced\?\)"),
         ({"fewest_images": 5}, "fewest_images=5: sampler 'class-shuffle' takes no fewest_images"),
+        (
+            {"sampler": "balanced", "batch_size": 128, "images_per_class": 10},
+            'batch_size=128: sampler "balanced" takes a multiple of images_per_class=10',
+        ),
     ],
     ids=str,
 )
@@ -213,6 +217,7 @@ def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_
     expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
     assert result["metrics"] == expected.metrics
     assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
+    assert np.load(config.folder / "queries.npy").tolist() == expected.query_index.tolist()
     shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbours"])]
     assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}
 
