@@ -6,7 +6,6 @@ only when every run that it needs is complete. A verdict is made of parts, one p
 k parts, so each is tested at 5 % / k (Bonferroni); that all hold needs no such care.
 """
 
-import re
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import Any, Literal, NamedTuple
@@ -94,16 +93,11 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         if claim.check == "quadratic":
             rows.append(_row(claim, "any", "", *_quadratic(cost), ""))
             continue
-        for dataset, runs in results.groupby(results["dataset"].map(family), sort=False):
+        for dataset, runs in results.groupby("dataset", sort=False):
             for comparison in claim.comparison:
                 there = runs[runs["comparison"] == comparison]
                 rows.append(_row(claim, str(dataset), comparison, *_verdict(claim, there)))
     return pd.DataFrame(rows)
-
-
-def family(dataset: str) -> str:
-    """The dataset that a split belongs to: cuhk03 of cuhk03-1."""
-    return re.sub(r"-\d+$", "", dataset)
 
 
 def overlap(results: pd.DataFrame) -> pd.Series:

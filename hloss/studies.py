@@ -1,7 +1,9 @@
 """A study: the runs a YAML file crosses, and their results as one table.
 
 title: what is asked
-fixed: {dataset: glyphs, iterations: 600}       # settings of every run
+extends: other                                  # another study, whose runs these join and whose settings are theirs
+include: [one, two]                             # or all runs of other studies, to be reported together
+fixed: {dataset: glyphs, iterations: 600}       # settings of every run; cuhk03-{seed}: each seed has a split of its own
 seeds: [0, 1]
 tuning_seed: 100                                # of the runs that choose settings
 resources: {gpus: 1, memory_gb: 8, hours: 2}    # what a run may use (Resources)
@@ -15,10 +17,12 @@ runs:
     tune: true                                  # the cross is a grid on tuning_seed; its best setting on validation
                                                 # is run with every seed
 
-A run that several comparisons share is run once and stands in each of them.
+A run that several comparisons share is run once and stands in each of them. A run that several studies share stands in
+the folder of the one that the others extend or include.
 """
 
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -32,15 +36,17 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hloss.datasets import open_dataset
+from hloss.datasets import Dataset, open_dataset
 from hloss.experiment import ConfigError, RunConfig, found_from_here, parse_config, read_result
 from hloss.histogram import reverse_probability
 from hloss.outcome import of_known_identity
+from hloss.statistics import bootstrap_over_classes
 
 STUDIES = Path("workflow/studies")
 COMPARED = ("losses", "tuned losses")  # the comparisons of losses with each other
 MOST_IMAGES = 10_000  # that it is computed for: all pairs are sorted in memory
-MUST_BE_ALIKE = ("protocol", "card_sha256", "network", "chosen_how", "trained_on")  # within one dataset
+MUST_BE_ALIKE = ("protocol", "network", "chosen_how", "trained_on")  # within one dataset; card_sha256 within one split
+SPLIT = "-{seed}"  # at the end of a dataset's name
 
 
 class Resources(BaseModel):
@@ -58,11 +64,15 @@ class Resources(BaseModel):
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study, what it stands for in its comparisons ("bins": "histogram, n_bins 50"), what it may use."""
+    """One run of a study, what it may use, and what it stands for in its comparisons ("bins": "histogram, n_bins 50").
+
+    `dataset` is that of its results: cuhk03 for all of cuhk03-1, cuhk03-2, ...
+    """
 
     config: RunConfig
     resources: Resources
     methods: dict[str, str]
+    dataset: str
 
     @property
     def method(self) -> str:
@@ -75,7 +85,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's title and runs, in the order of its file.
+    """A study's title, its files, and its runs in their order.
 
     `waiting` are runs whose settings are not chosen yet, with the first of the grid in their place: they become known
     when the runs that choose are complete.
@@ -83,12 +93,38 @@ class Study:
 
     name: str
     title: str
+    files: tuple[Path, ...]
     runs: tuple[StudyRun, ...]
     waiting: tuple[StudyRun, ...] = ()
 
 
 def load_study(name: str, folder: Path = STUDIES) -> Study:
     """Read and check a study: ConfigError names whatever is unknown or out of range in it."""
+    text, files = _read(name, folder)
+    file, home = files[0], files[-1].stem
+    runs: dict[str, StudyRun] = {}
+    waiting: list[StudyRun] = []
+    for included in text.get("include", ()):
+        study = load_study(included, folder)
+        files += [file for file in study.files if file not in files]
+        runs |= {run.config.run_id: run for run in study.runs}
+        waiting += study.waiting
+    for entry in text.get("runs", ()):
+        optional = {"comparison", "cross", "seeds", "resources", "tune"}
+        _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, optional)
+        if entry.get("tune"):
+            known, unknown = _tuned(home, file, text, entry)
+            waiting += unknown
+        else:
+            known = _crossed(home, file, text, entry, entry.get("seeds", text["seeds"]))
+        for run in known:
+            same = runs.setdefault(run.config.run_id, run)
+            same.methods.update({k: v for k, v in run.methods.items() if k not in same.methods})
+    return Study(name, text["title"], tuple(files), tuple(runs.values()), tuple(waiting))
+
+
+def _read(name: str, folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A study's text with what it extends in it, and the files that say so, the study's own first."""
     file = folder / f"{name}.yaml"
     if not file.exists():
         there = sorted(p.stem for p in folder.glob("*.yaml"))
@@ -96,52 +132,51 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"study={name!r} is unknown, allowed are {', '.join(there) or 'none'}{hint}")
     text = yaml.safe_load(file.read_text())
-    _check_keys(file, "the study", text, {"title", "seeds", "runs"}, {"fixed", "resources", "tuning_seed"})
-    runs: dict[str, StudyRun] = {}
-    waiting: list[StudyRun] = []
-    for entry in text["runs"]:
-        optional = {"comparison", "cross", "seeds", "resources", "tune"}
-        _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, optional)
-        if entry.get("tune"):
-            known, unknown = _tuned(name, file, text, entry)
-            waiting += unknown
-        else:
-            known = _crossed(name, file, text, entry, entry.get("seeds", text["seeds"]))
-        for run in known:
-            same = runs.setdefault(run.config.run_id, run)
-            same.methods.update({k: v for k, v in run.methods.items() if k not in same.methods})
-    return Study(name, text["title"], tuple(runs.values()), tuple(waiting))
+    own = {"fixed", "seeds", "resources", "tuning_seed"}
+    if isinstance(text, dict) and "include" in text:
+        _check_keys(file, "a study that includes others", text, {"title", "include"}, set())
+    elif isinstance(text, dict) and "extends" in text:
+        _check_keys(file, "a study that extends another", text, {"title", "extends", "runs"}, set())
+        base, files = _read(text["extends"], folder)
+        return {**base, **text, "runs": [*base["runs"], *text["runs"]]}, [file, *files]
+    else:
+        _check_keys(file, "the study", text, {"title", "seeds", "runs"}, own)
+    return text, [file]
 
 
-def _crossed(name: str, file: Path, text: dict[str, Any], entry: dict[str, Any], seeds: list[int]) -> list[StudyRun]:
+def _crossed(home: str, file: Path, text: dict[str, Any], entry: dict[str, Any], seeds: list[int]) -> list[StudyRun]:
     """The runs of an entry, one per combination of its axes and seed."""
     runs, axes = [], entry.get("cross") or {}
     for values in itertools.product(*axes.values()):
         axis = dict(zip(axes, values, strict=True))
         method = ", ".join([entry["name"], *(f"{k} {_short(v)}" for k, v in axis.items())])
         for seed in seeds:
-            settings = {**(text.get("fixed") or {}), **entry["set"], **axis, "seed": seed, "study": name}
+            settings = {**(text.get("fixed") or {}), **entry["set"], **axis, "seed": seed, "study": home}
+            dataset = str(settings.get("dataset", ""))
+            if dataset.endswith(SPLIT):
+                settings["dataset"] = dataset.removesuffix(SPLIT) + f"-{seed}"
             try:
                 config = parse_config(settings)
             except ConfigError as error:
                 raise ConfigError(f"{file}, {method}: {error}") from None
             resources = _resources(file, method, config, text.get("resources"), entry.get("resources"))
-            runs.append(StudyRun(config, resources, {entry.get("comparison", "losses"): method}))
+            methods = {entry.get("comparison", "losses"): method}
+            runs.append(StudyRun(config, resources, methods, dataset.removesuffix(SPLIT) or config.dataset))
     return runs
 
 
-def _tuned(name: str, file: Path, text: dict[str, Any], entry: dict[str, Any]) -> tuple[list[StudyRun], list[StudyRun]]:
+def _tuned(home: str, file: Path, text: dict[str, Any], entry: dict[str, Any]) -> tuple[list[StudyRun], list[StudyRun]]:
     """The runs that choose among an entry's grid, then those with the chosen setting: as known, or waiting to be."""
     if "tuning_seed" not in text or text["tuning_seed"] in text["seeds"]:
         raise ConfigError(f"{file}, run {entry['name']!r}: tune needs a tuning_seed of the study that is none of seeds")
     comparison = entry.get("comparison", "losses")
-    grid = _crossed(name, file, text, {**entry, "comparison": f"{comparison}: choice"}, [text["tuning_seed"]])
+    grid = _crossed(home, file, text, {**entry, "comparison": f"{comparison}: choice"}, [text["tuning_seed"]])
     results = [read_result(run.config.folder) for run in grid]
     recalls = [result["validation_recall@1"] for result in results if result]
     chosen = grid[recalls.index(max(recalls)) if len(recalls) == len(grid) else 0].config
     settings = entry["set"] | {axis: getattr(chosen, axis) for axis in entry["cross"]}
     final = {**entry, "set": settings, "cross": {}}
-    runs = _crossed(name, file, text, final, entry.get("seeds", text["seeds"]))
+    runs = _crossed(home, file, text, final, entry.get("seeds", text["seeds"]))
     return (grid + runs, []) if len(recalls) == len(grid) else (grid, runs)
 
 
@@ -192,19 +227,22 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     Refuses runs made by different code or data, unless `keep` says to mix them, and runs that differ in what must be
     alike (`refuse_mixed`).
     """
-    rows, first = [], min(run.config.seed for run in study.runs)
+    rows, first = [], {run.dataset: run.config.seed for run in sorted(study.runs, key=lambda r: -r.config.seed)}
+    opened = functools.cache(open_dataset)
     for run in study.runs:
-        result = read_result(run.config.folder)
-        rows.append(_of_study(study, run) | (_of_result(run, result, first) if result else {"complete": False}))
+        row: dict[str, Any] = {"complete": False}
+        if result := read_result(run.config.folder):
+            dataset = opened(found_from_here(run.config.data_dir) / run.config.dataset)
+            row = _of_result(run, result, dataset, run.config.seed == first[run.dataset])
+        rows.append(_of_study(study, run) | row)
     rows += [_of_study(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result yet; run it first")
-    made_by = table.dropna(subset="code_sha256")[["code_sha256", "card_sha256"]].drop_duplicates()
-    if len(made_by.groupby("card_sha256")) > table.dataset.nunique() or (table.code_sha256.nunique() > 1 and not keep):
+    if table.code_sha256.nunique() > 1 and not keep:
         raise ConfigError(
-            f"the runs of study {study.name!r} were made by {table.code_sha256.nunique()} versions of the code and "
-            f"{table.card_sha256.nunique()} of the data; run the study again, or mix them knowingly with KEEP=1"
+            f"the runs of study {study.name!r} were made by {table.code_sha256.nunique()} versions of the code; "
+            "run the study again, or mix them knowingly with KEEP=1"
         )
     refuse_mixed(table)
     return table
@@ -213,16 +251,18 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
 def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
     """What the study says of a run."""
     return {
-        "study": study.name,
+        "study": run.config.study,
         "title": study.title,
         "comparison": list(run.methods),
         "method": list(run.methods.values()),
         "run_id": run.config.run_id,
         **run.config.resolved(),
+        "dataset": run.dataset,
+        "split": run.config.dataset,
     }
 
 
-def _of_result(run: StudyRun, result: dict[str, Any], first_seed: int) -> dict[str, Any]:
+def _of_result(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: bool) -> dict[str, Any]:
     """What the run's folder says of it."""
     history = pd.read_parquet(run.config.folder / "history.parquet")
     validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
@@ -231,6 +271,7 @@ def _of_result(run: StudyRun, result: dict[str, Any], first_seed: int) -> dict[s
         "complete": True,
         "network": result["config"]["network"],
         **result["metrics"],
+        **_over_classes(run, dataset),
         "validation_recall@1": result["validation_recall@1"],
         "chosen_iteration": result["chosen"]["iteration"],
         "chosen_how": result["chosen"]["how"],
@@ -242,7 +283,7 @@ def _of_result(run: StudyRun, result: dict[str, Any], first_seed: int) -> dict[s
         "history_recall": validated["validation_recall@1"].tolist(),
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
-        "reverse_probability": _reverse_probability(run) if run.config.seed == first_seed else math.nan,
+        "reverse_probability": _reverse_probability(run, dataset) if first else math.nan,
         "panel": json.dumps(result["panel"]),
         **result["fingerprint"],
         "git_commit": result["provenance"]["git_commit"],
@@ -251,14 +292,22 @@ def _of_result(run: StudyRun, result: dict[str, Any], first_seed: int) -> dict[s
     }
 
 
-def _reverse_probability(run: StudyRun) -> float:
+def _over_classes(run: StudyRun, dataset: Dataset) -> dict[str, float]:
+    """The interval of a run's Recall@1 over its test classes: whole classes of queries are drawn again."""
+    ranks, queries = (np.load(run.config.folder / f"{name}.npy") for name in ("ranks", "queries"))
+    classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries]
+    matched = ranks > 0
+    _, low, high = bootstrap_over_classes(ranks[matched] == 1, classes[matched], np.random.default_rng(0))
+    return {"classes_low": low, "classes_high": high}
+
+
+def _reverse_probability(run: StudyRun, dataset: Dataset) -> float:
     """The exact probability of reverse of the test images of a run that compares losses, in [0, 1].
 
     Of all that are query or gallery, as the densities are. NaN for other runs and for too many images.
     """
     if not set(COMPARED) & set(run.methods):
         return math.nan
-    dataset = open_dataset(found_from_here(run.config.data_dir) / run.config.dataset)
     known = of_known_identity(dataset)
     if len(known) > MOST_IMAGES:
         return math.nan
@@ -273,16 +322,16 @@ def refuse_mixed(table: pd.DataFrame) -> None:
     another network.
     """
     complete = table[table["complete"]]
-    for name in MUST_BE_ALIKE:
+    for name in (*MUST_BE_ALIKE, "card_sha256"):
         alike = complete if name in ("protocol", "card_sha256") else complete[complete["iterations"] > 0]
-        for dataset, runs in alike.groupby("dataset"):
+        for dataset, runs in alike.groupby("split" if name == "card_sha256" else "dataset"):
             usual = runs[name].mode()[0]
             other = runs[runs[name] != usual]
             if len(other):
                 run = other.iloc[0]
                 raise ConfigError(
                     f"run {run['run_id']} ({run['method'][0]}) on {dataset} has {name}={run[name]!r}, the others "
-                    f"{usual!r}: such results are not compared; take it out of the study"
+                    f"{usual!r}: such results are not compared; run it again, or take it out of the study"
                 )
 
 
@@ -290,9 +339,8 @@ def read_results(file: Path) -> pd.DataFrame:
     """A study's table, one row per run and comparison it stands in, metrics in %. ConfigError if results are mixed."""
     table = pd.read_parquet(file)
     refuse_mixed(table)
-    metrics = [
-        name for name in table.columns if name.startswith(("recall@", "validation_recall@", "map", "r_precision"))
-    ]
+    fractions = ("recall@", "validation_recall@", "map", "r_precision", "classes_")
+    metrics = [name for name in table.columns if name.startswith(fractions)]
     table[metrics] *= 100
     return table.explode(["comparison", "method"], ignore_index=True)
 

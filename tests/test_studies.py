@@ -1,14 +1,19 @@
 """Studies: what they cross, what they refuse, and that results of different code are never mixed silently."""
 
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+from hloss.datasets import open_dataset
 from hloss.experiment import ConfigError
-from hloss.statistics import summary, t_interval
+from hloss.retrieval import first_match_ranks
+from hloss.statistics import bootstrap_over_classes, summary, t_interval
 from hloss.studies import STUDIES, collect, load_study, read_results, stale_runs
 from hloss.training import run
 
@@ -138,7 +143,7 @@ def test_results_of_different_data_are_refused_even_when_kept(study):
     file = loaded.runs[0].config.folder / "result.json"
     card = run(loaded.runs[0].config)["fingerprint"]["card_sha256"]
     file.write_text(file.read_text().replace(card, "other"))
-    with pytest.raises(ConfigError, match="2 of the data"):
+    with pytest.raises(ConfigError, match=f"run {loaded.runs[0].config.run_id} .* has card_sha256='other'"):
         collect(loaded, keep=True)
 
 
@@ -225,3 +230,88 @@ def test_a_run_of_two_comparisons_is_run_once(study):
     loaded = written(study)
     assert len(loaded.runs) == 5
     assert loaded.runs[0].methods == {"losses": "histogram, n_bins 20", "bins": "histogram, coarse"}
+
+
+def test_a_study_that_extends_another_adds_runs_to_its_folder(study):
+    _, folder = study
+    base = written(study)
+    more = {"name": "histogram", "comparison": "bins", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 100]}}
+    (folder / "more.yaml").write_text(yaml.safe_dump({"title": "more", "extends": "small", "runs": [more]}))
+    loaded = load_study("more", folder)
+    assert (loaded.title, [f.name for f in loaded.files]) == ("more", ["more.yaml", "small.yaml"])
+    assert [r.config for r in loaded.runs[:5]] == [r.config for r in base.runs]
+    assert [r.name for r in loaded.runs[5:]] == [f"histogram, n_bins 100, seed {seed}" for seed in (0, 1)]
+    assert {r.config.folder.parent.name for r in loaded.runs} == {"small"}
+    shared = loaded.runs[2]
+    assert shared.methods == {"losses": "histogram, n_bins 50", "bins": "histogram, n_bins 50"}
+
+
+def test_a_study_that_includes_others_has_their_runs_and_those_that_wait(study, tiny_data):
+    text, folder = study
+    tuned(study)
+    written(study)
+    shutil.copytree(tiny_data / "tiny", folder / "data" / "tiny-1")
+    other = text | {"seeds": [1], "fixed": text["fixed"] | {"dataset": "tiny-{seed}"}, "runs": text["runs"][1:]}
+    other["runs"][0]["seeds"] = [1]
+    (folder / "other.yaml").write_text(yaml.safe_dump(other))
+    (folder / "both.yaml").write_text(yaml.safe_dump({"title": "both", "include": ["small", "other"]}))
+    loaded = load_study("both", folder)
+    assert [r.config.folder.parent.name for r in loaded.runs] == ["small"] * 3 + ["other"]
+    assert [r.name for r in loaded.waiting] == ["histogram, seed 0", "histogram, seed 1"]
+    assert [f.name for f in loaded.files] == ["both.yaml", "small.yaml", "other.yaml"]
+
+
+def test_each_seed_of_a_split_dataset_has_its_own_and_results_are_of_one_dataset(study, tiny_data):
+    text, folder = study
+    for seed in (1, 2):
+        shutil.copytree(tiny_data / "tiny", folder / "data" / f"tiny-{seed}")
+    card = folder / "data" / "tiny-2" / "card.json"
+    card.write_text(card.read_text() + " ")  # another split has another card
+    text["fixed"] |= {"dataset": "tiny-{seed}", "data_dir": str(folder / "data")}
+    text["seeds"], text["runs"][1]["seeds"] = [1, 2], [1]
+    loaded = written(study)
+    assert [r.config.dataset for r in loaded.runs] == ["tiny-1", "tiny-2", "tiny-1", "tiny-2", "tiny-1"]
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    collect(loaded).to_parquet(folder / "results.parquet")
+    results = read_results(folder / "results.parquet")
+    assert set(results["dataset"]) == {"tiny"}
+    assert set(results["split"]) == {"tiny-1", "tiny-2"}
+    assert summary(results, ["recall@1"])["n"].tolist() == [2, 2, 1]
+    assert results["reverse_probability"].notna().tolist() == [True, False, True, False, True]
+
+
+def test_the_interval_over_classes_is_of_the_runs_own_queries(study):
+    loaded = written(study)
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    table = collect(loaded).set_index("run_id")
+    config = loaded.runs[0].config
+    dataset = open_dataset(Path(config.data_dir) / config.dataset)
+    labels = dataset.labels(dataset.rows("test")).numpy()
+    hits = first_match_ranks(torch.from_numpy(np.load(config.folder / "embeddings.npy")), torch.tensor(labels)) == 1
+    mean, low, high = bootstrap_over_classes(hits.numpy(), labels, np.random.default_rng(0))
+    row = table.loc[config.run_id]
+    assert (row["recall@1"], row["classes_low"], row["classes_high"]) == pytest.approx((mean, low, high))
+    assert low < mean < high
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"title": "t", "include": ["small"], "seeds": [0]}, r"includes others lacks \[\] and has the unknown"),
+        ({"title": "t", "extends": "small"}, r"extends another lacks \['runs'\]"),
+        ({"title": "t", "extends": "smal", "runs": []}, r"study='smal' is unknown.*did you mean small"),
+    ],
+)
+def test_a_wrong_combination_of_studies_is_refused_by_name(study, text, message):
+    written(study)
+    (study[1] / "more.yaml").write_text(yaml.safe_dump(text))
+    with pytest.raises(ConfigError, match=message):
+        load_study("more", study[1])
+
+
+def test_a_dataset_with_a_split_in_its_middle_is_refused(study):
+    study[0]["fixed"]["dataset"] = "tiny-{seed}-labeled"
+    with pytest.raises(ConfigError, match="must be a name of letters"):
+        written(study)

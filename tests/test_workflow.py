@@ -26,9 +26,10 @@ from hloss.training import run as carry_out
 
 def study_of(*configs, **resources):
     runs = [
-        StudyRun(c, Resources(**{"gpus": 0, **resources}), {"losses": f"method {n}"}) for n, c in enumerate(configs)
+        StudyRun(c, Resources(**{"gpus": 0, **resources}), {"losses": f"method {n}"}, c.dataset)
+        for n, c in enumerate(configs)
     ]
-    return Study("some", "a title", tuple(runs))
+    return Study("some", "a title", (), tuple(runs))
 
 
 @pytest.fixture
@@ -102,26 +103,45 @@ def squeue(monkeypatch, tmp_path):
     return stand_in
 
 
-def test_the_queue_tells_which_runs_an_earlier_start_left(squeue):
-    ours = slurm.job_prefix("quick")
+def test_the_queue_tells_which_runs_an_earlier_start_left(squeue, monkeypatch, tmp_path):
+    quick, paper = slurm.job_prefix("quick"), slurm.job_prefix("paper")
+    with monkeypatch.context() as context:
+        context.chdir(tmp_path)
+        foreign = slurm.job_prefix("quick")
     squeue(
         [
-            f"17|{ours}_2b1c-77|rule_run_wildcards_quick_0123456789ab",
-            f"18|{ours}2_2b1c-77|rule_run_wildcards_quick_ffffffffffff",
-            "19|another job|(null)",
+            f"17|{quick}_2b1c-77|rule_run_wildcards_quick_0123456789ab",
+            f"18|{foreign}_2b1c-77|rule_run_wildcards_quick_ffffffffffff",
+            f"19|{paper}_2b1c-78|rule_run_wildcards_cub_0123456789ab",
+            "20|another job|(null)",
         ],
         failures=2,
     )
-    assert slurm.jobs_in_queue(ours) == {"17": "0123456789ab"}
+    assert slurm.jobs_in_queue() == {"17": "quick_0123456789ab", "19": "cub_0123456789ab"}
+
+
+def test_a_start_waits_for_its_own_jobs_alone(squeue, monkeypatch):
+    prefix = slurm.job_prefix("quick")
+    squeue([f"{n}|{prefix}_2b1c-77|rule_run_wildcards_quick_{n}" for n in (1, 2)])
+    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    asked = []
+
+    def meanwhile():
+        asked.append("looked")
+        squeue([f"2|{prefix}_2b1c-77|rule_run_wildcards_quick_2"])
+
+    slurm.wait_for_jobs(["1"], meanwhile)
+    assert asked == ["looked"]
 
 
 def test_a_queue_that_cannot_be_read_stops_the_start(squeue, monkeypatch, tmp_path):
     squeue([], failures=slurm.ATTEMPTS)
     with pytest.raises(slurm.SlurmError, match="squeue says: timed out"):
-        slurm.jobs_in_queue("hloss")
+        slurm.jobs_in_queue()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing here"))
     with pytest.raises(slurm.SlurmError, match="squeue"):
-        slurm.jobs_in_queue("hloss")
+        slurm.jobs_in_queue()
 
 
 def test_job_names_tell_studies_and_clones_apart(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ device, whatever their loss; then from `measured.csv`. What neither knows is sai
 
 import argparse
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -63,7 +64,15 @@ def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
     for run in study.runs:
         state, left = state_of(run)
         cost = costs.get(kind_of(run, gpus))
-        row = {"run": run.name, "state": state, "hours": "", "memory GiB": "", "disk GiB": "", "measured": ""}
+        row = {
+            "dataset": run.dataset,
+            "run": run.name,
+            "state": state,
+            "hours": "",
+            "memory GiB": "",
+            "disk GiB": "",
+            "measured": "",
+        }
         if left is not None and cost is None:
             unknown += 1
             row["measured"] = f"not measured on {kind_of(run, gpus)[-1]}"
@@ -107,7 +116,8 @@ def kind_of(run: StudyRun, gpus: int | None) -> Kind:
 
 def _kind(config: dict, device: str) -> Kind:
     trained = "trained" if config["iterations"] else "untrained"
-    return (*(str(config[name]) for name in SAME), trained, device)
+    dataset = re.sub(r"-\d+$", "", config["dataset"])  # a split costs what the others do
+    return (dataset, *(str(config[name]) for name in SAME[1:]), trained, device)
 
 
 def warnings(run: StudyRun, hours: float, memory: float) -> str:

@@ -17,6 +17,7 @@ class Progress:
         self.todo = [(run, folder) for run, folder in folders if not (folder / "result.json").exists()]
         self.total, self.first = len(study.runs), len(self.todo)
         self.started = time.monotonic()
+        self.several = len({run.dataset for run in study.runs}) > 1
         self.seen = {folder: (_written(folder), "") for _, folder in self.todo}
 
     def print_start(self) -> None:
@@ -30,7 +31,7 @@ class Progress:
             else:
                 self.todo.remove((run, folder))
                 recall = 100 * result["metrics"]["recall@1"]
-                print(f"{self._count()}  {run.name}: test Recall@1 {recall:.1f} % ({self._left()})", flush=True)
+                print(f"{self._count()}  {self._name(run)}: test Recall@1 {recall:.1f} % ({self._left()})", flush=True)
 
     def _tell_state(self, run: StudyRun, folder: Path) -> None:
         """Tell a state once; what an earlier start left in the folder is no news."""
@@ -43,7 +44,10 @@ class Progress:
         self.seen[folder] = (_written(folder), status["state"])
         if status["state"] not in (state, "complete"):
             word = "started" if status["state"] == "running" else status["state"]
-            print(f"{word:>8}  {run.name}{': ' * bool(status['message'])}{status['message']}", flush=True)
+            print(f"{word:>8}  {self._name(run)}{': ' * bool(status['message'])}{status['message']}", flush=True)
+
+    def _name(self, run: StudyRun) -> str:
+        return f"{run.dataset}: {run.name}" if self.several else run.name
 
     def _count(self) -> str:
         return f"{f'[{self.total - len(self.todo)}/{self.total}]':>8}"

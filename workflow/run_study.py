@@ -18,7 +18,7 @@ import torch
 from devices import visible_devices
 from processes import call, end_with_parent
 from progress import Progress
-from slurm import SlurmError, is_slurm, job_prefix, jobs_in_queue, wait_for_queue
+from slurm import SlurmError, is_slurm, job_prefix, jobs_in_queue, wait_for_jobs
 
 from hloss.datasets import DatasetError, open_dataset
 from hloss.experiment import ConfigError, RunConfig, fingerprint, found_from_here, write_whole
@@ -127,14 +127,13 @@ def run_on_slurm(study: Study, command: list[str], progress: Progress) -> int:
     prefix = job_prefix(study.name)
     command += ["--slurm-jobname-prefix", prefix]
     print(f"jobs are named {prefix}_...; `squeue --me` shows them, runs/slurm keeps logs of failed ones", flush=True)
-    left = jobs_in_queue(prefix)
+    ours = {f"{run.config.study}_{run.config.run_id}": run.config for run in study.runs}
+    left = {number: ours[run] for number, run in jobs_in_queue().items() if run in ours}
     if left:
         print(f"{len(left)} jobs of an earlier start are in the queue: they go on, none is submitted again", flush=True)
-        call(
-            [*command, "--omit-from", *(f"runs/{study.name}/{run_id}/result.json" for run_id in left.values())],
-            progress,
-        )
-        wait_for_queue(prefix, progress)
+        results = (f"runs/{config.study}/{config.run_id}/result.json" for config in left.values())
+        call([*command, "--omit-from", *results], progress)
+        wait_for_jobs(left, progress)
     return call(command, progress)
 
 

@@ -3,12 +3,13 @@
 import hashlib
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import yaml
 
 ATTEMPTS, PATIENCE_SECONDS = 5, 10
+COMMENT = "rule_run_wildcards_"  # before STUDY_RUNID in a job's comment
 
 
 class SlurmError(RuntimeError):
@@ -21,15 +22,19 @@ def is_slurm(profile: Path) -> bool:
 
 
 def job_prefix(study: str) -> str:
-    """What the names of a study's jobs begin with: another clone's jobs, of a study of the same name, are not ours."""
-    return f"hloss-{study[:25]}-{hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:8]}"
+    """What the names of a study's jobs begin with."""
+    return f"{_clone()}-{study[:25]}"
 
 
-def jobs_in_queue(prefix: str) -> dict[str, str]:
-    """Slurm's job number -> run_id, of the jobs that wait or run."""
+def _clone() -> str:
+    """Another clone's jobs are not ours, those of any study of this clone are: studies share runs."""
+    return f"hloss-{hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:8]}"
+
+
+def jobs_in_queue() -> dict[str, str]:
+    """Slurm's job number -> STUDY_RUNID, of this clone's jobs that wait or run."""
     jobs = [line.split("|") for line in _queue().splitlines()]
-    # The comment is rule_run_wildcards_STUDY_RUNID.
-    return {number: comment.rsplit("_", 1)[-1] for number, name, comment in jobs if name.startswith(f"{prefix}_")}
+    return {n: comment.removeprefix(COMMENT) for n, name, comment in jobs if name.startswith(f"{_clone()}-")}
 
 
 def _queue() -> str:
@@ -46,9 +51,9 @@ def _queue() -> str:
     raise AssertionError("unreachable")
 
 
-def wait_for_queue(prefix: str, meanwhile: Callable[[], object]) -> None:
-    """Return when no job of the study is in the queue."""
-    while jobs_in_queue(prefix):
+def wait_for_jobs(jobs: Collection[str], meanwhile: Callable[[], object]) -> None:
+    """Return when none of these jobs is in the queue."""
+    while set(jobs) & jobs_in_queue().keys():
         for _ in range(PATIENCE_SECONDS):
             meanwhile()
             time.sleep(1)
