@@ -34,7 +34,7 @@ def recall_curves(recalls: pd.DataFrame) -> Figure:
 def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Test Recall@1 (%) of the methods of a comparison: a point per seed, the mean with its 95 % interval.
 
-    results: of `hloss.studies.read_results`; table: their `hloss.statistics.summary`.
+    results: of one dataset, of `hloss.studies.read_results`; table: their `hloss.statistics.summary`.
     """
     runs = results[(results["comparison"] == name) & results["complete"]]
     means = table[(table["comparison"] == name) & (table["n"] > 0)]
@@ -43,7 +43,7 @@ def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
     sns.stripplot(runs, y="method", x="recall@1", order=order, color="0.55", size=4, jitter=0.12, ax=axes)
     spread = np.nan_to_num(np.array([mean - means["recall@1 low"], means["recall@1 high"] - mean]))
     axes.errorbar(mean, range(len(order)), xerr=spread, fmt="o", color=POSITIVE, markersize=6, capsize=3, zorder=3)
-    axes.set(title=name, xlabel="test Recall@1 (%)", ylabel=None)
+    axes.set(title=f"{runs['dataset'].iloc[0]}: {name}", xlabel="test Recall@1 (%)", ylabel=None)
     axes.grid(axis="x", color="0.9")
     return _finish(figure)
 

@@ -5,8 +5,10 @@ say: a plain table, a plain link.
 """
 
 import html
+import os
 import urllib.parse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -105,11 +107,36 @@ def saved(figure: Figure, name: str, folder: str) -> Figure:
     return figure
 
 
-def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[str]) -> str:
-    """The table of these comparisons, of `hloss.statistics.summary`, as HTML: means in %, the interval of the first."""
+def run_links(runs: pd.DataFrame, report_dir: str) -> dict[str, str]:
+    """HTML of each run's id: a link to its notebook, if that is there now and the report is written to a folder.
+
+    runs: with the columns study and run_id; report_dir: of the project.
+    """
+    links = {}
+    for study, run_id in runs[["study", "run_id"]].itertuples(index=False, name=None):
+        notebook = Path("runs") / study / run_id / "run.ipynb"
+        there = report_dir and found_from_here(str(notebook)).exists()
+        links[run_id] = link_beside(os.path.relpath(notebook, report_dir), run_id) if there else html.escape(run_id)
+    return links
+
+
+def folded_runs(run_ids: pd.Series, links: Mapping[str, str]) -> list[str]:
+    """HTML for each "id, id, ...": the ids, folded away under a word."""
+    cells = (", ".join(links.get(i, html.escape(i)) for i in ids.split(", ")) for ids in run_ids.fillna(""))
+    return [f"<details><summary>runs</summary>{cell}</details>" if cell else "" for cell in cells]
+
+
+def headline(
+    table: pd.DataFrame, comparisons: Collection[str], metrics: list[str], links: Mapping[str, str] | None = None
+) -> str:
+    """The table of these comparisons, of `hloss.statistics.summary`, as HTML: means in %, the interval of the first.
+
+    links: of `run_links`.
+    """
     rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
     shown = rows[["dataset", "comparison", "method", "n"]].copy()
     for k in metrics:
         shown[f"{k} (%)"] = rows[k].map("{:.1f}".format)
     shown.insert(5, "95 % interval", list(map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])))
-    return sortable_table(shown)
+    shown["runs"] = folded_runs(rows["run_ids"], links or {})
+    return sortable_table(shown, ["runs"])

@@ -26,7 +26,7 @@ import functools
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's title, its files, and its runs in their order.
+    """A study's title, its files, its runs, and the order in which its files name (comparison, method).
 
     `waiting` are runs whose settings are not chosen yet, with the first of the grid in their place: they become known
     when the runs that choose are complete.
@@ -96,6 +96,7 @@ class Study:
     files: tuple[Path, ...]
     runs: tuple[StudyRun, ...]
     waiting: tuple[StudyRun, ...] = ()
+    places: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 def load_study(name: str, folder: Path = STUDIES) -> Study:
@@ -104,23 +105,28 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
     file, home = files[0], files[-1].stem
     runs: dict[str, StudyRun] = {}
     waiting: list[StudyRun] = []
+    places: dict[tuple[str, str], int] = {}
     for included in text.get("include", ()):
         study = load_study(included, folder)
         files += [file for file in study.files if file not in files]
         runs |= {run.config.run_id: run for run in study.runs}
         waiting += study.waiting
+        for pair in study.places:
+            places.setdefault(pair, len(places))
     for entry in text.get("runs", ()):
         optional = {"comparison", "cross", "seeds", "resources", "tune"}
         _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, optional)
         if entry.get("tune"):
             known, unknown = _tuned(home, file, text, entry)
-            waiting += unknown
         else:
-            known = _crossed(home, file, text, entry, entry.get("seeds", text["seeds"]))
+            known, unknown = _crossed(home, file, text, entry, entry.get("seeds", text["seeds"])), []
+        waiting += unknown
+        for pair in (pair for run in known + unknown for pair in run.methods.items()):
+            places.setdefault(pair, len(places))
         for run in known:
             same = runs.setdefault(run.config.run_id, run)
             same.methods.update({k: v for k, v in run.methods.items() if k not in same.methods})
-    return Study(name, text["title"], tuple(files), tuple(runs.values()), tuple(waiting))
+    return Study(name, text["title"], tuple(files), tuple(runs.values()), tuple(waiting), places)
 
 
 def _read(name: str, folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -255,6 +261,7 @@ def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
         "title": study.title,
         "comparison": list(run.methods),
         "method": list(run.methods.values()),
+        "place": [study.places[pair] for pair in run.methods.items()],
         "run_id": run.config.run_id,
         **run.config.resolved(),
         "dataset": run.dataset,
@@ -336,18 +343,33 @@ def refuse_mixed(table: pd.DataFrame) -> None:
 
 
 def read_results(file: Path) -> pd.DataFrame:
-    """A study's table, one row per run and comparison it stands in, metrics in %. ConfigError if results are mixed."""
+    """A study's table, one row per run and comparison it stands in, in the study's order; metrics in %.
+
+    ConfigError if results are mixed.
+    """
     table = pd.read_parquet(file)
     refuse_mixed(table)
     fractions = ("recall@", "validation_recall@", "map", "r_precision", "classes_")
     metrics = [name for name in table.columns if name.startswith(fractions)]
     table[metrics] *= 100
-    return table.explode(["comparison", "method"], ignore_index=True)
+    table = table.explode(["comparison", "method", "place"])
+    return table.sort_values("place", kind="stable", ignore_index=True)
+
+
+def part_of(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
+    """The rows with these values (dataset, comparison, method, seed); ConfigError if there is none with one of them."""
+    for name, value in wanted.items():
+        there = [v for v in results[name].unique() if not str(v).endswith(": choice")]
+        if value not in results[name].unique():
+            raise ConfigError(f"{name}={value!r} is none of these results', which have {', '.join(map(str, there))}")
+        results = results[results[name] == value]
+    return results
 
 
 def recall_names(results: pd.DataFrame) -> list[str]:
     """The Recall@K that any of these runs has, by K: recall@1, recall@2, ..."""
-    return [name for name in results.columns if name.startswith("recall@") and results[name].notna().any()]
+    there = [name for name in results.columns if name.startswith("recall@") and results[name].notna().any()]
+    return sorted(there, key=lambda name: int(name.removeprefix("recall@")))
 
 
 def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:

@@ -41,12 +41,14 @@ def sop_dataset(folder, monkeypatch):
     return prepared("sop", file, folder / "data" / "sop")
 
 
-def cuhk03_dataset(folder, monkeypatch):
+def cuhk03_dataset(folder, monkeypatch, name="cuhk03", test_set=1):
     mini(monkeypatch)
-    (folder / "cuhk03_release").mkdir()
     file = folder / "cuhk03_release" / "cuhk-03.mat"
-    write_mat(file, SIZES, mini_slots, ("labeled", "detected"), test_size=4, shape=(3, 12, 32))
-    return prepared("cuhk03", file.parent, folder / "data" / "cuhk03", "--val-fraction", "3")
+    if not file.exists():
+        file.parent.mkdir()
+        write_mat(file, SIZES, mini_slots, ("labeled", "detected"), test_size=4, shape=(3, 12, 32))
+    options = ("--val-fraction", "3", "--test-set", str(test_set))
+    return prepared("cuhk03", file.parent, folder / "data" / name, *options)
 
 
 def market1501_dataset(folder, monkeypatch):

@@ -14,7 +14,7 @@ from hloss.datasets import open_dataset
 from hloss.experiment import ConfigError
 from hloss.retrieval import first_match_ranks
 from hloss.statistics import bootstrap_over_classes, summary, t_interval
-from hloss.studies import STUDIES, collect, load_study, read_results, stale_runs
+from hloss.studies import STUDIES, collect, load_study, part_of, read_results, stale_runs
 from hloss.training import run
 
 
@@ -315,3 +315,26 @@ def test_a_dataset_with_a_split_in_its_middle_is_refused(study):
     study[0]["fixed"]["dataset"] = "tiny-{seed}-labeled"
     with pytest.raises(ConfigError, match="must be a name of letters"):
         written(study)
+
+
+def test_a_part_that_is_not_there_is_refused_with_what_is():
+    results = read_results(Path("reports/sample/results.parquet"))
+    assert set(part_of(results, comparison="bins", seed=1)["seed"]) == {1}
+    with pytest.raises(
+        ConfigError, match=r"comparison='bin' is none of these results', which have losses, tuned losses"
+    ):
+        part_of(results, dataset="glyphs", comparison="bin")
+
+
+def test_results_stand_in_the_order_of_the_study(study):
+    text, folder = study
+    text["runs"].append(
+        {"name": "histogram", "comparison": "bins", "set": {"loss": "histogram"}, "cross": {"n_bins": [10, 20]}}
+    )
+    loaded = written(study)  # its first run, with 20 bins, stands in both
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    collect(loaded).to_parquet(folder / "results.parquet")
+    results = read_results(folder / "results.parquet")
+    assert part_of(results, comparison="bins")["n_bins"].tolist() == [10, 10, 20, 20]
+    assert results["comparison"].unique().tolist() == ["losses", "bins"]

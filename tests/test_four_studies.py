@@ -1,0 +1,77 @@
+"""The studies of the paper's datasets, in miniature: from the original archives to their reports, by `make study`."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from copied_project import projects
+from test_four_datasets import PROTOCOLS, cub_dataset, cuhk03_dataset, market1501_dataset, sop_dataset
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+SPLITS = (1, 2)  # of CUHK03's five
+RUNS = {"cub": 11, "sop": 8, "cuhk03": 2 * 11, "market1501": 9}
+
+
+def shrink(file, seeds):
+    """The study's own entries, on few small batches and few seeds."""
+    study = yaml.safe_load(file.read_text())
+    study["fixed"] |= {"batch_size": 8, "images_per_class": 3, "iterations": 2, "validate_every": 1}
+    if "weights" in study["fixed"]:
+        study["fixed"]["weights"] = "none"
+    study |= {"seeds": seeds, "resources": {"gpus": 0, "memory_gb": 4, "hours": 1}}
+    for entry in study["runs"]:
+        entry.pop("resources", None)
+        if "batch_size" in entry.get("cross", {}):
+            entry["cross"]["batch_size"] = [4, 6, 8, 10][-len(entry["cross"]["batch_size"]) :]
+    file.write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the project with small copies of the four datasets, prepared."""
+    with projects(tmp_path) as new:
+        project = new("project", {"title": "unused", "include": ["paper"]})
+        data = project.folder / "data"
+        data.unlink()
+        data.mkdir()
+        (data / "glyphs").symlink_to(ROOT / "data" / "glyphs")
+        for prepare in (cub_dataset, sop_dataset, market1501_dataset):
+            prepare(project.folder, monkeypatch)
+        for split in SPLITS:
+            cuhk03_dataset(project.folder, monkeypatch, f"cuhk03-{split}", split)
+        for name in PROTOCOLS:
+            shrink(project.folder / "workflow" / "studies" / f"{name}.yaml", list(SPLITS) if name == "cuhk03" else [0])
+        yield project
+
+
+def test_each_study_goes_from_the_archive_to_its_report_and_paper_reports_all_without_running_any_again(project):
+    reports = project.folder / "reports"
+    for name, runs in RUNS.items():
+        assert project.finish(project.start(f"STUDY={name}", "CORES=2")) == 0, project.printed()
+        results = pd.read_parquet(reports / name / "results.parquet")
+        assert (len(results), results["complete"].all()) == (runs, True)
+        assert set(results["dataset"]) == {name}
+        assert set(results["protocol"]) == {PROTOCOLS[name]}
+        assert len(list((project.folder / "runs" / name).glob("*/run.ipynb"))) == runs
+        assert "What the paper claims" in (reports / name / "report.html").read_text()
+    made = {file: file.stat().st_mtime_ns for file in project.folder.glob("runs/*/*/result.json")}
+
+    assert project.finish(project.start("STUDY=paper")) == 0, project.printed()
+    assert f"study paper: {len(made)} of {sum(RUNS.values())} runs are complete" in project.printed()
+    assert {file: file.stat().st_mtime_ns for file in project.folder.glob("runs/*/*/result.json")} == made
+    summary = pd.read_csv(reports / "paper" / "summary.csv")
+    assert list(summary["dataset"].unique()) == list(RUNS)
+    assert set(summary[summary["dataset"] == "cuhk03"]["n"]) == {len(SPLITS)}
+    claims = pd.read_csv(reports / "paper" / "claims.csv")
+    assert set(RUNS) <= set(claims["dataset"])
+    assert "no such runs here" in claims[claims["claim"] == "Table 1"]["evidence"].iloc[0]  # of batches of 256
+    for name in RUNS:
+        own = pd.read_csv(reports / name / "summary.csv")
+        pooled = summary[summary["dataset"] == name]
+        assert pooled["recall@1"].tolist() == own["recall@1"].tolist()
+        assert (reports / "paper" / f"{name}_losses.svg").exists()
+    page = (reports / "paper" / "report.html").read_text()
+    assert page.count("data-beside=") >= len(made)  # each run's notebook, from the appendix
