@@ -203,16 +203,18 @@ def test_progress_tells_a_change_once_and_old_news_never(config, capsys):
 
 def test_a_plan_tells_what_is_done_measured_and_not_measured(config, tmp_path):
     longer = parse_config({**config.model_dump(), "iterations": 3_600_000})
+    twice = parse_config({**config.model_dump(), "iterations": 1_800_000, "refit": True})
     other = parse_config({**longer.model_dump(), "batch_size": 25})
     result = carry_out(config, lambda line: None)
     result["training_seconds"] = 4 * 0.5
     (config.folder / "result.json").write_text(json.dumps(result))
     costs = plan_study.measured(tmp_path / "runs")
-    text = plan_study.plan(study_of(config, longer, other, hours=400.0), 0, costs)
+    text = plan_study.plan(study_of(config, longer, other, twice, hours=400.0), 0, costs)
     assert re.search(r"method 0, seed 0 +done", text)
     assert re.search(r"method 1, seed 0 +to do +500\.00 .*1 runs here \(hours=400 is short\)", text)
     assert re.search(r"method 2, seed 0 +to do +not measured on cpu", text)
-    assert "1 of 3 runs are done. The other 2: 500.00 h" in text
+    assert re.search(r"method 3, seed 0 +to do +500\.00 ", text)
+    assert "1 of 4 runs are done. The other 3: 1000.00 h" in text
     assert "Not in these sums: 1 runs" in text
 
 

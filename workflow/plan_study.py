@@ -102,11 +102,14 @@ def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
 
 
 def state_of(run: StudyRun) -> tuple[str, int | None]:
-    """Done, or where it stands, and the iterations it still takes (None: none)."""
+    """Done, or where it stands, and the iterations it still takes at most (None: none): `refit` repeats up to all."""
     if (run.config.folder / "result.json").exists():
         return "done", None
     iteration = (read_status(run.config.folder) or {"iteration": 0})["iteration"]
-    return (f"at iteration {iteration}" if iteration else "to do"), max(run.config.iterations - iteration, 0)
+    trainings = 2 if run.config.refit else 1
+    return (f"at iteration {iteration}" if iteration else "to do"), max(
+        trainings * run.config.iterations - iteration, 0
+    )
 
 
 def kind_of(run: StudyRun, gpus: int | None) -> Kind:
@@ -145,7 +148,8 @@ def measured(folder: Path) -> dict[Kind, Cost]:
         result = read_result(file.parent)
         assert result is not None
         kind = _kind(result["config"], "cpu" if result["provenance"]["device"] in CPUS else "cuda")
-        seconds = result["training_seconds"] / max(result["config"]["iterations"], 1)
+        trained = result["config"]["iterations"] + result["config"]["refit"] * result["chosen"]["iteration"]
+        seconds = result["training_seconds"] / max(trained, 1)
         disk = sum(f.stat().st_size for f in file.parent.iterdir()) / 2**20
         found[kind].append((seconds, result["peak_memory_mib"], disk))
     return {
