@@ -3,11 +3,13 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from hloss.experiment import RunConfig
@@ -85,3 +87,26 @@ def test_plain_papermill_refuses_a_wrong_parameter_before_training(name, value, 
     assert answer.returncode != 0
     assert name in answer.stderr or "is not prepared" in answer.stderr
     assert not list((tmp_path).glob("runs/*/*/result.json"))
+
+
+def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_from_it(tmp_path):
+    results = pd.read_parquet(ROOT / "reports" / "sample" / "results.parquet")
+    of_bins = results["comparison"].map(lambda names: "bins" in names)
+    results["complete"] &= ~(of_bins & (results["seed"] > 2)) & (results["loss"] != "lifted")
+    results.to_parquet(tmp_path / "results.parquet")
+    command = [sys.executable, "-m", "papermill", "notebooks/90_report.ipynb", str(tmp_path / "out.ipynb")]
+    command += ["-p", "results_file", str(tmp_path / "results.parquet"), "-p", "report_dir", str(tmp_path)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells for o in c.get("outputs", ())]
+    said = "\n".join(o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {}))
+    assert "This study is not complete" in said
+    assert re.search(r"glyphs +\| bins +\| +10 \|", said)  # five numbers of bins, two seeds
+    board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False).set_index("claim")
+    for claim in ("bins", "lifted structure", "overlap"):
+        verdicts = board.loc[[claim]]
+        assert set(verdicts["verdict"]) == {"not run"}
+        assert verdicts["evidence"].str.contains("runs are missing").all()
+    assert board.loc["C matters", "verdict"] != "not run"  # whose runs are all there
+    table = pd.read_csv(tmp_path / "summary.csv")
+    assert table[table["method"] == "lifted structure"]["n"].tolist() == [0, 0]
