@@ -22,7 +22,7 @@ COLUMNS = (*NEEDED, "settings", "dim", "note")
 DATASETS = ("cub", "sop", "cuhk03", "market1501")
 SELECTIONS = ("validation classes", "not stated", "test set", "nothing to choose")
 EXACT, NETWORK, PROTOCOL = "exact", "same protocol, another network", "other protocol"
-SHOWN = (*COMPARED, "batch")  # the comparisons that hold the methods of the publications
+SHOWN = (*COMPARED, "batch", "C")  # the comparisons that hold the methods of the publications
 ALIKE = ("loss", "network", "embedding_dim", "protocol")  # what the runs of one method must share
 
 

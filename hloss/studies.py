@@ -26,6 +26,7 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ STUDIES = Path("workflow/studies")
 COMPARED = ("losses", "tuned losses")  # the comparisons of losses with each other
 MOST_IMAGES = 10_000  # that it is computed for: all pairs are sorted in memory
 MUST_BE_ALIKE = ("protocol", "network", "chosen_how", "trained_on")  # within one dataset; card_sha256 within one split
+CHOICE = ": choice"  # at the end of the comparison of runs that choose settings
 SPLIT = "-{seed}"  # at the end of a dataset's name
 
 
@@ -107,9 +109,11 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
     waiting: list[StudyRun] = []
     places: dict[tuple[str, str], int] = {}
     for included in text.get("include", ()):
+        if included == name:
+            raise ConfigError(f"{file}: a study cannot include itself")
         study = load_study(included, folder)
         files += [file for file in study.files if file not in files]
-        runs |= {run.config.run_id: run for run in study.runs}
+        _join(runs, study.runs)
         waiting += study.waiting
         for pair in study.places:
             places.setdefault(pair, len(places))
@@ -123,13 +127,18 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         waiting += unknown
         for pair in (pair for run in known + unknown for pair in run.methods.items()):
             places.setdefault(pair, len(places))
-        for run in known:
-            same = runs.setdefault(run.config.run_id, run)
-            same.methods.update({k: v for k, v in run.methods.items() if k not in same.methods})
+        _join(runs, known)
     return Study(name, text["title"], tuple(files), tuple(runs.values()), tuple(waiting), places)
 
 
-def _read(name: str, folder: Path) -> tuple[dict[str, Any], list[Path]]:
+def _join(runs: dict[str, StudyRun], others: Iterable[StudyRun]) -> None:
+    """Add runs; one that is there already stands in the comparisons of both."""
+    for run in others:
+        same = runs.setdefault(run.config.run_id, run)
+        same.methods.update({k: v for k, v in run.methods.items() if k not in same.methods})
+
+
+def _read(name: str, folder: Path, made_of_others: bool = True) -> tuple[dict[str, Any], list[Path]]:
     """A study's text with what it extends in it, and the files that say so, the study's own first."""
     file = folder / f"{name}.yaml"
     if not file.exists():
@@ -138,15 +147,18 @@ def _read(name: str, folder: Path) -> tuple[dict[str, Any], list[Path]]:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"study={name!r} is unknown, allowed are {', '.join(there) or 'none'}{hint}")
     text = yaml.safe_load(file.read_text())
-    own = {"fixed", "seeds", "resources", "tuning_seed"}
+    if not made_of_others and isinstance(text, dict) and {"include", "extends"} & text.keys():
+        raise ConfigError(
+            f"{file}: made of other studies itself, it cannot be extended; extend one with runs of its own"
+        )
     if isinstance(text, dict) and "include" in text:
         _check_keys(file, "a study that includes others", text, {"title", "include"}, set())
     elif isinstance(text, dict) and "extends" in text:
         _check_keys(file, "a study that extends another", text, {"title", "extends", "runs"}, set())
-        base, files = _read(text["extends"], folder)
+        base, files = _read(text["extends"], folder, made_of_others=False)
         return {**base, **text, "runs": [*base["runs"], *text["runs"]]}, [file, *files]
     else:
-        _check_keys(file, "the study", text, {"title", "seeds", "runs"}, own)
+        _check_keys(file, "the study", text, {"title", "seeds", "runs"}, {"fixed", "resources", "tuning_seed"})
     return text, [file]
 
 
@@ -176,7 +188,8 @@ def _tuned(home: str, file: Path, text: dict[str, Any], entry: dict[str, Any]) -
     if "tuning_seed" not in text or text["tuning_seed"] in text["seeds"]:
         raise ConfigError(f"{file}, run {entry['name']!r}: tune needs a tuning_seed of the study that is none of seeds")
     comparison = entry.get("comparison", "losses")
-    grid = _crossed(home, file, text, {**entry, "comparison": f"{comparison}: choice"}, [text["tuning_seed"]])
+    choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}  # validation alone is read
+    grid = _crossed(home, file, text, {**entry, **choice}, [text["tuning_seed"]])
     results = [read_result(run.config.folder) for run in grid]
     recalls = [result["validation_recall@1"] for result in results if result]
     chosen = grid[recalls.index(max(recalls)) if len(recalls) == len(grid) else 0].config
@@ -285,6 +298,8 @@ def _of_result(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: b
         "trained_on": result["trained_on"],
         "protocol": result["protocol"],
         "n_queries": result["n_queries"],
+        "n_unmatched": result["n_unmatched"],
+        "prepared": json.dumps(dataset.card.get("settings", {})),
         "training_seconds": result["training_seconds"],
         "history_iteration": validated["iteration"].astype(int).tolist(),
         "history_recall": validated["validation_recall@1"].tolist(),
@@ -326,9 +341,10 @@ def refuse_mixed(table: pd.DataFrame) -> None:
     """ConfigError, naming the run, if results of one dataset differ in protocol, split, network or choice.
 
     Networks without training stand beside the others as what there is without learning: they choose nothing, and may be
-    another network.
+    another network. Runs that choose settings stand beside nothing.
     """
-    complete = table[table["complete"]]
+    chooses = table["comparison"].map(lambda names: all(name.endswith(CHOICE) for name in names))
+    complete = table[table["complete"] & ~chooses]
     for name in (*MUST_BE_ALIKE, "card_sha256"):
         alike = complete if name in ("protocol", "card_sha256") else complete[complete["iterations"] > 0]
         for dataset, runs in alike.groupby("split" if name == "card_sha256" else "dataset"):
@@ -359,11 +375,29 @@ def read_results(file: Path) -> pd.DataFrame:
 def part_of(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
     """The rows with these values (dataset, comparison, method, seed); ConfigError if there is none with one of them."""
     for name, value in wanted.items():
-        there = [v for v in results[name].unique() if not str(v).endswith(": choice")]
+        there = [v for v in results[name].unique() if not str(v).endswith(CHOICE)]
         if value not in results[name].unique():
             raise ConfigError(f"{name}={value!r} is none of these results', which have {', '.join(map(str, there))}")
         results = results[results[name] == value]
     return results
+
+
+def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
+    """What tuning chose: dataset, method, the settings that its grid crossed, and which lie at an edge of the grid.
+
+    results: of `read_results`. Only of methods whose runs are known.
+    """
+    rows = []
+    tuned = results[results["comparison"] == COMPARED[1]]
+    for (dataset, method), runs in tuned.groupby(["dataset", "method"], sort=False):
+        first = runs.iloc[0]
+        grid = results[(results["dataset"] == dataset) & (results["comparison"] == COMPARED[1] + CHOICE)]
+        grid = grid[grid["loss"] == first["loss"]]
+        axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
+        edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
+        shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
+        rows.append({"dataset": dataset, "method": method, "chosen": shown, "at an edge of its grid": ", ".join(edges)})
+    return pd.DataFrame(rows)
 
 
 def recall_names(results: pd.DataFrame) -> list[str]:

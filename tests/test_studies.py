@@ -14,7 +14,7 @@ from hloss.datasets import open_dataset
 from hloss.experiment import ConfigError
 from hloss.retrieval import first_match_ranks
 from hloss.statistics import bootstrap_over_classes, summary, t_interval
-from hloss.studies import STUDIES, collect, load_study, part_of, read_results, stale_runs
+from hloss.studies import STUDIES, chosen_settings, collect, load_study, part_of, read_results, stale_runs
 from hloss.training import run
 
 
@@ -302,6 +302,7 @@ def test_the_interval_over_classes_is_of_the_runs_own_queries(study):
         ({"title": "t", "include": ["small"], "seeds": [0]}, r"includes others lacks \[\] and has the unknown"),
         ({"title": "t", "extends": "small"}, r"extends another lacks \['runs'\]"),
         ({"title": "t", "extends": "smal", "runs": []}, r"study='smal' is unknown.*did you mean small"),
+        ({"title": "t", "extends": "more", "runs": []}, r"more.yaml: made of other studies itself, it cannot be exten"),
     ],
 )
 def test_a_wrong_combination_of_studies_is_refused_by_name(study, text, message):
@@ -338,3 +339,34 @@ def test_results_stand_in_the_order_of_the_study(study):
     results = read_results(folder / "results.parquet")
     assert part_of(results, comparison="bins")["n_bins"].tolist() == [10, 10, 20, 20]
     assert results["comparison"].unique().tolist() == ["losses", "bins"]
+
+
+def test_a_run_of_two_included_studies_stands_in_the_comparisons_of_both(study):
+    _, folder = study
+    written(study)
+    bins = {"name": "histogram", "comparison": "bins", "set": {"loss": "histogram", "n_bins": 20}}
+    (folder / "more.yaml").write_text(yaml.safe_dump({"title": "m", "extends": "small", "runs": [bins]}))
+    (folder / "both.yaml").write_text(yaml.safe_dump({"title": "b", "include": ["small", "more"]}))
+    loaded = load_study("both", folder)
+    assert len(loaded.runs) == 5
+    assert loaded.runs[0].methods == {"losses": "histogram, n_bins 20", "bins": "histogram"}
+
+
+def test_runs_that_choose_are_not_trained_again_on_all_classes(study):
+    text = tuned(study)
+    text["fixed"]["refit"] = True
+    text["runs"][0]["comparison"] = "tuned losses"
+    text["runs"][1]["set"]["refit"] = False
+    loaded = written(study)
+    assert {r.config.refit for r in loaded.runs if r.config.seed == 9} == {False}
+    assert {r.config.refit for r in loaded.waiting} == {True}
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    for r in (known := written(study)).runs:
+        run(r.config, lambda line: None)
+    table = collect(known)  # trained on other classes than those that choose, and not refused for it
+    assert table[table["seed"] == 9]["trained_on"].unique().tolist() == ["training classes"]
+    table.to_parquet(study[1] / "results.parquet")
+    (chosen,) = chosen_settings(read_results(study[1] / "results.parquet")).to_dict("records")
+    assert re.fullmatch(r"n_bins (20|50)", chosen["chosen"])
+    assert chosen["at an edge of its grid"] == "n_bins"  # of two values both are

@@ -96,6 +96,8 @@ def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
         f"one after the other, {total['memory']:.1f} GiB of memory for the largest, {total['disk']:.2f} GiB of disk "
         f"({free:.0f} GiB free).",
     ]
+    if study.waiting:
+        lines.append(f"{len(study.waiting)} more runs wait for settings that these choose; they are not in these sums.")
     if unknown:
         lines.append(f"Not in these sums: {unknown} runs that nobody has measured; one short run of each kind would.")
     return "\n\n".join(lines)

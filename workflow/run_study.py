@@ -55,12 +55,11 @@ def run(study: Study, profile: str, cores: int, keep: bool) -> None:
     check_notebook()
     checked_profile(profile)
     with held_clone():
-        set_stale_aside(study, keep)
-        study = load_study(study.name)  # what was set aside chooses no settings any more
+        study = without_stale(study, keep)
         while study.waiting:
             print(f"{len(study.waiting)} more runs wait for settings that these choose", flush=True)
             complete("runs", study, profile, cores, keep)
-            study = load_study(study.name)
+            study = without_stale(load_study(study.name), keep)
         complete("all", study, profile, cores, keep)
     print_headline(study)
 
@@ -146,8 +145,11 @@ def check_notebook() -> None:
         )
 
 
-def set_stale_aside(study: Study, keep: bool) -> None:
-    """Runs that other code or data made are made anew, unless they are to be kept; their result stays beside."""
+def without_stale(study: Study, keep: bool) -> Study:
+    """Runs that other code or data made are made anew, unless they are to be kept; their result stays beside.
+
+    Returns the study as it then is: what is set aside chooses no settings any more.
+    """
     for dataset in {run.config.dataset for run in study.runs}:
         card_sha256 = open_dataset(found_from_here("data") / dataset).card_sha256
         stale = [r for r in stale_runs(study, fingerprint(card_sha256)) if r.config.dataset == dataset]
@@ -157,6 +159,7 @@ def set_stale_aside(study: Study, keep: bool) -> None:
             print(f"{len(stale)} runs were made by other code or data and are redone (KEEP=1 keeps them)", flush=True)
             for r in stale:
                 (r.config.folder / "result.json").replace(r.config.folder / "result.previous.json")
+    return load_study(study.name)
 
 
 def write_results(study: Study, keep: bool) -> None:
