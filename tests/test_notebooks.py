@@ -89,17 +89,27 @@ def test_plain_papermill_refuses_a_wrong_parameter_before_training(name, value, 
     assert not list((tmp_path).glob("runs/*/*/result.json"))
 
 
-def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_from_it(tmp_path):
-    results = pd.read_parquet(ROOT / "reports" / "sample" / "results.parquet")
-    of_bins = results["comparison"].map(lambda names: "bins" in names)
-    results["complete"] &= ~(of_bins & (results["seed"] > 2)) & (results["loss"] != "lifted")
-    results.to_parquet(tmp_path / "results.parquet")
-    command = [sys.executable, "-m", "papermill", "notebooks/90_report.ipynb", str(tmp_path / "out.ipynb")]
-    command += ["-p", "results_file", str(tmp_path / "results.parquet"), "-p", "report_dir", str(tmp_path)]
+def report(folder, results):
+    """Execute the report on these results; what it says in words."""
+    results.to_parquet(folder / "results.parquet")
+    command = [sys.executable, "-m", "papermill", "notebooks/90_report.ipynb", str(folder / "out.ipynb")]
+    command += ["-p", "results_file", str(folder / "results.parquet"), "-p", "report_dir", str(folder)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells for o in c.get("outputs", ())]
-    said = "\n".join(o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {}))
+    if answer.returncode:
+        raise RuntimeError(answer.stderr)
+    outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", ())]
+    return "\n".join(o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {}))
+
+
+@pytest.fixture
+def sample():
+    return pd.read_parquet(ROOT / "reports" / "sample" / "results.parquet")
+
+
+def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_from_it(sample, tmp_path):
+    of_bins = sample["comparison"].map(lambda names: "bins" in names)
+    sample["complete"] &= ~(of_bins & (sample["seed"] > 2)) & (sample["loss"] != "lifted")
+    said = report(tmp_path, sample)
     assert "This study is not complete" in said
     assert re.search(r"glyphs +\| bins +\| +10 \|", said)  # five numbers of bins, two seeds
     board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False).set_index("claim")
@@ -110,3 +120,17 @@ def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_f
     assert board.loc["C matters", "verdict"] != "not run"  # whose runs are all there
     table = pd.read_csv(tmp_path / "summary.csv")
     assert table[table["method"] == "lifted structure"]["n"].tolist() == [0, 0]
+
+
+def test_a_report_can_be_had_before_any_training_is_complete(sample, tmp_path):
+    sample["complete"] &= sample["loss"] == "none"
+    assert "This study is not complete" in report(tmp_path, sample)
+    board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)
+    assert set(board[board["claim"] != "quadratic cost"]["verdict"]) == {"not run"}
+
+
+def test_a_report_refuses_a_result_of_another_protocol_by_name(sample, tmp_path):
+    sample.loc[7, "protocol"] = "market1501"
+    with pytest.raises(RuntimeError, match=f"run {sample.loc[7, 'run_id']} .* has protocol='market1501'"):
+        report(tmp_path, sample)
+    assert not (tmp_path / "claims.csv").exists()
