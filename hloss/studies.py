@@ -87,7 +87,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's title, its files, its runs, and the order in which its files name (comparison, method).
+    """A study's title, its files, its runs, and the order in which its files name (dataset, comparison, method).
 
     `waiting` are runs whose settings are not chosen yet, with the first of the grid in their place: they become known
     when the runs that choose are complete.
@@ -98,7 +98,7 @@ class Study:
     files: tuple[Path, ...]
     runs: tuple[StudyRun, ...]
     waiting: tuple[StudyRun, ...] = ()
-    places: dict[tuple[str, str], int] = field(default_factory=dict)
+    places: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
 
 def load_study(name: str, folder: Path = STUDIES) -> Study:
@@ -107,7 +107,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
     file, home = files[0], files[-1].stem
     runs: dict[str, StudyRun] = {}
     waiting: list[StudyRun] = []
-    places: dict[tuple[str, str], int] = {}
+    places: dict[tuple[str, str, str], int] = {}
     for included in text.get("include", ()):
         if included == name:
             raise ConfigError(f"{file}: a study cannot include itself")
@@ -115,8 +115,8 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         files += [file for file in study.files if file not in files]
         _join(runs, study.runs)
         waiting += study.waiting
-        for pair in study.places:
-            places.setdefault(pair, len(places))
+        for place in study.places:
+            places.setdefault(place, len(places))
     for entry in text.get("runs", ()):
         optional = {"comparison", "cross", "seeds", "resources", "tune"}
         _check_keys(file, f"run {entry.get('name')!r}", entry, {"name", "set"}, optional)
@@ -125,8 +125,9 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         else:
             known, unknown = _crossed(home, file, text, entry, entry.get("seeds", text["seeds"])), []
         waiting += unknown
-        for pair in (pair for run in known + unknown for pair in run.methods.items()):
-            places.setdefault(pair, len(places))
+        for run in known + unknown:
+            for comparison, method in run.methods.items():
+                places.setdefault((run.dataset, comparison, method), len(places))
         _join(runs, known)
     return Study(name, text["title"], tuple(files), tuple(runs.values()), tuple(waiting), places)
 
@@ -274,7 +275,7 @@ def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
         "title": study.title,
         "comparison": list(run.methods),
         "method": list(run.methods.values()),
-        "place": [study.places[pair] for pair in run.methods.items()],
+        "place": [study.places[run.dataset, *pair] for pair in run.methods.items()],
         "run_id": run.config.run_id,
         **run.config.resolved(),
         "dataset": run.dataset,
