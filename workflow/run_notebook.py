@@ -1,7 +1,9 @@
 """`run_notebook.py run STUDY RUN_ID [--attempt N] [--own-gpus] | report STUDY`: execute one notebook by papermill."""
 
 import argparse
+import base64
 import contextlib
+import io
 import logging
 import os
 import re
@@ -80,12 +82,25 @@ def execute_report(study: Study) -> None:
 
     exporter = HTMLExporter(config=Config({"HTMLExporter": dict.fromkeys(DOWNLOADED, "")}))
     exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    html, _ = exporter.from_notebook_node(nbformat.read(folder / "90_report.ipynb", as_version=4))
+    html, _ = exporter.from_notebook_node(with_light_figures(nbformat.read(folder / "90_report.ipynb", as_version=4)))
     # What is left would still be loaded from elsewhere: script tags without a source, and the diagrams' module.
     html = re.sub(r"<script(?: [^>]*)?>(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>", "", html, flags=re.S)
     html = html.replace('<script src=""></script>', "")
     html = html.replace("<title>90_report</title>", f"<title>{study.title}</title>")
     write_whole(folder / "report.html", lambda part: part.write_text(html))
+
+
+def with_light_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook with its figures in 256 colours: the page is to be mailed, and they are a third as large."""
+    from PIL import Image
+
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
+        if png := output.get("data", {}).get("image/png"):
+            light = io.BytesIO()
+            figure = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+            figure.quantize(256, dither=Image.Dither.NONE).save(light, "PNG", optimize=True)
+            output["data"]["image/png"] = base64.b64encode(light.getvalue()).decode()
+    return notebook
 
 
 def fail(message: str) -> NoReturn:
