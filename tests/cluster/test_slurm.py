@@ -108,7 +108,7 @@ def test_jobs_that_do_not_end_well_are_retried_to_the_quick_studys_report_of_thi
         called(slurm, "scontrol", "update", f"JobId={first_job(overdue)}", "EndTime=now+1")
 
     def warn():  # Slurm looks every half a minute whom to warn, a minute before the end as the profile asks
-        called(slurm, "scontrol", "update", f"JobId={first_job(warned)}", "EndTime=now+80")
+        called(slurm, "scontrol", "update", f"JobId={first_job(warned)}", "EndTime=now+88")
         wait_until("the warned run stops", lambda: read_status(warned)["state"] == "stopped", 60, during=start)
         assert read_status(warned)["message"].startswith("stopped by SIGTERM")
         saved_at.update(status=read_status(warned)["iteration"], last=iteration_of(warned / "checkpoint.pt"))
