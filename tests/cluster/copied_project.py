@@ -18,13 +18,16 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
-# A run has to be met in its middle, on a fast machine as on a slow one.
+# A run has to be met in its middle, on a fast machine as on a slow one: a step lasts STEP_SECONDS longer, in all runs
+# or in those in whose starting command (run_notebook.py run STUDY RUN_ID --attempt N) the pattern SLOW_RUNS is found.
 SLOW_STEPS = """
-import os, time, torch
+import os, re, time, psutil, torch
 _zero_grad = torch.optim.Optimizer.zero_grad
 
 def _slow_zero_grad(self, *args, **kwargs):
-    time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+    started_by = " ".join(psutil.Process(os.getppid()).cmdline())
+    if re.search(os.environ.get("SLOW_RUNS", ""), started_by):
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
     return _zero_grad(self, *args, **kwargs)
 
 torch.optim.Optimizer.zero_grad = _slow_zero_grad
@@ -32,28 +35,29 @@ torch.optim.Optimizer.zero_grad = _slow_zero_grad
 
 
 class Project:
-    """The copy, its study `short`, and the start of it."""
+    """The copy, its study, and the start of it."""
 
-    def __init__(self, folder: Path, study: dict) -> None:
+    def __init__(self, folder: Path, study: dict, name: str) -> None:
         self.folder = folder
+        self.study = name
         self.starts: list[subprocess.Popen] = []
-        for name in ("hloss", "data_prep", "workflow", "notebooks"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("Makefile", "pyproject.toml", "reports/claims.yaml", "reports/published_values.csv"):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+        for part in ("hloss", "data_prep", "workflow", "notebooks"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("Makefile", "pyproject.toml", "reports/claims.yaml", "reports/published_values.csv"):
+            (folder / part).parent.mkdir(exist_ok=True)
+            shutil.copy2(ROOT / part, folder / part)
         (folder / "data").symlink_to(ROOT / "data")
         with open(folder / "hloss" / "networks.py", "a") as file:
             file.write(SLOW_STEPS)
-        (folder / "workflow" / "studies" / "short.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+        (folder / "workflow" / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
 
     def change_profile(self, profile: str, **settings: object) -> None:
         file = self.folder / "workflow" / "profiles" / profile / "config.yaml"
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | settings))
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
-        """`make study STUDY=short`; what it prints is added to start.log."""
-        command = ["make", "study", "STUDY=short", f"BIN={Path(sys.executable).parent}", *arguments]
+        """`make study`; what it prints is added to start.log."""
+        command = ["make", "study", f"STUDY={self.study}", f"BIN={Path(sys.executable).parent}", *arguments]
         ours = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         with open(self.folder / "start.log", "a") as log:
             start = subprocess.Popen(
@@ -80,31 +84,47 @@ class Project:
         return (self.folder / "start.log").read_text()
 
     def runs(self) -> dict[str, Path]:
-        """Method -> folder of its run."""
-        code = "from hloss.studies import load_study as s; print({r.method: r.config.run_id for r in s('short').runs})"
+        """Name of a run, with its seed -> its folder."""
+        code = "import json, sys; from hloss.studies import load_study as s"
+        code += "; print(json.dumps({r.name: r.config.run_id for r in s(sys.argv[1]).runs}))"
         answer = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=os.environ | {"PYTHONPATH": "."}, capture_output=True
+            [sys.executable, "-c", code, self.study],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": "."},
+            stdout=subprocess.PIPE,
+            check=True,
         )
-        ids = json.loads(answer.stdout.decode().replace("'", '"'))
-        return {method: self.folder / "runs" / "short" / run_id for method, run_id in ids.items()}
+        ids = json.loads(answer.stdout)
+        return {name: self.folder / "runs" / self.study / run_id for name, run_id in ids.items()}
 
     def results(self) -> dict[str, dict]:
         """What the training of each run decided, without times and places."""
         deciding = ("metrics", "chosen", "validation_recall@1", "similarity_density", "panel", "fingerprint")
-        files = {method: json.loads((run / "result.json").read_text()) for method, run in self.runs().items()}
-        return {method: {key: result[key] for key in deciding} for method, result in files.items()}
+        files = {name: json.loads((run / "result.json").read_text()) for name, run in self.runs().items()}
+        return {name: {key: result[key] for key in deciding} for name, result in files.items()}
+
+    @property
+    def reports(self) -> Path:
+        return self.folder / "reports" / self.study
 
     def summary(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "reports" / "short" / "summary.csv")
+        return pd.read_csv(self.reports / "summary.csv")
+
+    def claims(self) -> pd.DataFrame:
+        """The claims but the one on the cost of the loss, which is measured anew for every report."""
+        claims = pd.read_csv(self.reports / "claims.csv")
+        measured = claims["claim"] == "quadratic cost"
+        assert measured.sum() == 1
+        return claims[~measured]
 
 
 @contextmanager
-def projects(folder: Path) -> Iterator[Callable[[str, dict], Project]]:
+def projects(folder: Path) -> Iterator[Callable[..., Project]]:
     """Makes copies in a folder: `new(name, study)`; what still runs of their starts at the end is killed."""
     made: list[Project] = []
 
-    def new(name: str, study: dict) -> Project:
-        made.append(Project(folder / name, study))
+    def new(name: str, study: dict, study_name: str = "short") -> Project:
+        made.append(Project(folder / name, study, study_name))
         return made[-1]
 
     try:

@@ -5,7 +5,10 @@ import signal
 import subprocess
 
 import pytest
+import torch
+import yaml
 from copied_project import (
+    ROOT,
     assert_no_gpu_for_two,
     continued,
     has_checkpoint,
@@ -18,9 +21,11 @@ from copied_project import (
 from one_node_slurm import one_node_slurm, why_not
 from pandas.testing import assert_frame_equal
 
+from hloss.checkpoints import read_status
+
 pytestmark = pytest.mark.slow
 
-QUICK = {"dataset": "glyphs", "batch_size": 128, "validate_every": 10, "iterations": 60, "checkpoint_seconds": 2.0}
+SHORT = {"dataset": "glyphs", "batch_size": 128, "validate_every": 10, "iterations": 60, "checkpoint_seconds": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -68,27 +73,26 @@ def jobs(slurm):
         called(slurm, "scancel", *left)
 
 
-def test_cancelled_killed_and_overdue_jobs_are_retried_to_the_report_of_this_machine(slurm, jobs, new_project):
-    study = {
-        "title": "the quick study, shortened",
-        "fixed": QUICK,
-        "seeds": [0],
-        "resources": {"gpus": 0, "memory_gb": 4, "hours": 0.2},
-        "runs": [
-            {"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}},
-            {"name": "binomial", "set": {"loss": "binomial", "iterations": 240}},
-            {"name": "untrained network", "set": {"loss": "none", "iterations": 0}},
-            {"name": "raw pixels", "set": {"loss": "none", "iterations": 0, "network": "pixels"}},
-        ],
-    }
-    here = new_project("here", study)
+def quick_study():
+    """The quick study as it is, but saved often enough to be met in mid-run; this is no part of a run's settings."""
+    study = yaml.safe_load((ROOT / "workflow/studies/quick.yaml").read_text())
+    study["fixed"]["checkpoint_seconds"] = 2.0
+    return study
+
+
+def test_jobs_that_do_not_end_well_are_retried_to_the_quick_studys_report_of_this_machine(slurm, jobs, new_project):
+    here = new_project("here", quick_study(), "quick")
     assert here.finish(here.start()) == 0, here.printed()
 
-    there = new_project("there", study)
-    there.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5, "default-resources": []})
-    start = there.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.6")
+    there = new_project("there", quick_study(), "quick")
+    there.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5})
     runs = there.runs()
-    cancelled, killed, overdue = (runs[name] for name in ("histogram, n_bins 50", "histogram, n_bins 200", "binomial"))
+    cancelled, killed = runs["histogram, seed 0"], runs["histogram, n_bins 50, seed 1"]
+    warned, overdue = runs["binomial, C 2, seed 0"], runs["binomial, C 10, seed 1"]
+    hit = {cancelled: "CANCELLED", killed: "FAILED", warned: "FAILED", overdue: "TIMEOUT"}
+    slow = f"({'|'.join(run.name for run in hit)}) --attempt 1"
+    start = there.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.6", SLOW_RUNS=slow)
+    saved_at = {}
 
     def first_job(run):
         return next(number for number, (run_id, *_) in jobs().items() if run_id == run.name)
@@ -101,32 +105,45 @@ def test_cancelled_killed_and_overdue_jobs_are_retried_to_the_report_of_this_mac
             kernel.kill()
 
     def let_time_run_out():
-        called(slurm, "scontrol", "update", f"JobId={first_job(overdue)}", "TimeLimit=1")
+        called(slurm, "scontrol", "update", f"JobId={first_job(overdue)}", "EndTime=now+1")
 
-    ends_of_first_attempts = {cancelled: cancel, killed: kill, overdue: let_time_run_out}
-    while ends_of_first_attempts:
-        wait_until("the next in mid-run", lambda: any(map(has_checkpoint, ends_of_first_attempts)), during=start)
-        for run in filter(has_checkpoint, list(ends_of_first_attempts)):
-            ends_of_first_attempts.pop(run)()
+    def warn():  # Slurm looks every half a minute whom to warn, a minute before the end as the profile asks
+        called(slurm, "scontrol", "update", f"JobId={first_job(warned)}", "EndTime=now+88")
+        wait_until("the warned run stops", lambda: read_status(warned)["state"] == "stopped", 60, during=start)
+        assert read_status(warned)["message"].startswith("stopped by SIGTERM")
+        saved_at.update(status=read_status(warned)["iteration"], last=iteration_of(warned / "checkpoint.pt"))
+        saved_at.update(before=iteration_of(warned / "checkpoint.previous.pt"))
+
+    to_do = {cancelled: cancel, killed: kill, overdue: let_time_run_out, warned: warn}
+    while to_do:
+        wait_until("the next in mid-run", lambda: any(map(has_checkpoint, to_do)), during=start)
+        for run in filter(has_checkpoint, list(to_do)):
+            to_do.pop(run)()
     assert there.finish(start, 900) == 0, there.printed()
 
-    ends = {run.name: [(state, time, memory) for run_id, state, time, memory in jobs().values() if run_id == run.name]
-            for run in runs.values()}  # fmt: skip
-    assert [state for state, *_ in ends[cancelled.name]] == ["CANCELLED", "COMPLETED"]
-    assert [state for state, *_ in ends[killed.name]] == ["FAILED", "COMPLETED"]
-    assert [state for state, *_ in ends[overdue.name]] == ["TIMEOUT", "COMPLETED"]
-    assert [(time, memory) for _, time, memory in ends[killed.name]] == [("12:00", "4G"), ("24:00", "8G")]
-    assert [len(ends[runs[name].name]) for name in ("untrained network", "raw pixels")] == [1, 1]
-    assert all(continued(run) for run in (cancelled, killed, overdue))
+    attempts = {run: [rest for run_id, *rest in jobs().values() if run_id == run.name] for run in runs.values()}
+    for run, (first, *later) in attempts.items():
+        states = [first[0], *(state for state, *_ in later)]
+        assert states == ([hit[run], "COMPLETED"] if run in hit else ["COMPLETED"]), f"{run}: {states}"
+        assert len(starts(run)) == len(states)
+        assert continued(run) == (run in hit)
+    assert [limits for _, *limits in attempts[killed]] == [["30:00", "4G"], ["1:00:00", "8G"]]
+    assert saved_at["before"] < saved_at["last"] == saved_at["status"]
+    assert f"continued from iteration {saved_at['last']} (choose)" in (warned / "run.log").read_text()
     assert there.results() == here.results()
     assert_frame_equal(there.summary(), here.summary())
-    assert (there.folder / "reports" / "short" / "report.html").exists()
+    assert_frame_equal(there.claims(), here.claims())
+    assert (there.reports / "report.html").exists()
+
+
+def iteration_of(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["progress"]["iteration"]
 
 
 def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu_for_two(slurm, jobs, new_project):
     study = {
         "title": "four runs on two GPUs",
-        "fixed": QUICK,
+        "fixed": SHORT,
         "seeds": [0, 1],
         "resources": {"gpus": 1, "memory_gb": 4, "hours": 0.2},
         "runs": [{"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}}],
@@ -154,7 +171,7 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
 def test_an_interrupted_start_takes_its_jobs_with_it(slurm, jobs, new_project):
     study = {
         "title": "one run",
-        "fixed": QUICK,
+        "fixed": SHORT,
         "seeds": [0],
         "resources": {"gpus": 0, "memory_gb": 4, "hours": 0.2},
         "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
