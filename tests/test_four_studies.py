@@ -33,7 +33,7 @@ def shrink(file, seeds):
 def project(tmp_path, monkeypatch):
     """A copy of the project with small copies of the four datasets, prepared."""
     with projects(tmp_path) as new:
-        project = new("project", {"title": "unused", "include": ["paper"]})
+        project = new("project", {"title": "unused", "include": ["paper"]}, "unused")
         data = project.folder / "data"
         data.unlink()
         data.mkdir()
