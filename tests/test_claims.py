@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from pandas.testing import assert_frame_equal
 from scipy import optimize, stats
 
 from hloss.claims import CLAIMS, Claim, judge, overlap, read_claims
 from hloss.experiment import ConfigError
 from hloss.published import read_published
-from hloss.studies import read_results
+from hloss.statistics import summary
+from hloss.studies import read_results, recall_names
 
 SEEDS = [0, 1, 2, 3, 4]
 README = {
@@ -278,6 +280,15 @@ def test_the_verdicts_on_the_sample_are_those_of_the_readme():
     board = judge(results, pd.read_csv("reports/sample/loss_cost.csv"))
     found = board[board["verdict"] != "not run"].groupby(["claim", "comparison"])["verdict"].first().to_dict()
     assert found == README
+
+
+def test_the_committed_report_is_that_of_the_committed_results():
+    results = read_results(Path("reports/sample/results.parquet"))
+    board = judge(results, pd.read_csv("reports/sample/loss_cost.csv"))
+    told = pd.read_csv("reports/sample/claims.csv", keep_default_na=False)
+    assert_frame_equal(told.astype(str), board.astype(str), check_dtype=False)
+    means = pd.read_csv("reports/sample/summary.csv")
+    assert_frame_equal(means, summary(results, recall_names(results)), check_dtype=False)
 
 
 def test_overlap_is_the_mass_below_both_densities():
