@@ -11,6 +11,7 @@ reshuffles after every visit, which promises nothing about an image of a class a
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class ClassSampler:
         if counts.max() < 2:
             raise ValueError(f"none of the {len(counts)} classes has two images: no batch can have a positive pair")
         self.sizes: list[int] = counts.tolist()
-        self._images = list(labels.argsort(stable=True).split(self.sizes))  # one shuffled tensor of indices per class
+        by_class = labels.argsort(stable=True).split(self.sizes)
+        self._images = [images.tolist() for images in by_class]  # shuffled; lists, for so few at a time, are faster
         self._position = self.sizes.copy()  # at the end: the first visit shuffles
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -49,12 +51,12 @@ class ClassSampler:
         taken = images[start : start + n]
         self._position[label] = start + n
         if len(taken) < n:  # begin another pass, with the images just taken at its end
-            shuffled = images[self._permutation(len(images))]
-            again = torch.isin(shuffled, taken)
-            self._images[label] = torch.cat([shuffled[~again], shuffled[again]])
+            shuffled = [images[i] for i in self._permutation(len(images)).tolist()]
+            again = set(taken)
+            self._images[label] = [i for i in shuffled if i not in again] + [i for i in shuffled if i in again]
             self._position[label] = n - len(taken)
-            taken = torch.cat([taken, self._images[label][: n - len(taken)]])
-        return taken.tolist()
+            taken = taken + self._images[label][: n - len(taken)]
+        return taken
 
     def _permutation(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self.generator)
@@ -63,18 +65,18 @@ class ClassSampler:
         """Everything the next batch depends on, readable by `torch.load(weights_only=True)`."""
         return {
             "generator": self.generator.get_state(),
-            "images": torch.cat(self._images),
+            "images": torch.tensor(list(chain.from_iterable(self._images))),
             "position": self._position.copy(),
         }
 
     def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
         """Continue after the batch at which `state` was taken; the sampler must have been built for the same labels."""
         images = torch.as_tensor(state["images"])
-        own = torch.cat(self._images)
+        own = torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
             raise ValueError(f"the sampler's state is for {len(images)} other images than these {len(self.labels)}")
         self.generator.set_state(torch.as_tensor(state["generator"]))
-        self._images = list(images.split(self.sizes))
+        self._images = [part.tolist() for part in images.split(self.sizes)]
         self._position = list(state["position"])
 
 
