@@ -61,6 +61,7 @@ def test_what_is_left_out_exists_and_could_not_run():
 
 def test_options_reach_the_loss_its_distance_and_the_miner():
     embeddings, labels = batch()
+    embeddings = embeddings.detach().double()  # in float32 it depends on the machine who violates the margin by a hair
     lifted = PMLLoss("LiftedStructureLoss", {"distance": {"LpDistance": {"normalize_embeddings": False}}})
     torch.testing.assert_close(lifted(3 * embeddings, labels), LiftedStructure()(3 * embeddings, labels))
     squared = {"distance": {"LpDistance": {"power": 2}}}
