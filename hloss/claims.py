@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hloss.experiment import ConfigError, found_from_here
 from hloss.published import EXACT, beside_published
 from hloss.statistics import EQUIVALENCE_MARGIN, Difference, equivalence, paired_difference, t_interval
+from hloss.studies import short
 
 CLAIMS = "reports/claims.yaml"
 REPRODUCED, REFUTED, OPEN, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
@@ -196,19 +197,15 @@ def _of_levels(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Par
 
 
 def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.Series]) -> None:
-    found = f"{prefix}{claim.axis} {', '.join(map(_short, levels))}"
+    found = f"{prefix}{claim.axis} {', '.join(map(short, levels))}"
     lacking = set(claim.levels or []) | ({claim.reference} - {None})
     lacking -= levels.keys()
     if lacking:
-        raise _Missing(f"{found} without {', '.join(map(_short, lacking))}")
+        raise _Missing(f"{found} without {', '.join(map(short, lacking))}")
     if len(levels) < (3 if claim.check == "rising" else 2):
         raise _Missing(f"{found} are too few")
     if not all(values.index.is_unique for values in levels.values()):
         raise _Missing(f"{found}: more than one run of a seed differs in other settings")
-
-
-def _short(level: object) -> str:
-    return f"{level:g}" if isinstance(level, float) else str(level)
 
 
 def _above(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
@@ -246,7 +243,7 @@ def _level_with_reference(check: Callable[..., Part], toward: int) -> Callable[.
         parts = []
         for level in others:
             a, b = (level, reference)[::toward]
-            parts.append(check(f"{prefix}{_short(a)} less {_short(b)}", levels[a], levels[b], len(others) * groups))
+            parts.append(check(f"{prefix}{short(a)} less {short(b)}", levels[a], levels[b], len(others) * groups))
         return parts
 
     return checked

@@ -168,7 +168,7 @@ def _crossed(home: str, file: Path, text: dict[str, Any], entry: dict[str, Any],
     runs, axes = [], entry.get("cross") or {}
     for values in itertools.product(*axes.values()):
         axis = dict(zip(axes, values, strict=True))
-        method = ", ".join([entry["name"], *(f"{k} {_short(v)}" for k, v in axis.items())])
+        method = ", ".join([entry["name"], *(f"{k} {short(v)}" for k, v in axis.items())])
         for seed in seeds:
             settings = {**(text.get("fixed") or {}), **entry["set"], **axis, "seed": seed, "study": home}
             dataset = str(settings.get("dataset", ""))
@@ -220,7 +220,8 @@ def _resources(file: Path, method: str, config: RunConfig, *given: dict[str, Any
     return resources
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as names of methods and evidence show it: 50 for 50.0."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
