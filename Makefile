@@ -15,6 +15,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN ?= $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# glibc would give the memory of every step's activations back and fault it in again: a third of a step on glyphs.
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 ifeq ($(BIN),$(VENV)/bin)
 STUDY_INSTALLED := $(VENV)/.installed-study

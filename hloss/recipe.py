@@ -69,14 +69,20 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, iter
 class Batches(Iterator[tuple[Tensor, Tensor]]):
     """The batches of a run for ever: this process's share of the images, uint8 (n, c, h, w), and their labels, int64.
 
-    Every process draws the whole batch alike and takes its part of it (`share`: number, of how many). A thread fetches
-    one batch ahead; `state_dict()` stands right after the last batch handed out.
+    Every process draws the whole batch alike and takes its part of it (`share`: number, of how many). `ahead` has a
+    thread fetch the next batch meanwhile, for a GPU that would wait for it; a CPU would only share its time with that
+    thread. `state_dict()` stands right after the last batch handed out.
     """
 
     def __init__(
-        self, dataset: Dataset, rows: np.ndarray, config: RunConfig, share: tuple[int, int] = (0, 1), pin: bool = False
+        self,
+        dataset: Dataset,
+        rows: np.ndarray,
+        config: RunConfig,
+        share: tuple[int, int] = (0, 1),
+        ahead: bool = False,
     ) -> None:
-        self.dataset, self.rows, self.config, self.share, self.pin = dataset, rows, config, share, pin
+        self.dataset, self.rows, self.config, self.share, self.ahead = dataset, rows, config, share, ahead
         classes, self.labels = dataset.labels(rows).unique(return_inverse=True)  # from 0, as class weights need them
         self.n_classes = len(classes)
         self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
@@ -88,18 +94,16 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         self._thread = ThreadPoolExecutor(1)
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        if self._fetched is None:
-            self._ahead()
-        assert self._fetched is not None
-        fetched = self._fetched.result()
+        fetched = self._fetched.result() if self._fetched else self._fetch(self._draw(), self.iteration + 1)
         self.iteration += 1
         self.current, self._drawn = self._drawn, []
-        self._ahead()
+        if self.ahead:
+            self._fetched = self._thread.submit(self._fetch, self._draw(), self.iteration + 1)
         return fetched
 
-    def _ahead(self) -> None:
+    def _draw(self) -> list[int]:
         self._drawn = self._drawn or next(self._stream)
-        self._fetched = self._thread.submit(self._fetch, self._drawn, self.iteration + 1)
+        return self._drawn
 
     def _fetch(self, drawn: list[int], iteration: int) -> tuple[Tensor, Tensor]:
         number, shares = self.share
@@ -111,7 +115,8 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             images = images[own]
         else:
             images = self.dataset.pixels(self.rows[batch[own]])
-        return (images.pin_memory() if self.pin else images), self.labels[batch[own]]
+        pinned = self.ahead and torch.cuda.is_available()
+        return (images.pin_memory() if pinned else images), self.labels[batch[own]]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next batch depends on, readable by `torch.load(weights_only=True)`."""

@@ -283,7 +283,7 @@ class Loop:
         training_mode(network, batchnorm)
         self.work, self.network, self.until = work, network, until
         share = (fabric.global_rank, fabric.world_size)
-        self.batches = Batches(work.dataset, rows, config, share, pin=fabric.device.type == "cuda")
+        self.batches = Batches(work.dataset, rows, config, share, ahead=fabric.device.type == "cuda")
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
         self.loss = loss.to(fabric.device)

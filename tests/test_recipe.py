@@ -204,15 +204,17 @@ def test_the_shares_of_a_batch_make_up_the_batch(view, dataset):
         assert torch.equal(images[:, 0, 4, 4].long() // 5, labels)
 
 
-def test_batches_continue_where_their_state_was_taken(dataset):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_batches_continue_where_their_state_was_taken(ahead, dataset):
     config = parse_config({"batch_size": 10, "images_per_class": 4, "crop": 9, "mirror": True})
     whole = drawn(Batches(dataset, dataset.rows("train"), config), 8)
-    first = Batches(dataset, dataset.rows("train"), config)
+    first = Batches(dataset, dataset.rows("train"), config, ahead=ahead)
     for _ in range(3):
         next(first)
     state = first.state_dict()
     first.close()
-    second = Batches(dataset, dataset.rows("train"), config)
+    assert len(state["drawn"]) == (10 if ahead else 0)
+    second = Batches(dataset, dataset.rows("train"), config, ahead=ahead)
     json.dumps(state["drawn"])  # the batch fetched ahead is part of it, in plain numbers
     second.load_state_dict(state)
     for (images, labels), (expected, expected_labels) in zip(drawn(second, 5), whole[3:], strict=True):
