@@ -218,6 +218,15 @@ def test_a_plan_tells_what_is_done_measured_and_not_measured(config, tmp_path):
     assert "Not in these sums: 1 runs" in text
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_plan_holds_only_main_memory_against_the_memory_asked_for(config, gpus):
+    study = study_of(config, gpus=gpus)
+    cost = plan_study.Cost(0.1, 1000 * 1024.0, 1.0, "somebody")
+    text = plan_study.plan(study, gpus, {plan_study.kind_of(study.runs[0], gpus): cost})
+    assert ("1000.0 of the GPU" in text) == bool(gpus)
+    assert ("memory_gb=8 is little" in text) == (not gpus)
+
+
 def test_a_plan_counts_what_is_left_of_a_run(config, tmp_path):
     config.folder.mkdir(parents=True)
     (config.folder / "status.json").write_text(json.dumps({"state": "stopped", "iteration": 3}))

@@ -31,7 +31,7 @@ Kind = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes: seconds per iteration with its validations, peak main memory, disk; and who says so."""
+    """What a run takes: seconds per iteration with its validations, peak memory (a GPU: its own), disk; who says so."""
 
     seconds: float
     memory_mib: float
@@ -63,7 +63,8 @@ def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
     rows, unknown, total = [], 0, {"hours": 0.0, "disk": 0.0, "memory": 0.0}
     for run in study.runs:
         state, left = state_of(run)
-        cost = costs.get(kind_of(run, gpus))
+        kind = kind_of(run, gpus)
+        cost, on_gpu = costs.get(kind), kind[-1] == "cuda"
         row = {
             "dataset": run.dataset,
             "run": run.name,
@@ -75,7 +76,7 @@ def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
         }
         if left is not None and cost is None:
             unknown += 1
-            row["measured"] = f"not measured on {kind_of(run, gpus)[-1]}"
+            row["measured"] = f"not measured on {kind[-1]}"
         elif left is not None and cost is not None:
             hours, memory, disk = left * cost.seconds / 3600, cost.memory_mib / 1024, cost.disk_mib / 1024
             total = {
@@ -83,9 +84,9 @@ def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
                 "disk": total["disk"] + disk,
                 "memory": max(total["memory"], memory),
             }
-            numbers = (f"{hours:.2f}", f"{memory:.1f}", f"{disk:.3f}")
+            numbers = (f"{hours:.2f}", f"{memory:.1f}{' of the GPU' * on_gpu}", f"{disk:.3f}")
             row |= dict(zip(("hours", "memory GiB", "disk GiB"), numbers, strict=True))
-            row["measured"] = cost.source + warnings(run, hours, memory)
+            row["measured"] = cost.source + warnings(run, hours, 0.0 if on_gpu else memory)
         rows.append(row)
     free = shutil.disk_usage(".").free / 2**30
     todo = sum(row["state"] != "done" for row in rows)
@@ -125,10 +126,10 @@ def _kind(config: dict, device: str) -> Kind:
     return (dataset, *(str(config[name]) for name in SAME[1:]), trained, device)
 
 
-def warnings(run: StudyRun, hours: float, memory: float) -> str:
+def warnings(run: StudyRun, hours: float, main_memory: float) -> str:
     """What of the study's resources will not do."""
     short = [f"hours={run.resources.hours:g} is short"] * (hours > run.resources.hours)
-    short += [f"memory_gb={run.resources.memory_gb:g} is little"] * (memory > run.resources.memory_gb)
+    short += [f"memory_gb={run.resources.memory_gb:g} is little"] * (main_memory > run.resources.memory_gb)
     return f" ({', '.join(short)})" if short else ""
 
 
