@@ -35,18 +35,20 @@ def test_float64_equals_the_cpu(options):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_float32_under_tf32_and_autocast_is_float32(options, precision):
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_float32_is_float32_under_tf32_and_autocast(options, precision, autocast):
+    """A pair within rounding of a node may fall to its other side: at most 1e-4 of the gradient; TF32 gives 1e-3."""
     expected_value, expected = outcome(options, "cpu")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             value, gradient = outcome(options, "cuda", torch.float32)
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-    assert value.item() == pytest.approx(expected_value.item(), abs=1e-5)
-    assert (gradient - expected).norm() <= 1e-2 * expected.norm()
+    assert value.item() == pytest.approx(expected_value.item(), abs=1e-6)
+    assert (gradient - expected).norm() <= 5e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
