@@ -170,7 +170,11 @@ def test_the_committed_sample_is_the_glyphs_study_and_learned():
     table = read_results(Path("reports/sample/results.parquet"))
     known = {r.config.run_id for r in load_study("glyphs").runs}
     assert known <= set(table["run_id"])
-    complete = table[table["complete"]]
+    assert table["complete"].all()
+    tuned_runs = table[table["comparison"] == "tuned losses"].groupby("loss")["seed"].nunique()
+    assert tuned_runs.drop("none", errors="ignore").tolist() == [5] * 7
+    assert sum(file.stat().st_size for file in Path("reports/sample").iterdir()) < 5e6
+    complete = table
     assert complete["code_sha256"].nunique() == 1
     recall = complete[complete["comparison"] == "losses"].groupby("method")["recall@1"].agg(["min", "max"])
     assert recall.loc["untrained network", "max"] < 5
@@ -184,14 +188,27 @@ def test_results_that_must_not_be_compared_are_refused_by_name(tmp_path):
         "protocol": "market1501",
         "card_sha256": "another split",
         "network": "googlenet",
+        "weights": "imagenet",
+        "embedding_dim": 64,
         "chosen_how": "best Recall@1 on test classes",
         "trained_on": "training and validation classes (refit)",
     }.items():
         planted = table.copy()
         planted.loc[row, name] = value
         planted.to_parquet(tmp_path / "results.parquet")
-        with pytest.raises(ConfigError, match=f"run {table.loc[row, 'run_id']} .* has {name}='{re.escape(value)}'"):
+        with pytest.raises(
+            ConfigError, match=f"run {table.loc[row, 'run_id']} .* has {name}={re.escape(repr(str(value)))}"
+        ):
             read_results(tmp_path / "results.parquet")
+
+
+def test_a_run_that_chooses_is_of_the_same_data_and_protocol(tmp_path):
+    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    row = table.index[table["comparison"].map(lambda names: names[0].endswith(": choice"))][3]
+    for name in ("protocol", "card_sha256"):
+        table.assign(**{name: table[name].where(table.index != row, "another")}).to_parquet(tmp_path / "r.parquet")
+        with pytest.raises(ConfigError, match=f"run {table.loc[row, 'run_id']} .* has {name}='another'"):
+            read_results(tmp_path / "r.parquet")
 
 
 def tuned(study):
