@@ -100,6 +100,32 @@ def test_every_committed_study_loads():
         assert load_study(file.stem).runs
 
 
+DATASETS = ("cub", "sop", "cuhk03", "market1501")
+
+
+def tuned_grids(name):
+    """What each loss of a study is tuned over, but for the rates, which are the dataset's own."""
+    entries = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())["runs"]
+    crosses = {entry["name"]: dict(entry["cross"]) for entry in entries if entry.get("tune")}
+    return {loss: (len(cross.pop("learning_rate")), cross) for loss, cross in crosses.items()}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_ablations_of_every_dataset_tune_the_same_losses_and_see_as_many_images(name):
+    assert tuned_grids(f"{name}-ablations") == tuned_grids("glyphs")
+    runs = load_study(f"{name}-ablations").runs
+    equal = [run.config for run in runs if "batch at equal images" in run.methods]
+    assert {c.batch_size for c in equal} == {32, 64, 128, 256}
+    for setting in ("iterations", "validate_every", "lr_step"):
+        assert len({c.batch_size * (getattr(c, setting) or 0) for c in equal}) == 1, setting
+
+
+def test_the_papers_studies_with_their_ablations_hold_all_of_its_runs():
+    everything, paper = load_study("paper-ablations"), load_study("paper")
+    assert {run.config.folder for run in paper.runs} < {run.config.folder for run in everything.runs}
+    assert {run.dataset for run in everything.waiting} == set(DATASETS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
