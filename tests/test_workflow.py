@@ -135,6 +135,16 @@ def test_a_start_waits_for_its_own_jobs_alone(squeue, monkeypatch):
     assert asked == ["looked"]
 
 
+def test_a_start_that_waits_outlasts_a_queue_that_cannot_be_read(squeue, monkeypatch, capsys):
+    squeue([], failures=3 * slurm.ATTEMPTS)
+    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    looks = []
+    slurm.wait_for_jobs(["1"], lambda: looks.append(1))
+    assert len(looks) == 3
+    assert capsys.readouterr().out.count("squeue says: timed out") == 1
+
+
 def test_a_queue_that_cannot_be_read_stops_the_start(squeue, monkeypatch, tmp_path):
     squeue([], failures=slurm.ATTEMPTS)
     with pytest.raises(slurm.SlurmError, match="squeue says: timed out"):

@@ -1,6 +1,7 @@
 """What of a study is already in Slurm's queue: a start that was killed leaves its jobs there."""
 
 import hashlib
+import math
 import subprocess
 import time
 from collections.abc import Callable, Collection
@@ -9,6 +10,7 @@ from pathlib import Path
 import yaml
 
 ATTEMPTS, PATIENCE_SECONDS = 5, 10
+TELL_SECONDS = 600  # between two lines that say that the queue still cannot be read
 COMMENT = "rule_run_wildcards_"  # before STUDY_RUNID in a job's comment
 
 
@@ -52,8 +54,16 @@ def _queue() -> str:
 
 
 def wait_for_jobs(jobs: Collection[str], meanwhile: Callable[[], object]) -> None:
-    """Return when none of these jobs is in the queue."""
-    while set(jobs) & jobs_in_queue().keys():
+    """Return when none of these jobs is in the queue. While it cannot be read they may be: the wait goes on."""
+    told = -math.inf
+    while True:
+        try:
+            if not set(jobs) & jobs_in_queue().keys():
+                return
+        except SlurmError as error:
+            if time.monotonic() - told >= TELL_SECONDS:
+                print(f"{'waiting':>8}  {error}", flush=True)
+                told = time.monotonic()
         for _ in range(PATIENCE_SECONDS):
             meanwhile()
             time.sleep(1)
