@@ -13,6 +13,7 @@ import check_gpu
 import devices
 import plan_study
 import processes
+import psutil
 import pytest
 import slurm
 import torch
@@ -290,19 +291,44 @@ def test_the_table_of_checks_counts_what_passed():
         ("test_x: test_b", "failed", "far off"),
         ("test_x: test_c", "skipped", "one GPU"),
     ]
-    assert check_gpu.table(checks).endswith("1 of 3 passed")
+    assert check_gpu.table(checks, 2).endswith("1 of 3 passed, on 2 GPUs")
+    assert check_gpu.table(checks, 1).endswith("1 of 3 passed, on one GPU: nothing between GPUs was checked")
 
 
-def test_a_check_that_takes_too_long_is_ended(capsys):
-    code = "import time; print('begun', flush=True); time.sleep(60)"
+def test_a_check_that_takes_too_long_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(check_gpu, "STOP_SECONDS", 0.5)
+    last = "import time; time.sleep(60)"
+    code = f"""import signal, subprocess, sys, time
+for own in (False, True):
+    child = subprocess.Popen([sys.executable, '-c', {last!r}], start_new_session=own)
+    print(child.pid, flush=True)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print('begun', flush=True)
+{last}"""
     ended, _, output = check_gpu.called([sys.executable, "-c", code], 3)
-    assert (ended, output) == ("not finished", ["begun"])
+    assert (ended, output[2:]) == ("not finished", ["begun"])
+    for pid in output[:2]:
+        psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=5)
+        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_was_tested_before_a_check_took_too_long_is_told(tmp_path):
+    file = tmp_path / "test_some.py"
+    file.write_text("import time\n\ndef test_quick(): pass\n\ndef test_hangs(): time.sleep(60)\n")
+    quick, *_, last = check_gpu.marked_tests("not slow", tmp_path, 5, str(file))
+    assert (quick.name, quick.outcome) == ("test_some: test_quick", "passed")
+    assert (last.name, last.outcome) == (f"tests marked not slow in {file}", "not finished")
 
 
 @pytest.mark.slow
-def test_the_checks_run_to_their_end_on_a_cpu(tmp_path):
-    tests = check_gpu.marked_tests("cuda", tmp_path)
-    assert tests
-    assert all(check.outcome in ("passed", "skipped") for check in tests), check_gpu.table(tests)
+def test_the_checks_run_to_their_end_on_a_cpu(tmp_path, capsys):
+    tests = check_gpu.marked_tests("cuda", tmp_path, 300, "tests", f"--ignore={check_gpu.NCCL}")
+    tests += check_gpu.marked_tests("cuda", tmp_path, 300, check_gpu.NCCL)
+    assert {check.name.partition(":")[0] for check in tests} == {"test_cuda", "test_nccl"}
+    assert all(check.outcome in ("passed", "skipped") for check in tests), check_gpu.table(tests, 0)
     run = check_gpu.short_run("cpu", 1, tmp_path)
     assert run.outcome == "passed", run.remark
+    assert check_gpu.benchmarks("product and (64 or 128)").outcome == "passed"
+    printed = capsys.readouterr().out
+    assert "| N = 64 | HistogramLoss |" in printed
+    assert "| N = 128 | quadruplet |" in printed
