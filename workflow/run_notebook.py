@@ -62,8 +62,10 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(folder)
-    if attempt > 1 and status and status["state"] == "failed" and not status["retry"]:
-        fail(f"{run.name} is not tried again: {status['message']}")
+    if status and status["state"] == "failed":
+        if attempt > 1 and not status["retry"]:
+            fail(f"{run.name} is not tried again: {status['message']}")
+        (folder / "status.json").unlink()  # it would be taken for this attempt's
     given = run.resources.gpus and not own_gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
     with contextlib.nullcontext() if given else own_devices(run.resources.gpus):
         execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log")
