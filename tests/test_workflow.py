@@ -1,6 +1,8 @@
 """What starts runs: GPUs held one by one, Slurm's queue read before anything is submitted, plans from measurements."""
 
+import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -11,15 +13,18 @@ from xml.etree import ElementTree
 
 import check_gpu
 import devices
+import nbformat
 import plan_study
 import processes
 import psutil
 import pytest
+import run_notebook
 import slurm
 import torch
 from devices import own_devices, visible_devices
 from progress import Progress
 
+from hloss.checkpoints import read_status, write_status
 from hloss.experiment import parse_config
 from hloss.studies import Resources, Study, StudyRun
 from hloss.training import run as carry_out
@@ -161,6 +166,46 @@ def test_job_names_tell_studies_and_clones_apart(monkeypatch, tmp_path):
     names |= {slurm.job_prefix("quick"), slurm.job_prefix("x" * 100)}
     assert len(names) == 4
     assert all(re.fullmatch("[A-Za-z0-9_-]{1,50}", name) for name in names)  # what the Slurm plugin accepts
+
+
+@pytest.fixture
+def attempt(config, monkeypatch, tmp_path, capsys):
+    """`attempt(number, code)`: what an attempt at a run prints whose notebook is this code; it fails."""
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
+
+    def carry_out_attempt(number, code):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        nbformat.write(notebook, "notebooks/20_train.ipynb")
+        # stderr is pointed to the run's log
+        with open("stderr", "w") as file, contextlib.redirect_stderr(file), pytest.raises(SystemExit, match="1"):
+            run_notebook.execute_run(study_of(config), config.run_id, number, own_gpus=True)
+        return capsys.readouterr().out
+
+    return carry_out_attempt
+
+
+def test_a_refused_run_is_not_tried_again(attempt, config):
+    refusal = "class DatasetError(ValueError): pass\nraise DatasetError('tiny is not prepared')"
+    assert "DatasetError: tiny is not prepared" in attempt(1, refusal)
+    assert read_status(config.folder)["message"] == "DatasetError: tiny is not prepared"
+    assert "is not tried again: DatasetError: tiny is not prepared" in attempt(2, refusal)
+
+
+def test_what_an_earlier_start_left_does_not_decide_about_the_attempts_of_this_one(attempt, config):
+    write_status(config.folder, "failed", 3, "RunError: the loss is not finite")
+    error = "raise OSError('the file system is away')"
+    assert "the file system is away" in attempt(1, error)
+    assert "the file system is away" in attempt(2, error)
+
+
+def test_a_run_that_failed_for_good_in_this_start_is_not_tried_again(attempt, config):
+    failed = json.dumps({"state": "failed", "iteration": 3, "message": "RunError: not finite", "retry": False})
+    code = f"open({str(config.folder / 'status.json')!r}, 'w').write({failed!r})\nraise RuntimeError('not finite')"
+    attempt(1, code)
+    assert "is not tried again: RunError: not finite" in attempt(2, code)
 
 
 def test_a_command_is_watched_to_its_end():

@@ -10,20 +10,23 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import nbformat
 import papermill
 import psutil
 from devices import own_devices
+from papermill.exceptions import PapermillExecutionError
 from processes import end_with_parent
 
-from hloss.checkpoints import read_status
+from hloss.checkpoints import read_status, write_status
 from hloss.experiment import read_result, write_whole
 from hloss.studies import Study, load_study
 
 DOWNLOADED = ("mathjax_url", "require_js_url", "jquery_url", "jupyter_widgets_base_url", "mermaid_js_url")
+REFUSALS = ("ConfigError", "DatasetError")  # another attempt would meet them again
 STOP_SECONDS = 20  # Slurm's KillWait is 30 unless the cluster says otherwise
 
 
@@ -61,16 +64,26 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
     run = next(r for r in study.runs if r.config.run_id == run_id)
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    status = read_status(folder)
-    if status and status["state"] == "failed":
-        if attempt > 1 and not status["retry"]:
-            fail(f"{run.name} is not tried again: {status['message']}")
-        (folder / "status.json").unlink()  # it would be taken for this attempt's
+    status = read_status(folder) or {}
+    if attempt > 1 and is_final(status):
+        fail(f"{run.name} is not tried again: {status['message']}")
+    if is_final(status):  # of an earlier start: it must not decide about the attempts of this one
+        (folder / "status.json").unlink()
+
+    def refused(message: str) -> None:
+        if not is_final(read_status(folder) or {}):  # the run had not begun to keep its status
+            write_status(folder, "failed", status.get("iteration", 0), message)
+
     given = run.resources.gpus and not own_gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
     with contextlib.nullcontext() if given else own_devices(run.resources.gpus):
-        execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log")
+        execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log", refused)
     if read_result(folder) is None:
         fail(f"{run.name}: the notebook ended without a result, see {folder / 'run.log'}")
+
+
+def is_final(status: dict[str, Any]) -> bool:
+    """Whether a run has failed in a way that another attempt would not change."""
+    return status.get("state") == "failed" and not status["retry"]
 
 
 def execute_report(study: Study) -> None:
@@ -111,8 +124,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def execute(notebook: str, out: Path, parameters: dict, log: Path) -> None:
-    """Execute a notebook from the project's root; on failure print the end of its log and exit."""
+def execute(
+    notebook: str, out: Path, parameters: dict, log: Path, refused: Callable[[str], object] = lambda message: None
+) -> None:
+    """Execute a notebook from the project's root; on failure print the end of its log and exit.
+
+    `refused` is told what a notebook says of settings or data with which it does not begin.
+    """
     part = out.with_name(f".{out.name}")
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     with open(log, "a") as stream:
@@ -133,6 +151,8 @@ def execute(notebook: str, out: Path, parameters: dict, log: Path) -> None:
     except Exception as error:
         if part.exists():
             shutil.copy(part, out)
+        if isinstance(error, PapermillExecutionError) and error.ename in REFUSALS:
+            refused(f"{error.ename}: {error.evalue}")
         last = str(error).strip().splitlines()[-1:] or [repr(error)]
         fail(f"{out} failed: {last[0]} (see {log})")
     part.replace(out)
