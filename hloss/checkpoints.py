@@ -63,13 +63,18 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
+def save_whole(file: Path, state: dict[str, Any]) -> None:
+    """Write a state whole or not at all. OSError if it cannot be written."""
+    try:
+        write_whole(file, lambda part: torch.save(state, part))
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{file} could not be written ({error})") from error
+
+
 def save_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint and keep the one before. OSError if it cannot be written: then nothing has changed."""
     new = folder / "checkpoint.new.pt"
-    try:
-        write_whole(new, lambda part: torch.save(checkpoint, part))
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f"{new} could not be written ({error})") from error
+    save_whole(new, checkpoint)
     with suppress(FileNotFoundError):
         (folder / CURRENT).replace(folder / PREVIOUS)
     new.replace(folder / CURRENT)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from hloss.experiment import ConfigError, found_from_here
 from hloss.published import EXACT, beside_published
@@ -24,6 +24,7 @@ from hloss.studies import short
 CLAIMS = "reports/claims.yaml"
 REPRODUCED, REFUTED, OPEN, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
 LEVEL = 0.05
+SPLITS = 5  # of CUHK03: a published value is the mean over them
 
 
 class Claim(BaseModel):
@@ -47,6 +48,13 @@ class Claim(BaseModel):
     within: str | None = None
     method: dict[str, Any] | None = None
     rivals: list[dict[str, Any]] | None = None
+    published: str = ""
+
+    @model_validator(mode="after")
+    def _has_what_it_compares(self) -> "Claim":
+        if bool(self.method) != bool(self.rivals):
+            raise ValueError("method and rivals come together")
+        return self
 
 
 class Part(NamedTuple):
@@ -88,8 +96,8 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
 
     results: of `read_results`: a row per run and comparison, metrics in %, `complete` False for runs still to come.
     cost: the seconds of the loss by batch size (columns batch_size, seconds), for the claim on its cost.
-    Columns: claim, text, section, criterion, dataset, asked ("the paper's data" or "other data"), comparison, verdict,
-    evidence, run_ids.
+    Columns: claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, of the cost, "no
+    data"), comparison, verdict, evidence, run_ids.
     """
     rows = []
     for claim in read_claims() if claims is None else claims:
@@ -110,7 +118,7 @@ def overlap(results: pd.DataFrame) -> pd.Series:
 
 
 def _row(claim: Claim, dataset: str, comparison: str, verdict: str, evidence: str, run_ids: str) -> dict[str, str]:
-    asked = "the paper's data" if dataset in claim.data or not claim.data else "other data"
+    asked = "the paper's data" if dataset in claim.data else "other data" if claim.data else "no data"
     return {
         "claim": claim.name,
         "text": claim.claim,
@@ -133,7 +141,8 @@ def _verdict(claim: Claim, runs: pd.DataFrame) -> tuple[str, str, str]:
         used, parts = (_of_levels if claim.method is None else _of_methods)(claim, runs)
     except _Missing as missing:
         return NOT_RUN, str(missing), ""
-    return _together(parts), "; ".join(map(str, parts)), ", ".join(sorted(set(used["run_id"])))
+    evidence = [*map(str, parts), *([f"published: {claim.published}"] if claim.published else [])]
+    return _together(parts), "; ".join(evidence), ", ".join(sorted(set(used["run_id"])))
 
 
 def _together(parts: list[Part]) -> str:
@@ -292,7 +301,10 @@ def _table(runs: pd.DataFrame) -> tuple[str, str]:
     exact = beside[(beside["match"] == EXACT) & (beside["place"] == "Table 1")]
     if exact.empty:
         raise _Missing("no value of Table 1 is of this data, network and protocol")
-    parts = [_of_published(row, runs[row.metric].to_numpy(), len(exact), runs["split"].nunique() > 1)
+    splits = runs["split"].nunique()
+    if splits not in (1, SPLITS):
+        raise _Missing(f"the values of Table 1 are means over {SPLITS} splits, these runs are of {splits}")
+    parts = [_of_published(row, runs[row.metric].to_numpy(), len(exact), splits > 1)
              for row in exact.itertuples()]  # fmt: skip
     return _together(parts), "; ".join(map(str, parts))
 

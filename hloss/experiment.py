@@ -217,8 +217,9 @@ class RunConfig(BaseModel):
             return LOSSES[self.loss](**settings)
         options, miner, miner_options = (settings[name] for name in PML_SETTINGS)
         dimensions = self.embedding_dim or own_settings(self.network, self.weights)["embedding_dim"]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        # The weights are drawn on the CPU: no GPU's generator is seeded, so none is to be put back.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
             try:
                 return PMLLoss(self.loss.removeprefix(PREFIX), options, miner, miner_options, n_classes, dimensions)
             except ImportError as error:

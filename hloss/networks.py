@@ -16,7 +16,7 @@ slices  each slice of a micro-batch, and each device, by its own statistics: ano
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +217,8 @@ def _parts_of(name: str, image_shape: tuple[int, int, int], weights: str) -> tup
 def torchvision_trunk(name: str, weights: str) -> tuple[nn.Module, nn.Module]:
     """The input scaling and the body of a torchvision model: its last linear layer and auxiliary heads are left out.
 
-    GoogLeNet ends with pool5, without torchvision's dropout. The input is scaled as the model's ImageNet weights
-    require, also where there are none.
+    So is torchvision's dropout of what that layer sees: only the run's own setting drops any. The input is scaled as
+    the model's ImageNet weights require, also where there are none.
     """
     from torchvision import models
 
@@ -227,15 +227,21 @@ def torchvision_trunk(name: str, weights: str) -> tuple[nn.Module, nn.Module]:
     heads = [key for key, module in trunk.named_modules() if isinstance(module, nn.Linear)]
     if not heads:
         raise ValueError(f"network='{TORCHVISION}{name}' has no linear layer that an embedding could replace")
-    trunk.set_submodule(heads[-1], nn.Identity())
-    if name == "googlenet":
-        trunk.dropout = nn.Identity()
+    for key in [heads[-1], *_dropouts_before(trunk, heads[-1])]:
+        trunk.set_submodule(key, nn.Identity())
     if weights != NO_WEIGHTS:
         _load(trunk, weights_of(name, weights), heads[-1], f"{weights} for network {name!r}")
     if name in INCEPTIONS:
         return Scale((0.5,) * 3, (0.5,) * 3), trunk
     preset = models.get_model_weights(name).DEFAULT.transforms()
     return Scale(tuple(preset.mean), tuple(preset.std)), trunk
+
+
+def _dropouts_before(trunk: nn.Module, head: str) -> list[str]:
+    """The names of the dropouts right before a layer; torchvision's models hold their last layers in order."""
+    leaves = [key for key, module in trunk.named_modules() if not any(module.children())]
+    before = reversed(leaves[: leaves.index(head)])
+    return list(takewhile(lambda key: isinstance(trunk.get_submodule(key), nn.Dropout), before))
 
 
 def weights_of(name: str, weights: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ protocol (ours, or in words what is different), selection (by what the published
 of ours), value in %, source, place in the source, url, note.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def beside_published(results: pd.DataFrame, published: pd.DataFrame | None = Non
     One row per method and published value: dataset, method, metric, ours (mean over runs, %), low and high (95 %
     interval, %), n, run_ids, published (%), difference (points), match, source, place, url, note. `match` is "exact"
     (the same protocol, network and dimensions), "same protocol, another network", or "other protocol" (what was chosen
-    on the test set is one): the last is to be shown apart. Empty where nothing was published.
+    on the test set is one): the last is to be shown apart, and has no difference. Nor has a method whose runs are not
+    all complete. Empty where nothing was published.
 
     results: one row per run and comparison, of the comparisons that hold the methods of the publications (SHOWN);
     metrics in %, as of `hloss.studies.read_results`. ConfigError where the runs of one method differ in loss, network,
@@ -83,10 +85,11 @@ def beside_published(results: pd.DataFrame, published: pd.DataFrame | None = Non
     published = read_published() if published is None else published
     rows = []
     for (dataset, method), runs in results.groupby(["dataset", "method"], sort=False):
+        whole, runs = runs["complete"].all(), runs[runs["complete"]]
         _check_alike(dataset, method, runs)
         for value in published[published.dataset == dataset].to_dict("records"):
-            if _is_published(runs.iloc[0], value):
-                rows.append(_beside(dataset, method, runs, value))
+            if len(runs) and _is_published(runs.iloc[0], value):
+                rows.append(_beside(dataset, method, runs, value, whole))
     columns = "dataset method metric ours low high n run_ids published difference match source place url note"
     return pd.DataFrame(rows, columns=columns.split())
 
@@ -107,8 +110,9 @@ def _is_published(run: pd.Series, value: dict[str, Any]) -> bool:
     return same and pd.notna(run.get(value["metric"]))
 
 
-def _beside(dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any]) -> dict[str, Any]:
+def _beside(dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any], whole: bool) -> dict[str, Any]:
     ours, low, high = t_interval(runs[value["metric"]].to_numpy())
+    match = _match(runs.iloc[0], value)
     return {
         "dataset": dataset,
         "method": method,
@@ -119,8 +123,8 @@ def _beside(dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any]
         "n": len(runs),
         "run_ids": ", ".join(runs.run_id),
         "published": value["value"],
-        "difference": ours - value["value"],
-        "match": _match(runs.iloc[0], value),
+        "difference": ours - value["value"] if whole and match != PROTOCOL else math.nan,
+        "match": match,
         **{name: value[name] for name in ("source", "place", "url", "note")},
     }
 

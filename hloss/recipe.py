@@ -2,7 +2,8 @@
 
 Randomness. Nothing drawn in a step depends on the steps before: dropout is seeded by the run's seed, the iteration, the
 process and the slice (`seed_of`), crops and mirror images by seed and iteration. So a resumed run draws the same
-without any generator's state but the sampler's, and a slice that is embedded twice meets the same dropout.
+without any generator's state but the sampler's, and a slice that is embedded twice meets the same dropout. A loss may
+draw, too (triplets, say): several processes seed it alike, or each would take the gradient of another loss.
 """
 
 import hashlib
@@ -141,13 +142,15 @@ def gradient(
     labels: Tensor,
     micro_batch: int | None,
     seed: Callable[[int], int],
+    loss_seed: int | None = None,
 ) -> float:
     """Add the loss's gradient to the network's parameters; returns the loss of the batch.
 
     network: as `fabric.setup` gave it. images, labels: this process's share, as `Batches` gives it. With `micro_batch`
     the gradient is the whole batch's, exactly, at the memory of one slice: all slices are embedded without a graph, the
     loss is derived with respect to the embeddings, and each slice is embedded again to carry its part of that to the
-    weights. `seed(slice)` seeds a slice's dropout, both times. One more forward pass is its price.
+    weights. `seed(slice)` seeds a slice's dropout, both times. One more forward pass is its price. `loss_seed`, the
+    same on all of several processes, seeds what the loss draws; None, for one process: it draws where dropout left off.
 
     BatchNorm in training mode sees one slice at a time (`batchnorm="slices"`; a run refuses "live" here): both passes
     normalise a slice by its own statistics, and the running ones take it in once.
@@ -157,14 +160,14 @@ def gradient(
     slices = images.split(micro_batch or len(images))
     if len(slices) == 1:
         _seed(images.device, seed(0))
-        loss = loss_of(network(images), labels)
+        loss = _seeded(loss_of, loss_seed, network(images), labels)
         value = _finite(loss)
         fabric.backward(loss)
         return value
     with torch.no_grad(), _without_memory(network):
         embeddings = torch.cat([_embedded(network, part, seed(i)) for i, part in enumerate(slices)])
     embeddings.requires_grad_()
-    loss = loss_of(embeddings, labels)
+    loss = _seeded(loss_of, loss_seed, embeddings, labels)
     value = _finite(loss)
     loss.backward()  # to the embeddings, and to what the loss itself learns
     wanted = embeddings.grad
@@ -178,6 +181,14 @@ def gradient(
 def _embedded(network: nn.Module, images: Tensor, seed: int) -> Tensor:
     _seed(images.device, seed)
     return network(images)
+
+
+def _seeded(
+    loss_of: Callable[[Tensor, Tensor], Tensor], seed: int | None, embeddings: Tensor, labels: Tensor
+) -> Tensor:
+    if seed is not None:
+        _seed(embeddings.device, seed)
+    return loss_of(embeddings, labels)
 
 
 def _seed(device: torch.device, seed: int) -> None:

@@ -135,6 +135,7 @@ def headline(
     """
     rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
     shown = rows[["dataset", "comparison", "method", "n"]].copy()
+    shown["n"] = [n if n == of else f"{n} of {of}" for n, of in zip(rows["n"], rows["of"], strict=True)]
     for k in metrics:
         shown[f"{k} (%)"] = rows[k].map("{:.1f}".format)
     shown.insert(5, "95 % interval", list(map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])))

@@ -127,16 +127,20 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 def differences_from(results: pd.DataFrame, method: str) -> pd.DataFrame:
     """Recall@1 of every other method of a comparison less that of `method`, in points: mean, 95 % interval, n, verdict.
 
-    results: complete runs of one comparison, of `hloss.studies.read_results`. ValueError if `method` is none of them.
+    results: runs of one comparison, of `hloss.studies.read_results`. Where runs of a method or of `method` are not
+    complete, the difference is that of the others and the verdict "not run". ValueError if `method` is none of them.
     """
-    by_seed = {name: runs.set_index("seed")["recall@1"] for name, runs in results.groupby("method", sort=False)}
+    methods = dict(list(results.groupby("method", sort=False)))
+    whole = {name: runs["complete"].all() for name, runs in methods.items()}
+    by_seed = {name: runs[runs["complete"]].set_index("seed")["recall@1"] for name, runs in methods.items()}
     if method not in by_seed:
         raise ValueError(f"method={method!r} is none of {', '.join(by_seed)}")
     rows = []
     for other, recalls in by_seed.items():
         if other != method:
             found = paired_difference(recalls, by_seed[method])
-            verdict = equivalence(recalls, by_seed[method]).verdict
+            judged = whole[other] and whole[method]
+            verdict = equivalence(recalls, by_seed[method]).verdict if judged else "not run"
             rows.append({"method": other, f"less {method}": found.mean, "low": found.low, "high": found.high,
                          "n": found.n, "verdict": verdict})  # fmt: skip
     return pd.DataFrame(rows)

@@ -46,7 +46,8 @@ from hloss.statistics import bootstrap_over_classes
 STUDIES = Path("workflow/studies")
 COMPARED = ("losses", "tuned losses")  # the comparisons of losses with each other
 MOST_IMAGES = 10_000  # that it is computed for: all pairs are sorted in memory
-MUST_BE_ALIKE = ("protocol", "network", "chosen_how", "trained_on")  # within one dataset; card_sha256 within one split
+ALL_ALIKE = ("protocol", "card_sha256")  # in all runs: of one dataset, of one split
+TRAINED_ALIKE = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # in the trained runs of a dataset
 CHOICE = ": choice"  # at the end of the comparison of runs that choose settings
 SPLIT = "-{seed}"  # at the end of a dataset's name
 
@@ -189,7 +190,7 @@ def _tuned(home: str, file: Path, text: dict[str, Any], entry: dict[str, Any]) -
     if "tuning_seed" not in text or text["tuning_seed"] in text["seeds"]:
         raise ConfigError(f"{file}, run {entry['name']!r}: tune needs a tuning_seed of the study that is none of seeds")
     comparison = entry.get("comparison", "losses")
-    choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}  # validation alone is read
+    choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}  # it chooses
     grid = _crossed(home, file, text, {**entry, **choice}, [text["tuning_seed"]])
     results = [read_result(run.config.folder) for run in grid]
     recalls = [result["validation_recall@1"] for result in results if result]
@@ -343,20 +344,21 @@ def refuse_mixed(table: pd.DataFrame) -> None:
     """ConfigError, naming the run, if results of one dataset differ in protocol, split, network or choice.
 
     Networks without training stand beside the others as what there is without learning: they choose nothing, and may be
-    another network. Runs that choose settings stand beside nothing.
+    another network. Runs that choose settings stand beside nothing, and do so on the same data.
     """
-    chooses = table["comparison"].map(lambda names: all(name.endswith(CHOICE) for name in names))
-    complete = table[table["complete"] & ~chooses]
-    for name in (*MUST_BE_ALIKE, "card_sha256"):
-        alike = complete if name in ("protocol", "card_sha256") else complete[complete["iterations"] > 0]
+    complete = table[table["complete"]]
+    chooses = complete["comparison"].map(lambda names: all(name.endswith(CHOICE) for name in names))
+    trained = complete[(complete["iterations"] > 0) & ~chooses]
+    for name in (*ALL_ALIKE, *TRAINED_ALIKE):
+        alike = complete if name in ALL_ALIKE else trained
         for dataset, runs in alike.groupby("split" if name == "card_sha256" else "dataset"):
             usual = runs[name].mode()[0]
             other = runs[runs[name] != usual]
             if len(other):
                 run = other.iloc[0]
                 raise ConfigError(
-                    f"run {run['run_id']} ({run['method'][0]}) on {dataset} has {name}={run[name]!r}, the others "
-                    f"{usual!r}: such results are not compared; run it again, or take it out of the study"
+                    f"run {run['run_id']} ({run['method'][0]}) on {dataset} has {name}={short(run[name])!r}, the "
+                    f"others {short(usual)!r}: such results are not compared; run it again, or take it out of the study"
                 )
 
 

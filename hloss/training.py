@@ -18,11 +18,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from hloss.checkpoints import (
     read_status,
     remove_checkpoints,
     save_checkpoint,
+    save_whole,
     signals_passed_on,
     stopped_by,
     write_status,
@@ -88,7 +89,12 @@ class Work:
     progress: dict[str, Any] = field(default_factory=dict)
 
 
-def run(config: RunConfig, report: Callable[[str], None] = print) -> dict[str, Any]:
+def _print(line: str) -> None:
+    """Print at once: whoever follows the log of an unattended run would wait for a buffer to fill."""
+    print(line, flush=True)
+
+
+def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, Any]:
     """Carry out a run, or return its result if it is complete; `report` gets a line per validation.
 
     Returns the content of `result.json`. Metrics are fractions in [0, 1]. Raises ConfigError or DatasetError before any
@@ -96,20 +102,60 @@ def run(config: RunConfig, report: Callable[[str], None] = print) -> dict[str, A
     SIGINT, with everything saved. `status.json` in the run's folder says the same to other processes. Under torchrun
     every process calls this; all but the first report nothing and return an empty dict.
     """
-    dataset = open_dataset(found_from_here(config.data_dir) / config.dataset)
-    identity = _identity(config, dataset)
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        dataset = open_dataset(found_from_here(config.data_dir) / config.dataset)
+        identity = _identity(config, dataset)
+    except (ConfigError, DatasetError) as error:
+        if first:
+            _note_refusal(config.folder, error)
+        raise
     config.folder.mkdir(parents=True, exist_ok=True)
     if config.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return _finished(config, identity) or _run_by_torchrun(config, report)
-    first = int(os.environ.get("RANK", "0")) == 0
     holding = held(config.folder) if first else nullcontext()
-    with holding, StopSignals(first) as stop, torch.random.fork_rng(), _default_dtype(config.precision):
+    # The caller's generator on the CPU is put back. A GPU's is seeded anew in every step; asked for all of them, torch
+    # warns where there are several, and touches each.
+    generator = torch.random.fork_rng(devices=[])
+    with holding, StopSignals(first) as stop, generator, _default_dtype(config.precision):
         result = _finished(config, identity)
         if result:
             return result
-        fabric = _fabric(config)
+        try:
+            fabric = _fabric(config)
+        except ConfigError as error:
+            if first:
+                _write_refusal(config.folder, error)
+            raise
         work = Work(config, dataset, identity, fabric, stop, report if first else lambda line: None)
-        return _watched(work) if first else _carried_out(work)
+        with _threads(config.threads):
+            return _watched(work) if first else _carried_out(work)
+
+
+def _note_refusal(folder: Path, error: Exception) -> None:
+    """Let `status.json` say that a run was refused before it had its folder to itself.
+
+    Not where there is no folder, which a typo must not make; nor where another process is at work; nor beside a result,
+    which stays one without its data.
+    """
+    if folder.is_dir() and read_result(folder) is None:
+        with suppress(RunError, OSError), held(folder, patience_seconds=0.0):
+            _write_refusal(folder, error)
+
+
+def _write_refusal(folder: Path, error: Exception) -> None:
+    iteration = (read_status(folder) or {"iteration": 0})["iteration"]  # what a checkpoint holds is not lost
+    write_status(folder, "failed", iteration, f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -168,8 +214,6 @@ def _watched(work: Work) -> dict[str, Any]:
         write_status(work.config.folder, state, work.progress.get("iteration", 0), message, retry)
 
     ended("running")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(work.config.threads)
     try:
         result = _carried_out(work)
     except (RunStopped, KeyboardInterrupt) as error:
@@ -181,8 +225,6 @@ def _watched(work: Work) -> dict[str, Any]:
     except BaseException as error:
         ended("failed", f"{type(error).__name__}: {error}")
         raise
-    finally:
-        torch.set_num_threads(threads)
     ended("complete")
     return result
 
@@ -196,10 +238,13 @@ def _carried_out(work: Work) -> dict[str, Any]:
     saved = load_checkpoint(config.folder, work.identity, work.report)
     if saved:
         work.progress.update(saved["progress"])
+        if fabric.is_global_zero:
+            write_status(config.folder, "running", work.progress["iteration"])
         work.report(f"continued from iteration {work.progress['iteration']} ({work.progress['stage']})")
     else:
         losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
         work.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
+        work.progress["seconds_before_stage"] = 0.0
         if fabric.is_global_zero:
             work.progress["before"] = similarity_density(work.dataset, *_embeddings(work, network, "test"))
     if config.iterations:
@@ -264,6 +309,7 @@ def _trained(work: Work, network: nn.Module, saved: dict[str, Any] | None) -> nn
             return network
         best = {k: v for k, v in (progress["best"] or {}).items() if k != "network"}
         progress |= {"stage": REFIT, "iteration": 0, "best": work.fabric.broadcast(best)}
+        progress["seconds_before_stage"] = progress["seconds"]
     network = _new_network(work)
     rows = np.sort(np.concatenate([work.dataset.rows("train"), work.dataset.rows("val")]))
     Loop(work, network, rows, progress["best"]["iteration"], saved).train()
@@ -306,9 +352,10 @@ class Loop:
                 self._step()
                 progress["seconds"] = time.perf_counter() - started
                 self._show(bar)
-                if progress["stage"] == CHOOSE and self._is_due(work.config.validate_every):
-                    self._validate()
-                    progress["seconds"] = time.perf_counter() - started
+                if self._is_due(work.config.validate_every):
+                    if progress["stage"] == CHOOSE:
+                        self._validate()
+                        progress["seconds"] = time.perf_counter() - started
                     self._report()
                 stopped = self._stopped()
                 due = time.monotonic() - self.saved_at >= work.config.checkpoint_seconds
@@ -322,6 +369,8 @@ class Loop:
         work, progress = self.work, self.work.progress
         config, fabric = work.config, work.fabric
         iteration = progress["iteration"] + 1
+        # Without the rank; a third number, since seed and iteration alone draw the crops.
+        loss_seed = seed_of(config.seed, iteration, fabric.world_size) if fabric.world_size > 1 else None
         images, labels = (part.to(fabric.device, non_blocking=True) for part in next(self.batches))
         set_learning_rates(self.optimizer, config, iteration)
         self.optimizer.zero_grad()
@@ -334,6 +383,7 @@ class Loop:
                 labels,
                 config.micro_batch,
                 lambda part: seed_of(config.seed, iteration, fabric.global_rank, part),
+                loss_seed,
             )
         except ValueError as error:
             self._give_up(f"{error} at iteration {iteration}", error)
@@ -346,11 +396,14 @@ class Loop:
 
         `failed.pt` is a checkpoint with one more key: `batch`, the dataset's rows that the loss failed on.
         """
-        folder = self.work.config.folder
+        file = self.work.config.folder / "failed.pt"
+        left = f"Weights and batch are in {file}"
         if self.work.fabric.is_global_zero:
-            failed = {**self._state(), "batch": self.batches.rows[self.batches.current].tolist()}
-            write_whole(folder / "failed.pt", lambda part: torch.save(failed, part))
-        raise RunError(f"{why}; try a lower learning_rate. Weights and batch are in {folder / 'failed.pt'}") from error
+            try:
+                save_whole(file, {**self._state(), "batch": self.batches.rows[self.batches.current].tolist()})
+            except OSError as full:  # a full disk must not hide why the run ends, nor have it started again
+                left = f"Weights and batch are lost: {full}"
+        raise RunError(f"{why}; try a lower learning_rate. {left}") from error
 
     def _is_due(self, every: int) -> bool:
         return self.work.progress["iteration"] % every == 0 or self.work.progress["iteration"] == self.until
@@ -370,15 +423,23 @@ class Loop:
         work, progress = self.work, self.work.progress
         if not work.fabric.is_global_zero:
             return
-        done, seconds = progress["iteration"], progress["seconds"]
+        stage, done = progress["stage"], progress["iteration"]
+        validated = f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
         work.report(
-            f"iteration {done}/{self.until}  "
-            f"loss {np.mean(progress['losses'][CHOOSE][-work.config.validate_every :]):.4f}  "
-            f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
-            f"{done * work.config.batch_size / max(seconds, 1e-9):.0f} images/s  "
-            f"about {seconds / done * (self.until - done):.0f} s left"
+            f"{'' if stage == CHOOSE else 'refit '}iteration {done}/{self.until}  "
+            f"loss {np.mean(progress['losses'][stage][-work.config.validate_every :]):.4f}  "
+            f"{validated if stage == CHOOSE else ''}"
+            f"{self._images_per_second():.0f} images/s  "
+            f"about {self._seconds() / done * (self.until - done):.0f} s left"
         )
         write_status(work.config.folder, "running", done)
+
+    def _seconds(self) -> float:
+        """Of this stage alone: a refit tells its own rate, not the mean with the training before it."""
+        return self.work.progress["seconds"] - self.work.progress["seconds_before_stage"]
+
+    def _images_per_second(self) -> float:
+        return self.work.progress["iteration"] * self.work.config.batch_size / max(self._seconds(), 1e-9)
 
     def _stopped(self) -> str | None:
         """The signal that asked to stop; that of one process stops all, at the same iteration."""
@@ -423,7 +484,7 @@ class Loop:
         if bar.disable:
             return
         progress = self.work.progress
-        rate = progress["iteration"] * self.work.config.batch_size / progress["seconds"]
+        rate = self._images_per_second()
         recall = f"{100 * progress['validations'][-1][1]:.1f} %" if progress["validations"] else "-"
         loss = progress["losses"][progress["stage"]][-1]
         bar.set_postfix_str(f"loss {loss:.4f}, validation Recall@1 {recall}, {rate:.0f} images/s", refresh=False)
@@ -501,7 +562,7 @@ def _run_by_torchrun(config: RunConfig, report: Callable[[str], None]) -> dict[s
     log = config.folder / "devices.log"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
-        open(log, "w") as errors,
+        _continued(log, config.devices) as errors,
         subprocess.Popen(command, env=environment, text=True, stderr=errors, **pipes) as child,
         signals_passed_on(child),
     ):
@@ -515,6 +576,15 @@ def _run_by_torchrun(config: RunConfig, report: Callable[[str], None]) -> dict[s
     if status["state"] == "stopped":
         raise RunStopped(status["message"])
     raise RunError(f"the run on {config.devices} devices ended with {child.returncode}, see {log}. {status['message']}")
+
+
+@contextmanager
+def _continued(log: Path, devices: int) -> Iterator[IO[str]]:
+    """The log, with a line for this attempt. Never emptied: a process at work on this run may be writing to it."""
+    with open(log, "a") as errors:
+        errors.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} started on {devices} devices\n")
+        errors.flush()  # before the processes write
+        yield errors
 
 
 def _stop_with_starter() -> None:

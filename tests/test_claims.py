@@ -1,5 +1,7 @@
 """Claims: every committed one reads, and verdicts follow from the runs and from nothing else."""
 
+import html
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +17,26 @@ from hloss.statistics import summary
 from hloss.studies import read_results, recall_names
 
 SEEDS = [0, 1, 2, 3, 4]
-README = {
-    ("C = 10", "C"): "not reproduced",
-    ("C = 25", "C"): "not reproduced",
-    ("C matters", "C"): "reproduced",
-    ("batch", "batch"): "reproduced",
-    ("batch", "batch at equal images"): "not reproduced",
-    ("binomial deviance, C = 10", "losses"): "reproduced",
-    ("binomial deviance, both C", "losses"): "reproduced",
-    ("bins", "bins"): "reproduced",
-    ("bins by batch", "bins by batch"): "inconclusive",
-    ("close to binomial deviance", "losses"): "not reproduced",
-    ("close to tuned binomial deviance", "tuned losses"): "reproduced",
-    ("contrastive", "tuned losses"): "inconclusive",
-    ("kernel", "kernel"): "reproduced",
-    ("learning rate", "learning rate"): "reproduced",
-    ("lifted structure", "losses"): "not reproduced",
-    ("lifted structure", "tuned losses"): "not reproduced",
-    ("margin", "margin"): "reproduced",
-    ("overlap", "losses"): "reproduced",
-    ("overlap", "tuned losses"): "reproduced",
-    ("quadratic cost", ""): "reproduced",
-    ("semi-hard triplet", "losses"): "not reproduced",
-    ("semi-hard triplet", "tuned losses"): "not reproduced",
+README = {  # the rows of its table of what holds on glyphs: (claim, comparison) of the first column, and of the second
+    "insensitive to the number of bins": ([("bins", "bins")], []),
+    "bins may be set by the batch size": ([("bins by batch", "bins by batch")], []),
+    "larger batches are better": ([("batch", "batch"), ("batch", "batch at equal images")], []),
+    "above lifted structure": ([("lifted structure", "losses")], [("lifted structure", "tuned losses")]),
+    "above the semi-hard triplet": ([("semi-hard triplet", "losses")], [("semi-hard triplet", "tuned losses")]),
+    "above the binomial deviance, C = 10": (
+        [("binomial deviance, C = 10", "losses"), ("binomial deviance, both C", "losses")],
+        [],
+    ),
+    "close to the binomial deviance": ([("close to binomial deviance", "losses")], []),
+    "close to a tuned binomial deviance": ([], [("close to tuned binomial deviance", "tuned losses")]),
+    "tuned binomial deviance above contrastive": ([], [("contrastive", "tuned losses")]),
+    "binomial deviance sensitive to C": ([("C matters", "C")], []),
+    "C = 10 or C = 25 is best for it": ([("C = 10", "C"), ("C = 25", "C")], []),
+    "no benefit from a margin": ([("margin", "margin")], []),
+    "other kernels can be used": ([("kernel", "kernel")], []),
+    "sensitive to the learning rate": ([("learning rate", "learning rate")], []),
+    "less overlap than lifted structure": ([("overlap", "losses")], [("overlap", "tuned losses")]),
+    "cost quadratic in the batch": ([("quadratic cost", "")], []),
 }
 NOISE = [0.1, -0.2, 0.15, 0.05, -0.1]  # of single seeds, in points
 
@@ -229,6 +228,85 @@ def test_the_widest_gap_of_three_levels_is_at_a_third_of_the_level(p, expected):
     assert verdict(together, claim("sensitive", axis="n_bins")) == expected
 
 
+@pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
+def test_one_refutation_among_two_groups_is_at_half_the_level(p, expected):
+    apart = paired(with_p(p, 4.0, "two-sided", 2.0)).assign(batch_size=32)
+    alike = paired(NOISE).assign(batch_size=128)
+    both = pd.concat([apart, alike], ignore_index=True)
+    assert verdict(both, claim(**BINS, within="batch_size")) == expected
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
+def test_one_refutation_among_two_rivals_is_at_half_the_level(p, expected):
+    above = paired(with_p(p, -3.0, "two-sided"))
+    below = above[above["loss"] == "lifted"].assign(loss="triplet", method="triplet")
+    below["recall@1"] -= 20
+    asked = ABOVE | {"rivals": [{"loss": "lifted"}, {"loss": "triplet"}]}
+    assert verdict(pd.concat([above, below], ignore_index=True), claim(**asked)) == expected
+
+
+HISTOGRAM, LIFTED, SEMI_HARD = {"loss": "histogram"}, {"loss": "lifted"}, {"loss": "semi-hard-triplet"}
+C_2, C_10, C_25 = ({"loss": "binomial", "C": c} for c in (2.0, 10.0, 25.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "comparison", "above", "others"),
+    [
+        ("lifted structure", "losses", HISTOGRAM, [LIFTED]),
+        ("lifted structure", "tuned losses", HISTOGRAM, [LIFTED]),
+        ("semi-hard triplet", "losses", HISTOGRAM, [SEMI_HARD]),
+        ("semi-hard triplet", "tuned losses", HISTOGRAM, [SEMI_HARD]),
+        ("binomial deviance, C = 10", "losses", HISTOGRAM, [C_10]),
+        ("binomial deviance, both C", "losses", HISTOGRAM, [C_10, C_25]),
+        ("contrastive", "tuned losses", C_2, [{"loss": "contrastive"}]),
+        ("C = 25", "C", C_25, [C_2, C_10]),
+        ("C = 10", "C", C_10, [C_2, C_25]),
+    ],
+)
+def test_a_committed_claim_says_which_is_above_which(name, comparison, above, others):
+    """Written down a second time: all others below is what it says, and one of them above is what it denies."""
+
+    unrelated = [who for who in (HISTOGRAM, LIFTED, SEMI_HARD) if who not in (above, *others) and comparison != "C"]
+
+    def judged(*recalls):
+        means = [*zip((above, *others), recalls, strict=True), *((who, 70.0) for who in unrelated)]
+        results = [
+            runs({0: mean}, comparison, "level", **{"C": None, **who}).assign(method=str(who)) for who, mean in means
+        ]
+        (asked,) = (c for c in read_claims() if c.name == name)
+        board = judge(pd.concat(results, ignore_index=True), claims=[asked]).set_index("comparison")
+        return board.loc[comparison, "verdict"]
+
+    assert judged(50.0, *[40.0] * len(others)) == "reproduced"
+    for i in range(len(others)):
+        assert judged(50.0, *[60.0 if i == k else 40.0 for k in range(len(others))]) == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("name", "comparison", "axis", "true", "false", "settings"),
+    [
+        ("bins", "bins", "n_bins", dict.fromkeys((25, 50, 100, 200, 400), 40.0) | {25: 1.0},
+         dict.fromkeys((25, 50, 100, 200), 40.0) | {400: 50.0}, {}),
+        ("bins by batch", "bins by batch", "n_bins", {25: 40.0, 200: 40.0}, {25: 30.0, 200: 40.0}, {"batch_size": 32}),
+        ("batch", "batch", "batch_size", {32: 30.0, 64: 35.0, 128: 40.0}, {32: 40.0, 64: 35.0, 128: 45.0}, {}),
+        ("C matters", "C", "C", {2.0: 30.0, 10.0: 40.0}, {2.0: 40.0, 10.0: 40.5}, {"loss": "binomial"}),
+        ("margin", "margin", "margin", {0.0: 40.0, 0.1: 30.0}, {0.0: 40.0, 0.1: 50.0}, {}),
+        ("kernel", "kernel", "kernel", {"triangular": 40.0, "gaussian": 40.5}, {"triangular": 40.0, "gaussian": 50.0},
+         {"bandwidth": None}),
+        ("learning rate", "learning rate", "learning_rate", {0.001: 40.0, 0.01: 20.0}, {0.001: 40.0, 0.01: 40.5}, {}),
+    ],
+)  # fmt: skip
+def test_a_committed_claim_says_what_an_axis_does(name, comparison, axis, true, false, settings):
+    (asked,) = (c for c in read_claims() if c.name == name)
+    for means, expected in ((true, "reproduced"), (false, "not reproduced")):
+        results = runs(means, comparison, axis, **settings)
+        other = results.assign(loss="lifted")  # whose levels say nothing of it
+        other["recall@1"] = np.arange(len(other)) * 7.0 % 50
+        among = {"loss"} & asked.among.keys()
+        board = judge(pd.concat([results, other]) if among else results, claims=[asked])
+        assert board.set_index("comparison").loc[comparison, "verdict"] == expected
+
+
 TABLE = {"check": "table", "comparison": ["batch"], "among": {"loss": "histogram", "batch_size": 256}}
 
 
@@ -274,12 +352,22 @@ def test_runs_in_slices_are_no_level_of_the_batch():
     assert board["verdict"].tolist() == ["reproduced", "not run"]
 
 
-def test_the_verdicts_on_the_sample_are_those_of_the_readme():
-    """The README's table of what holds on glyphs, which is written by hand."""
-    results = read_results(Path("reports/sample/results.parquet"))
-    board = judge(results, pd.read_csv("reports/sample/loss_cost.csv"))
-    found = board[board["verdict"] != "not run"].groupby(["claim", "comparison"])["verdict"].first().to_dict()
-    assert found == README
+def test_the_verdicts_and_numbers_of_the_readme_are_those_of_the_sample():
+    """Its table of what holds on glyphs is written by hand: each verdict, and each number with a decimal point."""
+    board = pd.read_csv("reports/sample/claims.csv", keep_default_na=False).set_index(["claim", "comparison"])
+    section = Path("README.md").read_text().split("## What holds on glyphs")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    told = {row[0]: row[1:] for row in rows[2:]}
+    assert len(told) == len(README)
+    for name, cells in told.items():
+        (columns,) = (columns for start, columns in README.items() if name.startswith(start))
+        for cell, claims in zip(cells, columns, strict=True):
+            found = board.loc[claims] if claims else board.head(0)
+            assert set(re.findall("not reproduced|reproduced|inconclusive", cell)) == set(found["verdict"]), name
+            numbers = {n for evidence in found["evidence"] for n in re.findall(r"\d+\.\d+", evidence)}
+            assert set(re.findall(r"\d+\.\d+", cell)) <= numbers, name
+    asked = {claim for columns in README.values() for claims in columns for claim in claims}
+    assert asked == set(board.index[board["verdict"] != "not run"])
 
 
 def test_the_committed_report_is_that_of_the_committed_results():
@@ -287,6 +375,9 @@ def test_the_committed_report_is_that_of_the_committed_results():
     board = judge(results, pd.read_csv("reports/sample/loss_cost.csv"))
     told = pd.read_csv("reports/sample/claims.csv", keep_default_na=False)
     assert_frame_equal(told.astype(str), board.astype(str), check_dtype=False)
+    page = Path("reports/sample/report.html").read_text()
+    assert all(html.escape(evidence) in page for evidence in board["evidence"])
+    assert all(run_id in page for run_ids in board["run_ids"] for run_id in run_ids.split(", "))
     means = pd.read_csv("reports/sample/summary.csv")
     assert_frame_equal(means, summary(results, recall_names(results)), check_dtype=False)
 
@@ -301,8 +392,11 @@ def test_less_overlap_is_asked_of_the_densities():
     for frame, share in ((ours, 0.1), (rival, 0.3)):
         frame["positive_after"] = [[1 - share - s / 1000, share + s / 1000] for s in NOISE]
         frame["negative_after"] = [[0.0, 1.0]] * len(frame)
-    asked = claim("less_overlap", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])
-    assert verdict(pd.concat([ours, rival], ignore_index=True), asked) == "reproduced"
+    (asked,) = (c for c in read_claims() if c.name == "overlap")
+    for first, second, expected in ((ours, rival, "reproduced"), (rival, ours, "not reproduced")):
+        named = [first.assign(loss="histogram", method="h"), second.assign(loss="lifted", method="l")]
+        results = pd.concat(named, ignore_index=True).assign(comparison="losses")
+        assert judge(results, claims=[asked])["verdict"].tolist() == [expected, "not run"]
 
 
 @pytest.mark.parametrize(("power", "expected"), [(2, "reproduced"), (4, "not reproduced"), (2.8, "inconclusive")])
@@ -312,6 +406,19 @@ def test_the_cost_is_judged_by_its_exponent(power, expected):
     (row,) = judge(runs({200: 40.0}), cost, [claim("quadratic", comparison=[])]).to_dict("records")
     assert row["verdict"] == expected
     assert f"exponent {power:.2f}" in row["evidence"]
+
+
+def test_a_method_without_a_rival_is_no_claim():
+    with pytest.raises(ValueError, match="method and rivals come together"):
+        claim("above", method={"loss": "histogram"})
+
+
+def test_a_table_over_splits_needs_all_of_them():
+    few = of_table("cuhk03", "cuhk03-single-shot", NOISE[:2], ["cuhk03-1", "cuhk03-2"])
+    (row,) = judge(few, claims=[claim(**TABLE)]).to_dict("records")
+    assert (row["verdict"], row["evidence"]) == (
+        "not run", "the values of Table 1 are means over 5 splits, these runs are of 2"
+    )  # fmt: skip
 
 
 def test_a_wrong_claim_is_refused_by_name(tmp_path):

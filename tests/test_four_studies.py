@@ -1,4 +1,7 @@
-"""The studies of the paper's datasets, in miniature: from the original archives to their reports, by `make study`."""
+"""The studies of the paper's datasets, in miniature: from the original archives to their reports, by `make study`.
+
+And the ablations of one of them, run by run.
+"""
 
 from pathlib import Path
 
@@ -7,6 +10,9 @@ import pytest
 import yaml
 from copied_project import projects
 from test_four_datasets import PROTOCOLS, cub_dataset, cuhk03_dataset, market1501_dataset, sop_dataset
+
+from hloss.studies import STUDIES, chosen_settings, collect, load_study, read_results
+from hloss.training import run as carry_out
 
 pytestmark = pytest.mark.slow
 
@@ -75,3 +81,57 @@ def test_each_study_goes_from_the_archive_to_its_report_and_paper_reports_all_wi
         assert (reports / "paper" / f"{name}_losses.svg").exists()
     page = (reports / "paper" / "report.html").read_text()
     assert page.count("data-beside=") >= len(made)  # each run's notebook, from the appendix
+
+
+SMALL = {32: 4, 64: 6, 128: 8, 256: 10, 1024: 12}  # batches of the ablations, and of their miniature
+BRIEF = {"iterations": 2, "validate_every": 1}
+
+
+def shrink_ablation(entry):
+    """An entry on few small batches, with two values of its last axis and one of the others."""
+    entry.pop("resources", None)
+    settings, axes = entry["set"], entry.get("cross", {})
+    settings |= {name: value for name, value in BRIEF.items() if name in settings}
+    if "batch_size" in settings:
+        settings["batch_size"] = SMALL[settings["batch_size"]]
+    if "micro_batch" in settings:
+        settings |= {"micro_batch": 4, "batchnorm": "slices"}
+    if "sampler" in axes:
+        settings["images_per_class"] = 5  # random-class draws no fewer
+    for n, axis in enumerate(axes, 1):
+        axes[axis] = axes[axis][: 2 if n == len(axes) else 1]
+    if "batch_size" in axes:
+        axes["batch_size"] = [SMALL[size] for size in axes["batch_size"]]
+
+
+def test_the_ablations_of_a_dataset_of_splits_go_from_choosing_settings_to_one_table(tmp_path, monkeypatch):
+    for split in (1, 6):  # the first seed's, and that of the runs that choose
+        cuhk03_dataset(tmp_path, monkeypatch, f"cuhk03-{split}", split)
+    for name in ("cuhk03", "cuhk03-ablations"):
+        (tmp_path / f"{name}.yaml").write_text((STUDIES / f"{name}.yaml").read_text())
+    shrink(tmp_path / "cuhk03.yaml", [1])
+    base = yaml.safe_load((tmp_path / "cuhk03.yaml").read_text())
+    base["fixed"] |= {"network": "glyphnet", "embedding_dim": 16}  # ten times as fast as the paper's
+    base["fixed"] |= {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
+    (tmp_path / "cuhk03.yaml").write_text(yaml.safe_dump(base))
+    ablations = yaml.safe_load((tmp_path / "cuhk03-ablations.yaml").read_text())
+    for entry in ablations["runs"]:
+        shrink_ablation(entry)
+    (tmp_path / "cuhk03-ablations.yaml").write_text(yaml.safe_dump(ablations))
+
+    study = load_study("cuhk03-ablations", tmp_path)
+    assert {run.config.loss for run in study.waiting} == {entry["set"]["loss"] for entry in tuned(ablations)}
+    for _ in range(2):
+        for run in study.runs:
+            carry_out(run.config, lambda line: None)
+        study = load_study("cuhk03-ablations", tmp_path)
+    assert study.waiting == ()
+    collect(study).to_parquet(tmp_path / "results.parquet")
+    results = read_results(tmp_path / "results.parquet")
+    assert results["complete"].all()
+    assert set(results["comparison"]) >= {entry["comparison"] for entry in ablations["runs"]}
+    assert len(chosen_settings(results)) == len(tuned(ablations)) == 7
+
+
+def tuned(study):
+    return [entry for entry in study["runs"] if entry.get("tune")]

@@ -140,6 +140,19 @@ def test_other_backbones_are_scaled_as_their_weights_require():
     torch.testing.assert_close(network.scale(grey)[0, :, 0, 0], expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "side"), [("efficientnet_b0", 32), ("mobilenet_v3_small", 32), ("vgg11", 32), ("inception_v3", 96)]
+)
+def test_only_the_runs_own_dropout_is_before_the_embedding(name, side):
+    network = build_network(f"torchvision:{name}", (side, side, 3), 8)
+    leaves = [module for module in network.trunk.modules() if not any(module.children())]
+    assert isinstance(leaves[-1], torch.nn.Identity)
+    body = [leaf for leaf in leaves if not isinstance(leaf, torch.nn.Identity)]
+    assert not isinstance(body[-1], torch.nn.Dropout)
+    inner = sum(isinstance(leaf, torch.nn.Dropout) for leaf in body)
+    assert inner == (1 if name == "vgg11" else 0), "between two layers that stay, it stays"
+
+
 def test_weights_of_a_local_file_are_taken_whole_or_not_at_all(googlenet_file, tmp_path):
     state = torch.load(googlenet_file, weights_only=True)
     network = build_network("googlenet", (64, 64, 3), 8, weights=str(googlenet_file))

@@ -85,6 +85,7 @@ def runs_of(dataset, method, recall, **settings):
             "method": method,
             "run_id": f"{method}-{i}",
             "protocol": protocol,
+            "complete": True,
             **own,
             "recall@1": 100 * r,
         }
@@ -104,6 +105,16 @@ def test_ours_stands_beside_the_same_protocol_network_and_dimensions():
     assert (row.n, row.run_ids) == (3, "histogram-0, histogram-1, histogram-2")
     assert row.difference == pytest.approx(0.23)
     assert (row.source, row.place) == ("Ustinova & Lempitsky 2016", "Table 1")
+
+
+def test_half_a_method_has_no_difference_to_what_was_published():
+    half = runs_of("cuhk03", "histogram", [0.65, 0.66, 0.67])
+    half.loc[1, ["complete", "recall@1"]] = False, np.nan
+    table = beside_published(half)
+    assert table.ours.tolist() == [66, 66]
+    assert table.n.tolist() == [2, 2]
+    assert table.difference.isna().all()
+    assert beside_published(half.assign(complete=False)).empty
 
 
 def test_another_batch_size_or_C_than_stated_is_another_method():
@@ -129,7 +140,9 @@ def test_what_was_chosen_on_the_test_set_or_measured_otherwise_is_another_protoc
     assert roth.published.tolist() == [60.55]
     assert roth.match.tolist() == [PROTOCOL]
     two_way = runs_of("cuhk03", "histogram", [0.7]).assign(protocol="cuhk03-767-700")
-    assert set(beside_published(two_way).match) == {PROTOCOL}
+    other = beside_published(two_way)
+    assert set(other.match) == {PROTOCOL}
+    assert other.difference.isna().all()
     pooled = runs_of("market1501", "histogram", [0.5]).assign(map=0.4)
     maps = beside_published(pooled).query("metric == 'map'")
     assert set(maps.match) == {PROTOCOL}

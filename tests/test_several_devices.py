@@ -34,7 +34,8 @@ def people(tmp_path_factory):
         images.flush()
         split = np.where(label < 6, "train", np.where(label < 8, "val", "test"))
         index = {"label": label, "split": split, "role": "both", "camera": -1, "source": "noise"}
-        finish(folder, pd.DataFrame(index), {"name": "people", "protocol": "all-vs-rest", "recall_at": [1, 2]})
+        card = {"name": "people", "protocol": "all-vs-rest", "recall_at": [1, 2], "val_from_train": True}
+        finish(folder, pd.DataFrame(index), card)
     return data
 
 
@@ -56,14 +57,18 @@ def settings(people, tmp_path):
     }
 
 
-def started(settings, tmp_path):
-    """The weights after the last iteration of a run, started by torchrun if it has several devices; and its result."""
+def by_torchrun(script, settings, tmp_path, **environment):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(settings))
     processes = settings.get("devices", 1)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *torchrun, KEEPING, str(file)]
-    answer = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    command = [sys.executable, *torchrun, str(script), str(file)]
+    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True)
+
+
+def started(settings, tmp_path):
+    """The weights after the last iteration of a run, started by torchrun if it has several devices; and its result."""
+    answer = by_torchrun(KEEPING, settings, tmp_path)
     assert answer.returncode == 0, answer.stderr
     folder = parse_config(settings).folder
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -99,6 +104,79 @@ def test_two_processes_train_to_the_weights_of_one(network, settings, tmp_path):
     assert min(moved) > 1e-5, "the weights did move"
 
 
+# Each process leaves what it has at the end of a training: its loss's weights and losses, and its number of threads.
+LEAVING = """
+import os
+from pathlib import Path
+import torch
+from hloss import training
+
+class Leaving(training.Loop):
+    def train(self):
+        super().train()
+        progress = self.work.progress
+        own = {"loss": self.loss.state_dict(), "losses": progress["losses"], "threads": torch.get_num_threads()}
+        torch.save(own, Path(__file__).with_name(f"{os.environ['RANK']}.pt"))
+
+training.Loop = Leaving
+training.main()
+"""
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_loss_that_draws_is_the_same_in_all_processes(micro_batch, settings, tmp_path):
+    """And each has the threads that the run asks for, whatever OMP_NUM_THREADS says."""
+    pytest.importorskip("pytorch_metric_learning")
+    random = {"loss": "pml:ArcFaceLoss", "miner": "DistanceWeightedMiner", "embedding_dim": 8, "dropout": 0.2}
+    short = {"devices": 2, "iterations": 4, "validate_every": 2, "learning_rate": 1e-2, "threads": 2}
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    answer = by_torchrun(script, {**settings, **random, **short, "micro_batch": micro_batch}, tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["losses"] == other["losses"]
+    assert one["loss"].keys() == other["loss"].keys()
+    assert one["loss"], "it has weights of its own"
+    assert all(torch.equal(value, other["loss"][name]) for name, value in one["loss"].items())
+    assert (one["threads"], other["threads"]) == (2, 2)
+
+
+# `python STOPPING CONFIG.json`, with STOP="STAGE ITERATION": the second process is sent a signal in that iteration.
+STOPPING = """
+import os, signal
+from hloss import training
+
+class Stopping(training.Loop):
+    def _step(self):
+        super()._step()
+        progress = self.work.progress
+        if os.environ["RANK"] == "1" and f"{progress['stage']} {progress['iteration']}" == os.environ["STOP"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+training.Loop = Stopping
+training.main()
+"""
+
+
+def test_several_processes_stopped_in_both_stages_continue_to_the_same_weights(settings, tmp_path):
+    pytest.importorskip("pytorch_metric_learning")
+    random = {"loss": "pml:ArcFaceLoss", "miner": "DistanceWeightedMiner", "dropout": 0.2, "crop": 40, "mirror": True}
+    settings |= {**random, "devices": 2, "refit": True, "iterations": 6, "validate_every": 2, "learning_rate": 1e-2}
+    script = tmp_path / "stopping.py"
+    script.write_text(STOPPING)
+    whole = {**settings, "runs_dir": str(tmp_path / "whole")}
+    for given, stop in ((whole, ""), (settings, "choose 3"), (settings, "refit 1"), (settings, "")):
+        answer = by_torchrun(script, given, tmp_path, STOP=stop)
+        assert (answer.returncode == 0) == (stop == ""), answer.stderr
+        status = read_status(parse_config(given).folder)
+        expected = ("stopped", int(stop.split()[1])) if stop else ("complete", status["iteration"])
+        assert (status["state"], status["iteration"]) == expected
+    assert "continued from iteration 1 (refit)" in answer.stdout
+    one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
+    for key in ("network_sha256", "metrics", "chosen", "validation_recall@1"):
+        assert one[key] == other[key]
+
+
 def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):
     config = parse_config({**settings, "devices": 2, "batchnorm": "slices", "precision": "32-true"})
     lines = []
@@ -110,7 +188,6 @@ def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):
 
 
 def test_a_signal_to_the_starter_stops_all_processes_at_one_iteration(settings):
-    """And what they leave is continued."""
     config = parse_config({**settings, "devices": 2, "iterations": 100_000, "validate_every": 20})
 
     def report(line):
@@ -160,8 +237,14 @@ def test_what_several_devices_or_slices_cannot_do_is_refused(given, message, set
 
 def test_live_batchnorm_over_several_cpu_processes_is_refused(settings):
     config = parse_config({**settings, "devices": 2, "batchnorm": "live"})
+    config.folder.mkdir(parents=True)
+    log = config.folder / "devices.log"
+    log.write_text("of a process at work\n")
     with pytest.raises(RunError, match="live BatchNorm is synchronised over devices, which torch can do on CUDA only"):
         run(config, print)
+    first, second = log.read_text().splitlines()[:2]
+    assert first == "of a process at work"
+    assert second.endswith("started on 2 devices")
 
 
 def test_a_run_for_several_devices_is_not_done_by_another_number(settings, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torchvision import models
 
-from hloss.checkpoints import RunError, read_status
+from hloss import training
+from hloss.checkpoints import RunError, held, read_status, write_status
+from hloss.datasets import DatasetError
 from hloss.experiment import PRECISIONS, ConfigError, RunConfig, code_sha256, config_from_notebook, parse_config
 from hloss.retrieval import first_match_ranks
 from hloss.training import run
@@ -85,6 +88,84 @@ def test_a_killed_run_continues_to_the_same_result(settings, tmp_path):
     assert not list(broken.folder.glob("checkpoint*"))
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_a_loss_with_weights_of_its_own_continues_to_the_same_bits(settings, tmp_path):
+    pytest.importorskip("pytorch_metric_learning")
+    settings = {**settings, "loss": "pml:ArcFaceLoss", "miner": "DistanceWeightedMiner", "learning_rate": 1e-2}
+    whole = run(parse_config(settings), quiet)
+    broken = parse_config({**settings, "runs_dir": str(tmp_path / "broken")})
+
+    def killed(line):
+        if line.startswith("iteration 4/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed)
+    lines = []
+    again = run(broken, lines.append)
+    assert lines[0] == "continued from iteration 3 (choose)"
+    assert again["network_sha256"] == whole["network_sha256"]
+    assert outcome(again) == outcome(whole)
+
+
+def test_the_status_tells_the_iteration_that_a_run_continues_from(settings):
+    config = parse_config(settings)
+    told = []
+
+    def killed(line):
+        told.append((line.split()[0], read_status(config.folder)))
+        if line.startswith("iteration 8/"):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(config, killed)
+    (status,) = (status for word, status in told if word == "continued")
+    assert (status["state"], status["iteration"]) == ("running", 7)
+
+
+def test_a_report_is_in_the_log_at_once(settings, tmp_path, monkeypatch):
+    with open(tmp_path / "log", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        run(parse_config(settings))
+        assert "test Recall@1" in (tmp_path / "log").read_text()
+
+
+def test_several_gpus_that_a_run_does_not_use_are_left_alone(settings, monkeypatch):
+    pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    before = torch.get_rng_state()
+    parse_config({**settings, "loss": "pml:ArcFaceLoss"}).build_loss(5)
+    run(parse_config({**settings, "iterations": 0, "loss": "none"}), quiet)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_refusal_is_noted_in_a_folder_that_exists_and_makes_none(settings, tmp_path):
+    config = parse_config({**settings, "data_dir": str(tmp_path)})
+    with pytest.raises(DatasetError):
+        run(config, quiet)
+    assert not config.folder.exists()
+    config.folder.mkdir(parents=True)
+    write_status(config.folder, "running", 5)
+    with held(config.folder), pytest.raises(DatasetError):
+        run(config, quiet)
+    assert read_status(config.folder)["state"] == "running", "it is another process's"
+    with pytest.raises(DatasetError):
+        run(config, quiet)
+    status = read_status(config.folder)
+    assert (status["state"], status["iteration"], status["retry"]) == ("failed", 5, False)
+    assert "dataset 'tiny' is not prepared" in status["message"]
+
+
+def test_devices_that_are_not_there_are_noted_too(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = parse_config({**settings, "device": "cuda"})
+    with pytest.raises(ConfigError, match="torch finds 0 CUDA devices here"):
+        run(config, quiet)
+    assert read_status(config.folder)["state"] == "failed"
+    assert read_status(config.folder)["retry"] is False
+
+
 def test_a_finished_run_is_returned_and_one_of_other_code_redone(settings, monkeypatch):
     config = parse_config(settings)
     lines = []
@@ -113,6 +194,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
         run(parse_config(settings), quiet)
 
 
+def test_a_full_disk_does_not_hide_that_the_loss_is_not_finite(settings, monkeypatch):
+    def full(state, file):
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
+    monkeypatch.setattr(torch, "save", full)
+    config = parse_config(settings)
+    with pytest.raises(RunError, match=r"nan at iteration 1; .* lost: .*failed\.pt could not be written"):
+        run(config, quiet)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("failed", False)
+    assert "nan at iteration 1" in status["message"]
+
+
 def test_refit_trains_again_on_all_classes_for_the_chosen_iterations(settings, tiny_data):
     config = parse_config({**settings, "refit": True})
     lines = []
@@ -127,6 +222,18 @@ def test_refit_trains_again_on_all_classes_for_the_chosen_iterations(settings, t
     assert history["refit_loss"].notna().sum() == result["chosen"]["iteration"]
     assert history["loss"].notna().all()
     assert lines[-1].startswith("test Recall@1")
+    refit = [line for line in lines if line.startswith("refit iteration")]
+    assert len(refit) == result["chosen"]["iteration"] // config.validate_every
+    assert all("images/s" in line and "s left" in line and "validation" not in line for line in refit)
+
+
+def test_a_refit_tells_its_own_rate(settings, monkeypatch):
+    """Without the seconds of the first training, here those of its validations."""
+    monkeypatch.setattr(training, "validation_recall", lambda *arguments: time.sleep(0.5) or 0.5)
+    lines = []
+    run(parse_config({**settings, "refit": True}), lines.append)
+    rates = {line.split()[0]: int(line.split(" images/s")[0].split()[-1]) for line in lines if "images/s" in line}
+    assert rates["refit"] > 2 * rates["iteration"]
 
 
 def test_refit_is_refused_where_validation_was_never_part_of_training(settings, tiny_data, tmp_path):

@@ -268,10 +268,33 @@ def test_a_plan_tells_what_is_done_measured_and_not_measured(config, tmp_path):
     text = plan_study.plan(study_of(config, longer, other, twice, hours=400.0), 0, costs)
     assert re.search(r"method 0, seed 0 +done", text)
     assert re.search(r"method 1, seed 0 +to do +500\.00 .*1 runs here \(hours=400 is short\)", text)
-    assert re.search(r"method 2, seed 0 +to do +not measured on cpu", text)
+    assert re.search(r"method 2, seed 0 +to do +400\.00 +8\.0 +not measured on cpu: what the study asks for\n", text)
     assert re.search(r"method 3, seed 0 +to do +500\.00 ", text)
-    assert "1 of 4 runs are done. The other 3: 1000.00 h" in text
-    assert "Not in these sums: 1 runs" in text
+    assert "1 of 4 runs are done. Of the other 3, 2 are measured: 1000.00 h" in text
+    assert "1 runs not measured on cpu: what the study asks for, at most 400.00 h of training" in text
+
+
+@pytest.mark.parametrize(("gpus", "measured"), [(0, 185), (1, 0), (None, 0)])
+def test_the_plan_of_the_paper_tells_hours_and_memory_of_every_run(gpus, measured, monkeypatch, tmp_path):
+    study, costs = plan_study.load_study("paper"), plan_study.table_of(plan_study.MEASURED)
+    monkeypatch.chdir(tmp_path)  # where nothing is done
+    text = plan_study.plan(study, gpus, costs)
+    told = re.findall(r", seed \d +to do +\d+\.\d\d +\d+\.\d ", text)
+    assert len(told) == len(study.runs) == 191
+    assert f"0 of 191 runs are done. Of the other 191, {measured} are measured: " in text
+    assert f"{191 - measured} runs not measured on " in text
+
+
+def test_a_plan_names_hours_that_are_asked_for_with_a_gpu_where_there_is_none(config):
+    text = plan_study.plan(study_of(config, gpus=1, hours=7.0), 0, {})
+    assert "1 runs not measured on cpu: what the study asks for on a GPU, at most 7.00 h" in text
+
+
+def test_a_run_without_training_has_the_memory_and_disk_of_one_that_trains(config):
+    untrained = parse_config({**config.model_dump(), "loss": "none", "iterations": 0})
+    trained = plan_study.kind_of(study_of(config).runs[0], 0)
+    text = plan_study.plan(study_of(untrained), 0, {trained: plan_study.Cost(3600.0, 2048.0, 512.0, "somebody")})
+    assert re.search(r"to do +0\.00 +2\.0 +0\.500 +somebody", text)
 
 
 @pytest.mark.parametrize("gpus", [0, 1])

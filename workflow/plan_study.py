@@ -1,7 +1,8 @@
 """`python workflow/plan_study.py STUDY [--profile P] [--cores N]`: what a study has still to run, and what that takes.
 
 Training time, memory and disk are taken from complete runs in `runs/` of the same dataset, network, batch and kind of
-device, whatever their loss; then from `measured.csv`. What neither knows is said to be not measured.
+device, whatever their loss; then from `measured.csv`. Of what neither knows, the plan shows what the study file asks
+for, says so, and adds it up apart.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from hloss.studies import Study, StudyRun, load_study
 MEASURED = Path("workflow/measured.csv")
 CPUS = ("x86_64", "AMD64", "aarch64", "arm64")  # what a result names as its device, if not a GPU's name
 SAME = ("dataset", "network", "batch_size", "micro_batch", "devices")  # two runs alike in these cost the same
+COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
 Kind = tuple[str, ...]
 
 
@@ -37,6 +39,25 @@ class Cost:
     memory_mib: float
     disk_mib: float
     source: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run still takes, in hours and GiB, by a measurement (a GPU's own memory) or by what the study asks for."""
+
+    hours: float
+    memory: float
+    disk: float
+    on_gpu: bool
+    source: str
+    measured: bool = True
+    remark: str = ""
+
+    def shown(self) -> tuple[str, str, str, str]:
+        """The last columns of the run's line."""
+        memory = f"{self.memory:.1f}{' of the GPU' * (self.on_gpu and self.measured)}"
+        disk = f"{self.disk:.3f}" if self.measured else ""
+        return f"{self.hours:.2f}", memory, disk, self.source + self.remark
 
 
 def main() -> None:
@@ -60,48 +81,59 @@ def main() -> None:
 
 def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
     """A line per run and the totals. gpus: of this machine; None: a cluster has what is asked for."""
-    rows, unknown, total = [], 0, {"hours": 0.0, "disk": 0.0, "memory": 0.0}
+    rows, needs = [], []
     for run in study.runs:
         state, left = state_of(run)
-        kind = kind_of(run, gpus)
-        cost, on_gpu = costs.get(kind), kind[-1] == "cuda"
-        row = {
-            "dataset": run.dataset,
-            "run": run.name,
-            "state": state,
-            "hours": "",
-            "memory GiB": "",
-            "disk GiB": "",
-            "measured": "",
-        }
-        if left is not None and cost is None:
-            unknown += 1
-            row["measured"] = f"not measured on {kind[-1]}"
-        elif left is not None and cost is not None:
-            hours, memory, disk = left * cost.seconds / 3600, cost.memory_mib / 1024, cost.disk_mib / 1024
-            total = {
-                "hours": total["hours"] + hours,
-                "disk": total["disk"] + disk,
-                "memory": max(total["memory"], memory),
-            }
-            numbers = (f"{hours:.2f}", f"{memory:.1f}{' of the GPU' * on_gpu}", f"{disk:.3f}")
-            row |= dict(zip(("hours", "memory GiB", "disk GiB"), numbers, strict=True))
-            row["measured"] = cost.source + warnings(run, hours, 0.0 if on_gpu else memory)
-        rows.append(row)
-    free = shutil.disk_usage(".").free / 2**30
-    todo = sum(row["state"] != "done" for row in rows)
-    lines = [
-        f"study {study.name}: {study.title}",
-        pd.DataFrame(rows).to_string(index=False, justify="left"),
-        f"{len(rows) - todo} of {len(rows)} runs are done. The other {todo}: {total['hours']:.2f} h of training, "
-        f"one after the other, {total['memory']:.1f} GiB of memory for the largest, {total['disk']:.2f} GiB of disk "
-        f"({free:.0f} GiB free).",
-    ]
+        shown = ("", "", "", "")
+        if left is not None:
+            needs.append(need_of(run, left, gpus, costs))
+            shown = needs[-1].shown()
+        rows.append((run.dataset, run.name, state, *shown))
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).to_string(index=False, justify="left")
+    done = f"{len(rows) - len(needs)} of {len(rows)} runs are done"
+    lines = [f"study {study.name}: {study.title}", table, f"{done}. {totals(needs)}"]
     if study.waiting:
         lines.append(f"{len(study.waiting)} more runs wait for settings that these choose; they are not in these sums.")
-    if unknown:
-        lines.append(f"Not in these sums: {unknown} runs that nobody has measured; one short run of each kind would.")
     return "\n\n".join(lines)
+
+
+def need_of(run: StudyRun, left: int, gpus: int | None, costs: dict[Kind, Cost]) -> Need:
+    """What a run takes for the iterations left. One that does not train has the memory and disk of one that does."""
+    kind = kind_of(run, gpus)
+    *alike, _, device = kind
+    cost = costs.get(kind) or costs.get((*alike, "trained", device))
+    on_gpu = device == "cuda"
+    if cost is None:
+        asked_for = "on a GPU" if run.resources.gpus and not on_gpu else ""  # hours that a CPU will not keep
+        source = f"not measured on {device}: what the study asks for {asked_for}".rstrip()
+        hours = run.resources.hours if left else 0.0
+        return Need(hours, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
+    hours, memory = left * cost.seconds / 3600, cost.memory_mib / 1024
+    remark = warnings(run, hours, 0.0 if on_gpu else memory)
+    return Need(hours, memory, cost.disk_mib / 1024, on_gpu, cost.source, remark=remark)
+
+
+def totals(needs: list[Need]) -> str:
+    """What measurements say, and apart from it what the study file asks for where nobody has measured."""
+    free = shutil.disk_usage(".").free / 2**30
+    measured = [need for need in needs if need.measured]
+    lines = [
+        f"Of the other {len(needs)}, {len(measured)} are measured: {_hours_and_memory(measured)}, "
+        f"{sum(need.disk for need in measured):.2f} GiB of disk ({free:.0f} GiB free)."
+    ]
+    guesses = defaultdict(list)
+    for need in needs:
+        if not need.measured:
+            guesses[need.source].append(need)
+    lines += [f"{len(asked)} runs {source}, at most {_hours_and_memory(asked)}." for source, asked in guesses.items()]
+    if guesses:
+        lines.append("One short run of each kind measures it.")
+    return "\n\n".join(lines)
+
+
+def _hours_and_memory(needs: list[Need]) -> str:
+    hours, memory = sum(need.hours for need in needs), max((need.memory for need in needs), default=0.0)
+    return f"{hours:.2f} h of training, one after the other, {memory:.1f} GiB of memory for the largest"
 
 
 def state_of(run: StudyRun) -> tuple[str, int | None]:

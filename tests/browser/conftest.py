@@ -126,11 +126,14 @@ def called(folder: Path, *command: str) -> None:
 
 @pytest.fixture(scope="session")
 def report(project):
-    """The folder of the report on the committed sample of results, as `make study` leaves it."""
+    """The folder of the report on the committed sample of results, as `make study` leaves it, beside three runs."""
     study = pd.read_parquet(project / "reports/sample/results.parquet")["study"].iloc[0]
     folder = project / "reports" / study
     made = shutil.ignore_patterns("*.html", "summary.csv", "claims.csv", "*.ipynb", "*.png", "*.svg")
     shutil.copytree(project / "reports/sample", folder, ignore=made)
+    for run_id in pd.read_parquet(folder / "results.parquet")["run_id"][:3]:
+        (project / "runs" / study / run_id).mkdir(parents=True)
+        (project / "runs" / study / run_id / "run.ipynb").touch()
     called(project, "workflow/run_notebook.py", "report", study)
     return folder
 

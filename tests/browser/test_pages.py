@@ -71,6 +71,8 @@ def test_the_report_is_a_page_that_works_and_loads_nothing(report, visit):
     assert visit.errors == visit.missing == visit.outside == []
     check_figures(page, number_of_figures(report / "90_report.ipynb"))
     assert check_links(page) > 0
+    runs = {link for link in page.evaluate(LINKS) if link.endswith("/run.ipynb")}
+    assert len(runs) == 3
     assert page.locator("table").count() > 0
 
 
@@ -81,6 +83,7 @@ def test_a_report_mailed_alone_works_as_well(report, tmp_path, visit):
     assert all("ERR_FILE_NOT_FOUND" in load for load in visit.missing)  # it asks whether its folder is there
     check_figures(page, number_of_figures(report / "90_report.ipynb"))
     check_links(page)
+    assert not [link for link in page.evaluate(LINKS) if link.endswith("/run.ipynb")]
 
 
 def test_every_sortable_table_of_the_report_sorts(report, visit):
@@ -123,7 +126,7 @@ def test_a_committed_notebook_is_a_page_that_works(notebook, exported, visit):
 def test_a_committed_report_works(file, visit):
     page = visit.open(file)
     assert visit.errors == visit.missing == visit.outside == []
-    check_figures(page, 1)
+    check_figures(page, number_of_figures(ROOT / "notebooks" / "90_report.ipynb"))
     check_links(page)
 
 
