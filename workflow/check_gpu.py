@@ -107,7 +107,11 @@ def called(command: list[str], most_seconds: float) -> tuple[str, float, list[st
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as process:
+    # Who ignores Ctrl-C, as a shell's background jobs do, hands that on; the command is to be asked by it to stop.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+    signal.signal(signal.SIGINT, before)
+    with process:
         try:
             output = process.communicate(timeout=most_seconds)[0]
             ended = "failed" if process.returncode else "passed"
