@@ -183,10 +183,11 @@ COMPARISONS = [
     "order cost",
     "C",
     "learning rate",
+    "sampler",
 ]
 
 
-@pytest.mark.parametrize("comparison", [*COMPARISONS, "sampler"])
+@pytest.mark.parametrize("comparison", COMPARISONS)
 def test_one_notebook_shows_each_ablation(comparison, capsys):
     names = executed("31_ablation", comparison=comparison)
     assert set(names["results"]["comparison"]) == set(names["table"]["comparison"]) == {comparison}

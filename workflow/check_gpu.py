@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import psutil
 import torch
+from processes import prepare
 
 from hloss.experiment import parse_config, read_result
 
@@ -106,12 +107,8 @@ def called(command: list[str], most_seconds: float) -> tuple[str, float, list[st
     print(f"... {' '.join(command[1:5])} (at most {most_seconds} s)", flush=True)
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    # Who ignores Ctrl-C, as a shell's background jobs do, hands that on; the command is to be asked by it to stop.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
-    signal.signal(signal.SIGINT, before)
-    with process:
+    own = {"start_new_session": True, "preexec_fn": prepare, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, text=True, **own) as process:
         try:
             output = process.communicate(timeout=most_seconds)[0]
             ended = "failed" if process.returncode else "passed"

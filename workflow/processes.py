@@ -32,7 +32,7 @@ def call(command: list[str], meanwhile: Callable[[], object]) -> int:
     SIGINT and SIGTERM are passed on, once, as the SIGINT that a terminal would send to the whole group; this program
     ends, too, when the command has. On Linux the command does not outlive this process.
     """
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=prepare)
     asked = False
 
     def ask(signum: int, frame: object) -> None:
@@ -59,7 +59,7 @@ def call(command: list[str], meanwhile: Callable[[], object]) -> int:
     return status
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """In the new process, before the command: SIGINT as a terminal has it, and SIGKILL when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
