@@ -188,29 +188,39 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
 
     Over all pairs i < j of L2-normalised embeddings (n, d) and labels (n,) or a matrix of pairs as in `HistogramLoss`.
     Equal similarities count one half (then it is 1 - ROC AUC of the pairs) or, with `ties="count"`, fully: the limit of
-    equation 4 for many bins. In [0, 1]. Takes O(P log P) time and O(P) memory for P pairs.
+    equation 4 for many bins. In [0, 1]. Takes O(P log p) time for P pairs, p of them positive, and O(p) memory.
     """
     if ties not in ("half", "count"):
         raise ValueError(f'ties must be "half" or "count", got {ties!r}')
     norms = _checked_norms("embeddings", embeddings, True)
     pairs = _pairs(embeddings, labels, None, None)
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad(), exact_products(embeddings.device):
         unit = _arranged(embeddings, norms, pairs.row_order)
-        for block in pairs.blocks():
-            similarity = unit[block.rows] @ unit[block.columns].T
-            groups = torch.full_like(similarity, NEGATIVE, dtype=torch.int8)
-            if block.groups is not None:
-                groups[:, block.window] = block.groups
-            for group in (NEGATIVE, POSITIVE):
-                found[group].append(similarity[groups == group])
-    negative, positive = torch.cat(found[NEGATIVE]), torch.cat(found[POSITIVE]).sort().values
-    if not (len(negative) and len(positive)):
-        raise ValueError(_lacking(len(positive), len(negative)))
-    at_most = torch.searchsorted(positive, negative, right=True).sum(dtype=torch.float64)
-    below = torch.searchsorted(positive, negative).sum(dtype=torch.float64)
-    reversed_pairs = at_most if ties == "count" else (at_most + below) / 2
-    return (reversed_pairs / len(positive) / len(negative)).item()
+        positive = torch.cat([unit.new_empty(0), *_similarities(unit, pairs, POSITIVE)]).sort().values
+        n_negative, reversed_pairs = 0, 0.0
+        for negative in _similarities(unit, pairs, NEGATIVE):
+            n_negative += len(negative)
+            at_most = torch.searchsorted(positive, negative, right=True)
+            reversed_pairs += at_most.sum().item()
+            if ties == "half" and len(positive):
+                equal = positive[(at_most - 1).clamp_(0)] == negative  # few: these alone are searched again
+                below = torch.searchsorted(positive, negative[equal])
+                reversed_pairs -= (at_most[equal] - below).sum().item() / 2
+    if not (len(positive) and n_negative):
+        raise ValueError(_lacking(len(positive), n_negative))
+    return reversed_pairs / len(positive) / n_negative
+
+
+def _similarities(unit: Tensor, pairs: "_LabelPairs | _MatrixPairs", group: int) -> Iterator[Tensor]:
+    """The similarities of the pairs of one group, block by block."""
+    for block in pairs.blocks():
+        if block.groups is None and group == POSITIVE:
+            continue  # all of it is negative
+        similarity = unit[block.rows] @ unit[block.columns].T
+        groups = torch.full_like(similarity, NEGATIVE, dtype=torch.int8)
+        if block.groups is not None:
+            groups[:, block.window] = block.groups
+        yield similarity[groups == group]
 
 
 # ---------------------------------------------------------------------------------------------------- settings

@@ -38,14 +38,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.datasets import Dataset, open_dataset
-from hloss.experiment import ConfigError, RunConfig, found_from_here, parse_config, read_result
+from hloss.experiment import ConfigError, RunConfig, code_sha256, found_from_here, parse_config, read_result
 from hloss.histogram import reverse_probability
 from hloss.outcome import of_known_identity
 from hloss.statistics import bootstrap_over_classes
 
 STUDIES = Path("workflow/studies")
 COMPARED = ("losses", "tuned losses")  # the comparisons of losses with each other
-MOST_IMAGES = 10_000  # that it is computed for: all pairs are sorted in memory
 ALL_ALIKE = ("protocol", "card_sha256")  # in all runs: of one dataset, of one split
 TRAINED_ALIKE = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # in the trained runs of a dataset
 CHOICE = ": choice"  # at the end of the comparison of runs that choose settings
@@ -237,10 +236,16 @@ def _check_keys(file: Path, what: str, mapping: object, needed: set[str], option
         )
 
 
-def stale_runs(study: Study, expected: dict[str, str]) -> list[StudyRun]:
-    """Finished runs that other code or other data made."""
-    results = ((run, read_result(run.config.folder)) for run in study.runs)
-    return [run for run, result in results if result and result["fingerprint"] != expected]
+def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
+    """Finished runs that other code made, or other data than that of `cards`: dataset -> hash of its card, if known."""
+    code, stale = code_sha256(), []
+    for run in study.runs:
+        if result := read_result(run.config.folder):
+            made_by = result["fingerprint"]
+            known_card = cards.get(run.config.dataset, made_by["card_sha256"])
+            if made_by != {"code_sha256": code, "card_sha256": known_card}:
+                stale.append(run)
+    return stale
 
 
 def collect(study: Study, keep: bool = False) -> pd.DataFrame:
@@ -329,13 +334,11 @@ def _over_classes(run: StudyRun, dataset: Dataset) -> dict[str, float]:
 def _reverse_probability(run: StudyRun, dataset: Dataset) -> float:
     """The exact probability of reverse of the test images of a run that compares losses, in [0, 1].
 
-    Of all that are query or gallery, as the densities are. NaN for other runs and for too many images.
+    Of all that are query or gallery, as the densities are. NaN for other runs.
     """
     if not set(COMPARED) & set(run.methods):
         return math.nan
     known = of_known_identity(dataset)
-    if len(known) > MOST_IMAGES:
-        return math.nan
     labels = dataset.labels(dataset.rows("test"))[known]
     return reverse_probability(torch.from_numpy(np.load(run.config.folder / "embeddings.npy")[known]), labels)
 

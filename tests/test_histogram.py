@@ -385,11 +385,12 @@ def test_reverse_probability_is_the_share_of_reversed_pairs_of_pairs(seed):
         assert found == pytest.approx(sum(costs) / len(costs), abs=1e-12)
 
 
-def test_reverse_probability_is_one_minus_the_area_under_the_roc_curve():
+@pytest.mark.parametrize("n", [40, 1500])  # one block of pairs, and many, some of negatives alone
+def test_reverse_probability_is_one_minus_the_area_under_the_roc_curve(n):
     metrics = pytest.importorskip("sklearn.metrics")
-    embeddings, labels = batch(n=40)
+    embeddings, labels = batch(n=n)
     unit = torch.nn.functional.normalize(embeddings)
-    upper = torch.triu(torch.ones(40, 40, dtype=torch.bool), 1)
+    upper = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)
     area = metrics.roc_auc_score((signs(labels) == 1)[upper], (unit @ unit.T)[upper])
     assert reverse_probability(embeddings, labels) == pytest.approx(1 - area, abs=1e-12)
 

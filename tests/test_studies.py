@@ -224,7 +224,9 @@ def test_results_of_different_code_are_never_mixed_silently(study, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr("hloss.experiment.code_sha256", lambda: "other")
         made = run(loaded.runs[0].config, lambda line: None)
-    assert len(stale_runs(loaded, made["fingerprint"])) == 4
+    card = made["fingerprint"]["card_sha256"]
+    assert stale_runs(loaded, {"tiny": card}) == stale_runs(loaded, {}) == [loaded.runs[0]]
+    assert stale_runs(loaded, {"tiny": "other"}) == list(loaded.runs)
     with pytest.raises(ConfigError, match="2 versions of the code"):
         collect(loaded)
     mixed = collect(loaded, keep=True)

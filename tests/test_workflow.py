@@ -309,7 +309,17 @@ def test_a_plan_holds_only_main_memory_against_the_memory_asked_for(config, gpus
 def test_a_plan_counts_what_is_left_of_a_run(config, tmp_path):
     config.folder.mkdir(parents=True)
     (config.folder / "status.json").write_text(json.dumps({"state": "stopped", "iteration": 3}))
-    assert plan_study.state_of(study_of(config).runs[0]) == ("at iteration 3", 1)
+    assert plan_study.state_of(study_of(config).runs[0], stale=False) == ("at iteration 3", 1)
+
+
+def test_a_plan_counts_what_other_code_or_data_made_as_to_redo(config, monkeypatch):
+    carry_out(config, lambda line: None)
+    assert "1 of 1 runs are done" in plan_study.plan(study_of(config), 0, {})
+    monkeypatch.setattr("hloss.studies.code_sha256", lambda: "other")
+    text = plan_study.plan(study_of(config), 0, {})
+    assert re.search(r"method 0, seed 0 +to redo +4\.00 ", text)
+    assert "0 of 1 runs are done" in text
+    assert "Other code or data made 1 results" in text
 
 
 def test_the_table_of_measurements_is_of_the_quick_studys_runs():

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from run_study import PROFILES, checked_profile
 from slurm import is_slurm
 
 from hloss.checkpoints import read_status
-from hloss.experiment import ConfigError, read_result
-from hloss.studies import Study, StudyRun, load_study
+from hloss.datasets import DatasetError, open_dataset
+from hloss.experiment import ConfigError, found_from_here, read_result
+from hloss.studies import Study, StudyRun, load_study, stale_runs
 
 MEASURED = Path("workflow/measured.csv")
 CPUS = ("x86_64", "AMD64", "aarch64", "arm64")  # what a result names as its device, if not a GPU's name
@@ -82,8 +84,9 @@ def main() -> None:
 def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
     """A line per run and the totals. gpus: of this machine; None: a cluster has what is asked for."""
     rows, needs = [], []
+    stale = {run.config.run_id for run in stale_runs(study, cards_here(study))}
     for run in study.runs:
-        state, left = state_of(run)
+        state, left = state_of(run, run.config.run_id in stale)
         shown = ("", "", "", "")
         if left is not None:
             needs.append(need_of(run, left, gpus, costs))
@@ -92,6 +95,8 @@ def plan(study: Study, gpus: int | None, costs: dict[Kind, Cost]) -> str:
     table = pd.DataFrame(rows, columns=list(COLUMNS)).to_string(index=False, justify="left")
     done = f"{len(rows) - len(needs)} of {len(rows)} runs are done"
     lines = [f"study {study.name}: {study.title}", table, f"{done}. {totals(needs)}"]
+    if stale:
+        lines.append(f"Other code or data made {len(stale)} results: these runs are redone, unless KEEP=1 keeps them.")
     if study.waiting:
         lines.append(f"{len(study.waiting)} more runs wait for settings that these choose; they are not in these sums.")
     return "\n\n".join(lines)
@@ -119,7 +124,7 @@ def totals(needs: list[Need]) -> str:
     measured = [need for need in needs if need.measured]
     lines = [
         f"Of the other {len(needs)}, {len(measured)} are measured: {_hours_and_memory(measured)}, "
-        f"{sum(need.disk for need in measured):.2f} GiB of disk ({free:.0f} GiB free)."
+        f"{sum(need.disk for need in measured):.2f} GiB of disk ({free:.0f} GiB free), without checkpoints at work."
     ]
     guesses = defaultdict(list)
     for need in needs:
@@ -136,15 +141,25 @@ def _hours_and_memory(needs: list[Need]) -> str:
     return f"{hours:.2f} h of training, one after the other, {memory:.1f} GiB of memory for the largest"
 
 
-def state_of(run: StudyRun) -> tuple[str, int | None]:
+def state_of(run: StudyRun, stale: bool) -> tuple[str, int | None]:
     """Done, or where it stands, and the iterations it still takes at most (None: none): `refit` repeats up to all."""
+    trainings = 2 if run.config.refit else 1
+    if stale:
+        return "to redo", trainings * run.config.iterations
     if (run.config.folder / "result.json").exists():
         return "done", None
     iteration = (read_status(run.config.folder) or {"iteration": 0})["iteration"]
-    trainings = 2 if run.config.refit else 1
-    return (f"at iteration {iteration}" if iteration else "to do"), max(
-        trainings * run.config.iterations - iteration, 0
-    )
+    left = max(trainings * run.config.iterations - iteration, 0)
+    return (f"at iteration {iteration}" if iteration else "to do"), left
+
+
+def cards_here(study: Study) -> dict[str, str]:
+    """Dataset -> hash of its card, of the datasets that are prepared here."""
+    cards = {}
+    for name, folder in {run.config.dataset: run.config.data_dir for run in study.runs}.items():
+        with suppress(DatasetError):
+            cards[name] = open_dataset(found_from_here(folder) / name).card_sha256
+    return cards
 
 
 def kind_of(run: StudyRun, gpus: int | None) -> Kind:

@@ -21,7 +21,7 @@ from progress import Progress
 from slurm import SlurmError, is_slurm, job_prefix, jobs_in_queue, wait_for_jobs
 
 from hloss.datasets import DatasetError, open_dataset
-from hloss.experiment import ConfigError, RunConfig, fingerprint, found_from_here, write_whole
+from hloss.experiment import ConfigError, RunConfig, found_from_here, write_whole
 from hloss.histogram import histogram_loss
 from hloss.statistics import shown_interval
 from hloss.studies import COMPARED, Study, collect, load_study, stale_runs
@@ -53,26 +53,27 @@ def main() -> None:
 def run(study: Study, profile: str, cores: int, keep: bool) -> None:
     """Hand the study to Snakemake and print the headline table."""
     check_notebook()
-    checked_profile(profile)
+    slurm = is_slurm(checked_profile(profile))
     with held_clone():
+        queue = jobs_in_queue() if slurm else None  # nobody else submits from here while the clone is held
         study = without_stale(study, keep)
         while study.waiting:
             print(f"{len(study.waiting)} more runs wait for settings that these choose", flush=True)
-            complete("runs", study, profile, cores, keep)
+            complete("runs", study, profile, cores, keep, queue)
             study = without_stale(load_study(study.name), keep)
-        complete("all", study, profile, cores, keep)
+        complete("all", study, profile, cores, keep, queue)
     print_headline(study)
 
 
-def complete(target: str, study: Study, profile: str, cores: int, keep: bool) -> None:
-    """Let Snakemake make a rule's target; exits if a run fails for good."""
+def complete(target: str, study: Study, profile: str, cores: int, keep: bool, queue: dict[str, str] | None) -> None:
+    """Let Snakemake make a rule's target; exits if a run fails for good. queue: Slurm's at the start, if it is used."""
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile", "--quiet", "all"]
     command += ["--profile", str(PROFILES / profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]
     command += ["--nolock", "--config", f"study={study.name}", *(["keep=1"] if keep else [])]  # last: gpus follows
     progress = Progress(study)
     progress.print_start()
-    if is_slurm(PROFILES / profile):
-        status = run_on_slurm(study, command, progress)
+    if queue is not None:
+        status = run_on_slurm(study, command, progress, queue)
     else:
         gpus = checked_gpus(study)
         status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
@@ -121,15 +122,15 @@ def held_clone(patience_seconds: float = 30.0) -> Iterator[None]:
         yield
 
 
-def run_on_slurm(study: Study, command: list[str], progress: Progress) -> int:
+def run_on_slurm(study: Study, command: list[str], progress: Progress, queue: dict[str, str]) -> int:
     """Snakemake with Slurm jobs. What a killed start left in the queue is not submitted again, the rest goes on."""
     prefix = job_prefix(study.name)
     command += ["--slurm-jobname-prefix", prefix]
     print(f"jobs are named {prefix}_...; `squeue --me` shows them, runs/slurm keeps logs of failed ones", flush=True)
     ours = {f"{run.config.study}_{run.config.run_id}": run.config for run in study.runs}
-    left = {number: ours[run] for number, run in jobs_in_queue().items() if run in ours}
+    left = {number: ours[run] for number, run in queue.items() if run in ours}
     if left:
-        print(f"{len(left)} jobs of an earlier start are in the queue: they go on, none is submitted again", flush=True)
+        print(f"{len(left)} jobs of an earlier start were in the queue: none is submitted again", flush=True)
         results = (f"runs/{config.study}/{config.run_id}/result.json" for config in left.values())
         call([*command, "--omit-from", *results], progress)
         wait_for_jobs(left, progress)
@@ -150,15 +151,14 @@ def without_stale(study: Study, keep: bool) -> Study:
 
     Returns the study as it then is: what is set aside chooses no settings any more.
     """
-    for dataset in {run.config.dataset for run in study.runs}:
-        card_sha256 = open_dataset(found_from_here("data") / dataset).card_sha256
-        stale = [r for r in stale_runs(study, fingerprint(card_sha256)) if r.config.dataset == dataset]
-        if stale and keep:
-            print(f"KEEP: {len(stale)} runs made by other code or data are kept; the report says so", flush=True)
-        elif stale:
-            print(f"{len(stale)} runs were made by other code or data and are redone (KEEP=1 keeps them)", flush=True)
-            for r in stale:
-                (r.config.folder / "result.json").replace(r.config.folder / "result.previous.json")
+    datasets = {run.config.dataset for run in study.runs}
+    stale = stale_runs(study, {name: open_dataset(found_from_here("data") / name).card_sha256 for name in datasets})
+    if stale and keep:
+        print(f"KEEP: {len(stale)} runs made by other code or data are kept; the report says so", flush=True)
+    elif stale:
+        print(f"{len(stale)} runs were made by other code or data and are redone (KEEP=1 keeps them)", flush=True)
+        for run in stale:
+            (run.config.folder / "result.json").replace(run.config.folder / "result.previous.json")
     return load_study(study.name)
 
 
