@@ -104,8 +104,8 @@ def load_checkpoint(folder: Path, identity: dict[str, Any], report: Callable[[st
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, whole or half-written."""
-    for file in [*folder.glob("checkpoint*.pt"), *folder.glob(".checkpoint*.part")]:
+    """Remove all checkpoints, whole or half-written, and the state of an attempt that failed."""
+    for file in [*folder.glob("checkpoint*.pt"), *folder.glob(".checkpoint*.part"), *folder.glob("failed.pt")]:
         file.unlink()
 
 

@@ -120,6 +120,8 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
     with holding, StopSignals(first) as stop, generator, _default_dtype(config.precision):
         result = _finished(config, identity)
         if result:
+            if first:
+                _tidy(config.folder)
             return result
         try:
             fabric = _fabric(config)
@@ -186,6 +188,14 @@ def _finished(config: RunConfig, identity: dict[str, Any]) -> dict[str, Any] | N
     return result if same else None
 
 
+def _tidy(folder: Path) -> None:
+    """What a process leaves that is killed between its result and its end."""
+    status = read_status(folder) or {"state": "running", "iteration": 0}
+    if status["state"] != "complete":
+        remove_checkpoints(folder)
+        write_status(folder, "complete", status["iteration"])
+
+
 def _fabric(config: RunConfig) -> Fabric:
     """Fabric on the devices of the run. ConfigError where they are not."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -223,7 +233,9 @@ def _watched(work: Work) -> dict[str, Any]:
         ended("failed", str(error), retry=True)
         raise
     except BaseException as error:
-        ended("failed", f"{type(error).__name__}: {error}")
+        # What torch says of memory, of a device or of a process that is gone: with more, or elsewhere, the run goes on.
+        passing = isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, RunError)
+        ended("failed", f"{type(error).__name__}: {error}", retry=passing)
         raise
     ended("complete")
     return result
@@ -413,7 +425,12 @@ class Loop:
         work, progress = self.work, self.work.progress
         if not work.fabric.is_global_zero:
             return
-        recall = validation_recall(self.network, work.dataset, work.config, work.fabric.device)
+        try:
+            recall = validation_recall(self.network, work.dataset, work.config, work.fabric.device)
+        except ValueError as error:
+            if "must be finite" not in str(error):
+                raise
+            self._give_up(f"validation: {error} after iteration {progress['iteration']}", error)
         progress["validations"].append([progress["iteration"], recall])
         if progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}

@@ -141,7 +141,7 @@ def test_a_loss_that_draws_is_the_same_in_all_processes(micro_batch, settings, t
     assert (one["threads"], other["threads"]) == (2, 2)
 
 
-# `python STOPPING CONFIG.json`, with STOP="STAGE ITERATION": the second process is sent a signal in that iteration.
+# `python STOPPING CONFIG.json`, with STOP="STAGE ITERATION SIGNAL": the second process is sent it in that iteration.
 STOPPING = """
 import os, signal
 from hloss import training
@@ -150,8 +150,9 @@ class Stopping(training.Loop):
     def _step(self):
         super()._step()
         progress = self.work.progress
-        if os.environ["RANK"] == "1" and f"{progress['stage']} {progress['iteration']}" == os.environ["STOP"]:
-            os.kill(os.getpid(), signal.SIGTERM)
+        stage, iteration, name = os.environ["STOP"].split() or ("", 0, "")
+        if os.environ["RANK"] == "1" and (progress["stage"], progress["iteration"]) == (stage, int(iteration)):
+            os.kill(os.getpid(), signal.Signals[name])
 
 training.Loop = Stopping
 training.main()
@@ -165,7 +166,7 @@ def test_several_processes_stopped_in_both_stages_continue_to_the_same_weights(s
     script = tmp_path / "stopping.py"
     script.write_text(STOPPING)
     whole = {**settings, "runs_dir": str(tmp_path / "whole")}
-    for given, stop in ((whole, ""), (settings, "choose 3"), (settings, "refit 1"), (settings, "")):
+    for given, stop in ((whole, ""), (settings, "choose 3 SIGTERM"), (settings, "refit 1 SIGTERM"), (settings, "")):
         answer = by_torchrun(script, given, tmp_path, STOP=stop)
         assert (answer.returncode == 0) == (stop == ""), answer.stderr
         status = read_status(parse_config(given).folder)
@@ -175,6 +176,21 @@ def test_several_processes_stopped_in_both_stages_continue_to_the_same_weights(s
     one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
     for key in ("network_sha256", "metrics", "chosen", "validation_recall@1"):
         assert one[key] == other[key]
+
+
+def test_a_process_that_is_lost_costs_one_attempt_and_no_result(settings, tmp_path):
+    settings |= {"devices": 2, "iterations": 6, "validate_every": 2, "checkpoint_seconds": 0.0}
+    script = tmp_path / "stopping.py"
+    script.write_text(STOPPING)
+    whole = {**settings, "runs_dir": str(tmp_path / "whole")}
+    assert by_torchrun(script, whole, tmp_path, STOP="").returncode == 0
+    assert by_torchrun(script, settings, tmp_path, STOP="choose 4 SIGKILL").returncode != 0
+    assert read_status(parse_config(settings).folder)["retry"] is True
+    answer = by_torchrun(script, settings, tmp_path, STOP="")
+    assert answer.returncode == 0, answer.stderr
+    assert "continued from iteration" in answer.stdout
+    one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
+    assert one["network_sha256"] == other["network_sha256"]
 
 
 def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hloss import HistogramLoss
-from hloss.checkpoints import RunError, RunStopped, held, load_checkpoint, read_status, save_checkpoint
+from hloss.checkpoints import RunError, RunStopped, held, load_checkpoint, read_status, save_checkpoint, write_status
 from hloss.experiment import RunConfig, parse_config
 from hloss.training import run
 
@@ -264,11 +264,50 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_state(settings, m
     assert not (config.folder / "result.json").exists()
 
 
-def test_embeddings_that_a_loss_refuses_stop_the_run_the_same_way(settings, monkeypatch):
-    config = parse_config({**settings, "learning_rate": 1e30})
-    with pytest.raises(RunError, match="at iteration 2; try a lower learning_rate"):
+@pytest.mark.parametrize(("validate_every", "when"), [(6, "at iteration 2"), (1, "after iteration 1")])
+def test_embeddings_that_loss_or_validation_refuse_stop_the_run_the_same_way(validate_every, when, settings):
+    config = parse_config({**settings, "learning_rate": 1e30, "validate_every": validate_every})
+    with pytest.raises(RunError, match=f"{when}; try a lower learning_rate"):
         run(config, lambda line: None)
-    assert read_status(config.folder)["state"] == "failed"
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("failed", False)
+    assert (config.folder / "failed.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "retry"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("Connection closed by peer"), True),
+        (MemoryError(), True),
+        (TypeError("no such thing"), False),
+    ],
+    ids=repr,
+)
+def test_what_another_attempt_may_overcome_is_tried_again(error, retry, settings, monkeypatch, uninterrupted):
+    config = parse_config(settings)
+
+    def report(line):
+        if line.startswith("iteration 30/"):
+            raise error
+
+    with pytest.raises(type(error)):
+        run(config, report)
+    status = read_status(config.folder)
+    assert (status["state"], status["iteration"], status["retry"]) == ("failed", 30, retry)
+    run(config, lambda line: None)
+    assert_same_outcome(config.folder, uninterrupted)
+
+
+def test_what_was_killed_right_after_its_result_is_tidied(settings):
+    config = parse_config(settings)
+    result = run(config, lambda line: None)
+    write_status(config.folder, "running", 60)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "failed.pt"):
+        (config.folder / name).write_bytes(b"left behind")
+    assert run(config, lambda line: None) == result
+    assert read_status(config.folder)["state"] == "complete"
+    assert not list(config.folder.glob("*.pt"))
 
 
 def test_a_second_process_on_a_run_is_refused_and_disturbs_nothing(settings, monkeypatch):

@@ -120,6 +120,7 @@ def test_the_queue_tells_which_runs_an_earlier_start_left(squeue, monkeypatch, t
             f"18|{foreign}_2b1c-77|rule_run_wildcards_quick_ffffffffffff",
             f"19|{paper}_2b1c-78|rule_run_wildcards_cub_0123456789ab",
             "20|another job|(null)",
+            f"21|with|{quick}|bars|",
         ],
         failures=2,
     )
@@ -230,6 +231,18 @@ def test_a_command_is_asked_to_stop_as_by_a_terminal(capfd):
         processes.call([sys.executable, "-c", code], stop)
     assert "asked" in printed + capfd.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run_notebook, "execute", lambda *given: pytest.fail("it began"))
+    anywhere = parse_config({**config.model_dump(), "device": "auto"})
+    with pytest.raises(SystemExit):
+        run_notebook.execute_run(study_of(anywhere, gpus=1), anywhere.run_id, 1, own_gpus=False)
+    assert "but torch" in capsys.readouterr().out
+    assert read_status(anywhere.folder) is None  # another attempt may find another node
+    monkeypatch.setattr(run_notebook, "execute", lambda *given: carry_out(config, lambda line: None))
+    run_notebook.execute_run(study_of(config, gpus=1), config.run_id, 1, own_gpus=False)
 
 
 def test_progress_tells_a_change_once_and_old_news_never(config, capsys):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import platform
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import nbformat
 import papermill
 import psutil
+import torch
 from devices import own_devices
 from papermill.exceptions import PapermillExecutionError
 from processes import end_with_parent
@@ -75,6 +77,11 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
             write_status(folder, "failed", status.get("iteration", 0), message)
 
     given = run.resources.gpus and not own_gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
+    if given and run.config.device == "auto" and not torch.cuda.is_available():  # not for hours on a CPU, unnoticed
+        fail(
+            f"{run.name} was given GPUs on {platform.node()}, but torch {torch.__version__} cannot use any: look at "
+            "the driver and at torch's build there, or say `device: cpu` in the study"
+        )
     with contextlib.nullcontext() if given else own_devices(run.resources.gpus):
         execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log", refused)
     if read_result(folder) is None:

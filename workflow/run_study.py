@@ -69,6 +69,7 @@ def complete(target: str, study: Study, profile: str, cores: int, keep: bool, qu
     """Let Snakemake make a rule's target; exits if a run fails for good. queue: Slurm's at the start, if it is used."""
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile", "--quiet", "all"]
     command += ["--profile", str(PROFILES / profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]
+    command += ["--keep-incomplete"]  # of ours nothing is: all is written whole, then renamed
     command += ["--nolock", "--config", f"study={study.name}", *(["keep=1"] if keep else [])]  # last: gpus follows
     progress = Progress(study)
     progress.print_start()

@@ -35,8 +35,9 @@ def _clone() -> str:
 
 def jobs_in_queue() -> dict[str, str]:
     """Slurm's job number -> STUDY_RUNID, of this clone's jobs that wait or run."""
-    jobs = [line.split("|") for line in _queue().splitlines()]
-    return {n: comment.removeprefix(COMMENT) for n, name, comment in jobs if name.startswith(f"{_clone()}-")}
+    jobs = (line.partition("|") for line in _queue().splitlines())  # others' names and comments may hold any more
+    ours = ((number, rest.partition("|")) for number, _, rest in jobs if rest.startswith(f"{_clone()}-"))
+    return {number: comment.removeprefix(COMMENT) for number, (_, _, comment) in ours}
 
 
 def _queue() -> str:

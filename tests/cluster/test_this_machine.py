@@ -4,9 +4,19 @@ import os
 import shutil
 import signal
 
+import nbformat
 import psutil
 import pytest
-from copied_project import assert_no_gpu_for_two, continued, has_checkpoint, processes, projects, starts, wait_until
+from copied_project import (
+    ROOT,
+    assert_no_gpu_for_two,
+    continued,
+    has_checkpoint,
+    processes,
+    projects,
+    starts,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +78,31 @@ def test_a_study_killed_anywhere_is_continued_and_only_what_is_missing_is_run(ne
     assert project.finish(project.start("CORES=2")) == 0, project.printed()
     assert [len(starts(run)) for run in (untrained, *trained)] == [1, 3, 1]
     assert report.stat().st_mtime_ns > made
+
+
+def test_what_fails_after_the_result_costs_no_training(new_project):
+    study = {
+        "title": "one run",
+        "fixed": QUICK | {"iterations": 10},
+        "seeds": [0],
+        "resources": {"gpus": 0},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
+    project = new_project("project", study)
+    (run,) = project.runs().values()
+    file = project.folder / "notebooks" / "20_train.ipynb"
+    notebook = nbformat.read(file, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("raise RuntimeError('no picture today')"))
+    nbformat.write(notebook, file)
+    assert project.finish(project.start()) != 0
+    assert "no picture today" in project.printed()
+    assert len(starts(run)) == 3
+    assert (run / "run.log").read_text().count("test Recall@1") == 1  # the other attempts found the result
+    assert (run / "result.json").exists()
+
+    shutil.copy(ROOT / "notebooks" / "20_train.ipynb", file)
+    assert project.finish(project.start()) == 0, project.printed()
+    assert (run / "run.log").read_text().count("test Recall@1") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
