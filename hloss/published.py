@@ -6,6 +6,7 @@ protocol (ours, or in words what is different), selection (by what the published
 of ours), value in %, source, place in the source, url, note.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ DATASETS = ("cub", "sop", "cuhk03", "market1501")
 SELECTIONS = ("validation classes", "not stated", "test set", "nothing to choose")
 EXACT, NETWORK, PROTOCOL = "exact", "same protocol, another network", "other protocol"
 SHOWN = (*COMPARED, "batch", "C")  # the comparisons that hold the methods of the publications
+PREPARED = {"cuhk03-single-shot": {"boxes": "labeled", "camera_pairs": 3}}  # other boxes or pairs: another protocol
 ALIKE = ("loss", "network", "embedding_dim", "protocol")  # what the runs of one method must share
 
 
@@ -132,5 +134,9 @@ def _beside(dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any]
 def _match(run: pd.Series, value: dict[str, Any]) -> str:
     if run["protocol"] != value["protocol"] or value["selection"] == "test set":
         return PROTOCOL
+    if expected := PREPARED.get(value["protocol"]):
+        prepared = json.loads(run["prepared"])
+        if any(prepared.get(name) != setting for name, setting in expected.items()):
+            return PROTOCOL
     same = run["network"] == value["network"] and run["embedding_dim"] == value["dim"]
     return EXACT if same else NETWORK

@@ -45,7 +45,7 @@ from hloss.statistics import bootstrap_over_classes
 
 STUDIES = Path("workflow/studies")
 COMPARED = ("losses", "tuned losses")  # the comparisons of losses with each other
-ALL_ALIKE = ("protocol", "card_sha256")  # in all runs: of one dataset, of one split
+ALL_ALIKE = ("protocol", "card_sha256", "prepared")  # in all runs: of one dataset, of one split
 TRAINED_ALIKE = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # in the trained runs of a dataset
 CHOICE = ": choice"  # at the end of the comparison of runs that choose settings
 SPLIT = "-{seed}"  # at the end of a dataset's name
@@ -318,6 +318,7 @@ def _of_result(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: b
         **result["fingerprint"],
         "git_commit": result["provenance"]["git_commit"],
         "device": result["provenance"]["device"],
+        "threads": result["provenance"]["threads"],
         "torch": result["provenance"]["packages"]["torch"],
     }
 
@@ -344,12 +345,13 @@ def _reverse_probability(run: StudyRun, dataset: Dataset) -> float:
 
 
 def refuse_mixed(table: pd.DataFrame) -> None:
-    """ConfigError, naming the run, if results of one dataset differ in protocol, split, network or choice.
+    """ConfigError, naming the run, if results of one dataset differ in protocol, data, network or choice.
 
     Networks without training stand beside the others as what there is without learning: they choose nothing, and may be
     another network. Runs that choose settings stand beside nothing, and do so on the same data.
     """
     complete = table[table["complete"]]
+    complete = complete.assign(prepared=complete["prepared"].map(_prepared_alike))
     chooses = complete["comparison"].map(lambda names: all(name.endswith(CHOICE) for name in names))
     trained = complete[(complete["iterations"] > 0) & ~chooses]
     for name in (*ALL_ALIKE, *TRAINED_ALIKE):
@@ -363,6 +365,15 @@ def refuse_mixed(table: pd.DataFrame) -> None:
                     f"run {run['run_id']} ({run['method'][0]}) on {dataset} has {name}={short(run[name])!r}, the "
                     f"others {short(usual)!r}: such results are not compared; run it again, or take it out of the study"
                 )
+    splits = complete.drop_duplicates("split")
+    for (dataset, _), same in splits.groupby(["dataset", "card_sha256"]):
+        if len(same) > 1:
+            raise ConfigError(f"{' and '.join(same['split'])} are the same split of {dataset}: prepare each anew")
+
+
+def _prepared_alike(settings: str) -> str:
+    """The settings of a card without the one by which splits of a dataset differ."""
+    return json.dumps({name: value for name, value in json.loads(settings).items() if name != "test_set"})
 
 
 def read_results(file: Path) -> pd.DataFrame:
@@ -390,7 +401,7 @@ def part_of(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
 
 
 def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
-    """What tuning chose: dataset, method, the settings that its grid crossed, and which lie at an edge of the grid.
+    """What tuning chose: dataset, method, settings that its grid crossed, which lie at an edge of it, the grid's runs.
 
     results: of `read_results`. Only of methods whose runs are known.
     """
@@ -403,7 +414,9 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
         edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
         shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
-        rows.append({"dataset": dataset, "method": method, "chosen": shown, "at an edge of its grid": ", ".join(edges)})
+        at_edge, run_ids = ", ".join(edges), ", ".join(grid.loc[grid["complete"], "run_id"])
+        told = {"dataset": dataset, "method": method, "chosen": shown, "at an edge of its grid": at_edge}
+        rows.append(told | {"run_ids": run_ids})
     return pd.DataFrame(rows)
 
 

@@ -317,7 +317,8 @@ def of_table(dataset, protocol, offsets, splits):
     rows = [
         {"comparison": "batch", "method": "histogram, batch_size 256", "dataset": dataset, "split": split, "seed": seed,
          "loss": "histogram", "batch_size": 256, "network": "parts", "embedding_dim": 500, "protocol": protocol,
-         "complete": True, "run_id": f"r{seed}", **{v.metric: v.value + offset for v in ours.itertuples()}}
+         "complete": True, "prepared": '{"boxes": "labeled", "camera_pairs": 3}',
+         "run_id": f"r{seed}", **{v.metric: v.value + offset for v in ours.itertuples()}}
         for seed, (offset, split) in enumerate(zip(offsets, splits, strict=True))
     ]  # fmt: skip
     return pd.DataFrame(rows)

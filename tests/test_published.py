@@ -86,6 +86,7 @@ def runs_of(dataset, method, recall, **settings):
             "run_id": f"{method}-{i}",
             "protocol": protocol,
             "complete": True,
+            "prepared": '{"boxes": "labeled", "camera_pairs": 3}',
             **own,
             "recall@1": 100 * r,
         }
@@ -120,10 +121,16 @@ def test_half_a_method_has_no_difference_to_what_was_published():
 def test_another_batch_size_or_C_than_stated_is_another_method():
     assert beside_published(runs_of("cuhk03", "histogram", [0.6], batch_size=128)).empty
     binomial = {"loss": "binomial", "network": "googlenet", "embedding_dim": 512}
-    with_2 = beside_published(runs_of("cub", "binomial", [0.4], C=2.0, **binomial))
-    with_25 = beside_published(runs_of("cub", "binomial", [0.4], C=25.0, **binomial))
+    with_2 = beside_published(runs_of("cub", "binomial", [0.4], C=2.0, batch_size=128, **binomial))
+    with_25 = beside_published(runs_of("cub", "binomial", [0.4], C=25.0, batch_size=128, **binomial))
     assert 43.5 in with_2.published.tolist()
     assert 43.5 not in with_25.published.tolist()
+    assert 52.8 in with_25.published.tolist()
+    assert 52.8 not in with_2.published.tolist()
+    histogram = {"network": "googlenet", "embedding_dim": 512}
+    for batch_size, quoted in ((128, True), (32, False)):
+        beside = beside_published(runs_of("cub", "histogram", [0.4], batch_size=batch_size, **histogram))
+        assert (50.3 in beside.published.tolist()) == quoted
 
 
 def test_the_googlenet_here_is_another_network_than_the_papers():
@@ -143,6 +150,9 @@ def test_what_was_chosen_on_the_test_set_or_measured_otherwise_is_another_protoc
     other = beside_published(two_way)
     assert set(other.match) == {PROTOCOL}
     assert other.difference.isna().all()
+    for prepared in ('{"boxes": "detected", "camera_pairs": 3}', '{"boxes": "labeled", "camera_pairs": 5}', "{}"):
+        other = beside_published(runs_of("cuhk03", "histogram", [0.7], prepared=prepared))
+        assert set(other.match) == {PROTOCOL}
     pooled = runs_of("market1501", "histogram", [0.5]).assign(map=0.4)
     maps = beside_published(pooled).query("metric == 'map'")
     assert set(maps.match) == {PROTOCOL}

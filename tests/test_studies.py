@@ -1,5 +1,6 @@
 """Studies: what they cross, what they refuse, and that results of different code are never mixed silently."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -284,6 +285,7 @@ def test_results_that_must_not_be_compared_are_refused_by_name(tmp_path):
     for name, value in {
         "protocol": "market1501",
         "card_sha256": "another split",
+        "prepared": '{"boxes": "detected"}',
         "network": "googlenet",
         "weights": "imagenet",
         "embedding_dim": 64,
@@ -297,6 +299,26 @@ def test_results_that_must_not_be_compared_are_refused_by_name(tmp_path):
             ConfigError, match=f"run {table.loc[row, 'run_id']} .* has {name}={re.escape(repr(str(value)))}"
         ):
             read_results(tmp_path / "results.parquet")
+
+
+def test_splits_are_alike_but_for_their_test_set_and_each_is_another(tmp_path):
+    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    table = table[table["seed"].isin([0, 1])].assign(dataset="cuhk03", split=lambda t: "cuhk03-" + t["seed"].map(str))
+    second = table["seed"] == 1
+
+    def written_with(*prepared, card="second"):
+        for rows, settings in zip((~second, second), prepared, strict=True):
+            table.loc[rows, "prepared"] = json.dumps(settings)
+        table.loc[second, "card_sha256"] = card
+        table.to_parquet(tmp_path / "results.parquet")
+        return tmp_path / "results.parquet"
+
+    first_set = {"boxes": "labeled", "test_set": 1}
+    assert len(read_results(written_with(first_set, {"boxes": "labeled", "test_set": 2})))
+    with pytest.raises(ConfigError, match="detected"):
+        read_results(written_with(first_set, {"boxes": "detected", "test_set": 2}))
+    with pytest.raises(ConfigError, match="cuhk03-0 and cuhk03-1 are the same split of cuhk03"):
+        read_results(written_with(first_set, first_set, card=table["card_sha256"].iloc[0]))
 
 
 def test_a_run_that_chooses_is_of_the_same_data_and_protocol(tmp_path):
