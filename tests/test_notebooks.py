@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from datetime import datetime, timedelta
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -107,8 +109,25 @@ def report(folder, results):
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if answer.returncode:
         raise RuntimeError(answer.stderr)
+    return "\n".join(outputs_of(folder, "text/markdown"))
+
+
+def outputs_of(folder, kind):
+    """What the executed report shows of this kind, in its order."""
     outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", ())]
-    return "\n".join(o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {}))
+    return [o["data"][kind] for o in outputs if kind in o.get("data", {})]
+
+
+def tables(folder):
+    """The tables of the executed report: of each its rows, by the names of its columns."""
+    found = []
+    for text in outputs_of(folder, "text/html"):
+        if "<table" in text:
+            table = ElementTree.fromstring(text.partition("<style>")[0])
+            header = [cell.text for cell in table.iter("th")]
+            rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in table.find("tbody")]
+            found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
 
 
 @pytest.fixture
@@ -121,7 +140,7 @@ def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_f
     sample["complete"] &= ~(of_bins & (sample["seed"] > 2)) & (sample["loss"] != "lifted")
     waiting = sample["comparison"].map(lambda names: "tuned losses" in names) & (sample["loss"] == "semi-hard-triplet")
     sample.loc[waiting, ["complete", "run_id"]] = False, ""  # its setting is not chosen yet
-    said = report(tmp_path, sample)
+    said = report(tmp_path, sample.assign(threads=1))
     assert "This study is not complete" in said
     assert re.search(r"glyphs +\| bins +\| +10 \|", said)  # five numbers of bins, two seeds
     board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False).set_index("claim")
@@ -135,11 +154,40 @@ def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_f
     assert tuned["contrastive"] != "not run"
     table = pd.read_csv(tmp_path / "summary.csv")
     assert table[table["method"] == "lifted structure"]["n"].tolist() == [0, 0]
+    assert "make study STUDY=glyphs" in said
+    check_tables(tables(tmp_path), table[table["n"] > 0])
+
+
+def check_tables(shown, means):
+    """Each mean stands in a table with its runs, and each run says in which comparisons it stands."""
+    runs_of = {(row.comparison, row.method): row.run_ids for row in means.itertuples()}
+    told = {
+        (row["comparison"], row["method"]): row["runs"].removeprefix("runs")
+        for rows in shown
+        for row in rows
+        if {"comparison", "method", "runs"} <= row.keys()
+    }
+    assert told == {key: run_ids for key, run_ids in runs_of.items() if not key[0].endswith(": choice")}
+    assert {"losses", "tuned losses", "bins", "learning rate"} <= {comparison for comparison, _ in told}
+    (grids,) = (rows for rows in shown if "at an edge of its grid" in rows[0])
+    chosen = means[means["comparison"] == "tuned losses: choice"]
+    for grid in grids:
+        of_method = chosen[chosen["method"].str.startswith(f"{grid['method']}, learning_rate")]
+        assert grid["runs"].removeprefix("runs") == ", ".join(of_method["run_ids"])
+    stands = defaultdict(set)
+    for (comparison, _), run_ids in runs_of.items():
+        for run_id in run_ids.split(", "):
+            stands[run_id].add(comparison)
+    (appendix,) = (rows for rows in shown if "validation_recall@1" in rows[0])
+    assert {row["run_id"]: set(row["comparison"].split("; ")) for row in appendix} == stands
+    (made,) = (rows for rows in shown if "hours of training" in rows[0])
+    assert {row["threads"] for row in made} == {"1"}
 
 
 def test_a_report_can_be_had_before_any_training_is_complete(sample, tmp_path):
     sample["complete"] &= sample["loss"] == "none"
-    assert "This study is not complete" in report(tmp_path, sample)
+    collected_earlier = sample.drop(columns="threads", errors="ignore")
+    assert "This study is not complete" in report(tmp_path, collected_earlier)
     board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)
     assert set(board[board["claim"] != "quadratic cost"]["verdict"]) == {"not run"}
 
