@@ -13,7 +13,7 @@ from scipy import optimize, stats
 from hloss.claims import CLAIMS, Claim, judge, overlap, read_claims
 from hloss.experiment import ConfigError
 from hloss.published import read_published
-from hloss.statistics import summary
+from hloss.statistics import equivalence, paired_difference, summary
 from hloss.studies import read_results, recall_names
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -353,20 +353,115 @@ def test_runs_in_slices_are_no_level_of_the_batch():
     assert board["verdict"].tolist() == ["reproduced", "not run"]
 
 
+NUMBER = r"[-+]?\d+\.\d+"
+PARAGRAPH = "Beyond the claims"  # how the README's paragraph of what the paper does not ask begins
+
+
+def what_holds():
+    return Path("README.md").read_text().split("## What holds on glyphs")[1].split("\n## ")[0]
+
+
+def signed(text):
+    """Of each number with a decimal point, how it may stand in the evidence."""
+    for found in re.finditer(rf"(costs? )?({NUMBER})( between)?", text):
+        costs, number, between = found.groups()
+        if number[0] in "-+":
+            yield {number}
+        else:
+            yield {f"-{number}"} if costs else {f"+{number}", f"-{number}"} if between else {f"+{number}", number}
+
+
+def beyond_the_claims():
+    """What the README tells besides verdicts, computed from the sample: by row of its table or paragraph."""
+    results = read_results(Path("reports/sample/results.parquet"))
+    rates = results[(results["comparison"] == "learning rate") & (results["loss"] == "binomial")]
+    assert (set(rates["C"]), set(rates["seed"])) == ({10.0}, {0, 1, 2})
+    spread = np.ptp(rates.groupby("learning_rate")["recall@1"].mean())
+    linear, step = (recalls(results, "order cost", f"histogram, {cost} cost") for cost in ("linear", "step"))
+    assert len(linear) == len(step) == 3
+    return {
+        "sensitive to the learning rate": [f"({spread:.1f} of the binomial deviance, C = 10, three seeds)"],
+        PARAGRAPH: [
+            f"the contrastive loss is above the histogram loss by {above(results, 'contrastive', 'losses')} at the "
+            f"fixed setting and by {above(results, 'contrastive', 'tuned losses')} tuned",
+            f"The plain triplet is above it by {above(results, 'triplet', 'losses')} at the fixed setting; "
+            f"tuned, the two are equivalent, {equal(results, 'triplet', 'tuned losses')}",
+            f"A linear order cost reaches {linear.mean():.1f} where the step reaches {step.mean():.1f}",
+            f"A standard deviation of 20 bins costs {cost_of(results, 'gaussian')} with the Gaussian kernel, "
+            f"{cost_of(results, 'epanechnikov')} with Epanechnikov's and {cost_of(results, 'uniform')} with the "
+            "uniform one",
+        ],
+    }
+
+
+def recalls(results, comparison, method):
+    runs = results[(results["comparison"] == comparison) & (results["method"] == method)]
+    return runs.set_index("seed")["recall@1"]
+
+
+def above(results, rival, comparison):
+    difference = paired_difference(recalls(results, comparison, rival), recalls(results, comparison, "histogram"))
+    assert difference.low > 0
+    assert difference.n == 5
+    return f"{difference.mean:.1f} ({difference.low:.1f} to {difference.high:.1f})"
+
+
+def equal(results, rival, comparison):
+    pair = recalls(results, comparison, rival), recalls(results, comparison, "histogram")
+    assert equivalence(*pair).verdict == "equivalent"
+    difference = paired_difference(*pair)
+    assert difference.n == 5
+    return f"{difference.mean:.1f} ({difference.low:.1f} to {difference.high:.1f})"
+
+
+def cost_of(results, kernel):
+    wide = recalls(results, "kernel", f"histogram, kernel {kernel}, bandwidth 20")
+    difference = paired_difference(recalls(results, "kernel", "histogram"), wide)
+    assert difference.n == 3
+    assert (difference.low < 0) == (kernel == "epanechnikov")  # of which the README says so
+    return f"{difference.mean:.1f}"
+
+
+def test_what_the_readme_tells_beyond_the_claims_is_computed_from_the_sample():
+    """Each statement stands in its paragraph, which has no other number with a decimal point."""
+    told = " ".join(what_holds().split(PARAGRAPH)[1].split("\n\n")[0].split())
+    for statement in beyond_the_claims()[PARAGRAPH]:
+        assert statement in told
+        told = told.replace(statement, "")
+    assert not re.findall(NUMBER, told)
+
+
+def test_a_number_of_the_readme_has_the_sign_of_its_evidence():
+    assert list(signed("-0.3 (-1.7 to 1.1): 25 bins cost 1.7 at 32, a margin costs 3.9, 21.0 between two, +2.0")) == [
+        {"-0.3"}, {"-1.7"}, {"+1.1", "1.1"}, {"-1.7"}, {"-3.9"}, {"+21.0", "-21.0"}, {"+2.0"}
+    ]  # fmt: skip
+
+
 def test_the_verdicts_and_numbers_of_the_readme_are_those_of_the_sample():
-    """Its table of what holds on glyphs is written by hand: each verdict, and each number with a decimal point."""
+    """Its table of what holds on glyphs is written by hand: each verdict, and each number with a decimal point.
+
+    A number has the sign of its evidence, none is plus; what something costs is minus, and a spread between two none.
+    """
     board = pd.read_csv("reports/sample/claims.csv", keep_default_na=False).set_index(["claim", "comparison"])
-    section = Path("README.md").read_text().split("## What holds on glyphs")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    more = beyond_the_claims()
+    lines = [line for line in what_holds().splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     told = {row[0]: row[1:] for row in rows[2:]}
     assert len(told) == len(README)
+    assert more.keys() - {PARAGRAPH} <= told.keys()
     for name, cells in told.items():
         (columns,) = (columns for start, columns in README.items() if name.startswith(start))
         for cell, claims in zip(cells, columns, strict=True):
             found = board.loc[claims] if claims else board.head(0)
             assert set(re.findall("not reproduced|reproduced|inconclusive", cell)) == set(found["verdict"]), name
-            numbers = {n for evidence in found["evidence"] for n in re.findall(r"\d+\.\d+", evidence)}
-            assert set(re.findall(r"\d+\.\d+", cell)) <= numbers, name
+            for statement in more.get(name, ()):
+                if claims:
+                    assert statement in cell
+                cell = cell.replace(statement, "")
+            ours = [evidence.split("published: ")[0] for evidence in found["evidence"]]
+            numbers = {number for evidence in ours for number in re.findall(NUMBER, evidence)}
+            for signs in signed(cell):
+                assert signs & numbers, f"{name}: {' or '.join(signs)}"
     asked = {claim for columns in README.values() for claims in columns for claim in claims}
     assert asked == set(board.index[board["verdict"] != "not run"])
 
