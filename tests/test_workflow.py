@@ -195,6 +195,11 @@ def test_a_refused_run_is_not_tried_again(attempt, config):
     assert "is not tried again: DatasetError: tiny is not prepared" in attempt(2, refusal)
 
 
+def test_a_kernel_is_reached_by_files_and_not_by_ports_that_another_may_take(attempt):
+    told = "import ipykernel, json; raise ValueError(json.loads(ipykernel.get_connection_info())['transport'])"
+    assert "ValueError: ipc" in attempt(1, told)
+
+
 def test_what_an_earlier_start_left_does_not_decide_about_the_attempts_of_this_one(attempt, config):
     write_status(config.folder, "failed", 3, "RunError: the loss is not finite")
     error = "raise OSError('the file system is away')"

@@ -11,7 +11,8 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ import torch
 from devices import own_devices
 from papermill.exceptions import PapermillExecutionError
 from processes import end_with_parent
+from traitlets.config import Config
 
 from hloss.checkpoints import read_status, write_status
 from hloss.experiment import read_result, write_whole
@@ -100,7 +102,6 @@ def execute_report(study: Study) -> None:
     parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
     execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")
     from nbconvert import HTMLExporter  # here, because a run needs none of it
-    from traitlets.config import Config
 
     exporter = HTMLExporter(config=Config({"HTMLExporter": dict.fromkeys(DOWNLOADED, "")}))
     exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
@@ -131,6 +132,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+@contextlib.contextmanager
+def sockets_of_its_own() -> Iterator[Config]:
+    """A kernel that is reached by files: of two that begin at once, over TCP, one can find its port taken and dies."""
+    with tempfile.TemporaryDirectory(prefix="hloss-") as folder:  # the run's own may be on NFS, its path too long
+        yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
+
+
 def execute(
     notebook: str, out: Path, parameters: dict, log: Path, refused: Callable[[str], object] = lambda message: None
 ) -> None:
@@ -144,15 +152,17 @@ def execute(
         os.dup2(stream.fileno(), sys.stderr.fileno())  # the kernel's own messages belong to the log, too
     logging.info("started: %s, GPUs %r", notebook, os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     try:
-        papermill.execute_notebook(
-            f"notebooks/{notebook}.ipynb",
-            part,
-            parameters,
-            cwd=".",
-            progress_bar=False,
-            log_output=True,
-            autosave_cell_every=10,
-        )
+        with sockets_of_its_own() as config:
+            papermill.execute_notebook(
+                f"notebooks/{notebook}.ipynb",
+                part,
+                parameters,
+                cwd=".",
+                progress_bar=False,
+                log_output=True,
+                autosave_cell_every=10,
+                config=config,
+            )
     except KeyboardInterrupt:
         fail(f"{out} was interrupted; its checkpoint is kept")
     except Exception as error:
