@@ -3,8 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import settings
 
 from data_prep.prepared import create_images, finish, new_folder
+
+settings.register_profile("hloss", deadline=None)  # a busy machine is no error
+settings.load_profile("hloss")
 
 
 @pytest.fixture(scope="session")

@@ -195,7 +195,7 @@ def test_contrastive_is_undefined_for_a_single_image_only():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000))
 def test_the_order_of_the_batch_and_the_names_of_classes_do_not_matter(name, seed):
     embeddings, labels = batch(seed=seed)

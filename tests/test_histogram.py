@@ -140,7 +140,7 @@ def test_the_package_needs_torch_alone():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n_bins=st.integers(1, 1000),
     kernel=st.sampled_from(KERNELS),
@@ -370,7 +370,7 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(loss, embeddings, create_graph=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000))
 def test_reverse_probability_is_the_share_of_reversed_pairs_of_pairs(seed):
     _, labels = batch(n=12, classes=3, seed=seed)

@@ -79,7 +79,7 @@ def assert_measures(result, all_ranks, k, prefix=""):
 # ------------------------------------------------------------------------------------------------- the first match
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(n=st.integers(1, 40), seed=st.integers(0, 10_000), classes=st.integers(1, 25))
 def test_first_match_ranks_with_ties_and_singletons(n, seed, classes):
     embeddings, labels = gallery_with_ties(n, seed, classes)

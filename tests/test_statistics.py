@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -81,7 +81,6 @@ def one_sided_tests(differences, margin):
     return max(above, below)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-300, 300), min_size=2, max_size=6, unique=True), st.sampled_from([0.01, 0.05, 0.1]))
 def test_the_verdict_is_that_of_the_tests_of_scipy(hundredths, level):
     differences = np.array(hundredths) / 100
