@@ -31,6 +31,13 @@ for (const table of document.querySelectorAll("table.sortable:not([data-sorts])"
   const body = table.tBodies[0], headers = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   const start = /^[-+]?(\\d+\\.?\\d*|\\.\\d+)(e[-+]?\\d+)?(?![\\w.])/i;
   const number = text => Number((text.replaceAll(",", "").replace("\\u2212", "-").match(start) || [NaN])[0]);
+  const natural = (a, b) => {  // "margin 0.04" before "margin 0.1" before "margin 10"
+    const [p, q] = [a, b].map(t => t.match(/\\d+(\\.\\d+)?|\\D+/g) || []), isNumber = t => /^\\d/.test(t);
+    const differs = p.findIndex((t, i) => t !== q[i]);
+    if (differs < 0 || differs >= q.length) return p.length - q.length;
+    const [x, y] = [p[differs], q[differs]];
+    return (isNumber(x) && isNumber(y) ? x - y : x.localeCompare(y, "en")) || a.localeCompare(b, "en");
+  };
   headers.forEach((header, column) => {
     const text = row => row.cells[column].textContent.trim();
     const filled = [...body.rows].map(text).filter(t => t);
@@ -44,7 +51,7 @@ for (const table of document.querySelectorAll("table.sortable:not([data-sorts])"
       const way = header.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       const last = t => numeric ? isNaN(number(t)) : !t;
       const order = (a, b) => last(a) || last(b) ? last(a) - last(b)
-        : way * (numeric ? number(a) - number(b) : a.localeCompare(b, "en", {numeric: true}));
+        : way * ((numeric ? number(a) - number(b) : 0) || natural(a, b));
       body.append(...[...body.rows].sort((a, b) => order(text(a), text(b))));
       headers.forEach(h => h.removeAttribute("aria-sort"));
       header.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");

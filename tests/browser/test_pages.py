@@ -173,6 +173,15 @@ def test_numbers_sort_as_numbers_and_what_is_none_stays_below(number, upwards, l
     assert visit.errors == visit.outside == []
 
 
+def test_numbers_within_words_sort_as_numbers(tmp_path, visit):
+    upwards = [f"margin {margin}" for margin in ("0", "0.01", "0.04", "0.1", "02", "2", "10", "10, alpha 1")]
+    shuffled = pd.DataFrame({"method": [upwards[i] for i in (5, 3, 7, 0, 6, 1, 4, 2)]})
+    page = visit.open(page_of(tmp_path, sortable_table(shuffled)))
+    page.locator("button").click()
+    assert column(page, 0) == upwards
+    check_sorting(page.locator("table"))
+
+
 def test_a_table_sorts_by_the_keyboard(tmp_path, visit):
     page = visit.open(page_of(tmp_path, sortable_table(FRAME)))
     page.keyboard.press("Tab")
