@@ -79,10 +79,10 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
             write_status(folder, "failed", status.get("iteration", 0), message)
 
     given = run.resources.gpus and not own_gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
-    if given and run.config.device == "auto" and not torch.cuda.is_available():  # not for hours on a CPU, unnoticed
+    if given and not torch.cuda.is_available():  # else it would train for hours on a CPU, unnoticed
         fail(
             f"{run.name} was given GPUs on {platform.node()}, but torch {torch.__version__} cannot use any: look at "
-            "the driver and at torch's build there, or say `device: cpu` in the study"
+            "the driver and at torch's build there, or say `gpus: 0` in the study"
         )
     with contextlib.nullcontext() if given else own_devices(run.resources.gpus):
         execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log", refused)
