@@ -246,8 +246,11 @@ def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(co
     assert "but torch" in capsys.readouterr().out
     assert read_status(config.folder) is None  # another attempt may find another node
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run_notebook, "execute", lambda *given: carry_out(config, lambda line: None))
-    run_notebook.execute_run(study_of(config, gpus=1), config.run_id, 1, own_gpus=False)
+    began = []
+    monkeypatch.setattr(run_notebook, "execute", lambda *given: began.append(given[0]))
+    with pytest.raises(SystemExit):  # there is no result
+        run_notebook.execute_run(study_of(config, gpus=1), config.run_id, 1, own_gpus=False)
+    assert began == ["20_train"]
 
 
 def test_progress_tells_a_change_once_and_old_news_never(config, capsys):
