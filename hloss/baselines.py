@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hloss.histogram import NotFiniteError
+
 ROUNDING = 1e-12  # squared distances of unit vectors that differ by less are equal: their float64 error is about 1e-15
 
 
@@ -234,7 +236,7 @@ def _checked(embeddings: Tensor, labels: Tensor) -> Tensor:
         )
     if not embeddings.isfinite().all():
         rows = (~embeddings.isfinite().all(1)).nonzero().flatten().tolist()
-        raise ValueError(f"embeddings must be finite, rows {rows[:10]} ({len(rows)} in all) hold NaN or infinity")
+        raise NotFiniteError(f"embeddings must be finite, rows {rows[:10]} ({len(rows)} in all) hold NaN or infinity")
     return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -264,8 +265,19 @@ class RunConfig(BaseModel):
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
+    def in_slices(self) -> bool:
+        """Whether any process has more of the batch than `micro_batch`: then all work in slices, else none."""
+        return self.micro_batch is not None and self.micro_batch * self.devices < self.batch_size
+
+    @property
     def folder(self) -> Path:
+        """Where the run writes."""
         return found_from_here(self.runs_dir) / self.study / self.run_id
+
+    @property
+    def data_folder(self) -> Path:
+        """Where its prepared dataset is."""
+        return found_from_here(self.data_dir) / self.dataset
 
 
 def _defaults(called: Callable[..., Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -363,8 +375,16 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: found for name in packages if (found := _version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "processor": _processor(),
         "threads": threads,
     }
+
+
+def _processor() -> str:
+    """The name of this machine's CPU and its cores; where only Linux tells the name, its architecture."""
+    told = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", told.read_text()) if told.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _version(package: str) -> str | None:

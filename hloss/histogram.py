@@ -34,6 +34,10 @@ LONGEST = (1 + 1e-4) ** 0.5  # norm of an embedding that is not to be normalised
 BETA_ENDS = (1e-5, 0.999)  # where the authors' layer evaluates the Beta density in place of 0 and 1
 
 
+class NotFiniteError(ValueError):
+    """Embeddings or a loss that are NaN or infinite: mostly a learning rate too high."""
+
+
 class HistogramLoss(nn.Module):
     """Histogram loss, equations 1-6: the estimated probability that a negative pair is more similar than a positive.
 
@@ -789,7 +793,7 @@ def _checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | N
 def _refuse_rows(name: str, norms: Tensor) -> None:
     endless, zero = _rows_where(~norms.isfinite()), _rows_where(norms == 0)
     if endless:
-        raise ValueError(f"{name} rows {endless} hold NaN or infinity")
+        raise NotFiniteError(f"{name} rows {endless} hold NaN or infinity")
     if zero:
         raise ValueError(f"{name} rows {zero} are zero and have no direction")
     raise ValueError(

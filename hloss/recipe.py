@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hloss.datasets import Dataset, train_view
 from hloss.experiment import RunConfig
+from hloss.histogram import NotFiniteError
 from hloss.networks import batchnorms
 
 
@@ -147,7 +148,8 @@ def gradient(
     """Add the loss's gradient to the network's parameters; returns the loss of the batch.
 
     network: as `fabric.setup` gave it. images, labels: this process's share, as `Batches` gives it. With `micro_batch`
-    the gradient is the whole batch's, exactly, at the memory of one slice: all slices are embedded without a graph, the
+    (the same in all processes: theirs exchange embeddings and gradients in the order that it sets) the gradient is the
+    whole batch's, exactly, at the memory of one slice: all slices are embedded without a graph, the
     loss is derived with respect to the embeddings, and each slice is embedded again to carry its part of that to the
     weights. `seed(slice)` seeds a slice's dropout, both times. One more forward pass is its price. `loss_seed`, the
     same on all of several processes, seeds what the loss draws; None, for one process: it draws where dropout left off.
@@ -155,15 +157,16 @@ def gradient(
     BatchNorm in training mode sees one slice at a time (`batchnorm="slices"`; a run refuses "live" here): both passes
     normalise a slice by its own statistics, and the running ones take it in once.
 
-    Raises ValueError, before any parameter's gradient, if the loss is not finite or refuses the embeddings.
+    Raises, before any parameter's gradient, NotFiniteError if the loss is not finite, ValueError if it refuses the
+    embeddings.
     """
-    slices = images.split(micro_batch or len(images))
-    if len(slices) == 1:
+    if micro_batch is None:
         _seed(images.device, seed(0))
         loss = _seeded(loss_of, loss_seed, network(images), labels)
         value = _finite(loss)
         fabric.backward(loss)
         return value
+    slices = images.split(micro_batch)
     with torch.no_grad(), _without_memory(network):
         embeddings = torch.cat([_embedded(network, part, seed(i)) for i, part in enumerate(slices)])
     embeddings.requires_grad_()
@@ -172,7 +175,7 @@ def gradient(
     loss.backward()  # to the embeddings, and to what the loss itself learns
     wanted = embeddings.grad
     assert wanted is not None
-    for i, (part, its) in enumerate(zip(slices, wanted.split(micro_batch or len(images)), strict=True)):
+    for i, (part, its) in enumerate(zip(slices, wanted.split(micro_batch), strict=True)):
         with fabric.no_backward_sync(network, enabled=i < len(slices) - 1):
             fabric.backward(_embedded(network, part, seed(i)), its)
     return value
@@ -201,7 +204,7 @@ def _seed(device: torch.device, seed: int) -> None:
 def _finite(loss: Tensor) -> float:
     value = loss.item()
     if not math.isfinite(value):
-        raise ValueError(f"the loss is {value}")
+        raise NotFiniteError(f"the loss is {value}")
     return value
 
 

@@ -53,12 +53,12 @@ from hloss.experiment import (
     ConfigError,
     RunConfig,
     fingerprint,
-    found_from_here,
     parse_config,
     provenance,
     read_result,
     write_whole,
 )
+from hloss.histogram import NotFiniteError
 from hloss.networks import batchnorms, build_network, training_mode
 from hloss.outcome import (
     embeddings_of,
@@ -104,15 +104,16 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
     """
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        dataset = open_dataset(found_from_here(config.data_dir) / config.dataset)
+        dataset = open_dataset(config.data_folder)
         identity = _identity(config, dataset)
     except (ConfigError, DatasetError) as error:
         if first:
             _note_refusal(config.folder, error)
         raise
     config.folder.mkdir(parents=True, exist_ok=True)
-    if config.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return _finished(config, identity) or _run_by_torchrun(config, report)
+    starter = config.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if starter and not _finished(config, identity):
+        return _run_by_torchrun(config, report)
     holding = held(config.folder) if first else nullcontext()
     # The caller's generator on the CPU is put back. A GPU's is seeded anew in every step; asked for all of them, torch
     # warns where there are several, and touches each.
@@ -297,7 +298,7 @@ def _check(work: Work, network: nn.Module) -> None:
             f"refit=True: the validation classes of {config.dataset!r} were not carved out of its training classes"
         )
     live = config.network_settings()["batchnorm"] == "live" and bool(batchnorms(network))
-    if live and config.micro_batch is not None and config.micro_batch * config.devices < config.batch_size:
+    if live and config.in_slices:
         raise ConfigError(
             f"micro_batch={config.micro_batch}: network {config.network!r} has BatchNorm, and a batch in slices has no "
             'live statistics; set batchnorm to "frozen" (those of the weights) or "slices" (each slice its own)'
@@ -341,6 +342,7 @@ class Loop:
         training_mode(network, batchnorm)
         self.work, self.network, self.until = work, network, until
         share = (fabric.global_rank, fabric.world_size)
+        self.micro_batch = config.micro_batch if config.in_slices else None
         self.batches = Batches(work.dataset, rows, config, share, ahead=fabric.device.type == "cuda")
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
@@ -393,7 +395,7 @@ class Loop:
                 self.loss_of,
                 images,
                 labels,
-                config.micro_batch,
+                self.micro_batch,
                 lambda part: seed_of(config.seed, iteration, fabric.global_rank, part),
                 loss_seed,
             )
@@ -406,7 +408,8 @@ class Loop:
     def _give_up(self, why: str, error: Exception) -> None:
         """Leave the last checkpoint as it is, and beside it the state that failed, for whoever wants to see why.
 
-        `failed.pt` is a checkpoint with one more key: `batch`, the dataset's rows that the loss failed on.
+        `failed.pt` is a checkpoint with one more key: `batch`, the dataset's rows of the last batch, on which the loss
+        failed (before a validation that failed, the last that was trained on).
         """
         file = self.work.config.folder / "failed.pt"
         left = f"Weights and batch are in {file}"
@@ -415,7 +418,8 @@ class Loop:
                 save_whole(file, {**self._state(), "batch": self.batches.rows[self.batches.current].tolist()})
             except OSError as full:  # a full disk must not hide why the run ends, nor have it started again
                 left = f"Weights and batch are lost: {full}"
-        raise RunError(f"{why}; try a lower learning_rate. {left}") from error
+        advice = "; try a lower learning_rate" if isinstance(error, NotFiniteError) else ""
+        raise RunError(f"{why}{advice}. {left}") from error
 
     def _is_due(self, every: int) -> bool:
         return self.work.progress["iteration"] % every == 0 or self.work.progress["iteration"] == self.until
@@ -427,9 +431,7 @@ class Loop:
             return
         try:
             recall = validation_recall(self.network, work.dataset, work.config, work.fabric.device)
-        except ValueError as error:
-            if "must be finite" not in str(error):
-                raise
+        except NotFiniteError as error:
             self._give_up(f"validation: {error} after iteration {progress['iteration']}", error)
         progress["validations"].append([progress["iteration"], recall])
         if progress["best"] is None or recall > progress["best"]["recall"]:

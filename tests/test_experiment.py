@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,7 @@ def test_losses_and_miners_of_pytorch_metric_learning_train(settings):
     result = run(config, quiet)
     assert result["config"]["loss_options"] == {"alpha": 3.0}
     assert "pytorch-metric-learning" in result["provenance"]["packages"]
+    assert re.fullmatch(r".*\S, [1-9]\d* cores", result["provenance"]["processor"])
     assert parse_config({**settings, **MULTI_SIMILARITY}).run_id != config.run_id
 
 

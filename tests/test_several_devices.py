@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from data_prep.prepared import create_images, finish, new_folder
-from hloss.checkpoints import RunError, RunStopped, held, read_status
+from hloss.checkpoints import RunError, RunStopped, StopSignals, held, read_status
+from hloss.datasets import open_dataset
 from hloss.experiment import ConfigError, parse_config
-from hloss.training import run
+from hloss.networks import batchnorms, build_network
+from hloss.training import Loop, Work, run
 
 KEEPING = str(Path(__file__).parent / "keeping.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -63,7 +66,7 @@ def by_torchrun(script, settings, tmp_path, **environment):
     processes = settings.get("devices", 1)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *torchrun, str(script), str(file)]
-    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600)
 
 
 def started(settings, tmp_path):
@@ -102,6 +105,16 @@ def test_two_processes_train_to_the_weights_of_one(network, settings, tmp_path):
     first, _ = started({**settings, "iterations": 1, "validate_every": 1}, tmp_path)
     moved = [(first[name] - weights).abs().max() for name, weights in one.items() if name.endswith(("weight", "bias"))]
     assert min(moved) > 1e-5, "the weights did move"
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_processes_of_unequal_shares_work_in_slices_together(micro_batch, settings, tmp_path):
+    """Nine images on two processes: 5 make two slices or three, 4 make one or two."""
+    settings = {**settings, "batch_size": 9, "iterations": 4, "validate_every": 2}
+    one, alone = started(settings, tmp_path)
+    two, together = started({**settings, "devices": 2, "micro_batch": micro_batch}, tmp_path)
+    assert all((weights - two[name]).abs().max() <= 1e-9 for name, weights in one.items())
+    assert alone["metrics"] == together["metrics"]
 
 
 # Each process leaves what it has at the end of a training: its loss's weights and losses, and its number of threads.
@@ -176,6 +189,21 @@ def test_several_processes_stopped_in_both_stages_continue_to_the_same_weights(s
     one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
     for key in ("network_sha256", "metrics", "chosen", "validation_recall@1"):
         assert one[key] == other[key]
+
+
+def test_live_batchnorm_is_synchronised_over_devices(settings):
+    """On CUDA alone can it be at work (`make check-gpu`), but that a training puts it in is seen here."""
+    config = parse_config({**settings, "batchnorm": "live", "devices": 2})
+    fabric = SimpleNamespace(world_size=2, global_rank=0, device=torch.device("cpu"), setup=lambda *made: made)
+    dataset = open_dataset(config.data_folder)
+    work = Work(config, dataset, {}, fabric, StopSignals(False), print)
+    network = build_network("glyphnet", dataset.images.shape[1:], 10)
+    layers = len(batchnorms(network))
+    loop = Loop(work, network, dataset.rows("train"), 1, None)
+    loop.batches.close()
+    kinds = {type(layer) for layer in batchnorms(loop.network)}
+    assert (len(batchnorms(loop.network)), kinds) == (layers, {torch.nn.SyncBatchNorm})
+    assert layers > 0
 
 
 def test_a_process_that_is_lost_costs_one_attempt_and_no_result(settings, tmp_path):

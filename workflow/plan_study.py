@@ -23,7 +23,7 @@ from slurm import is_slurm
 
 from hloss.checkpoints import read_status
 from hloss.datasets import DatasetError, open_dataset
-from hloss.experiment import ConfigError, found_from_here, read_result
+from hloss.experiment import ConfigError, read_result
 from hloss.studies import Study, StudyRun, load_study, stale_runs
 
 MEASURED = Path("workflow/measured.csv")
@@ -156,9 +156,9 @@ def state_of(run: StudyRun, stale: bool) -> tuple[str, int | None]:
 def cards_here(study: Study) -> dict[str, str]:
     """Dataset -> hash of its card, of the datasets that are prepared here."""
     cards = {}
-    for name, folder in {run.config.dataset: run.config.data_dir for run in study.runs}.items():
+    for folder in {run.config.data_folder for run in study.runs}:
         with suppress(DatasetError):
-            cards[name] = open_dataset(found_from_here(folder) / name).card_sha256
+            cards[folder.name] = open_dataset(folder).card_sha256
     return cards
 
 
