@@ -38,7 +38,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.datasets import Dataset, open_dataset
-from hloss.experiment import ConfigError, RunConfig, code_sha256, found_from_here, parse_config, read_result
+from hloss.experiment import ConfigError, RunConfig, code_sha256, parse_config, read_result
 from hloss.histogram import reverse_probability
 from hloss.outcome import of_known_identity
 from hloss.statistics import bootstrap_over_classes
@@ -61,7 +61,16 @@ class Resources(BaseModel):
     gpus: int = Field(ge=0, description="GPUs of the run's own; 0: it runs on the CPU. Default: the run's `devices`")
     memory_gb: float = Field(8.0, gt=0, description="main memory of the first attempt, in GiB; a retry asks for more")
     hours: float = Field(4.0, gt=0, description="time limit of the first attempt; a retry asks for more")
-    max_hours: float = Field(24.0, gt=0, description="the partition's time limit: no attempt asks for more")
+    max_memory_gb: float = Field(64.0, gt=0, description="what a node has: no retry asks for more")
+    max_hours: float = Field(24.0, gt=0, description="the partition's time limit: no retry asks for more")
+
+    def memory_mib(self, attempt: int) -> int:
+        """Main memory of an attempt (from 1), in MiB: the first one's times its number, as far as a node goes."""
+        return math.ceil(1024 * min(self.memory_gb * attempt, max(self.memory_gb, self.max_memory_gb)))
+
+    def minutes(self, attempt: int) -> int:
+        """Time limit of an attempt (from 1): the first one's times its number, as far as the partition goes."""
+        return math.ceil(60 * min(self.hours * attempt, max(self.hours, self.max_hours)))
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,7 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     for run in study.runs:
         row: dict[str, Any] = {"complete": False}
         if result := read_result(run.config.folder):
-            dataset = opened(found_from_here(run.config.data_dir) / run.config.dataset)
+            dataset = opened(run.config.data_folder)
             row = _of_result(run, result, dataset, run.config.seed == first[run.dataset])
         rows.append(_of_study(study, run) | row)
     rows += [_of_study(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
@@ -316,10 +325,18 @@ def _of_result(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: b
         "reverse_probability": _reverse_probability(run, dataset) if first else math.nan,
         "panel": json.dumps(result["panel"]),
         **result["fingerprint"],
-        "git_commit": result["provenance"]["git_commit"],
-        "device": result["provenance"]["device"],
-        "threads": result["provenance"]["threads"],
-        "torch": result["provenance"]["packages"]["torch"],
+        **_provenance(result["provenance"]),
+    }
+
+
+def _provenance(told: dict[str, Any]) -> dict[str, Any]:
+    """Where a result came from, as far as the table of all says it."""
+    return {
+        "git_commit": f"{told['git_commit']}{' with changes' * told['git_dirty']}",
+        "device": told["device"],
+        "processor": told.get("processor", ""),  # unknown of results made earlier
+        "threads": told["threads"],
+        "torch": told["packages"]["torch"],
     }
 
 

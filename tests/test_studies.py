@@ -71,6 +71,18 @@ def test_resources_are_the_studys_and_over_them_the_runs_own(study):
     assert (pixels.partition, pixels.memory_gb, pixels.hours, pixels.gpus) == ("gpu", 16, 2, 0)
 
 
+def test_a_retry_asks_for_more_as_far_as_node_and_partition_go(study):
+    text, _ = study
+    text["resources"] = {"memory_gb": 24, "max_memory_gb": 60, "hours": 10, "max_hours": 24}
+    asked = written(study).runs[0].resources
+    assert [asked.memory_mib(attempt) for attempt in (1, 2, 3, 4)] == [24 * 1024, 48 * 1024, 60 * 1024, 60 * 1024]
+    assert [asked.minutes(attempt) for attempt in (1, 2, 3)] == [600, 1200, 1440]
+    text["resources"] |= {"memory_gb": 100.5, "hours": 48}  # what a study asks for is asked for
+    asked = written(study).runs[0].resources
+    assert [asked.memory_mib(attempt) for attempt in (1, 2)] == [102_912] * 2
+    assert [asked.minutes(attempt) for attempt in (1, 2)] == [48 * 60] * 2
+
+
 def test_resources_do_not_change_what_a_run_is(study):
     before = [r.config.run_id for r in written(study).runs]
     study[0]["resources"] = {"hours": 1}
@@ -230,8 +242,15 @@ def test_results_of_different_code_are_never_mixed_silently(study, monkeypatch):
     assert stale_runs(loaded, {"tiny": "other"}) == list(loaded.runs)
     with pytest.raises(ConfigError, match="2 versions of the code"):
         collect(loaded)
+    file = loaded.runs[0].config.folder / "result.json"
+    told = json.loads(file.read_text())
+    told["provenance"] |= {"git_commit": "abc", "git_dirty": True}
+    del told["provenance"]["processor"]
+    file.write_text(json.dumps(told))
     mixed = collect(loaded, keep=True)
     assert mixed["code_sha256"].nunique() == 2
+    assert (mixed["git_commit"][0], mixed["processor"][0]) == ("abc with changes", "")
+    assert mixed["processor"][1].endswith("cores")
     assert mixed["method"].tolist()[-1] == ["raw pixels"]
 
 

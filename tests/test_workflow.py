@@ -239,17 +239,19 @@ def test_a_command_is_asked_to_stop_as_by_a_terminal(capfd):
 
 
 def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(config, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(run_notebook, "execute", lambda *given: pytest.fail("it began"))
     with pytest.raises(SystemExit):
-        run_notebook.execute_run(study_of(config, gpus=1), config.run_id, 1, own_gpus=False)
+        run_notebook.execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
     assert "but torch" in capsys.readouterr().out
-    assert read_status(config.folder) is None  # another attempt may find another node
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    status = read_status(config.folder)  # another attempt may find another node
+    assert (status["state"], status["retry"]) == ("failed", True)
+    assert "but torch" in status["message"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     began = []
     monkeypatch.setattr(run_notebook, "execute", lambda *given: began.append(given[0]))
     with pytest.raises(SystemExit):  # there is no result
-        run_notebook.execute_run(study_of(config, gpus=1), config.run_id, 1, own_gpus=False)
+        run_notebook.execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
     assert began == ["20_train"]
 
 

@@ -1,6 +1,7 @@
 """What becomes of a study's runs, read from their folders: the same on this machine and on a cluster."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from hloss.checkpoints import read_status
@@ -24,6 +25,10 @@ class Progress:
         print(f"study {self.study.name}: {self.total - self.first} of {self.total} runs are complete", flush=True)
 
     def __call__(self) -> None:
+        with suppress(OSError):  # a network file system is away: what there is to tell is told the next time
+            self._tell()
+
+    def _tell(self) -> None:
         for run, folder in list(self.todo):
             result = read_result(folder)
             if result is None:

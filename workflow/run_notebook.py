@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,12 +79,14 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
         if not is_final(read_status(folder) or {}):  # the run had not begun to keep its status
             write_status(folder, "failed", status.get("iteration", 0), message)
 
-    given = run.resources.gpus and not own_gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
-    if given and not torch.cuda.is_available():  # else it would train for hours on a CPU, unnoticed
-        fail(
-            f"{run.name} was given GPUs on {platform.node()}, but torch {torch.__version__} cannot use any: look at "
-            "the driver and at torch's build there, or say `gpus: 0` in the study"
+    given = 0 if own_gpus else run.resources.gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
+    if given > (found := torch.cuda.device_count()):  # else it would train for hours on a CPU, unnoticed
+        message = (
+            f"{run.name} was given {given} GPUs on {platform.node()}, but torch {torch.__version__} finds {found}: "
+            "look at the driver and at torch's build there, or say `gpus: 0` in the study"
         )
+        write_status(folder, "failed", status.get("iteration", 0), message, retry=True)  # elsewhere it may have them
+        fail(message)
     with contextlib.nullcontext() if given else own_devices(run.resources.gpus):
         execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log", refused)
     if read_result(folder) is None:
@@ -109,7 +112,7 @@ def execute_report(study: Study) -> None:
     # What is left would still be loaded from elsewhere: script tags without a source, and the diagrams' module.
     html = re.sub(r"<script(?: [^>]*)?>(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>", "", html, flags=re.S)
     html = html.replace('<script src=""></script>', "")
-    html = html.replace("<title>90_report</title>", f"<title>{study.title}</title>")
+    html = re.sub(r"<title>.*?</title>", lambda _: f"<title>{escape(study.title)}</title>", html, count=1, flags=re.S)
     write_whole(folder / "report.html", lambda part: part.write_text(html))
 
 
@@ -135,7 +138,8 @@ def fail(message: str) -> NoReturn:
 @contextlib.contextmanager
 def sockets_of_its_own() -> Iterator[Config]:
     """A kernel that is reached by files: of two that begin at once, over TCP, one can find its port taken and dies."""
-    with tempfile.TemporaryDirectory(prefix="hloss-") as folder:  # the run's own may be on NFS, its path too long
+    # In /tmp: a socket's path has at most 107 characters, and the run's folder may be on NFS.
+    with tempfile.TemporaryDirectory(prefix="hloss-", dir="/tmp") as folder:
         yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
 
 

@@ -21,7 +21,7 @@ from progress import Progress
 from slurm import SlurmError, is_slurm, job_prefix, jobs_in_queue, wait_for_jobs
 
 from hloss.datasets import DatasetError, open_dataset
-from hloss.experiment import ConfigError, RunConfig, found_from_here, write_whole
+from hloss.experiment import ConfigError, RunConfig, write_whole
 from hloss.histogram import histogram_loss
 from hloss.statistics import shown_interval
 from hloss.studies import COMPARED, Study, collect, load_study, stale_runs
@@ -135,6 +135,8 @@ def run_on_slurm(study: Study, command: list[str], progress: Progress, queue: di
         results = (f"runs/{config.study}/{config.run_id}/result.json" for config in left.values())
         call([*command, "--omit-from", *results], progress)
         wait_for_jobs(left, progress)
+        for number in left:
+            del queue[number]  # the next stage of a tuned study waits for others alone
     return call(command, progress)
 
 
@@ -152,8 +154,8 @@ def without_stale(study: Study, keep: bool) -> Study:
 
     Returns the study as it then is: what is set aside chooses no settings any more.
     """
-    datasets = {run.config.dataset for run in study.runs}
-    stale = stale_runs(study, {name: open_dataset(found_from_here("data") / name).card_sha256 for name in datasets})
+    folders = {run.config.data_folder for run in study.runs}
+    stale = stale_runs(study, {folder.name: open_dataset(folder).card_sha256 for folder in folders})
     if stale and keep:
         print(f"KEEP: {len(stale)} runs made by other code or data are kept; the report says so", flush=True)
     elif stale:

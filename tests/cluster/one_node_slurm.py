@@ -60,6 +60,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+PartitionName=second Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP
 """
 
 

@@ -145,14 +145,14 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
         "title": "four runs on two GPUs",
         "fixed": SHORT,
         "seeds": [0, 1],
-        "resources": {"gpus": 1, "memory_gb": 4, "hours": 0.2},
+        "resources": {"partition": "second", "gpus": 1, "memory_gb": 4, "hours": 0.2},
         "runs": [{"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}}],
     }
     project = new_project("project", study)
     project.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5, "jobs": 3})
     file = project.folder / "workflow" / "run_notebook.py"  # the GPUs are stand-ins, for which there is no driver
-    assert "torch.cuda.is_available()" in file.read_text()
-    file.write_text(file.read_text().replace("torch.cuda.is_available()", "True"))
+    assert "torch.cuda.device_count()" in file.read_text()
+    file.write_text(file.read_text().replace("torch.cuda.device_count()", "1"))
     first = project.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.4")
     wait_until(
         "two jobs run, one waits", lambda: sorted(s for _, s, *_ in jobs().values()) == ["PENDING", *["RUNNING"] * 2]
@@ -167,7 +167,8 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
     assert sorted(submitted) == sorted(run.name for run in folder.iterdir())
     assert len(submitted) == 4
     assert [len(starts(run)) for run in folder.iterdir()] == [1] * 4
-
+    partitions = called(slurm, "squeue", "--states=all", "--noheader", "--format=%P", f"--jobs={','.join(jobs())}")
+    assert partitions.split() == ["second"] * 4
     assert_no_gpu_for_two(list(folder.iterdir()), {"0", "1"})
 
 
