@@ -44,8 +44,10 @@ test: $(TEST_INSTALLED) data/glyphs/card.json
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
+# In two processes: files of the benchmarks have the names of others.
 test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) data/glyphs/card.json
 	$(BIN)/python -m pytest -m slow -rs --durations=0 --ignore=tests/benchmarks tests
+	$(BIN)/python -m pytest -m slow tests/benchmarks
 
 check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
 	@$(BIN)/python workflow/check_gpu.py

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
+import pytest
 import torch
 from conftest import peak_above_start
 
@@ -93,6 +94,7 @@ step(images, {micro_batch})
 """
 
 
+@pytest.mark.slow  # the one bound here that no other work on the machine moves
 def test_memory_of_a_batch_in_slices(benchmark, record):
     """The parts network, batch 512: peak above model, optimiser and images: in slices at most 30 % of it."""
     peaks = {}
