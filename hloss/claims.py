@@ -58,8 +58,8 @@ class Claim(BaseModel):
 
 
 class Part(NamedTuple):
-    """One difference that a claim rests on: what of, the points or shares, n, whether it holds, and the interval by
-    which that was found, whose confidence is `level`.
+    """One difference that a claim rests on: what of, the points or shares with their interval and n, whether it holds
+    (None: open), and the confidence of that interval. What is refuted was refuted by a stricter one.
     """
 
     of: str

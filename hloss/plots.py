@@ -40,10 +40,13 @@ def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
     means = table[(table["comparison"] == name) & (table["n"] > 0)]
     order, mean = means["method"].tolist(), means["recall@1"]
     figure, axes = plt.subplots(figsize=(7.5, 0.8 + 0.33 * len(order)))
-    sns.stripplot(runs, y="method", x="recall@1", order=order, color="0.55", size=4, jitter=0.12, ax=axes)
+    for row, method in enumerate(order):
+        seeds = runs.loc[runs["method"] == method, "recall@1"]
+        axes.scatter(seeds, row + np.linspace(-0.12, 0.12, len(seeds)), s=16, color="0.55")
     spread = np.nan_to_num(np.array([mean - means["recall@1 low"], means["recall@1 high"] - mean]))
     axes.errorbar(mean, range(len(order)), xerr=spread, fmt="o", color=POSITIVE, markersize=6, capsize=3, zorder=3)
-    axes.set(title=f"{runs['dataset'].iloc[0]}: {name}", xlabel="test Recall@1 (%)", ylabel=None)
+    axes.set(title=f"{runs['dataset'].iloc[0]}: {name}", xlabel="test Recall@1 (%)", ylim=(len(order) - 0.5, -0.5))
+    axes.set_yticks(range(len(order)), order)
     axes.grid(axis="x", color="0.9")
     return _finish(figure)
 

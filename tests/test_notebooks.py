@@ -2,8 +2,8 @@
 
 import ast
 import json
+import math
 import os
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -140,9 +140,15 @@ def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_f
     sample["complete"] &= ~(of_bins & (sample["seed"] > 2)) & (sample["loss"] != "lifted")
     waiting = sample["comparison"].map(lambda names: "tuned losses" in names) & (sample["loss"] == "semi-hard-triplet")
     sample.loc[waiting, ["complete", "run_id"]] = False, ""  # its setting is not chosen yet
-    said = report(tmp_path, sample.assign(threads=1))
+    said = report(tmp_path, sample.assign(threads=sample["complete"].map({True: 1.0, False: math.nan})))
     assert "This study is not complete" in said
-    assert re.search(r"glyphs +\| bins +\| +10 \|", said)  # five numbers of bins, two seeds
+    shown = tables(tmp_path)
+    (gaps,) = (rows for rows in shown if "seeds to come" in rows[0])
+    to_come = {(row["comparison"], row["method"]): row["seeds to come"] for row in gaps}
+    assert len(to_come) == len(gaps)
+    bins = {method: seeds for (comparison, method), seeds in to_come.items() if comparison == "bins"}
+    assert bins == {f"histogram, n_bins {n}": "3, 4" for n in (25, 50, 100, 200, 400)}
+    assert to_come["losses", "lifted structure"] == to_come["tuned losses", "lifted structure"] == "0, 1, 2, 3, 4"
     board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False).set_index("claim")
     for claim in ("bins", "lifted structure", "overlap"):
         verdicts = board.loc[[claim]]
@@ -155,7 +161,7 @@ def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_f
     table = pd.read_csv(tmp_path / "summary.csv")
     assert table[table["method"] == "lifted structure"]["n"].tolist() == [0, 0]
     assert "make study STUDY=glyphs" in said
-    check_tables(tables(tmp_path), table[table["n"] > 0])
+    check_tables(shown, table[table["n"] > 0])
 
 
 def check_tables(shown, means):
@@ -190,6 +196,20 @@ def test_a_report_can_be_had_before_any_training_is_complete(sample, tmp_path):
     assert "This study is not complete" in report(tmp_path, collected_earlier)
     board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)
     assert set(board[board["claim"] != "quadratic cost"]["verdict"]) == {"not run"}
+
+
+def test_a_report_shows_published_values_of_another_protocol_apart(sample, tmp_path):
+    """As if glyphs were CUB: of the histogram loss others published values by its protocol and from the test set."""
+    losses = sample[sample["comparison"].map(lambda names: "losses" in names)]
+    said = report(tmp_path, losses.assign(dataset="cub"))
+    assert said.index("Same protocol:") < said.index("Other protocols:")
+    same, other = (rows for rows in tables(tmp_path) if "published" in rows[0])
+    assert {row["match"] for row in same} == {"same protocol, another network"}
+    assert {row["match"] for row in other} == {"other protocol"}
+    assert all(row["difference"] for row in same)
+    assert not any(row["difference"] for row in other)
+    assert all(row["runs"].count(",") == row["n"].count("5") * 4 for row in same + other)
+    assert "histogram" in {row["method"] for row in same} & {row["method"] for row in other}
 
 
 @pytest.mark.parametrize(
