@@ -148,11 +148,11 @@ def gradient(
     """Add the loss's gradient to the network's parameters; returns the loss of the batch.
 
     network: as `fabric.setup` gave it. images, labels: this process's share, as `Batches` gives it. With `micro_batch`
-    (the same in all processes: theirs exchange embeddings and gradients in the order that it sets) the gradient is the
-    whole batch's, exactly, at the memory of one slice: all slices are embedded without a graph, the
-    loss is derived with respect to the embeddings, and each slice is embedded again to carry its part of that to the
-    weights. `seed(slice)` seeds a slice's dropout, both times. One more forward pass is its price. `loss_seed`, the
-    same on all of several processes, seeds what the loss draws; None, for one process: it draws where dropout left off.
+    (in all processes or in none: it decides in which order they exchange embeddings and gradients) the gradient is the
+    whole batch's, exactly, at the memory of one slice: all slices are embedded without a graph, the loss is derived
+    with respect to the embeddings, and each slice is embedded again to carry its part of that to the weights.
+    `seed(slice)` seeds a slice's dropout, both times. One more forward pass is its price. `loss_seed`, the same on all
+    of several processes, seeds what the loss draws; None, for one process: it draws where dropout left off.
 
     BatchNorm in training mode sees one slice at a time (`batchnorm="slices"`; a run refuses "live" here): both passes
     normalise a slice by its own statistics, and the running ones take it in once.

@@ -332,7 +332,7 @@ def _of_result(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: b
 def _provenance(told: dict[str, Any]) -> dict[str, Any]:
     """Where a result came from, as far as the table of all says it."""
     return {
-        "git_commit": f"{told['git_commit']}{' with changes' * told['git_dirty']}",
+        "git_commit": f"{told['git_commit'] or 'no git'}{' with changes' * told['git_dirty']}",
         "device": told["device"],
         "processor": told.get("processor", ""),  # unknown of results made earlier
         "threads": told["threads"],
