@@ -627,9 +627,8 @@ def main() -> None:
         result = run(config)
     except (ConfigError, DatasetError, RunError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"hloss.training: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: NCCL would wait there for processes that wait for this one
+        dist.destroy_process_group()
     if result and "HLOSS_STDIN" not in os.environ:
         print(config.folder / "result.json")
 

@@ -66,7 +66,14 @@ def by_torchrun(script, settings, tmp_path, **environment):
     processes = settings.get("devices", 1)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *torchrun, str(script), str(file)]
-    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT | environment, **pipes) as child:
+        try:
+            printed, errors = child.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            child.terminate()  # torchrun takes its processes with it, whom SIGKILL would leave waiting for each other
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, printed, errors)
 
 
 def started(settings, tmp_path):

@@ -238,8 +238,12 @@ def test_a_command_is_asked_to_stop_as_by_a_terminal(capfd):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(config, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+@pytest.mark.parametrize(("usable", "counted"), [(False, 0), (False, 2), (True, 1)])
+def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(
+    usable, counted, config, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
     monkeypatch.setattr(run_notebook, "execute", lambda *given: pytest.fail("it began"))
     with pytest.raises(SystemExit):
         run_notebook.execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
@@ -247,6 +251,7 @@ def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(co
     status = read_status(config.folder)  # another attempt may find another node
     assert (status["state"], status["retry"]) == ("failed", True)
     assert "but torch" in status["message"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     began = []
     monkeypatch.setattr(run_notebook, "execute", lambda *given: began.append(given[0]))

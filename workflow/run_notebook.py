@@ -80,7 +80,9 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
             write_status(folder, "failed", status.get("iteration", 0), message)
 
     given = 0 if own_gpus else run.resources.gpus  # by Slurm, which says so in CUDA_VISIBLE_DEVICES
-    if given > (found := torch.cuda.device_count()):  # else it would train for hours on a CPU, unnoticed
+    # Counted is also what a driver knows that torch cannot start.
+    found = torch.cuda.device_count() if given and torch.cuda.is_available() else 0
+    if given > found:  # else it would train for hours on a CPU, unnoticed
         message = (
             f"{run.name} was given {given} GPUs on {platform.node()}, but torch {torch.__version__} finds {found}: "
             "look at the driver and at torch's build there, or say `gpus: 0` in the study"
