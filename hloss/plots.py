@@ -42,7 +42,8 @@ def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(7.5, 0.8 + 0.33 * len(order)))
     for row, method in enumerate(order):
         seeds = runs.loc[runs["method"] == method, "recall@1"]
-        axes.scatter(seeds, row + np.linspace(-0.12, 0.12, len(seeds)), s=16, color="0.55")
+        apart = np.linspace(-0.12, 0.12, len(seeds)) if len(seeds) > 1 else 0
+        axes.scatter(seeds, np.full(len(seeds), row) + apart, s=16, color="0.55")
     spread = np.nan_to_num(np.array([mean - means["recall@1 low"], means["recall@1 high"] - mean]))
     axes.errorbar(mean, range(len(order)), xerr=spread, fmt="o", color=POSITIVE, markersize=6, capsize=3, zorder=3)
     axes.set(title=f"{runs['dataset'].iloc[0]}: {name}", xlabel="test Recall@1 (%)", ylim=(len(order) - 0.5, -0.5))

@@ -386,8 +386,8 @@ def beyond_the_claims():
             f"fixed setting and by {above(results, 'contrastive', 'tuned losses')} tuned",
             f"The plain triplet is above it by {above(results, 'triplet', 'losses')} at the fixed setting; "
             f"tuned, the two are equivalent, {equal(results, 'triplet', 'tuned losses')}",
-            "With C = 5, its best, the binomial deviance is equivalent to the histogram loss at the fixed setting, "
-            f"too: {best_binomial(results)}",
+            "With C = 5, of four values the best on the test classes, the binomial deviance is equivalent to the "
+            f"histogram loss at the fixed setting, if barely: {best_binomial(results)}",
             f"A linear order cost reaches {linear.mean():.1f} where the step reaches {step.mean():.1f}",
             f"A standard deviation of 20 bins costs {cost_of(results, 'gaussian')} with the Gaussian kernel, "
             f"{cost_of(results, 'epanechnikov')} with Epanechnikov's and {cost_of(results, 'uniform')} with the "
@@ -410,17 +410,16 @@ def above(results, rival, comparison):
 
 def equal(results, rival, comparison, of_rival=None):
     pair = recalls(results, of_rival or comparison, rival), recalls(results, comparison, "histogram")
-    assert equivalence(*pair).verdict == "equivalent"
-    difference = paired_difference(*pair)
-    assert difference.n == 5
-    return f"{difference.mean:.1f} ({difference.low:.1f} to {difference.high:.1f})"
+    found = equivalence(*pair)
+    assert (found.verdict, found.n) == ("equivalent", 5)
+    return f"{found.mean:.1f} (90 %: {found.low:.1f} to {found.high:.1f})"
 
 
 def best_binomial(results):
     """Its best C at the fixed setting stands in the comparison of C alone, with the losses' seeds."""
     of_c = results[results["comparison"] == "C"]
     best = of_c.groupby("method")["recall@1"].mean().idxmax()
-    assert set(of_c.loc[of_c["method"] == best, "C"]) == {5.0}
+    assert (of_c["method"].nunique(), set(of_c.loc[of_c["method"] == best, "C"])) == (4, {5.0})
     return equal(results, best, "losses", "C")
 
 
