@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hloss.histogram import NotFiniteError
+from hloss.histogram import check_finite
 
 ROUNDING = 1e-12  # squared distances of unit vectors that differ by less are equal: their float64 error is about 1e-15
 
@@ -234,9 +234,7 @@ def _checked(embeddings: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"labels must be integers of shape ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}"
         )
-    if not embeddings.isfinite().all():
-        rows = (~embeddings.isfinite().all(1)).nonzero().flatten().tolist()
-        raise NotFiniteError(f"embeddings must be finite, rows {rows[:10]} ({len(rows)} in all) hold NaN or infinity")
+    check_finite(embeddings)
     return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
 
 

@@ -38,6 +38,13 @@ class NotFiniteError(ValueError):
     """Embeddings or a loss that are NaN or infinite: mostly a learning rate too high."""
 
 
+def check_finite(embeddings: Tensor) -> None:
+    """NotFiniteError, naming the rows, if embeddings (n, d) hold NaN or infinity."""
+    if not embeddings.isfinite().all():
+        rows = (~embeddings.isfinite().all(1)).nonzero().flatten().tolist()
+        raise NotFiniteError(f"embeddings must be finite, rows {rows[:10]} ({len(rows)} in all) hold NaN or infinity")
+
+
 class HistogramLoss(nn.Module):
     """Histogram loss, equations 1-6: the estimated probability that a negative pair is more similar than a positive.
 

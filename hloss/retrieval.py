@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.histogram import NotFiniteError, exact_products
+from hloss.histogram import check_finite, exact_products
 
 BLOCK = 1024  # rows and columns of the float32 blocks: large enough for the product, small enough for the cache
 PAIRS = 2**22  # pairs held at once in float64
@@ -513,7 +513,5 @@ def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"labels must be integers of shape ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}"
         )
-    if not embeddings.isfinite().all():
-        rows = (~embeddings.isfinite().all(1)).nonzero().flatten().tolist()
-        raise NotFiniteError(f"embeddings must be finite, rows {rows[:10]} ({len(rows)} in all) hold NaN or infinity")
+    check_finite(embeddings)
     return embeddings.detach(), labels
