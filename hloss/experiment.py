@@ -265,9 +265,10 @@ class RunConfig(BaseModel):
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
-    def in_slices(self) -> bool:
-        """Whether any process has more of the batch than `micro_batch`: then all work in slices, else none."""
-        return self.micro_batch is not None and self.micro_batch * self.devices < self.batch_size
+    def slice_size(self) -> int | None:
+        """`micro_batch` if any process has more of the batch than that: then all work in slices. None: no one does."""
+        in_slices = self.micro_batch is not None and self.micro_batch * self.devices < self.batch_size
+        return self.micro_batch if in_slices else None
 
     @property
     def folder(self) -> Path:

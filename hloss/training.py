@@ -298,7 +298,7 @@ def _check(work: Work, network: nn.Module) -> None:
             f"refit=True: the validation classes of {config.dataset!r} were not carved out of its training classes"
         )
     live = config.network_settings()["batchnorm"] == "live" and bool(batchnorms(network))
-    if live and config.in_slices:
+    if live and config.slice_size:
         raise ConfigError(
             f"micro_batch={config.micro_batch}: network {config.network!r} has BatchNorm, and a batch in slices has no "
             'live statistics; set batchnorm to "frozen" (those of the weights) or "slices" (each slice its own)'
@@ -342,7 +342,6 @@ class Loop:
         training_mode(network, batchnorm)
         self.work, self.network, self.until = work, network, until
         share = (fabric.global_rank, fabric.world_size)
-        self.micro_batch = config.micro_batch if config.in_slices else None
         self.batches = Batches(work.dataset, rows, config, share, ahead=fabric.device.type == "cuda")
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
@@ -395,7 +394,7 @@ class Loop:
                 self.loss_of,
                 images,
                 labels,
-                self.micro_batch,
+                config.slice_size,
                 lambda part: seed_of(config.seed, iteration, fabric.global_rank, part),
                 loss_seed,
             )
