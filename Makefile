@@ -28,14 +28,14 @@ endif
 
 .PHONY: study plan report lab test test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
-	@$(BIN)/python workflow/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
+	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
 plan: $(STUDY_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
+	@$(BIN)/python workflow/scripts/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
 
 report: $(STUDY_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
-	@$(BIN)/python workflow/run_notebook.py report $(STUDY)
+	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
+	@$(BIN)/python workflow/scripts/run_notebook.py report $(STUDY)
 
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
@@ -44,13 +44,11 @@ test: $(TEST_INSTALLED) data/glyphs/card.json
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
-# In two processes: files of the benchmarks have the names of others.
 test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) data/glyphs/card.json
-	$(BIN)/python -m pytest -m slow -rs --durations=0 --ignore=tests/benchmarks tests
-	$(BIN)/python -m pytest -m slow tests/benchmarks
+	$(BIN)/python -m pytest -m slow -rs --durations=0 tests
 
 check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/check_gpu.py
+	@$(BIN)/python workflow/scripts/check_gpu.py
 
 data/glyphs/card.json: data_prep/glyph_list.json data_prep/glyphs.py data_prep/glyph_drawing.py data_prep/prepared.py | $(STUDY_INSTALLED)
 	$(BIN)/python -m data_prep glyphs

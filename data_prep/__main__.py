@@ -13,9 +13,9 @@ from typing import Any
 
 from data_prep import cub, cuhk03, folder, glyphs, market1501, sop
 from data_prep.conversion import Options
-from data_prep.decoding import FILTERS, Look
 from data_prep.originals import listing
 from data_prep.prepared import PreparationError
+from hloss.runs.images import FILTERS, ImageSettings
 
 PUBLISHED = {"cub": cub, "sop": sop, "cuhk03": cuhk03, "market1501": market1501}
 
@@ -58,10 +58,10 @@ def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
 def chosen(defaults: Options, options: argparse.Namespace) -> Options:
     """A dataset's options with those given on the command line."""
     given = {k: v for k, v in vars(options).items() if v is not None}
-    height, width = given.get("size", (defaults.look.height, defaults.look.width))
-    look = Look(height, width, given.get("fit", defaults.look.fit), given.get("crop"))
+    height, width = given.get("size", (defaults.image_settings.height, defaults.image_settings.width))
+    image_settings = ImageSettings(height, width, given.get("fit", defaults.image_settings.fit), given.get("crop"))
     rest = {k: given[k] for k in ("val_fraction", "seed", "any_checksum", "skip_bad") if k in given}
-    return dataclasses.replace(defaults, look=look, **rest)
+    return dataclasses.replace(defaults, image_settings=image_settings, **rest)
 
 
 def descriptions() -> dict[str, list[str]]:
@@ -99,13 +99,15 @@ def _described(module: ModuleType) -> dict[str, Any]:
 
 
 def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) -> None:
-    look, share = defaults.look, defaults.val_fraction
+    image_settings, share = defaults.image_settings, defaults.val_fraction
     command.add_argument(
         "--source", type=Path, required=True, help="the archive or its extracted folder (folder: or CSV)"
     )
     command.add_argument("--out", type=Path, help=f"folder to write (data/{name})")
-    command.add_argument("--size", type=_size, help=f"HEIGHTxWIDTH in pixels ({look.height}x{look.width})")
-    help = f"pad: keep the aspect ratio, white around; stretch: do not keep it ({look.fit})"
+    command.add_argument(
+        "--size", type=_size, help=f"HEIGHTxWIDTH in pixels ({image_settings.height}x{image_settings.width})"
+    )
+    help = f"pad: keep the aspect ratio, white around; stretch: do not keep it ({image_settings.fit})"
     command.add_argument("--fit", choices=list(FILTERS), help=help)
     help = f"training classes held out for validation: a fraction, or from 1 on a number ({share:g})"
     command.add_argument("--val-fraction", type=_positive, help=help)

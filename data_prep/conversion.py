@@ -13,9 +13,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from data_prep.archives import Source, open_source, read, verify
-from data_prep.decoding import EXTENSIONS, BadImage, Look
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_replaceable, create_images, drop_rows, finish, new_folder
+from hloss.runs.images import EXTENSIONS, BadImage, ImageSettings
 
 WAITING = 4  # images read ahead for each worker: what bounds the memory
 LISTED = 20  # bad images named in a message; the card names all
@@ -23,9 +23,9 @@ LISTED = 20  # bad images named in a message; the card names all
 
 @dataclass(frozen=True)
 class Options:
-    """What every dataset lets choose: the look of its images, the held-out classes, what is overlooked."""
+    """What every dataset lets choose: the image_settings of its images, the held-out classes, what is overlooked."""
 
-    look: Look
+    image_settings: ImageSettings
     val_fraction: float = 0.1
     seed: int = 0
     any_checksum: bool = False
@@ -33,7 +33,7 @@ class Options:
 
     def settings(self) -> dict:
         """For the card."""
-        return {**self.look.settings(), "val_fraction": self.val_fraction, "seed": self.seed}
+        return {**self.image_settings.settings(), "val_fraction": self.val_fraction, "seed": self.seed}
 
 
 def begin(source: Path, out: Path, original: Original, options: Options, texts: Collection[str]) -> tuple[Source, dict]:
@@ -73,9 +73,9 @@ def fill(
     card: dict,
 ) -> None:
     """Write a prepared dataset into `folder`, from pairs of a row and its image (a file's bytes or uint8 (h, w, 3))."""
-    look = options.look
-    pixels = create_images(folder, len(index), look.height, look.width, 3)
-    bad = _decode_all(pixels, images, look, card["name"])
+    image_settings = options.image_settings
+    pixels = create_images(folder, len(index), image_settings.height, image_settings.width, 3)
+    bad = _decode_all(pixels, images, image_settings, card["name"])
     skipped = {index.source.iloc[row]: reason for row, reason in sorted(bad.items())}
     if skipped and not options.skip_bad:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:LISTED])
@@ -94,7 +94,7 @@ def fill(
 
 
 def _decode_all(
-    pixels: np.memmap, images: Iterable[tuple[int, bytes | np.ndarray]], look: Look, name: str
+    pixels: np.memmap, images: Iterable[tuple[int, bytes | np.ndarray]], image_settings: ImageSettings, name: str
 ) -> dict[int, str]:
     """Fill the rows of `images.npy`; returns why a row could not be, by row. Pillow works outside of Python's lock."""
     # Written to the file and not through the map: mapped pages would count as this process's memory, and a write
@@ -105,7 +105,7 @@ def _decode_all(
 
     def work(row: int, image: bytes | np.ndarray) -> None:
         try:
-            _write_all(descriptor, look(image), start + row * row_bytes)
+            _write_all(descriptor, image_settings(image), start + row * row_bytes)
         except BadImage as error:
             bad[row] = str(error)
 

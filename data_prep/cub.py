@@ -9,9 +9,9 @@ import pandas as pd
 
 from data_prep.archives import Source, table
 from data_prep.conversion import Options, begin, convert
-from data_prep.decoding import Look
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_classes, check_counts, count, hold_out
+from hloss.runs.images import ImageSettings
 
 ORIGINAL = Original(
     name="cub",
@@ -27,7 +27,7 @@ ORIGINAL = Original(
 )
 # What the original must hold; classes 1 to "train classes" are trained on, the others tested (Song et al.).
 PUBLISHED = {"train classes": 100, "test classes": 100, "train images": 5_864, "test images": 5_924}
-OPTIONS = Options(Look(256, 256, "pad"))
+OPTIONS = Options(ImageSettings(256, 256, "pad"))
 TEXTS = ("images.txt", "image_class_labels.txt")
 
 

@@ -17,9 +17,9 @@ from scipy.io import loadmat
 
 from data_prep.archives import extract
 from data_prep.conversion import Options, begin, fill
-from data_prep.decoding import Look
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_counts, count, hash_file, hold_out, new_folder
+from hloss.runs.images import ImageSettings
 
 ORIGINAL = Original(
     name="cuhk03",
@@ -42,7 +42,7 @@ CLASSES_767 = {"train classes": 767, "test classes": 700}
 TEST_SETS, TEST_SIZE = 20, 100
 SLOTS = 10  # images of an identity: five of each view
 VAL_CLASSES = 100
-OPTIONS = Options(Look(160, 60, "stretch"), val_fraction=VAL_CLASSES)
+OPTIONS = Options(ImageSettings(160, 60, "stretch"), val_fraction=VAL_CLASSES)
 MAT = "cuhk-03.mat"
 COLUMNS = ("label", "split", "role", "camera", "source")
 

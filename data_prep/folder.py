@@ -14,10 +14,10 @@ import pandas as pd
 
 from data_prep.archives import Source, open_source
 from data_prep.conversion import Options, convert
-from data_prep.decoding import EXTENSIONS, Look
 from data_prep.prepared import ROLES, SPLITS, PreparationError, check_replaceable, hold_out
+from hloss.runs.images import EXTENSIONS, ImageSettings
 
-OPTIONS = Options(Look(256, 256, "pad"))
+OPTIONS = Options(ImageSettings(256, 256, "pad"))
 TEST_SHARE = 0.5  # of the classes, as in CUB and Online Products
 REQUIRED, OPTIONAL = ("path", "label"), ("split", "camera", "role")
 NOBODY = ("junk", "distractor")

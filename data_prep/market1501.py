@@ -12,9 +12,9 @@ import pandas as pd
 
 from data_prep.archives import Source
 from data_prep.conversion import Options, begin, convert
-from data_prep.decoding import EXTENSIONS, Look
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_classes, check_counts, hold_out
+from hloss.runs.images import EXTENSIONS, ImageSettings
 
 ORIGINAL = Original(
     name="market1501",
@@ -38,7 +38,7 @@ PUBLISHED = {
     "junk images": 3_819,
 }
 IDENTITIES = 1_501  # numbered from 1
-OPTIONS = Options(Look(160, 60, "stretch"))
+OPTIONS = Options(ImageSettings(160, 60, "stretch"))
 FOLDERS = {"bounding_box_train": "both", "query": "query", "bounding_box_test": "gallery", "gt_bbox": "pool"}
 NAME = re.compile(r"(-1|\d{4})_c([1-6])s\d.*\.jpg")
 

@@ -6,9 +6,9 @@ import pandas as pd
 
 from data_prep.archives import Source, table
 from data_prep.conversion import Options, begin, convert
-from data_prep.decoding import Look
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_classes, check_counts, count, hold_out
+from hloss.runs.images import ImageSettings
 
 ORIGINAL = Original(
     name="sop",
@@ -23,7 +23,7 @@ ORIGINAL = Original(
     sha256="b04fa78210e69fab050ce73939550e1cd0f96890bdd98ec9fee732c3b756ef48",
 )
 PUBLISHED = {"train classes": 11_318, "test classes": 11_316, "train images": 59_551, "test images": 60_502}
-OPTIONS = Options(Look(256, 256, "pad"))
+OPTIONS = Options(ImageSettings(256, 256, "pad"))
 LISTS = {"train": "Ebay_train.txt", "test": "Ebay_test.txt"}
 
 

@@ -1,9 +1,10 @@
 """The histogram loss of Ustinova & Lempitsky (2016) and what it is compared with; needs torch alone."""
 
-from hloss.baselines import BinomialDeviance, Contrastive, LiftedStructure, Quadruplet, SemiHardTriplet, Triplet
-from hloss.distributed import global_batch
-from hloss.histogram import HistogramLoss, histogram_loss, pair_histograms, pair_slopes, reverse_probability
-from hloss.retrieval import evaluate, recall_at_k
+from hloss.losses.baselines import BinomialDeviance, Contrastive, LiftedStructure, Quadruplet, SemiHardTriplet, Triplet
+from hloss.losses.distributed import global_batch
+from hloss.losses.histogram import HistogramLoss, histogram_loss, pair_histograms, pair_slopes, reverse_probability
+from hloss.retrieval.protocols import evaluate
+from hloss.retrieval.ranks import recall_at_k
 from hloss.samplers import BalancedSampler, ClassShuffleSampler, RandomClassSampler
 
 __all__ = [

@@ -166,7 +166,7 @@ class BalancedSampler(ClassSampler):
 
 
 class RandomClassSampler(ClassSampler):
-    """Random classes, and of each a random number of images between fewest_images and images_per_class.
+    """Random classes, and of each a random number of images between min_images_per_class and images_per_class.
 
     A batch draws its classes without replacement, each equally likely whatever its size, independently of the batches
     before: nothing promises when a class comes. A class that has fewer images gives all of them; the last class of a
@@ -179,23 +179,25 @@ class RandomClassSampler(ClassSampler):
         batch_size: int,
         images_per_class: int,
         generator: torch.Generator,
-        fewest_images: int = 5,
+        min_images_per_class: int = 5,
     ) -> None:
         super().__init__(labels, batch_size, images_per_class, generator)
-        self.fewest_images = _at_least("fewest_images", fewest_images, 2)
-        if fewest_images > images_per_class:
-            raise ValueError(f"fewest_images {fewest_images} is above images_per_class {images_per_class}")
-        certain = sum(min(size, fewest_images) for size in self.sizes)
+        self.min_images_per_class = _at_least("min_images_per_class", min_images_per_class, 2)
+        if min_images_per_class > images_per_class:
+            raise ValueError(
+                f"min_images_per_class {min_images_per_class} is above images_per_class {images_per_class}"
+            )
+        certain = sum(min(size, min_images_per_class) for size in self.sizes)
         if certain < batch_size:
             raise ValueError(
-                f"batch_size {batch_size} may not be filled: {len(self.sizes)} classes with {fewest_images} images "
-                f"each yield {certain}; lower batch_size or raise fewest_images"
+                f"batch_size {batch_size} may not be filled: {len(self.sizes)} classes with {min_images_per_class} "
+                f"images each yield {certain}; lower batch_size or raise min_images_per_class"
             )
 
     def _draw_batch(self) -> list[int]:
         batch: list[int] = []
         for label in self._permutation(len(self.sizes)).tolist():
-            n = int(torch.randint(self.fewest_images, self.images_per_class + 1, (1,), generator=self.generator))
+            n = int(torch.randint(self.min_images_per_class, self.images_per_class + 1, (1,), generator=self.generator))
             batch += self._visit(label, min(n, self.batch_size - len(batch)))
             if len(batch) == self.batch_size:
                 break
@@ -209,7 +211,7 @@ class Coverage(NamedTuple):
     classes_seen: float  # fraction of the classes, in [0, 1]
     images_seen: float  # fraction of the images, in [0, 1]
     classes_per_batch: float  # mean
-    fewest_positives: int  # positive pairs i < j in the batch with the fewest
+    min_positives: int  # positive pairs i < j in the batch with the fewest
     mean_positives: float
 
 

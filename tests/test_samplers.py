@@ -164,8 +164,13 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
         ("balanced", (1,) * 20, {}, "none of the 20 classes has two images"),
         ("balanced", (1, *SIZES), {}, "1 of 11 classes have fewer than images_per_class 2 images"),
         ("random-class", (4,) * 5, {}, "batch_size 24 may not be filled: 5 classes with 5 images each yield 20"),
-        ("random-class", SIZES, {"images_per_class": 4}, "fewest_images 5 is above images_per_class 4"),
-        ("random-class", SIZES, {"fewest_images": 1}, "fewest_images must be an integer of at least 2, got 1"),
+        ("random-class", SIZES, {"images_per_class": 4}, "min_images_per_class 5 is above images_per_class 4"),
+        (
+            "random-class",
+            SIZES,
+            {"min_images_per_class": 1},
+            "min_images_per_class must be an integer of at least 2, got 1",
+        ),
         ("random-class", (1,) * 40, {}, "none of the 40 classes has two images"),
     ],
 )

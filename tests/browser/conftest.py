@@ -134,7 +134,7 @@ def report(project):
     for run_id in pd.read_parquet(folder / "results.parquet")["run_id"][:3]:
         (project / "runs" / study / run_id).mkdir(parents=True)
         (project / "runs" / study / run_id / "run.ipynb").touch()
-    called(project, "workflow/run_notebook.py", "report", study)
+    called(project, "workflow/scripts/run_notebook.py", "report", study)
     return folder
 
 

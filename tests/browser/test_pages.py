@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from hloss.report import link_beside, links_beside, sortable_table
+from hloss.study.report import enable_links, relative_link, sortable_table
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +212,7 @@ def test_links_appear_where_the_folder_of_the_report_is(tmp_path, new_visit):
     (tmp_path / "here").mkdir()
     shutil.copy(ROOT / "reports/sample/similarities.png", tmp_path / "here/figure one.png")
     (tmp_path / "here/run 1.ipynb").write_text("{}")
-    link, script = link_beside("run 1.ipynb", "run 1"), links_beside("figure one.png")
+    link, script = relative_link("run 1.ipynb", "run 1"), enable_links("figure one.png")
     visit = new_visit()
     page = visit.open(page_of(tmp_path / "here", link, script))
     assert check_links(page) == 1

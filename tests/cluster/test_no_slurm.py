@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import one_node_slurm
 import pytest
-from one_node_slurm import PROGRAMS, why_not
+
+from tests.helpers import one_node_slurm
+from tests.helpers.one_node_slurm import PROGRAMS, why_not
 
 ROOT = Path(__file__).parents[2]
 

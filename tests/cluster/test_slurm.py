@@ -7,7 +7,10 @@ import subprocess
 import pytest
 import torch
 import yaml
-from copied_project import (
+from pandas.testing import assert_frame_equal
+
+from hloss.runs.checkpoints import read_status
+from tests.helpers.copied_project import (
     ROOT,
     assert_no_gpu_for_two,
     continued,
@@ -18,10 +21,7 @@ from copied_project import (
     starts,
     wait_until,
 )
-from one_node_slurm import one_node_slurm, why_not
-from pandas.testing import assert_frame_equal
-
-from hloss.checkpoints import read_status
+from tests.helpers.one_node_slurm import one_node_slurm, why_not
 
 pytestmark = pytest.mark.slow
 

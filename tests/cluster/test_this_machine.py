@@ -7,7 +7,8 @@ import signal
 import nbformat
 import psutil
 import pytest
-from copied_project import (
+
+from tests.helpers.copied_project import (
     ROOT,
     assert_no_gpu_for_two,
     continued,
@@ -56,7 +57,7 @@ def test_a_study_killed_anywhere_is_continued_and_only_what_is_missing_is_run(ne
         kernel.kill()
     wait_until("the run whose kernel was killed starts again", lambda: len(starts(trained[0])) == 2, during=first)
     assert len(starts(trained[1])) == 1
-    engine = processes("workflow/run_study.py short", PYTHONPATH=str(project.folder))
+    engine = processes("workflow/scripts/run_study.py short", PYTHONPATH=str(project.folder))
     for process in [psutil.Process(first.pid), *engine]:
         if process.is_running():
             process.kill()

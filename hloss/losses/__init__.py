@@ -1,0 +1,1 @@
+"""Losses on embeddings. Start with `reference` (the equations), then `histogram` (the module to import)."""

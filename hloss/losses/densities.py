@@ -1,0 +1,223 @@
+"""The densities of positive and negative similarities, the loss from them, and the slope of each pair.
+
+Read `hloss.losses.pairs` first. `HistogramDensity` implements equations 1 and 2, `expected_cost` equations 4 and 6.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock
+from hloss.losses.settings import LossSettings
+
+CPU_LANES = 16
+ONE_PAIR = 2**42  # above the sum of 2^18 fractions of 24 bits
+BETA_ENDS = (1e-5, 0.999)  # where the authors' layer evaluates the Beta density in place of 0 and 1
+
+
+class HistogramDensity:
+    """Counts and sums of f per interval and group (equation 2), the loss from them, and dL/ds by look-up."""
+
+    def __init__(self, s: LossSettings, device: torch.device) -> None:
+        self.s, self.size = s, s.n_bins + 1  # the last interval is a point: s = 1 has b = n_bins, f = 0
+        self.counts = torch.zeros(3, self.size, dtype=torch.int64, device=device)
+        self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
+
+    def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns), used up; returns `places`."""
+        places = code = self.places(position, block, buffers)
+        n = 1 if block.groups is None else 3
+        # A table has several lanes: on CUDA for few collisions of atomic additions, on CPU one or more per thread.
+        lanes = len(code) if code.is_cuda else math.gcd(len(code), CPU_LANES)
+        table = torch.zeros(lanes, n * self.size, dtype=torch.int64, device=code.device)
+        code, fraction = code.view(lanes, -1), position.frac_().view(lanes, -1)
+        number = buffers.take("number", code.shape, torch.int64, code.device)
+        if fraction.dtype == torch.float32:  # its 24 bits leave room for the count: one number a pair, one pass
+            number.copy_(fraction.mul_(2.0**24)).add_(ONE_PAIR)
+            both = table.scatter_add_(1, code, number).sum(0)
+            counts, sums = both // ONE_PAIR, (both % ONE_PAIR).double() / 2.0**24
+        else:
+            counts = table.scatter_add_(1, code, number.fill_(1)).sum(0)
+            number.copy_(fraction.mul_(2.0**44))
+            sums = table.zero_().scatter_add_(1, code, number).sum(0).double() / 2.0**44
+        self.counts[:n] += counts.view(n, -1)
+        self.fractions[:n] += sums.view(n, -1)
+        return places
+
+    def places(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        """Interval of each pair, moved on by `size` for a positive and by 2 `size` for an ignored one."""
+        code = buffers.take("code", position.shape, torch.int64, position.device).copy_(position)
+        if block.groups is not None:
+            code[:, block.window].add_(block.groups, alpha=self.size)
+        return code
+
+    def finish(self) -> None:
+        self.totals = self.counts[:2].sum(1)
+        negatives, positives = self.totals.tolist()
+        self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
+
+    def densities(self) -> Tensor:
+        """p_neg and p_pos, (2, n_bins + 1)."""
+        mass = self.counts[:2].double() - self.fractions[:2]
+        mass[:, 1:] += self.fractions[:2, :-1]
+        h = mass / self.totals[:, None].double()
+        return h if self.s.kernel == "triangular" else h @ _kernel_matrix(self.s, h.device).T
+
+    def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
+        loss, by_density = expected_cost(self.densities(), self.s)
+        by_mass = by_density if self.s.kernel == "triangular" else by_density @ _kernel_matrix(self.s, loss.device)
+        slopes = by_mass.new_zeros(3, self.size)
+        torch.div(by_mass.diff(dim=1), self.s.delta * self.totals[:, None].double(), out=slopes[:2, :-1])
+        slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval
+        return loss, slopes
+
+    def slope(self, slopes: Tensor, places: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        """dL/ds of the pairs at `places`, from the (3, n_bins + 1) table of slopes."""
+        found = buffers.take("slope", places.shape, slopes.dtype, slopes.device)
+        return torch.gather(slopes.view(1, -1).expand(len(places), -1), 1, places, out=found)
+
+
+class BetaDensity:
+    """The authors' Beta densities of x = (s + 1) / 2, fitted by mean and variance; dL/ds is affine in x."""
+
+    def __init__(self, s: LossSettings, device: torch.device) -> None:
+        self.s = s
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums of x - 1/2 and its square, by group
+
+    def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        places = buffers.take("places", position.shape, position.dtype, position.device).copy_(position)
+        x = position.div_(self.s.n_bins).sub_(0.5)
+        negatives: int | Tensor = x.numel()
+        if block.groups is not None:
+            window, positive = x[:, block.window], block.groups == POSITIVE
+            self._add(POSITIVE, window * positive, positive.sum())
+            negatives = negatives - (block.groups != NEGATIVE).sum()
+            window *= block.groups == NEGATIVE
+        self._add(NEGATIVE, x, negatives)
+        return places
+
+    def places(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        return position
+
+    def _add(self, group: int, x: Tensor, n: Tensor | int) -> None:
+        self.counts[group] += n
+        self.moments[group, 0] += x.sum(dtype=torch.float64)
+        self.moments[group, 1] += torch.linalg.vector_norm(x, dtype=torch.float64).square()
+
+    def finish(self) -> None:
+        n = self.counts[:2].double()
+        mean = self.moments[:, 0] / n
+        variance = (self.moments[:, 1] - n * mean**2) / (n - 1)
+        self.mean_variance = torch.stack([mean + 0.5, variance], dim=1)
+        fits = (variance > 1e-12) & (variance < self.mean_variance[:, 0] * (1 - self.mean_variance[:, 0]))
+        (negatives, positives), (negative_fits, positive_fits) = self.counts[:2].tolist(), fits.tolist()
+        self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
+        if not self.undefined and not (negative_fits and positive_fits):
+            group = "negative" if positive_fits else "positive"
+            self.undefined = f"no Beta density fits the {group} pairs, whose similarities do not vary between -1 and 1"
+
+    def densities(self) -> Tensor:
+        return self._densities(self.mean_variance)
+
+    def _densities(self, mean_variance: Tensor) -> Tensor:
+        mean, variance = mean_variance[:, :1], mean_variance[:, 1:]
+        total = mean * (1 - mean) / variance - 1
+        a, b = mean * total, (1 - mean) * total
+        x = (grid_nodes(self.s.n_bins, mean.device) + 1) / 2
+        x[0], x[-1] = BETA_ENDS
+        log_density = (a - 1) * x.log() + (b - 1) * (-x).log1p() + (a + b).lgamma() - a.lgamma() - b.lgamma()
+        return log_density.exp() * (self.s.delta / 2)
+
+    def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            moments = self.mean_variance.detach().requires_grad_()
+            densities = self._densities(moments)
+            loss, by_density = expected_cost(densities.detach(), self.s)
+            by_mean, by_variance = torch.autograd.grad(densities, moments, by_density)[0].unbind(1)
+        n = self.counts[:2].double()
+        linear = by_variance / (n - 1)  # dx/ds = 1/2, d variance/dx = 2 (x - mean) / (n - 1)
+        constant = by_mean / (2 * n) - linear * self.mean_variance[:, 0]
+        slopes = torch.stack([constant, linear / self.s.n_bins], dim=1)
+        return loss, torch.cat([slopes, torch.zeros_like(slopes[:1])])
+
+    def slope(self, slopes: Tensor, places: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        """dL/ds of the pairs at `places`, their positions, from (3, 2) of constants and factors of the position."""
+        constant, linear = slopes.unbind(1)
+        slope = places * linear[NEGATIVE] + constant[NEGATIVE]
+        if block.groups is not None:
+            groups = block.groups.long()
+            slope[:, block.window] = constant[groups] + linear[groups] * places[:, block.window]
+        return slope
+
+
+DENSITY_CLASSES: dict[str, type[HistogramDensity] | type[BetaDensity]] = {
+    "histogram": HistogramDensity,
+    "beta": BetaDensity,
+}
+
+
+def grid_nodes(n_bins: int, device: torch.device) -> Tensor:
+    """t_r = -1 + r Delta."""
+    return torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64, device=device)
+
+
+def expected_cost(densities: Tensor, s: LossSettings) -> tuple[Tensor, Tensor]:
+    """The loss p_neg' C p_pos and its derivative by (p_neg, p_pos), shape (2, n_bins + 1)."""
+    negative, positive = densities
+    if s.order_cost == "step":  # cumulative sums instead of C, equations 4 and 6
+        by_negative, by_positive = positive.cumsum(0), negative.flip(0).cumsum(0).flip(0)
+        if s.margin_nodes:
+            r = torch.arange(len(negative), device=negative.device)
+            by_negative = by_negative[(r + s.margin_nodes).clamp(max=s.n_bins)]
+            by_positive = by_positive[(r - s.margin_nodes).clamp(min=0)]
+    else:
+        cost = _cost_matrix(s, negative.device)
+        by_negative, by_positive = cost @ positive, negative @ cost
+    return negative @ by_negative, torch.stack([by_negative, by_positive])
+
+
+@lru_cache(maxsize=8)
+def _cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
+    """C[r, q], the cost of a negative at t_r with a positive at t_q."""
+    nodes = grid_nodes(s.n_bins, device)
+    reach = s.margin + nodes[:, None] - nodes
+    if s.order_cost == "linear":
+        return reach.clamp(min=0)
+    return torch.logaddexp(s.alpha * reach, torch.zeros_like(reach))
+
+
+@lru_cache(maxsize=8)
+def _kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
+    """K[r, b]: the kernel's mass in the cell r +- 1/2 around node b, reflected at both ends; columns sum to 1."""
+    assert s.bandwidth is not None
+    half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel] * s.bandwidth
+    reach = math.ceil(half_width)
+    offsets = torch.arange(-reach, reach + 1)
+    edges = torch.cat([offsets - 0.5, offsets[-1:] + 0.5]).double()
+    mass = _kernel_cumulative(s.kernel, edges / s.bandwidth).diff()
+    size = s.n_bins + 1
+    target = (torch.arange(size) + offsets[:, None]) % (2 * size)  # reflection at both ends has period 2 R
+    target = torch.where(target < size, target, 2 * size - 1 - target)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix.scatter_add_(0, target, (mass / mass.sum())[:, None].expand_as(target).contiguous())
+    return matrix.to(device)
+
+
+def _kernel_cumulative(kernel: str, z: Tensor) -> Tensor:
+    """The kernel's mass below z, a kernel of standard deviation 1."""
+    if kernel == "gaussian":
+        return torch.special.ndtr(z)
+    if kernel == "uniform":
+        return (z / 3**0.5).clamp(-1, 1) / 2 + 0.5
+    z = (z / 5**0.5).clamp(-1, 1)
+    return 0.5 + 0.75 * (z - z**3 / 3)
+
+
+def missing_pairs(positives: int, negatives: int) -> str:
+    return (
+        f"the histogram loss of {positives} positive and {negatives} negative pairs is undefined; "
+        'draw several images of several classes, or set on_degenerate="zero"'
+    )

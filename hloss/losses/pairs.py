@@ -1,0 +1,145 @@
+"""Which pairs of a batch are positive, negative or ignored, block by block.
+
+Read `hloss.losses.reference` first: it states the loss over a dense matrix of pairs.
+"""
+
+import itertools
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hloss.numerics import rows_where
+
+NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # the group of a pair
+ROWS, COLUMNS = 256, 1024  # largest block of pairs held at once: 2^18 of them, so that int64 sums cannot overflow
+
+
+class PairBlock(NamedTuple):
+    """A block of pairs: all of them negative but for those of a window of its columns, whose groups are told."""
+
+    rows: slice
+    columns: slice
+    window: slice  # within the columns
+    groups: Tensor | None  # int8 (rows, window); None where the window is empty
+
+
+class Buffers:
+    """Memory for the blocks of one pass, taken once: memory that is new to the process costs time."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: torch.Size | tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with anything in it, in the memory of the name's last."""
+        n = shape[0] * shape[1]
+        if name not in self.taken or len(self.taken[name]) < n:
+            self.taken[name] = torch.empty(n, dtype=dtype, device=device)
+        return self.taken[name][:n].view(shape)
+
+
+class LabelPairs:
+    """Pairs told by class labels. Sorted by label, the positives of a block of rows lie in one window of columns."""
+
+    def __init__(self, labels: Tensor, reference_labels: Tensor | None) -> None:
+        rows, self.row_order = labels.sort(stable=True)
+        columns, self.column_order = rows, self.row_order
+        if reference_labels is not None:
+            columns, self.column_order = reference_labels.sort(stable=True)
+        self.n_columns, self.within = len(columns), reference_labels is None
+        # Row i has its positives in the columns first[i] ... last[i] - 1; within one batch they begin behind i itself.
+        self.column = torch.arange(1, self.n_columns + 1, device=rows.device, dtype=torch.int32)
+        self.last = torch.searchsorted(columns, rows, right=True, out_int32=True)
+        self.first = self.column if self.within else torch.searchsorted(columns, rows, out_int32=True)
+        self.cuts = _row_cuts(len(rows))
+        ends = torch.tensor(self.cuts, device=rows.device, dtype=torch.int64)
+        self.windows = torch.stack([self.first[ends[:-1]], self.last[ends[1:] - 1]], 1).tolist()  # synchronises, once
+
+    def blocks(self) -> Iterator[PairBlock]:
+        for top, bottom, (left, right) in zip(self.cuts, self.cuts[1:], self.windows, strict=False):
+            rows = slice(top, bottom)
+            for columns in _chunks(top if self.within else 0, self.n_columns):
+                window = slice(max(top if self.within else left, columns.start), min(right, columns.stop))
+                groups = self._groups(rows, window) if window.start < window.stop else None
+                yield PairBlock(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
+
+    def _groups(self, rows: slice, window: slice) -> Tensor:
+        groups = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # columns are numbered from 1
+        if not self.within:
+            return groups - (self.column[window] <= self.first[rows, None]).view(torch.int8)
+        if window.start == rows.start:
+            n = rows.stop - rows.start
+            groups[:, :n] += _lower_triangle(ROWS, groups.device)[:n, :n]
+        return groups
+
+
+@lru_cache(maxsize=8)
+def _lower_triangle(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, n, dtype=torch.int8, device=device).tril_()
+
+
+class MatrixPairs:
+    """Pairs told by a matrix of +1 (positive), -1 (negative) and 0 (ignored)."""
+
+    def __init__(self, matrix: Tensor, within: bool) -> None:
+        self.matrix, self.within = matrix, within
+        self.row_order, self.column_order = (torch.arange(size, device=matrix.device) for size in matrix.shape)
+
+    def blocks(self) -> Iterator[PairBlock]:
+        n, m = self.matrix.shape
+        for top, bottom in itertools.pairwise(_row_cuts(n)):
+            rows = slice(top, bottom)
+            for columns in _chunks(top if self.within else 0, m):
+                sign = self.matrix[rows, columns]
+                groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
+                if self.within:  # the pairs i < j alone
+                    behind = torch.ones_like(groups, dtype=torch.bool).tril_(top - columns.start)
+                    groups.masked_fill_(behind, IGNORED)
+                yield PairBlock(rows, columns, slice(0, groups.shape[1]), groups)
+
+
+def find_pairs(
+    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None
+) -> LabelPairs | MatrixPairs:
+    n, m = len(embeddings), len(embeddings if references is None else references)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    labels = labels.to(embeddings.device)
+    if labels.ndim == 2:
+        return _matrix_pairs(labels, reference_labels, n, m, references is None)
+    if labels.shape != (n,):
+        raise ValueError(f"labels must have shape ({n},) or be a ({n}, {m}) matrix of pairs, got {tuple(labels.shape)}")
+    if references is None:
+        if reference_labels is not None:
+            raise ValueError("reference_labels were given without reference_embeddings")
+        return LabelPairs(labels, None)
+    if reference_labels is None or reference_labels.shape != (m,) or reference_labels.is_floating_point():
+        got = "none" if reference_labels is None else f"{reference_labels.dtype} {tuple(reference_labels.shape)}"
+        raise ValueError(f"reference_labels must be integers of shape ({m},), got {got}")
+    return LabelPairs(labels, reference_labels.to(labels.device))
+
+
+def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: int, within: bool) -> MatrixPairs:
+    if matrix.shape != (n, m):
+        raise ValueError(f"the matrix of pairs must have shape ({n}, {m}), got {tuple(matrix.shape)}")
+    if reference_labels is not None:
+        raise ValueError("reference_labels were given beside a matrix of pairs, which already tells every pair")
+    rows = rows_where((matrix.abs() > 1).any(1))
+    if rows:
+        raise ValueError(f"the matrix of pairs may hold +1, -1 and 0 alone; rows {rows} hold other values")
+    rows = rows_where((matrix != matrix.T).any(1)) if within else []
+    if rows:
+        raise ValueError(f"the matrix of pairs must be symmetric; rows {rows} differ from their columns")
+    return MatrixPairs(matrix, within)
+
+
+def _row_cuts(n: int) -> list[int]:
+    """Bounds of the row blocks."""
+    return [*range(0, n, ROWS), n]
+
+
+def _chunks(start: int, stop: int) -> Iterator[slice]:
+    for left in range(start, stop, COLUMNS):
+        yield slice(left, min(left + COLUMNS, stop))

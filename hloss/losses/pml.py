@@ -1,0 +1,144 @@
+"""Any loss and any miner of pytorch-metric-learning by name, called as the other losses are.
+
+`PMLLoss("MultiSimilarityLoss", {"alpha": 2.0}, miner="MultiSimilarityMiner")`. An option that is an object there is
+named here, with its own options: `{"distance": "CosineSimilarity"}`, `{"distance": {"LpDistance": {"power": 2}}}`.
+Losses with proxies or class weights learn them with the network's optimiser; labels must then count from 0. What is no
+loss of one batch and its labels, or is made around another loss, is left out (`LEFT_OUT`).
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PREFIX = "pml:"
+NAMED_PARTS = {
+    "distance": "distances",
+    "reducer": "reducers",
+    "embedding_regularizer": "regularizers",
+    "weight_regularizer": "regularizers",
+}
+LEFT_OUT = (
+    "BaseLossWrapper",
+    "BaseMetricLossFunction",
+    "BaseMiner",
+    "CrossBatchMemory",
+    "EmbeddingsAlreadyPackagedAsTriplets",
+    "GenericPairLoss",
+    "ManifoldLoss",
+    "MultipleLosses",
+    "SelfSupervisedLoss",
+    "VICRegLoss",
+)
+PROVIDED = ("num_classes", "embedding_size", "descriptors_dim")  # by the data and the network
+
+
+class PMLLoss(nn.Module):
+    """A loss of pytorch-metric-learning on the pairs, triplets or weights of a miner, or on all of the batch.
+
+    Args:
+        name: a class of `pytorch_metric_learning.losses`.
+        options: its arguments; an unknown one is refused.
+        miner: a class of `pytorch_metric_learning.miners`, or None.
+        miner_options: the miner's arguments.
+        n_classes: number of training classes, for losses that hold weights for each.
+        embedding_dim: dimensions of the embeddings, for the same.
+
+    ValueError for an unknown name or option, naming it, and ImportError where pytorch-metric-learning is missing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        miner: str | None = None,
+        miner_options: Mapping[str, Any] | None = None,
+        n_classes: int = 2,
+        embedding_dim: int = 2,
+    ) -> None:
+        super().__init__()
+        if find_spec("pytorch_metric_learning") is None:
+            raise ImportError(f"loss {PREFIX}{name} needs pytorch-metric-learning: pip install 'hloss[pml]'")
+        if miner_options and miner is None:
+            raise ValueError(f"miner_options={dict(miner_options)!r} without a miner")
+        provided = {"num_classes": n_classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim}
+        self.loss = _built("losses", name, options or {}, provided)
+        self.miner = None if miner is None else _built("miners", miner, miner_options or {}, {})
+
+    @property
+    def metric(self) -> str:
+        """The similarity the loss trains: "euclidean" for an LpDistance that does not normalise, else "cosine"."""
+        distance: Any = self.loss.distance
+        raw = type(distance).__name__ == "LpDistance" and not distance.normalize_embeddings
+        return "euclidean" if raw else "cosine"
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        if embeddings.dtype in (torch.float16, torch.bfloat16):
+            embeddings = embeddings.float()
+        with torch.autocast(embeddings.device.type, enabled=False):
+            mined = None if self.miner is None else self.miner(embeddings, labels)
+            return self.loss(embeddings, labels, mined)
+
+
+def available(module: str) -> dict[str, type[nn.Module]]:
+    """The classes of a module of pytorch-metric-learning ("losses", "miners", ...) that can be named."""
+    found = vars(import_module(f"pytorch_metric_learning.{module}"))
+    classes = {name: c for name, c in found.items() if inspect.isclass(c) and issubclass(c, nn.Module)}
+    return {name: classes[name] for name in sorted(classes) if name not in LEFT_OUT}
+
+
+def _built(module: str, name: str, options: Mapping[str, Any], provided: Mapping[str, Any]) -> nn.Module:
+    """An object of a module of pytorch-metric-learning, from a name and plain options."""
+    classes = available(module)
+    _check(f"{PREFIX}{name}" if module == "losses" else name, name, classes, f"pytorch_metric_learning.{module}")
+    taken = _parameters(classes[name])
+    arguments = {n: value for n, value in provided.items() if n in taken}
+    for option, value in options.items():
+        _check(f"{option}={value!r}", option, sorted(set(taken) - set(PROVIDED)), name)
+        arguments[option] = _part(NAMED_PARTS[option], value) if option in NAMED_PARTS else value
+    missing = [n for n, p in taken.items() if p.default is inspect.Parameter.empty and n not in arguments]
+    if missing:
+        raise ValueError(f"{name} needs the options {', '.join(missing)}, which must be given and be plain values")
+    try:
+        return classes[name](**arguments)
+    except (TypeError, AttributeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{name} cannot be made with {dict(options)!r}: {error}") from error
+
+
+def _part(module: str, value: str | Mapping[str, Any]) -> nn.Module:
+    """A distance, reducer or regulariser: its name, or its name with its options."""
+    named = {value: {}} if isinstance(value, str) else value
+    if not isinstance(named, Mapping) or len(named) != 1:
+        raise ValueError(f"one of pytorch_metric_learning.{module} must be a name or {{name: options}}, got {value!r}")
+    ((name, options),) = named.items()
+    return _built(module, name, options or {}, {})
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The named arguments of a class, and its bases' as far as it passes on what it does not know.
+
+    What a base requires, the class gives it itself, but for what it passes on by position.
+    """
+    taken: dict[str, inspect.Parameter] = {}
+    needed = True
+    for base in (b for b in cls.__mro__ if "__init__" in vars(b)):
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        kinds = {p.kind for p in parameters}
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        taken = {p.name: p for p in named if needed or p.default is not p.empty} | taken
+        needed = needed and inspect.Parameter.VAR_POSITIONAL in kinds
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return taken
+
+
+def _check(shown: str, value: str, allowed: Iterable[str], where: str) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(value, list(allowed), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{shown} is unknown to {where}, which has {', '.join(sorted(allowed))}{hint}")

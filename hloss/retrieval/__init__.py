@@ -1,0 +1,1 @@
+"""Retrieval on embeddings: `ranks`, evaluation `protocols`, nearest `neighbors`."""

@@ -1,0 +1,121 @@
+"""What a run shows for itself: embeddings, validation, the test, and the files of its folder."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from hloss.losses.histogram import pair_histograms
+from hloss.retrieval.neighbors import neighbors
+from hloss.retrieval.protocols import Retrieval, evaluate
+from hloss.runs.config import RunConfig
+from hloss.runs.datasets import Dataset
+from hloss.runs.files import atomic_write
+from hloss.runs.images import center_crop
+from hloss.runs.models import embed
+
+PANEL_QUERIES, PANEL_NEIGHBORS = 6, 8
+SIMILARITY_BINS = 100
+
+
+def split_embeddings(
+    network: nn.Module, dataset: Dataset, split: str, config: RunConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (n, d), float32 on the CPU, of the images of a split, and their labels."""
+    rows = dataset.rows(split)
+    found = embed(network, lambda part: center_crop(dataset.pixels(rows[part]), config.crop).to(device), len(rows))
+    return found, dataset.labels(rows)
+
+
+def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
+    """Recall@1 on the validation classes, by which the iteration is chosen."""
+    found = split_embeddings(network, dataset, "val", config, device)
+    metric = config.metric or config.trained_metric
+    return _measured(dataset, "val", validation_protocol(dataset), (1,), *found, metric).metrics["recall@1"]
+
+
+def validation_protocol(dataset: Dataset) -> str:
+    """The protocol of the test, as far as validation images allow: they have no pool for multiple queries."""
+    return str(dataset.card["protocol"]).removesuffix("-multi-query")
+
+
+def evaluate_test(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> Retrieval:
+    """The one look at the test set, by the protocol of the dataset's card."""
+    recall_at = tuple(dataset.card["recall_at"])
+    return _measured(dataset, "test", dataset.card["protocol"], recall_at, embeddings, labels, metric)
+
+
+def _measured(
+    dataset: Dataset, split: str, protocol: str, k: tuple[int, ...], embeddings: Tensor, labels: Tensor, metric: str
+) -> Retrieval:
+    rows = dataset.rows(split)
+    return evaluate(protocol, embeddings, labels, k, metric, dataset.cameras(rows), dataset.roles(rows))
+
+
+def identified_rows(dataset: Dataset) -> np.ndarray:
+    """Positions among the test images of those that are queries or gallery: no junk, no distractors, no pool."""
+    roles = dataset.index.role.iloc[dataset.rows("test")]
+    return np.flatnonzero(roles.isin(["both", "query", "gallery"]))
+
+
+def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """The two densities of the test images' cosines (the paper's Figure 5), per node, on SIMILARITY_BINS intervals."""
+    known = identified_rows(dataset)
+    histograms = pair_histograms(embeddings[known], labels[known], n_bins=SIMILARITY_BINS)
+    return {name: getattr(histograms, name).tolist() for name in histograms._fields}
+
+
+def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:
+    """A few test queries, the same in every run, with the rows of their nearest images and which are hits."""
+    known = identified_rows(dataset)
+    rows, embeddings, labels = dataset.rows("test")[known], embeddings[known], labels[known]
+    queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
+    k = min(PANEL_NEIGHBORS, len(rows) - 1)
+    _, nearest = neighbors(embeddings[queries], embeddings, k, metric, own=queries)
+    hits = labels[nearest] == labels[queries, None]
+    return {"queries": rows[queries].tolist(), "neighbors": rows[nearest].tolist(), "hits": hits.tolist()}
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Hash of all parameters and buffers, by which two networks can be told to be the same."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + b"\0" + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def history_table(progress: dict[str, Any]) -> pd.DataFrame:
+    """One row per iteration: its loss, that of the second training if there was one, and its validation, if any."""
+    if not progress["losses"]["choose"]:
+        return pd.DataFrame()
+    history = pd.DataFrame({"loss": progress["losses"]["choose"]})
+    history.insert(0, "iteration", range(1, len(history) + 1))
+    validations = pd.DataFrame(progress["validations"], columns=["iteration", "validation_recall@1"])
+    history = history.merge(validations, how="left")
+    if progress["losses"]["refit"]:
+        history["refit_loss"] = pd.Series(progress["losses"]["refit"])
+    return history
+
+
+def write_run_files(
+    folder: Path, result: dict[str, Any], history: pd.DataFrame, retrieval: Retrieval, embeddings: Tensor
+) -> None:
+    """Everything of a run, `result.json` last: it says that the rest is whole.
+
+    `queries.npy` are the queries' positions among the test images, `ranks.npy` the ranks of their first matches.
+    """
+    atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
+    arrays = {"ranks": retrieval.ranks.to(torch.int32), "queries": retrieval.query_index.to(torch.int32)}
+    for name, array in (arrays | {"embeddings": embeddings}).items():
+        atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.numpy()))  # type: ignore[misc]
+    atomic_write(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+
+
+def _save_array(file: Path, array: np.ndarray) -> None:
+    with open(file, "wb") as opened:
+        np.save(opened, array, allow_pickle=False)

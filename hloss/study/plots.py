@@ -1,0 +1,219 @@
+"""The figures. They draw what they are given and compute nothing; each returns its matplotlib Figure."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from hloss.losses.histogram import PairHistograms, PairSlopes
+
+POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
+HIT, MISS = "#1a7f37", "#cf222e"
+
+
+def _finish(figure: Figure) -> Figure:
+    figure.tight_layout()
+    plt.close(figure)  # a notebook shows the returned figure once
+    return figure
+
+
+def recall_curves(recalls: pd.DataFrame) -> Figure:
+    """Recall@K by method over K, with the range over seeds. Columns: method, seed, K, recall (%)."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    sns.lineplot(recalls, x="K", y="recall", hue="method", style="method", markers=True, dashes=False, ax=axes,
+                 errorbar=("pi", 100))  # fmt: skip
+    axes.set(xscale="log", xlabel="K (number of nearest images)", ylabel="test Recall@K (%)", ylim=(0, 100))
+    ticks = sorted(recalls["K"].unique())
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return _finish(figure)
+
+
+def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Test Recall@1 (%) of the methods of a comparison: a point per seed, the mean with its 95 % interval.
+
+    results: of one dataset, of `hloss.study.results.read_results`; table: their `hloss.study.statistics.summary`.
+    """
+    runs = results[(results["comparison"] == name) & results["complete"]]
+    means = table[(table["comparison"] == name) & (table["n"] > 0)]
+    order, mean = means["method"].tolist(), means["recall@1"]
+    figure, axes = plt.subplots(figsize=(7.5, 0.8 + 0.33 * len(order)))
+    for row, method in enumerate(order):
+        seeds = runs.loc[runs["method"] == method, "recall@1"]
+        apart = np.linspace(-0.12, 0.12, len(seeds)) if len(seeds) > 1 else 0
+        axes.scatter(seeds, np.full(len(seeds), row) + apart, s=16, color="0.55")
+    spread = np.nan_to_num(np.array([mean - means["recall@1 low"], means["recall@1 high"] - mean]))
+    axes.errorbar(mean, range(len(order)), xerr=spread, fmt="o", color=POSITIVE, markersize=6, capsize=3, zorder=3)
+    axes.set(title=f"{runs['dataset'].iloc[0]}: {name}", xlabel="test Recall@1 (%)", ylim=(len(order) - 0.5, -0.5))
+    axes.set_yticks(range(len(order)), order)
+    axes.grid(axis="x", color="0.9")
+    return _finish(figure)
+
+
+def similarity_densities(panels: dict[str, pd.DataFrame]) -> Figure:
+    """Densities of positive and negative similarities, a panel per title. Columns: nodes, positive, negative."""
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, density) in zip(grid.flat, panels.items(), strict=False):
+        step = density["nodes"].iloc[1] - density["nodes"].iloc[0]
+        for sign, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
+            axes.fill_between(density["nodes"], density[sign] / step, color=color, alpha=0.45, label=f"{sign} pairs")
+        axes.set_title(title, fontsize=10)
+        axes.set(xlim=(-1, 1), xlabel="cosine similarity", ylabel="density", ylim=(0, None))
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    return _finish(figure)
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Validation Recall@1 over iterations by method and seed. Columns: method, seed, iteration, recall (%)."""
+    figure, axes = plt.subplots(figsize=(8, 4))
+    sns.lineplot(history, x="iteration", y="recall", hue="method", units="seed", estimator=None, ax=axes)
+    axes.set(xlabel="iteration", ylabel="validation Recall@1 (%)", ylim=(0, None))
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return _finish(figure)
+
+
+def loss_curve(loss: np.ndarray, name: str) -> Figure:
+    """The loss of each batch over iterations."""
+    figure, axes = plt.subplots(figsize=(6, 3))
+    axes.plot(np.arange(1, len(loss) + 1), loss, color="0.3", linewidth=1)
+    axes.set(xlabel="iteration", ylabel=f"{name} loss of the batch", ylim=(0, None))
+    return _finish(figure)
+
+
+def retrieval_panel(images: np.ndarray, panel: dict[str, list]) -> Figure:
+    """Queries (left) with their nearest images, nearest first; hits framed green, misses red and crossed out."""
+    queries, neighbors, hits = panel["queries"], panel["neighbors"], panel["hits"]
+    rows, columns = len(queries), 1 + len(neighbors[0])
+    figure, grid = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.0 * rows), squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for i, query in enumerate(queries):
+        _show(grid[i, 0], images[query], "0.2")
+        for j, (row, hit) in enumerate(zip(neighbors[i], hits[i], strict=True), 1):
+            _show(grid[i, j], images[row], HIT if hit else MISS)
+            if not hit:
+                grid[i, j].plot([0.82, 0.97], [0.82, 0.97], color=MISS, transform=grid[i, j].transAxes, linewidth=2)
+                grid[i, j].plot([0.82, 0.97], [0.97, 0.82], color=MISS, transform=grid[i, j].transAxes, linewidth=2)
+    grid[0, 0].set_title("query", fontsize=9)
+    for j in range(1, columns):
+        grid[0, j].set_title(str(j), fontsize=9)
+    return _finish(figure)
+
+
+def images_per_class(sizes: pd.DataFrame) -> Figure:
+    """How many classes have how many images, a panel per split. Columns: split, images (of one class)."""
+    splits = list(dict.fromkeys(sizes["split"]))
+    figure, grid = plt.subplots(1, len(splits), figsize=(3.6 * len(splits), 3), sharex=True, squeeze=False)
+    for axes, split in zip(grid.flat, splits, strict=True):
+        sns.histplot(sizes[sizes["split"] == split], x="images", discrete=True, color=POSITIVE, ax=axes)
+        axes.set(title=split, xlabel="images of a class", ylabel="number of classes")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    return _finish(figure)
+
+
+def contact_sheet(images: np.ndarray, rows: list[list[int]], titles: list[str]) -> Figure:
+    """A line of images per title: row numbers of `images`, lines may differ in length."""
+    columns = max(map(len, rows))
+    height, width = images.shape[1:3]
+    size = 0.8 * columns, 0.8 * len(rows) * height / width
+    figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for line, numbers, title in zip(grid, rows, titles, strict=True):
+        for axes in line[len(numbers) :]:
+            axes.set_visible(False)
+        for axes, number in zip(line, numbers, strict=False):
+            axes.set(xticks=[], yticks=[])
+            _show(axes, images[number], "0.8")
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    return _finish(figure)
+
+
+def _show(axes: plt.Axes, image: np.ndarray, frame: str) -> None:
+    axes.imshow(
+        image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+    )
+    for spine in axes.spines.values():
+        spine.set(edgecolor=frame, linewidth=2.5)
+
+
+def similarity_matrix(similarity: np.ndarray) -> Figure:
+    """Cosine similarities of all pairs of a batch, as an image."""
+    figure, axes = plt.subplots(figsize=(4.8, 4))
+    shown = axes.imshow(similarity, vmin=-1, vmax=1, cmap="RdBu_r")
+    axes.set(xlabel="image j", ylabel="image i")
+    figure.colorbar(shown, label="cosine similarity")
+    return _finish(figure)
+
+
+def linear_binning(nodes: np.ndarray, weights: np.ndarray, similarities: list[float]) -> Figure:
+    """What single similarities add to the nodes. weights: (similarities, nodes)."""
+    figure, axes = plt.subplots(figsize=(7, 2.6))
+    for row, s, color in zip(weights, similarities, sns.color_palette("dark"), strict=False):
+        used = row > 0
+        axes.vlines(nodes[used], 0, row[used], color=color, linewidth=4, alpha=0.6)
+        axes.plot(s, 0.02, marker="v", color=color, markersize=9, clip_on=False, label=f"s = {s:g}")
+    axes.set(
+        xticks=nodes, xlabel="cosine similarity; a tick is a node $t_r$", ylabel="weight of the node", ylim=(0, 1.05)
+    )
+    axes.legend(frameon=False, ncols=len(similarities), loc="upper left", bbox_to_anchor=(0, 1.25))
+    return _finish(figure)
+
+
+def expected_reversals(histograms: pd.DataFrame) -> Figure:
+    """Equation 4 as a picture. Columns: nodes, positive, negative, cumulative."""
+    step = histograms["nodes"].iloc[1] - histograms["nodes"].iloc[0]
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for sign, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
+        axes.bar(histograms["nodes"], histograms[sign], step, color=color, alpha=0.45, label=f"$h$ of {sign} pairs")
+    axes.set(xlim=(-1, 1), xlabel="cosine similarity", ylabel="mass of a node")
+    above = axes.twinx()
+    above.plot(histograms["nodes"], histograms["cumulative"], color=POSITIVE, label="share of positives up to here")
+    above.set(ylabel="cumulative share", ylim=(0, 1.02))
+    figure.legend(*(a + b for a, b in zip(axes.get_legend_handles_labels(), above.get_legend_handles_labels(),
+                  strict=True)), loc="upper left", bbox_to_anchor=(0.1, 0.95), frameon=False, fontsize=8)  # fmt: skip
+    return _finish(figure)
+
+
+def anatomy(panels: dict[str, tuple[PairHistograms, PairSlopes]]) -> Figure:
+    """Densities above, slopes of the loss below, a column per title."""
+    figure, grid = plt.subplots(
+        2, len(panels), figsize=(2.6 + 2.4 * len(panels), 4.6), squeeze=False, sharex=True, sharey="row"
+    )
+    for (title, (density, slopes)), top, bottom in zip(panels.items(), grid[0], grid[1], strict=True):
+        step = density.nodes[1] - density.nodes[0]
+        for sign, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
+            top.fill_between(density.nodes, getattr(density, sign) / step, color=color, alpha=0.45, label=sign)
+            bottom.plot(slopes.similarities, getattr(slopes, sign), color=color, drawstyle="steps-mid")
+        bottom.axhline(0, color="0.6", linewidth=0.8)
+        top.set_title(title, fontsize=10)
+        bottom.set(xlim=(-1, 1), xlabel="cosine similarity")
+    grid[0, 0].set(ylabel="density of pairs", ylim=(0, None))
+    grid[1, 0].set_ylabel("dL/ds of a pair\n(times their number)")
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    return _finish(figure)
+
+
+def order_costs(reach: np.ndarray, costs: dict[str, np.ndarray]) -> Figure:
+    """Order costs over how much more similar the negative pair is."""
+    figure, axes = plt.subplots(figsize=(6, 3))
+    for (name, cost), style in zip(costs.items(), ("-", "--", "-.", ":"), strict=False):
+        axes.plot(reach, cost, style, label=name, linewidth=2)
+    axes.set(xlabel="similarity of the negative pair less that of the positive", ylabel="cost C", ylim=(-0.05, None))
+    axes.legend(frameon=False)
+    return _finish(figure)
+
+
+def discretisation(errors: pd.DataFrame) -> Figure:
+    """Distance of the estimates from the exact probability. Columns: n_bins, estimate, error."""
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    sns.lineplot(errors, x="n_bins", y="error", hue="estimate", style="estimate", markers=True, dashes=False, ax=axes)
+    axes.set(
+        xscale="log", yscale="log", xlabel="n_bins (intervals of [-1, 1])", ylabel="distance from the exact probability"
+    )
+    axes.legend(title=None, frameon=False)
+    return _finish(figure)

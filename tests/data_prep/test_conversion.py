@@ -1,0 +1,289 @@
+"""How any source becomes a prepared dataset: bad images, full disks, interruptions, memory; and the command line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import __main__ as command_line
+from data_prep import folder
+from data_prep.conversion import Options
+from data_prep.prepared import PreparationError, create_images, new_folder
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import DatasetError
+from hloss.runs.images import ImageSettings
+from tests.helpers.miniatures import encoded, photo, prepared, write_folder
+
+ROOT = Path(__file__).parents[2]
+SMALL = Options(ImageSettings(16, 16, "pad"), val_fraction=0.5)
+
+
+def images(n_classes=6, per_class=3, **others):
+    """Class-named folders of PNG images whose pixels all say which they are."""
+    files = {}
+    for label in range(n_classes):
+        for i in range(per_class):
+            files[f"class{label}/{i}.png"] = encoded(np.full((16, 16, 3), len(files), np.uint8), "PNG")
+    return {**files, **others}
+
+
+def children(data):
+    return sorted(p.name for p in data.iterdir()) if data.exists() else []
+
+
+BAD = {"class1/1.png": b"", "class3/0.png": b"\x89PNG\r\n\x1a\n broken", "class4/2.png": photo(0)[:300]}
+
+
+def test_bad_images_are_listed_and_nothing_stays_behind(tmp_path):
+    source = write_folder(tmp_path / "source", images(**BAD))
+    with pytest.raises(PreparationError) as error:
+        folder.prepare(source, tmp_path / "data" / "mine", SMALL)
+    message = str(error.value)
+    assert "3 of 18 images cannot be used; replace them, or pass --skip-bad" in message
+    assert "class1/1.png: empty file (0 bytes)" in message
+    assert all(f"\n  {name}: " in message for name in BAD)
+    assert children(tmp_path / "data") == []
+
+
+def test_skipped_images_are_in_the_card_and_all_others_in_their_rows(tmp_path):
+    source = write_folder(tmp_path / "source", images(**BAD))
+    dataset = prepared("folder", source, tmp_path / "mine", "--skip-bad", "--size", "16x16")
+    assert dataset.card["skipped_images"].keys() == BAD.keys()
+    assert dataset.card["images"] == len(dataset.images) == 15
+    numbers = [3 * int(name[5]) + int(name[7]) for name in dataset.index.source]
+    assert dataset.images[:, 0, 0, 0].tolist() == numbers
+    assert (tmp_path / "mine" / "images.npy").stat().st_size == 128 + 15 * 16 * 16 * 3
+    dataset.check_pixels()
+
+
+def test_a_split_of_bad_images_alone_is_refused(tmp_path):
+    source = write_folder(tmp_path / "source", dict.fromkeys(images(), b""))
+    with pytest.raises(PreparationError, match="a whole split is empty"):
+        folder.prepare(source, tmp_path / "data" / "mine", replace(SMALL, skip_bad=True))
+    assert children(tmp_path / "data") == []
+
+
+def test_an_output_that_holds_something_else_is_refused(tmp_path):
+    source = write_folder(tmp_path / "source", images())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("mine")
+    with pytest.raises(PreparationError, match=r"holds something that is not a prepared dataset \(thesis\.tex\)"):
+        folder.prepare(source, other, SMALL)
+    folder.prepare(source, tmp_path / "mine", SMALL)
+    with (
+        pytest.raises(PreparationError, match="holds the prepared dataset 'mine', not 'theirs'"),
+        new_folder(tmp_path / "mine", "theirs"),
+    ):
+        pass
+    (tmp_path / "mine" / "notes.txt").write_text("mine too")
+    with pytest.raises(PreparationError, match=r"is not a prepared dataset \(notes\.txt\)"):
+        folder.prepare(source, tmp_path / "mine", SMALL)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine too"
+    (tmp_path / "mine" / "notes.txt").unlink()
+    (tmp_path / "mine" / "card.json").write_text("{")
+    with pytest.raises(PreparationError, match=r"dataset 'with a broken card\.json', not 'mine'"):
+        folder.prepare(source, tmp_path / "mine", SMALL)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PreparationError, match="file is a file; choose another --out"):
+        folder.prepare(source, tmp_path / "file", SMALL)
+
+
+def test_preparing_again_replaces_the_dataset(tmp_path):
+    source = write_folder(tmp_path / "source", images())
+    before = folder.prepare(source, tmp_path / "data" / "mine", SMALL)
+    after = folder.prepare(source, tmp_path / "data" / "mine", replace(SMALL, seed=3))
+    assert before["index_sha256"] != after["index_sha256"]
+    assert open_dataset(tmp_path / "data" / "mine").card == after
+    assert children(tmp_path / "data") == ["mine"]
+
+
+def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "source", images())
+    usage = __import__("collections").namedtuple("usage", "total used free")(10**6, 10**6 - 5000, 5000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(PreparationError, match=r"no space left on the device of .*/data: 0\.0 GB are needed"):
+        folder.prepare(source, tmp_path / "data" / "mine", SMALL)
+    assert children(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("where", ["pwrite", "posix_fallocate", "fsync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_is_named_and_nothing_stays_behind(tmp_path, monkeypatch, where, number):
+    source = write_folder(tmp_path / "source", images())
+    calls = []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) > (5 if where == "pwrite" else 0):
+            raise OSError(number, os.strerror(number))
+        return len(arguments[1])
+
+    monkeypatch.setattr(os, where, full)
+    with pytest.raises(PreparationError, match=r"no space left on the device of .*/data; free some or choose another"):
+        folder.prepare(source, tmp_path / "data" / "mine", SMALL)
+    assert calls
+    assert children(tmp_path / "data") == []
+
+
+def test_a_write_that_is_cut_short_is_continued(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "source", images())
+    whole = folder.prepare(source, tmp_path / "whole" / "mine", SMALL)
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, place: write(descriptor, data[:100], place))
+    assert folder.prepare(source, tmp_path / "cut" / "mine", SMALL) == whole
+
+
+def test_two_preparations_of_one_output_do_not_meet(tmp_path):
+    with new_folder(tmp_path / "mine") as first:
+        with pytest.raises(PreparationError, match="another process is preparing"), new_folder(tmp_path / "mine"):
+            pass
+        assert first.exists()
+
+
+def start(source, out, *options):
+    command = [sys.executable, "-m", "data_prep", "folder", "--source", str(source), "--out", str(out), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Tests started in the background of a shell ignore SIGINT, and so would what they start.
+    return subprocess.Popen(command, cwd=ROOT, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def wait_for(condition, process):
+    for _ in range(3000):
+        if condition():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, older):
+    rng = np.random.default_rng(0)
+    slow = [encoded(rng.integers(0, 256, (1200, 1200, 3), np.uint8), "PNG", compress_level=1) for _ in range(2)]
+    source = write_folder(tmp_path / "source", {f"class{i % 8}/{i}.png": slow[i % 2] for i in range(160)})
+    data = tmp_path / "data"
+    if older:
+        before = folder.prepare(write_folder(tmp_path / "few", images()), data / "mine", SMALL)
+    process = start(source, data / "mine")
+    wait_for(lambda: list(data.glob(".mine.preparing-*/images.npy")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(data.glob(".mine.preparing-*"))) == 1
+    if older:
+        assert open_dataset(data / "mine").card == before
+    else:
+        with pytest.raises(DatasetError, match=r"prepared in .*: none"):
+            open_dataset(data / "mine")
+    small = write_folder(tmp_path / "small", images())
+    again = start(small, data / "mine", "--size", "16x16")
+    assert again.wait(60) == 0, again.stderr.read()
+    again.communicate()
+    assert children(data) == ["mine"]
+    assert open_dataset(data / "mine").card["images"] == 18
+
+
+def test_an_interrupted_preparation_cleans_up(tmp_path):
+    big = encoded(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8), "PNG", compress_level=1)
+    source = write_folder(tmp_path / "source", {f"class{i % 8}/{i}.png": big for i in range(160)})
+    process = start(source, tmp_path / "data" / "mine")
+    wait_for(lambda: list((tmp_path / "data").glob(".mine.preparing-*/images.npy")), process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error.endswith("data_prep folder: interrupted, nothing was written\n")
+    assert children(tmp_path / "data") == []
+
+
+# Not getrusage: its peak starts with what the parent process had when it forked.
+PEAK = """
+import sys
+from data_prep.__main__ import main
+main(["folder", "--source", sys.argv[1], "--out", sys.argv[2]])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path):
+    """1,600 images take 315 MB prepared; the peak stays where 100 images, 20 MB, have it."""
+    tiny = [photo(i) for i in range(10)]
+    peaks = []
+    for n in (100, 1600):
+        source = write_folder(tmp_path / str(n), {f"class{i % 10}/{i}.jpg": tiny[i % 10] for i in range(n)})
+        command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "data" / f"of{n}")]
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(answer.stdout.split()[-1]) / 1024)
+        assert f"{n}/{n}" in answer.stderr  # the progress bar
+    assert peaks[1] < peaks[0] + 40, peaks
+
+
+def test_images_are_reserved_at_once(tmp_path):
+    create_images(tmp_path, 100, 64, 64, 3)
+    file = os.stat(tmp_path / "images.npy")
+    assert file.st_size == 128 + 100 * 64 * 64 * 3
+    assert file.st_blocks * 512 >= file.st_size
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "data_prep", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_list_says_what_there_is_and_where_to_get_the_rest(tmp_path, capsys):
+    data = tmp_path / "data"
+    folder.prepare(write_folder(tmp_path / "source", images()), data / "mine", SMALL)
+    command_line.main(["list", "--data", str(data)])
+    text = capsys.readouterr().out
+    blocks = {block.partition(":")[0]: block for block in text.split("\n\n")}
+    assert list(blocks) == ["glyphs", "cub", "sop", "cuhk03", "market1501", "folder", "mine"]
+    assert "not prepared" in blocks["cub"]
+    assert "mine: 18 images (0.0 GB), classes: train 1, val 2, test 3" in blocks["mine"]
+    assert "1,150,585,339 bytes" in blocks["cub"]
+    assert "7f73d41a2f44250d4779881525aea32e" in blocks["sop"]
+    assert "23.6 GB prepared" in blocks["sop"]
+    assert "2.3 GB prepared" in blocks["cub"]
+    for name in ("cub", "sop", "cuhk03", "market1501"):
+        assert all(
+            word in blocks[name]
+            for word in ("https://", "terms ", "md5 ", f"--source {command_line.PUBLISHED[name].ORIGINAL.file}")
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cub"], "required: --source"),
+        (["cbu", "--source", "x"], "invalid choice: 'cbu'"),
+        (["cub", "--source", "nothing.tgz"], "data_prep cub: --source nothing.tgz does not exist"),
+        (["cub", "--source", "x", "--size", "0x5"], "'0x5' is not HEIGHTxWIDTH"),
+        (["cub", "--source", "x", "--val-fraction", "-1"], "-1 is not above 0"),
+        (["cub", "--source", "x", "--crop", "bbox250"], "unrecognized arguments: --crop"),
+        (["cuhk03", "--source", "x", "--test-set", "0"], "--test-set 0: the file has the test sets 1 to 20"),
+    ],
+)
+def test_a_wrong_command_is_refused_by_name(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        command_line.main(arguments)
+    assert message in str(end.value) + capsys.readouterr().err
+    assert children(tmp_path) == []
+
+
+def test_the_module_is_a_command(tmp_path):
+    answer = run(
+        "folder", "--source", str(write_folder(tmp_path / "source", images())), "--out", str(tmp_path / "mine")
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "18 images of 6 classes" in answer.stdout
+    assert json.loads((tmp_path / "mine" / "card.json").read_text())["images"] == 18
+    answer = run("folder", "--source", str(tmp_path / "source" / "class0"), "--out", str(tmp_path / "other"))
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("data_prep folder: ")

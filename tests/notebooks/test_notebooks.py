@@ -1,0 +1,279 @@
+"""Notebooks: committed as a clean run of their defaults, parameters that mirror RunConfig, wrong ones refused."""
+
+import ast
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from datetime import datetime, timedelta
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+
+from hloss.runs.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def tagged(notebook, tag):
+    return [c for c in notebook.cells if tag in c.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
+def test_a_notebook_is_committed_with_the_outputs_of_a_clean_run(file):
+    notebook = nbformat.read(file, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert len(code) <= 20
+    assert not tagged(notebook, "injected-parameters"), "run with other than the default parameters"
+    assert len(tagged(notebook, "parameters")) <= 1
+    for cell in code:
+        assert not any(output.output_type in ("error",) for output in cell.outputs)
+        last = ast.parse(cell.source).body[-1]
+        shows = isinstance(last, ast.Expr) or "print(" in cell.source or "display(" in cell.source
+        assert bool(cell.outputs) == shows or "nbval-ignore-output" in cell.metadata.get("tags", [])
+    assert any(c.outputs for c in code)
+    times = [datetime.fromisoformat(time) for c in code for time in c.metadata["execution"].values()]
+    assert max(times) - min(times) < timedelta(minutes=1)
+
+
+def test_the_parameters_cell_mirrors_the_settings_of_a_run():
+    (cell,) = tagged(nbformat.read(ROOT / "notebooks" / "20_train.ipynb", as_version=4), "parameters")
+    names = {}
+    for statement in ast.parse(cell.source).body:
+        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+        names[target.id] = ast.literal_eval(statement.value)
+    assert names == {name: field.default for name, field in RunConfig.model_fields.items()}
+    assert list(names) == list(RunConfig.model_fields)
+
+
+def papermill(out, *parameters):
+    command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(out)]
+    for name, value in parameters:
+        command += ["-p", name, value]
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_plain_papermill_is_a_door(tiny_data, tmp_path):
+    small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "4", "validate_every": "2"}
+    places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
+    answer = papermill(tmp_path / "out.ipynb", ("loss", "histogram"), *small.items(), *places.items())
+    assert answer.returncode == 0, answer.stderr
+    (result,) = (tmp_path / "runs").glob("notebook/*/result.json")
+    assert json.loads(result.read_text())["config"]["loss"] == "histogram"
+    before = result.read_bytes()
+    answer = papermill(tmp_path / "out.ipynb", ("n_bins", "50"), *small.items(), *places.items())
+    assert answer.returncode == 0, answer.stderr
+    (new,) = set((tmp_path / "runs").glob("notebook/*/result.json")) - {result}  # another setting, another folder
+    assert json.loads(new.read_text())["config"]["n_bins"] == 50
+    assert result.read_bytes() == before
+
+
+def test_plain_papermill_gives_a_loss_its_options(tiny_data, tmp_path):
+    small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "2", "validate_every": "2"}
+    places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
+    loss = {"loss": "pml:TripletMarginLoss", "loss_options": '{"margin": 0.2}', "miner": "TripletMarginMiner"}
+    command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(tmp_path / "out.ipynb")]
+    for name, value in {**small, **places, **loss}.items():
+        command += ["-p", name, value]
+    command += ["-y", "miner_options: {type_of_triplets: semihard}"]
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    (result,) = (tmp_path / "runs").glob("notebook/*/result.json")
+    config = json.loads(result.read_text())["config"]
+    assert (config["loss_options"], config["miner_options"]) == ({"margin": 0.2}, {"type_of_triplets": "semihard"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_bin", "50"), ("n_bins", "0"), ("dataset", "gliphs")])
+def test_plain_papermill_refuses_a_wrong_parameter_before_training(name, value, tmp_path):
+    answer = papermill(tmp_path / "out.ipynb", (name, value), ("runs_dir", str(tmp_path / "runs")))
+    assert answer.returncode != 0
+    assert name in answer.stderr or "is not prepared" in answer.stderr
+    assert not list((tmp_path).glob("runs/*/*/result.json"))
+
+
+def report(folder, results):
+    """Execute the report on these results; what it says in words."""
+    results.to_parquet(folder / "results.parquet")
+    command = [sys.executable, "-m", "papermill", "notebooks/90_report.ipynb", str(folder / "out.ipynb")]
+    command += ["-p", "results_file", str(folder / "results.parquet"), "-p", "report_dir", str(folder)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(answer.stderr)
+    return "\n".join(outputs_of(folder, "text/markdown"))
+
+
+def outputs_of(folder, kind):
+    """What the executed report shows of this kind, in its order."""
+    outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", ())]
+    return [o["data"][kind] for o in outputs if kind in o.get("data", {})]
+
+
+def tables(folder):
+    """The tables of the executed report: of each its rows, by the names of its columns."""
+    found = []
+    for text in outputs_of(folder, "text/html"):
+        if "<table" in text:
+            table = ElementTree.fromstring(text.partition("<style>")[0])
+            header = [cell.text for cell in table.iter("th")]
+            rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in table.find("tbody")]
+            found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
+
+
+@pytest.fixture
+def sample():
+    return pd.read_parquet(ROOT / "reports" / "sample" / "results.parquet")
+
+
+def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_from_it(sample, tmp_path):
+    of_bins = sample["comparison"].map(lambda names: "bins" in names)
+    sample["complete"] &= ~(of_bins & (sample["seed"] > 2)) & (sample["loss"] != "lifted")
+    waiting = sample["comparison"].map(lambda names: "tuned losses" in names) & (sample["loss"] == "semi-hard-triplet")
+    sample.loc[waiting, ["complete", "run_id"]] = False, ""  # its setting is not chosen yet
+    said = report(tmp_path, sample.assign(threads=sample["complete"].map({True: 1.0, False: math.nan})))
+    assert "This study is not complete" in said
+    shown = tables(tmp_path)
+    (gaps,) = (rows for rows in shown if "seeds to come" in rows[0])
+    to_come = {(row["comparison"], row["method"]): row["seeds to come"] for row in gaps}
+    assert len(to_come) == len(gaps)
+    bins = {method: seeds for (comparison, method), seeds in to_come.items() if comparison == "bins"}
+    assert bins == {f"histogram, n_bins {n}": "3, 4" for n in (25, 50, 100, 200, 400)}
+    assert to_come["losses", "lifted structure"] == to_come["tuned losses", "lifted structure"] == "0, 1, 2, 3, 4"
+    board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False).set_index("claim")
+    for claim in ("bins", "lifted structure", "overlap"):
+        verdicts = board.loc[[claim]]
+        assert set(verdicts["verdict"]) == {"not run"}
+        assert verdicts["evidence"].str.contains("runs are missing").all()
+    assert board.loc["C matters", "verdict"] != "not run"  # whose runs are all there
+    tuned = board[board["comparison"] == "tuned losses"]["verdict"]
+    assert tuned["semi-hard triplet"] == "not run"
+    assert tuned["contrastive"] != "not run"
+    table = pd.read_csv(tmp_path / "summary.csv")
+    assert table[table["method"] == "lifted structure"]["n"].tolist() == [0, 0]
+    assert "make study STUDY=glyphs" in said
+    check_tables(shown, table[table["n"] > 0])
+
+
+def check_tables(shown, means):
+    """Each mean stands in a table with its runs, and each run says in which comparisons it stands."""
+    runs_of = {(row.comparison, row.method): row.run_ids for row in means.itertuples()}
+    told = {
+        (row["comparison"], row["method"]): row["runs"].removeprefix("runs")
+        for rows in shown
+        for row in rows
+        if {"comparison", "method", "runs"} <= row.keys()
+    }
+    assert told == {key: run_ids for key, run_ids in runs_of.items() if not key[0].endswith(": choice")}
+    assert {"losses", "tuned losses", "bins", "learning rate"} <= {comparison for comparison, _ in told}
+    (grids,) = (rows for rows in shown if "at an edge of its grid" in rows[0])
+    chosen = means[means["comparison"] == "tuned losses: choice"]
+    for grid in grids:
+        of_method = chosen[chosen["method"].str.startswith(f"{grid['method']}, learning_rate")]
+        assert grid["runs"].removeprefix("runs") == ", ".join(of_method["run_ids"])
+    stands = defaultdict(set)
+    for (comparison, _), run_ids in runs_of.items():
+        for run_id in run_ids.split(", "):
+            stands[run_id].add(comparison)
+    (appendix,) = (rows for rows in shown if "validation_recall@1" in rows[0])
+    assert {row["run_id"]: set(row["comparison"].split("; ")) for row in appendix} == stands
+    (made,) = (rows for rows in shown if "hours of training" in rows[0])
+    assert {row["threads"] for row in made} == {"1"}
+
+
+def test_a_report_can_be_had_before_any_training_is_complete(sample, tmp_path):
+    sample["complete"] &= sample["loss"] == "none"
+    collected_earlier = sample.drop(columns="threads", errors="ignore")
+    assert "This study is not complete" in report(tmp_path, collected_earlier)
+    board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)
+    assert set(board[board["claim"] != "quadratic cost"]["verdict"]) == {"not run"}
+
+
+def test_a_report_shows_published_values_of_another_protocol_apart(sample, tmp_path):
+    """As if glyphs were CUB: of the histogram loss others published values by its protocol and from the test set."""
+    losses = sample[sample["comparison"].map(lambda names: "losses" in names)]
+    said = report(tmp_path, losses.assign(dataset="cub"))
+    assert said.index("Same protocol:") < said.index("Other protocols:")
+    same, other = (rows for rows in tables(tmp_path) if "published" in rows[0])
+    assert {row["match"] for row in same} == {"same protocol, another network"}
+    assert {row["match"] for row in other} == {"other protocol"}
+    assert all(row["difference"] for row in same)
+    assert not any(row["difference"] for row in other)
+    assert all(row["runs"].count(",") == row["n"].count("5") * 4 for row in same + other)
+    assert "histogram" in {row["method"] for row in same} & {row["method"] for row in other}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("protocol", "market1501"),
+        ("network", "googlenet"),
+        ("card_sha256", "another split"),
+        ("chosen_how", "best Recall@1 on test classes"),
+    ],
+)
+def test_a_report_refuses_a_result_that_is_not_to_be_compared_by_name(name, value, sample, tmp_path):
+    row = sample.index[sample["iterations"] > 0][7]
+    sample.loc[row, name] = value
+    with pytest.raises(RuntimeError, match=f"run {sample.loc[row, 'run_id']} .* has {name}='{value}'"):
+        report(tmp_path, sample)
+    assert not (tmp_path / "claims.csv").exists()
+
+
+def executed(name, **parameters):
+    """The names that a notebook's cells leave, run in this process with these instead of its parameters."""
+    names = {}
+    for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            assert parameters.keys() <= names.keys()
+            names.update(parameters)
+    plt.close("all")
+    return names
+
+
+COMPARISONS = [
+    "bins by batch",
+    "batch",
+    "batch at equal images",
+    "margin",
+    "kernel",
+    "order cost",
+    "C",
+    "learning rate",
+    "sampler",
+]
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_one_notebook_shows_each_ablation(comparison, capsys):
+    names = executed("31_ablation", comparison=comparison)
+    assert set(names["results"]["comparison"]) == set(names["table"]["comparison"]) == {comparison}
+    assert set(names["board"]["claim"])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("notebook", ["30_compare_losses", "40_similarity_distributions", "41_retrieval_panels"])
+def test_the_other_notebooks_show_tuned_losses_too(notebook, capsys):
+    if notebook != "30_compare_losses":  # which shows all seeds
+        assert set(executed(notebook, seed=1)["shown"]["seed"]) == {1}
+    names = executed(notebook, comparison="tuned losses")
+    assert set(names["results"]["comparison"]) >= {"tuned losses"}
+    capsys.readouterr()
+
+
+def test_panels_begin_with_the_method_asked_for(capsys):
+    shown = executed("41_retrieval_panels", method="lifted structure", others=2)["shown"]["method"].tolist()
+    assert shown[0] == "lifted structure"
+    assert len(set(shown)) == 3
+    capsys.readouterr()

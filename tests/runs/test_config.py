@@ -1,0 +1,229 @@
+"""Losses, miners, samplers and metrics as settings of a run: checked before training, and carried out."""
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from data_prep.prepared import create_images, finish, new_folder
+from hloss.losses.baselines import BASELINES
+from hloss.losses.pml import PMLLoss
+from hloss.retrieval.protocols import PROTOCOLS, evaluate
+from hloss.runs.config import RunConfig, config_from_notebook, parse_config
+from hloss.runs.errors import ConfigError
+from hloss.runs.run import run
+from hloss.samplers import SAMPLERS
+from hloss.study.spec import load_study
+
+MULTI_SIMILARITY = {"loss": "pml:MultiSimilarityLoss", "loss_options": {"alpha": 3.0}, "miner": "MultiSimilarityMiner"}
+OPTIONS = {
+    "binomial": {"alpha": 1.0, "beta": 0.4, "C": 5.0},
+    "lifted": {"margin": 0.5, "normalize": True},
+    "triplet": {"margin": 0.3},
+    "semi-hard-triplet": {"margin": 0.3},
+    "contrastive": {"margin": 0.5, "normalize": True},
+    "quadruplet": {"margin": 0.3},
+}
+
+
+@pytest.fixture
+def settings(tiny_data, tmp_path):
+    small = {"batch_size": 24, "images_per_class": 4, "iterations": 6, "validate_every": 3}
+    places = {"dataset": "tiny", "data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs"), "device": "cpu"}
+    return small | places
+
+
+def quiet(line):
+    pass
+
+
+@pytest.mark.parametrize("loss", BASELINES)
+def test_every_option_of_a_loss_is_a_setting(loss):
+    options = OPTIONS[loss] | {"on_degenerate": "zero"}
+    built = parse_config({"loss": loss, **options}).build_loss()
+    assert isinstance(built, BASELINES[loss])
+    assert {name: getattr(built, name) for name in options} == options
+    assert set(options) == set(BASELINES[loss]().__dict__) & set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("loss", ["histogram", *BASELINES])
+def test_every_loss_trains(settings, loss):
+    result = run(parse_config({**settings, "loss": loss}), quiet)
+    assert result["chosen"]["iteration"] > 0
+    metric = "euclidean" if loss in ("lifted", "contrastive") else "cosine"
+    assert result["config"]["metric"] == metric
+    assert result["config"]["normalize_embeddings"] == (metric == "cosine")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_trains(settings, sampler):
+    own = {"min_images_per_class": 3} if sampler == "random-class" else {}
+    result = run(parse_config({**settings, "sampler": sampler, **own}), quiet)
+    assert result["config"].get("min_images_per_class") == own.get("min_images_per_class")
+    assert (
+        len(pd.read_parquet(next(parse_config({**settings, "sampler": sampler, **own}).folder.glob("*.parquet")))) == 6
+    )
+
+
+def test_a_run_is_measured_by_the_metric_its_loss_trains_unless_told_otherwise(settings, tiny_data):
+    config = parse_config({**settings, "loss": "lifted"})
+    result = run(config, quiet)
+    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
+    index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
+    labels = torch.tensor(index[index.split == "test"].label.to_numpy())
+    assert embeddings.norm(dim=1).std() > 1e-3
+    expected = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "euclidean")
+    assert result["metrics"] == expected.metrics
+    told = parse_config({**settings, "loss": "lifted", "metric": "cosine"})
+    assert told.run_id != config.run_id
+    cosine = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "cosine")
+    assert run(told, quiet)["metrics"] == cosine.metrics != expected.metrics
+
+
+def test_losses_and_miners_of_pytorch_metric_learning_train(settings):
+    config = parse_config({**settings, **MULTI_SIMILARITY, "miner_options": {"epsilon": 0.2}})
+    loss = config.build_loss()
+    assert isinstance(loss, PMLLoss)
+    assert (loss.loss.alpha, loss.miner.epsilon) == (3.0, 0.2)
+    result = run(config, quiet)
+    assert result["config"]["loss_options"] == {"alpha": 3.0}
+    assert "pytorch-metric-learning" in result["provenance"]["packages"]
+    assert re.fullmatch(r".*\S, [1-9]\d* cores", result["provenance"]["processor"])
+    assert parse_config({**settings, **MULTI_SIMILARITY}).run_id != config.run_id
+
+
+@pytest.mark.parametrize("micro_batch", [None, 10])
+def test_weights_of_a_loss_are_learned_and_resumed(settings, tmp_path, micro_batch):
+    proxies = {"loss": "pml:ProxyAnchorLoss", "micro_batch": micro_batch, "batchnorm": "slices"}
+    config = parse_config({**settings, **proxies})
+    whole = run(config, quiet)
+    often = {"runs_dir": str(tmp_path / "broken"), "checkpoint_seconds": 0.0}
+    broken = parse_config({**settings, **proxies, **often})
+
+    def killed_at_the_last_validation(line):
+        if line.startswith("iteration 6/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed_at_the_last_validation)
+    saved = torch.load(broken.folder / "checkpoint.pt", weights_only=True)
+    (learned,) = saved["loss"].values()
+    (drawn,) = config.build_loss(n_classes=16).state_dict().values()
+    assert learned.shape == drawn.shape == (16, 128)
+    assert (learned - drawn).abs().max() > 1e-3
+    again = run(broken, quiet)
+    assert again["network_sha256"] == whole["network_sha256"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss_options": {"alpha": 3.0}},
+        {"loss_options": json.dumps({"alpha": 3.0})},  # papermill -p
+    ],
+)
+def test_options_may_be_written_as_a_mapping_or_as_json(given):
+    config = config_from_notebook({"loss": "pml:MultiSimilarityLoss", **given})
+    assert config.loss_options == {"alpha": 3.0}
+
+
+def test_a_study_crosses_the_options_of_a_loss(tmp_path):
+    (tmp_path / "peers.yaml").write_text("""
+title: options in a study
+fixed: {loss: "pml:TripletMarginLoss", miner: TripletMarginMiner, miner_options: {type_of_triplets: semihard}}
+seeds: [0]
+runs:
+  - name: triplet
+    set: {}
+    cross: {loss_options: [{margin: 0.1}, {margin: 0.2, distance: {LpDistance: {power: 2}}}]}
+""")
+    runs = load_study("peers", tmp_path).runs
+    assert [run.config.loss_options["margin"] for run in runs] == [0.1, 0.2]
+    assert {run.config.miner_options["type_of_triplets"] for run in runs} == {"semihard"}
+    (tmp_path / "peers.yaml").write_text((tmp_path / "peers.yaml").read_text().replace("power", "pover"))
+    with pytest.raises(ConfigError, match=r"pover=2 is unknown to LpDistance.*did you mean power"):
+        load_study("peers", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss": "pml:MultiSimilarityLos"}, r"pml:MultiSimilarityLos is unknown .*did you mean MultiSimilarityLoss"),
+        ({**MULTI_SIMILARITY, "loss_options": {"alfa": 1}}, r"alfa=1 is unknown .*\(did you mean alpha\?\)"),
+        ({**MULTI_SIMILARITY, "miner": "MultiSimilarityMinr"}, r"MultiSimilarityMinr .*did you mean MultiSimilarityMi"),
+        ({**MULTI_SIMILARITY, "miner_options": {"eps": 1}}, "eps=1 is unknown to MultiSimilarityMiner"),
+        ({**MULTI_SIMILARITY, "margin": 0.1}, "takes no margin, it takes loss_options, miner, miner_options"),
+        ({**MULTI_SIMILARITY, "loss_options": "alpha: 1"}, "loss_options='alpha: 1': Input should be a valid dict"),
+        (
+            {"loss": "triplet", "miner": "BatchHardMiner"},
+            "loss 'triplet' takes no miner, it takes margin, on_degenerate",
+        ),
+        ({"loss": "triplet", "margin": 0.0}, "margin must be a finite number above 0, got 0.0"),
+        ({"loss": "lifted", "normalize": 1}, "normalize=1: Input should be a valid boolean"),
+        ({"loss": "pml"}, "loss='pml' is unknown, allowed are histogram, binomial, lifted"),
+        ({"metric": "cosin"}, r"metric='cosin' is unknown, allowed are cosine, euclidean \(did you mean cosine\?\)"),
+        ({"sampler": "balance"}, r"allowed are class-shuffle, balanced, random-class \(did you mean balanced\?\)"),
+        ({"min_images_per_class": 5}, "min_images_per_class=5: sampler 'class-shuffle' takes no min_images_per_class"),
+        (
+            {"sampler": "balanced", "batch_size": 128, "images_per_class": 10},
+            'batch_size=128: sampler "balanced" takes a multiple of images_per_class=10',
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_refused_by_name(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(wrong)
+
+
+def test_batches_that_these_images_cannot_make_are_refused_before_training(settings):
+    with pytest.raises(ConfigError, match="sampler='balanced': 16 of 16 classes have fewer than images_per_class 8"):
+        run(parse_config({**settings, "sampler": "balanced", "images_per_class": 8}), quiet)
+
+
+def test_checking_a_run_leaves_the_generators_alone():
+    before = torch.get_rng_state()
+    parse_config({"loss": "pml:ArcFaceLoss"})
+    assert torch.equal(before, torch.get_rng_state())
+    one, two = (parse_config({"loss": "pml:ArcFaceLoss", "seed": seed}).build_loss(5) for seed in (0, 1))
+    again = parse_config({"loss": "pml:ArcFaceLoss"}).build_loss(5)
+    assert torch.equal(one.loss.W, again.loss.W)
+    assert not torch.equal(one.loss.W, two.loss.W)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_path, protocol):
+    rng = np.random.default_rng(0)
+    identity, view, shot = (axis.ravel() for axis in np.mgrid[0:30, 0:2, 0:4])
+    split = np.where(identity < 16, "train", np.where(identity < 22, "val", "test"))
+    names = np.where(shot == 0, "query", np.where(shot == 1, "pool", "gallery"))
+    role = np.where(split == "test", names, "both") if "single-shot" not in protocol else "both"
+    pixels = rng.uniform(0, 255, (30, 16, 16))[identity] + rng.normal(0, 60, (240, 16, 16))
+    with new_folder(tmp_path / "data" / "street") as folder:
+        images = create_images(folder, 240, 16, 16, 1)
+        images[:] = pixels.clip(0, 255).astype(np.uint8)[..., None]
+        images.flush()
+        index = {"label": identity, "split": split, "role": role, "camera": view, "source": "noise"}
+        finish(folder, pd.DataFrame(index), {"name": "street", "protocol": protocol, "recall_at": [1, 5]})
+    places = {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "device": "cpu"}
+    config = parse_config({"dataset": "street", "network": "pixels", "loss": "none", "iterations": 0, **places})
+    result = run(config, quiet)
+    assert result["protocol"] == protocol
+    test = split == "test"
+    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
+    cameras, roles = torch.tensor(view[test]), np.broadcast_to(role, 240)[test].tolist()
+    expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
+    assert result["metrics"] == expected.metrics
+    assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
+    assert np.load(config.folder / "queries.npy").tolist() == expected.query_index.tolist()
+    shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbors"])]
+    assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}
+
+
+def test_modules_of_losses_hold_no_weights_but_those_of_proxies():
+    assert not any(isinstance(p, nn.Parameter) for loss in BASELINES.values() for p in loss().parameters())

@@ -1,0 +1,212 @@
+"""A prepared dataset is opened read-only and checked; the views of a batch that training and tests see."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.prepared import create_images, finish, new_folder
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import DatasetError
+from hloss.runs.images import augment, center_crop, stripes
+
+
+@pytest.fixture
+def folder(tiny_data, tmp_path):
+    """A copy of the tiny dataset, to damage."""
+    return shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
+
+
+def change_card(folder, **values):
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({k: v for k, v in {**card, **values}.items() if v is not None}))
+
+
+def test_images_are_mapped_and_cannot_be_written(folder):
+    dataset = open_dataset(folder)
+    assert isinstance(dataset.images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.images[0] = 0
+    batch = dataset.pixels(np.array([3, 1]))
+    assert (batch.shape, batch.dtype) == ((2, 1, 16, 16), torch.uint8)
+    assert np.array_equal(batch[0, 0].numpy(), dataset.images[3, :, :, 0])
+    batch.zero_()  # a copy
+    assert open_dataset(folder).images[3].any()
+    dataset.check_pixels()
+
+
+def test_labels_cameras_and_roles_go_by_row(tmp_path):
+    published = {"train images": 2, "query and junk images": 3, "test classes": 1}
+    with new_folder(tmp_path / "people") as folder:
+        images = create_images(folder, 4, 8, 6, 3)
+        images[:] = np.arange(4)[:, None, None, None]
+        images.flush()
+        rows = [
+            (0, "train", "both", 1, "a"),
+            (1, "val", "both", 2, "b"),
+            (2, "test", "query", 3, "c"),
+            (-1, "test", "junk", 4, "d"),
+        ]
+        index = pd.DataFrame(rows, columns=["label", "split", "role", "camera", "source"])
+        finish(folder, index, {"name": "people", "protocol": "market1501", "recall_at": [1], "published": published})
+    dataset = open_dataset(tmp_path / "people")
+    test = dataset.rows("test")
+    assert test.tolist() == [2, 3]
+    assert dataset.labels(test).tolist() == [2, -1]
+    assert dataset.cameras(test).tolist() == [3, 4]
+    assert dataset.roles(test) == ["query", "junk"]
+    assert dataset.pixels(test)[:, 2, 7, 5].tolist() == [2, 3]
+    assert dataset.card["classes"] == {"train": 1, "val": 1, "test": 1}
+    assert "pool" not in dataset.card["roles"]
+    assert dataset.counts()["images"].to_dict() == {"train": 1, "val": 1, "test": 2}
+    assert dataset.counts()["classes"].to_dict() == {"train": 1, "val": 1, "test": 1}
+    assert dataset.counts()["cameras"].to_dict() == {"train": 1, "val": 1, "test": 2}
+    assert dataset.against_published().to_dict("index") == {
+        "train images": {"published": 2, "here": 2},
+        "query and junk images": {"published": 3, "here": 2},
+        "test classes": {"published": 1, "here": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"format": 2}, "has format 2, this version reads format 1"),
+        ({"protocol": None}, "lacks protocol"),
+        ({"images": 7}, r"holds .*180.* says \(7"),
+        ({"classes": {"train": 17, "val": 6, "test": 8}}, r"'train': 16.* says .*'train': 17"),
+        ({"roles": {"both": 179}}, r"'both': 180.* says .*'both': 179"),
+        ({"image_shape": [16, 16, 3]}, r"images\.npy is uint8 \(180, 16, 16, 1\), .* says \(180, 16, 16, 3\)"),
+        ({"index_sha256": "0"}, r"index\.parquet is not the one .*card\.json describes"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_refused(folder, values, match):
+    change_card(folder, **values)
+    with pytest.raises(DatasetError, match=match):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("card.json", b"{", r"card\.json is no JSON"),
+        ("index.parquet", b"PAR1", r"index\.parquet cannot be read"),
+        ("index.parquet", None, r"index\.parquet cannot be read"),
+        ("images.npy", b"\x93NUMPY", r"images\.npy cannot be mapped"),
+        ("images.npy", None, r"images\.npy cannot be mapped"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(folder, name, content, match):
+    (folder / name).unlink()
+    if content:
+        (folder / name).write_bytes(content)
+    with pytest.raises(DatasetError, match=match):
+        open_dataset(folder)
+
+
+def test_a_cut_off_image_file_is_refused(folder):
+    content = (folder / "images.npy").read_bytes()
+    (folder / "images.npy").write_bytes(content[:-1])
+    with pytest.raises(DatasetError, match=r"images\.npy cannot be mapped"):
+        open_dataset(folder)
+
+
+def test_images_that_would_need_pickle_are_refused(folder):
+    np.save(folder / "images.npy", np.array([{}] * 3, object), allow_pickle=True)
+    with pytest.raises(DatasetError, match=r"images\.npy cannot be mapped"):
+        open_dataset(folder)
+
+
+def test_a_changed_pixel_is_found_by_the_whole_check(folder):
+    content = bytearray((folder / "images.npy").read_bytes())
+    content[-1] ^= 1
+    (folder / "images.npy").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"images\.npy is not the one its card describes"):
+        open_dataset(folder).check_pixels()
+
+
+def numbered(n, height, width):
+    """Images whose pixels say where they were: channel 0 the row, 1 the column, 2 the image."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.stack([rows, columns, torch.full_like(rows, i)]) for i in range(n)]).to(torch.uint8)
+
+
+@given(st.integers(1, 6), st.integers(2, 20), st.integers(2, 20), st.integers(1, 20), st.booleans(), st.integers(0, 99))
+def test_a_training_view_is_a_cut_of_its_image(n, height, width, crop, horizontal_flip, seed):
+    crop = min(crop, height, width)
+    views = augment(numbered(n, height, width), crop, horizontal_flip, torch.Generator().manual_seed(seed))
+    assert views.shape == (n, 3, crop, crop)
+    assert views.is_contiguous()
+    for i, view in enumerate(views.int()):
+        assert (view[2] == i).all()
+        assert (view[0] == view[0, 0, 0] + torch.arange(crop)[:, None]).all()
+        steps = view[1, 0].diff()
+        assert (steps == 1).all() or (horizontal_flip and (steps == -1).all())
+        assert view[0].max() < height
+        assert view[1].max() < width
+
+
+def test_training_views_reach_every_place_and_both_sides_evenly():
+    views = augment(numbered(1, 10, 8).expand(6000, -1, -1, -1), 6, True, torch.Generator().manual_seed(0)).int()
+    mirrored = views[:, 1, 0, 0] > views[:, 1, 0, 1]
+    tops, lefts = views[:, 0].amin((1, 2)), views[:, 1].amin((1, 2))
+    assert abs(mirrored.double().mean() - 0.5) < 4 * 0.5 / 6000**0.5
+    for places, n in ((tops, 5), (lefts, 3)):
+        share = torch.bincount(places, minlength=n) / 6000
+        assert len(share) == n
+        assert (share - 1 / n).abs().max() < 4 * (1 / n * (1 - 1 / n) / 6000) ** 0.5
+    assert np.corrcoef(np.stack([mirrored, tops, lefts]))[np.triu_indices(3, 1)] == pytest.approx(0, abs=0.06)
+
+
+def test_the_generator_alone_decides_the_view():
+    images = numbered(5, 12, 12)
+
+    def drawn(seed, **settings):
+        generator = torch.Generator().manual_seed(seed)
+        view = augment(images, **{"crop": 7, "horizontal_flip": True, **settings}, generator=generator)
+        return view, generator.get_state()
+
+    torch.manual_seed(1)
+    first, state = drawn(0)
+    torch.manual_seed(2)
+    assert torch.equal(drawn(0)[0], first)
+    assert not torch.equal(drawn(1)[0], first)
+    for settings in ({"crop": None}, {"horizontal_flip": False}):  # a setting does not move what is drawn after it
+        assert torch.equal(drawn(0, **settings)[1], state)
+    assert torch.equal(drawn(0, crop=None, horizontal_flip=False)[0], images)
+
+
+def test_test_views_are_the_centre():
+    views = center_crop(numbered(2, 11, 9), 5)
+    assert views.shape == (2, 3, 5, 5)
+    assert views[1, :, 0, 0].tolist() == [3, 2, 1]
+    images = numbered(2, 11, 9)
+    assert torch.equal(center_crop(images, None), images)
+    full = center_crop(numbered(1, 256, 256), 227)
+    assert full[0, :2, 0, 0].tolist() == [14, 14]
+
+
+def test_a_crop_that_does_not_fit_is_refused():
+    for crop in (0, 10, -1):
+        match = rf"crop={crop} does not fit into images of 11 x 9 pixels"
+        with pytest.raises(ValueError, match=match):
+            augment(numbered(1, 11, 9), crop, True, torch.Generator())
+        with pytest.raises(ValueError, match=match):
+            center_crop(numbered(1, 11, 9), crop)
+
+
+def test_stripes_overlap_by_ten_rows():
+    images = numbered(2, 160, 60)
+    parts = stripes(images)
+    assert (parts.shape, parts.dtype) == ((2, 9, 60, 60), torch.uint8)
+    for part, start in enumerate((0, 50, 100)):
+        assert torch.equal(parts[:, 3 * part : 3 * part + 3], images[:, :, start : start + 60])
+    assert parts[1, 3, 0, 0] == 50
+    assert torch.equal(parts[:, :3, 50:], parts[:, 3:6, :10])
+    with pytest.raises(ValueError, match=r"stripes are cut of images \(n, 3, 160, 60\), got \(1, 3, 160, 61\)"):
+        stripes(numbered(1, 160, 61))

@@ -1,0 +1,314 @@
+"""Two processes are one with the whole batch; two CPU processes over gloo stand in for two GPUs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_prep.prepared import create_images, finish, new_folder
+from hloss.runs.checkpoints import StopSignals, read_status
+from hloss.runs.config import parse_config
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import ConfigError, RunError, RunStopped
+from hloss.runs.files import run_lock
+from hloss.runs.loop import Loop, RunContext
+from hloss.runs.models import batchnorms, build_network
+from hloss.runs.run import run
+
+KEEPING = str(Path(__file__).parents[1] / "helpers" / "keeping.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """A data folder with the dataset `people`: 10 classes of 4 images of 160 x 60, little alike in a class."""
+    rng = np.random.default_rng(0)
+    data = tmp_path_factory.mktemp("data")
+    label = np.repeat(np.arange(10), 4)
+    clothes = rng.normal(0, 20, (10, 8, 1, 3))[label] + rng.normal(125, 40, (40, 8, 1, 3))
+    with new_folder(data / "people") as folder:
+        images = create_images(folder, 40, 160, 60, 3)
+        images[:] = (clothes.repeat(20, 1) + rng.normal(0, 30, (40, 160, 60, 3))).clip(0, 255).astype(np.uint8)
+        images.flush()
+        split = np.where(label < 6, "train", np.where(label < 8, "val", "test"))
+        index = {"label": label, "split": split, "role": "both", "camera": -1, "source": "noise"}
+        card = {"name": "people", "protocol": "all-vs-rest", "recall_at": [1, 2], "val_from_train": True}
+        finish(folder, pd.DataFrame(index), card)
+    return data
+
+
+@pytest.fixture
+def settings(people, tmp_path):
+    return {
+        "dataset": "people",
+        "network": "glyphnet",
+        "batchnorm": "frozen",
+        "precision": "64-true",
+        "batch_size": 6,
+        "images_per_class": 3,
+        "learning_rate": 1e-4,
+        "iterations": 20,
+        "validate_every": 10,
+        "data_dir": str(people),
+        "runs_dir": str(tmp_path / "runs"),
+        "device": "cpu",
+    }
+
+
+def by_torchrun(script, settings, tmp_path, **environment):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(settings))
+    processes = settings.get("devices", 1)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, str(script), str(file)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT | environment, **pipes) as child:
+        try:
+            printed, errors = child.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            child.terminate()  # torchrun takes its processes with it, whom SIGKILL would leave waiting for each other
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, printed, errors)
+
+
+def started(settings, tmp_path):
+    """The weights after the last iteration of a run, started by torchrun if it has several devices; and its result."""
+    answer = by_torchrun(KEEPING, settings, tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    folder = parse_config(settings).folder
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["iteration"] == settings["iterations"]
+    return checkpoint["network"], json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"network": "glyphnet", "batchnorm": "frozen", "crop": 40, "horizontal_flip": True},
+        pytest.param(
+            {"network": "parts", "batchnorm": None, "dropout": 0.0, "batch_size": 4, "images_per_class": 2},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda n: n["network"],
+)
+def test_two_processes_train_to_the_weights_of_one(network, settings, tmp_path):
+    """20 steps, float64, without dropout: within 1e-9, also where each process embeds its share in slices."""
+    settings = {**settings, **network}
+    one, alone = started(settings, tmp_path)
+    for several in ({"devices": 2}, {"devices": 2, "micro_batch": 1}):
+        two, together = started({**settings, **several}, tmp_path)
+        assert one.keys() == two.keys()
+        for name, weights in one.items():
+            assert weights.dtype in (torch.float64, torch.int64)
+            assert (weights - two[name]).abs().max() <= 1e-9, name
+        assert alone["metrics"] == together["metrics"]
+        assert alone["chosen"] == together["chosen"]
+    first, _ = started({**settings, "iterations": 1, "validate_every": 1}, tmp_path)
+    moved = [(first[name] - weights).abs().max() for name, weights in one.items() if name.endswith(("weight", "bias"))]
+    assert min(moved) > 1e-5, "the weights did move"
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_processes_of_unequal_shares_work_in_slices_together(micro_batch, settings, tmp_path):
+    """Nine images on two processes: 5 make two slices or three, 4 make one or two."""
+    settings = {**settings, "batch_size": 9, "iterations": 4, "validate_every": 2}
+    one, alone = started(settings, tmp_path)
+    two, together = started({**settings, "devices": 2, "micro_batch": micro_batch}, tmp_path)
+    assert all((weights - two[name]).abs().max() <= 1e-9 for name, weights in one.items())
+    assert alone["metrics"] == together["metrics"]
+
+
+# Each process leaves what it has at the end of a training: its loss's weights and losses, and its number of threads.
+LEAVING = """
+import os
+from pathlib import Path
+import torch
+from hloss.runs import __main__, run
+
+class Leaving(run.Loop):
+    def train(self):
+        super().train()
+        progress = self.work.progress
+        own = {"loss": self.loss.state_dict(), "losses": progress["losses"], "threads": torch.get_num_threads()}
+        torch.save(own, Path(__file__).with_name(f"{os.environ['RANK']}.pt"))
+
+run.Loop = Leaving
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_loss_that_draws_is_the_same_in_all_processes(micro_batch, settings, tmp_path):
+    """And each has the threads that the run asks for, whatever OMP_NUM_THREADS says."""
+    pytest.importorskip("pytorch_metric_learning")
+    random = {"loss": "pml:ArcFaceLoss", "miner": "DistanceWeightedMiner", "embedding_dim": 8, "dropout": 0.2}
+    short = {"devices": 2, "iterations": 4, "validate_every": 2, "learning_rate": 1e-2, "threads": 2}
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    answer = by_torchrun(script, {**settings, **random, **short, "micro_batch": micro_batch}, tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["losses"] == other["losses"]
+    assert one["loss"].keys() == other["loss"].keys()
+    assert one["loss"], "it has weights of its own"
+    assert all(torch.equal(value, other["loss"][name]) for name, value in one["loss"].items())
+    assert (one["threads"], other["threads"]) == (2, 2)
+
+
+# `python STOPPING CONFIG.json`, with STOP="STAGE ITERATION SIGNAL": the second process is sent it in that iteration.
+STOPPING = """
+import os, signal
+from hloss.runs import __main__, run
+
+class Stopping(run.Loop):
+    def _step(self):
+        super()._step()
+        progress = self.work.progress
+        stage, iteration, name = os.environ["STOP"].split() or ("", 0, "")
+        if os.environ["RANK"] == "1" and (progress["stage"], progress["iteration"]) == (stage, int(iteration)):
+            os.kill(os.getpid(), signal.Signals[name])
+
+run.Loop = Stopping
+__main__.main()
+"""
+
+
+def test_several_processes_stopped_in_both_stages_continue_to_the_same_weights(settings, tmp_path):
+    pytest.importorskip("pytorch_metric_learning")
+    random = {
+        "loss": "pml:ArcFaceLoss",
+        "miner": "DistanceWeightedMiner",
+        "dropout": 0.2,
+        "crop": 40,
+        "horizontal_flip": True,
+    }
+    settings |= {**random, "devices": 2, "refit": True, "iterations": 6, "validate_every": 2, "learning_rate": 1e-2}
+    script = tmp_path / "stopping.py"
+    script.write_text(STOPPING)
+    whole = {**settings, "runs_dir": str(tmp_path / "whole")}
+    for given, stop in ((whole, ""), (settings, "choose 3 SIGTERM"), (settings, "refit 1 SIGTERM"), (settings, "")):
+        answer = by_torchrun(script, given, tmp_path, STOP=stop)
+        assert (answer.returncode == 0) == (stop == ""), answer.stderr
+        status = read_status(parse_config(given).folder)
+        expected = ("stopped", int(stop.split()[1])) if stop else ("complete", status["iteration"])
+        assert (status["state"], status["iteration"]) == expected
+    assert "continued from iteration 1 (refit)" in answer.stdout
+    one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
+    for key in ("network_sha256", "metrics", "chosen", "validation_recall@1"):
+        assert one[key] == other[key]
+
+
+def test_live_batchnorm_is_synchronised_over_devices(settings):
+    """On CUDA alone can it be at work (`make check-gpu`), but that a training puts it in is seen here."""
+    config = parse_config({**settings, "batchnorm": "live", "devices": 2})
+    fabric = SimpleNamespace(world_size=2, global_rank=0, device=torch.device("cpu"), setup=lambda *made: made)
+    dataset = open_dataset(config.data_folder)
+    work = RunContext(config, dataset, {}, fabric, StopSignals(False), print)
+    network = build_network("glyphnet", dataset.images.shape[1:], 10)
+    layers = len(batchnorms(network))
+    loop = Loop(work, network, dataset.rows("train"), 1, None)
+    loop.batches.close()
+    kinds = {type(layer) for layer in batchnorms(loop.network)}
+    assert (len(batchnorms(loop.network)), kinds) == (layers, {torch.nn.SyncBatchNorm})
+    assert layers > 0
+
+
+def test_a_process_that_is_lost_costs_one_attempt_and_no_result(settings, tmp_path):
+    settings |= {"devices": 2, "iterations": 6, "validate_every": 2, "checkpoint_seconds": 0.0}
+    script = tmp_path / "stopping.py"
+    script.write_text(STOPPING)
+    whole = {**settings, "runs_dir": str(tmp_path / "whole")}
+    assert by_torchrun(script, whole, tmp_path, STOP="").returncode == 0
+    assert by_torchrun(script, settings, tmp_path, STOP="choose 4 SIGKILL").returncode != 0
+    assert read_status(parse_config(settings).folder)["retry"] is True
+    answer = by_torchrun(script, settings, tmp_path, STOP="")
+    assert answer.returncode == 0, answer.stderr
+    assert "continued from iteration" in answer.stdout
+    one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
+    assert one["network_sha256"] == other["network_sha256"]
+
+
+def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):
+    config = parse_config({**settings, "devices": 2, "batchnorm": "slices", "precision": "32-true"})
+    lines = []
+    result = run(config, lines.append)
+    assert [line.split()[0] for line in lines[:3]] == ["iteration", "iteration", "test"]
+    assert result["config"]["devices"] == 2
+    assert read_status(config.folder)["state"] == "complete"
+    assert run(config, print) == result
+
+
+def test_a_signal_to_the_starter_stops_all_processes_at_one_iteration(settings):
+    config = parse_config({**settings, "devices": 2, "iterations": 100_000, "validate_every": 20})
+
+    def report(line):
+        if line.startswith("iteration 20/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunStopped, match="stopped by"):
+        run(config, report)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("stopped", True)
+    checkpoint = torch.load(config.folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["iteration"] == status["iteration"] >= 20
+
+
+def test_the_processes_end_with_their_starter(settings, tmp_path):
+    """SIGKILL of the one process that somebody watches leaves none behind, and nothing is lost."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**settings, "devices": 2, "iterations": 100_000, "validate_every": 20}))
+    folder = parse_config(json.loads(file.read_text())).folder
+    command = [sys.executable, "-m", "hloss.runs", str(file)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout.readline().startswith("iteration 20/")
+        starter.kill()
+    with run_lock(folder, patience_seconds=60):
+        status = read_status(folder)
+    assert status["retry"] is True
+    assert status["iteration"] >= 20
+    assert (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"devices": 3, "batch_size": 2}, "devices=3 cannot share batch_size=2 images"),
+        ({"devices": 2, "device": "cuda"}, 'device="cuda" with devices=2: torch finds 0 CUDA devices here'),
+        ({"batchnorm": "live", "micro_batch": 2}, "a batch in slices has no live statistics"),
+    ],
+    ids=str,
+)
+def test_what_several_devices_or_slices_cannot_do_is_refused(given, message, settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", str(given.get("devices", 1)))
+    with pytest.raises(ConfigError, match=message):
+        run(parse_config({**settings, **given}), print)
+
+
+def test_live_batchnorm_over_several_cpu_processes_is_refused(settings):
+    config = parse_config({**settings, "devices": 2, "batchnorm": "live"})
+    config.folder.mkdir(parents=True)
+    log = config.folder / "devices.log"
+    log.write_text("of a process at work\n")
+    with pytest.raises(RunError, match="live BatchNorm is synchronised over devices, which torch can do on CUDA only"):
+        run(config, print)
+    first, second = log.read_text().splitlines()[:2]
+    assert first == "of a process at work"
+    assert second.endswith("started on 2 devices")
+
+
+def test_a_run_for_several_devices_is_not_done_by_another_number(settings, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="devices=1, but this run was started as 2 processes"):
+        run(parse_config(settings), print)

@@ -1,0 +1,361 @@
+"""One run: repeatable, resumable, chosen on validation, refused before any work when it cannot be."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torchvision import models
+
+from hloss.retrieval.ranks import first_match_ranks
+from hloss.runs import loop
+from hloss.runs.checkpoints import read_status, write_status
+from hloss.runs.config import PRECISIONS, RunConfig, config_from_notebook, parse_config
+from hloss.runs.errors import ConfigError, DatasetError, RunError
+from hloss.runs.files import run_lock
+from hloss.runs.provenance import code_sha256
+from hloss.runs.run import run
+
+
+@pytest.fixture
+def settings(tiny_data, tmp_path):
+    return {
+        "dataset": "tiny",
+        "batch_size": 24,
+        "images_per_class": 4,
+        "iterations": 12,
+        "validate_every": 4,
+        "data_dir": str(tiny_data),
+        "runs_dir": str(tmp_path / "runs"),
+        "device": "cpu",
+        "checkpoint_seconds": 0.0,
+    }
+
+
+def quiet(line):
+    pass
+
+
+def outcome(result):
+    return {k: result[k] for k in ("metrics", "chosen", "validation_recall@1", "similarity_density", "panel")}
+
+
+def test_the_same_config_gives_the_same_result_bit_for_bit(settings, tmp_path):
+    first = run(parse_config(settings), quiet)
+    second = run(parse_config({**settings, "runs_dir": str(tmp_path / "again")}), quiet)
+    other_seed = run(parse_config({**settings, "seed": 1}), quiet)
+    assert outcome(first) == outcome(second)
+    assert outcome(first) != outcome(other_seed)
+
+
+def test_the_files_agree_with_the_result(settings, tiny_data):
+    config = parse_config(settings)
+    result = run(config, quiet)
+    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
+    index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
+    labels = torch.tensor(index[index.split == "test"].label.to_numpy())
+    ranks = np.load(config.folder / "ranks.npy")
+    assert ranks.tolist() == first_match_ranks(embeddings, labels).tolist()
+    assert result["metrics"]["recall@1"] == np.mean(ranks == 1)
+    history = pd.read_parquet(config.folder / "history.parquet")
+    validated = history.dropna()
+    assert validated["iteration"].tolist() == [4, 8, 12]
+    best = validated["validation_recall@1"].idxmax()
+    assert result["chosen"]["iteration"] == validated["iteration"][best]
+    assert result["validation_recall@1"] == validated["validation_recall@1"][best]
+    for query, neighbors, hits in zip(*result["panel"].values(), strict=True):
+        assert hits == (index.label[neighbors] == index.label[query]).tolist()
+    assert sum(result["similarity_density"]["after"]["positive"]) == pytest.approx(1)
+
+
+def test_a_killed_run_continues_to_the_same_result(settings, tmp_path):
+    whole = run(parse_config(settings), quiet)
+    broken = parse_config({**settings, "runs_dir": str(tmp_path / "broken")})
+
+    def killed_after_the_second_validation(line):
+        if line.startswith("iteration 12/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed_after_the_second_validation)
+    assert not (broken.folder / "result.json").exists()
+    lines = []
+    assert outcome(run(broken, lines.append)) == outcome(whole)
+    assert lines[0] == "continued from iteration 11 (choose)"
+    assert not list(broken.folder.glob("checkpoint*"))
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_a_loss_with_weights_of_its_own_continues_to_the_same_bits(settings, tmp_path):
+    pytest.importorskip("pytorch_metric_learning")
+    settings = {**settings, "loss": "pml:ArcFaceLoss", "miner": "DistanceWeightedMiner", "learning_rate": 1e-2}
+    whole = run(parse_config(settings), quiet)
+    broken = parse_config({**settings, "runs_dir": str(tmp_path / "broken")})
+
+    def killed(line):
+        if line.startswith("iteration 4/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed)
+    lines = []
+    again = run(broken, lines.append)
+    assert lines[0] == "continued from iteration 3 (choose)"
+    assert again["network_sha256"] == whole["network_sha256"]
+    assert outcome(again) == outcome(whole)
+
+
+def test_the_status_tells_the_iteration_that_a_run_continues_from(settings):
+    config = parse_config(settings)
+    told = []
+
+    def killed(line):
+        told.append((line.split()[0], read_status(config.folder)))
+        if line.startswith("iteration 8/"):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(config, killed)
+    (status,) = (status for word, status in told if word == "continued")
+    assert (status["state"], status["iteration"]) == ("running", 7)
+
+
+def test_a_report_is_in_the_log_at_once(settings, tmp_path, monkeypatch):
+    with open(tmp_path / "log", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        run(parse_config(settings))
+        assert "test Recall@1" in (tmp_path / "log").read_text()
+
+
+def test_several_gpus_that_a_run_does_not_use_are_left_alone(settings, monkeypatch):
+    pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    before = torch.get_rng_state()
+    parse_config({**settings, "loss": "pml:ArcFaceLoss"}).build_loss(5)
+    run(parse_config({**settings, "iterations": 0, "loss": "none"}), quiet)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_refusal_is_noted_in_a_folder_that_exists_and_makes_none(settings, tmp_path):
+    config = parse_config({**settings, "data_dir": str(tmp_path)})
+    with pytest.raises(DatasetError):
+        run(config, quiet)
+    assert not config.folder.exists()
+    config.folder.mkdir(parents=True)
+    write_status(config.folder, "running", 5)
+    with run_lock(config.folder), pytest.raises(DatasetError):
+        run(config, quiet)
+    assert read_status(config.folder)["state"] == "running", "it is another process's"
+    with pytest.raises(DatasetError):
+        run(config, quiet)
+    status = read_status(config.folder)
+    assert (status["state"], status["iteration"], status["retry"]) == ("failed", 5, False)
+    assert "dataset 'tiny' is not prepared" in status["message"]
+
+
+def test_devices_that_are_not_there_are_noted_too(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = parse_config({**settings, "device": "cuda"})
+    with pytest.raises(ConfigError, match="torch finds 0 CUDA devices here"):
+        run(config, quiet)
+    assert read_status(config.folder)["state"] == "failed"
+    assert read_status(config.folder)["retry"] is False
+
+
+def test_a_finished_run_is_returned_and_one_of_other_code_redone(settings, monkeypatch):
+    config = parse_config(settings)
+    lines = []
+    run(config, quiet)
+    run(config, lines.append)
+    assert lines == []
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
+    assert run(config, lines.append)["fingerprint"]["code_sha256"] == "other"
+    assert lines
+
+
+def test_training_beats_no_training(settings):
+    trained = run(parse_config({**settings, "iterations": 60, "validate_every": 20}), quiet)
+    untrained = run(parse_config({**settings, "iterations": 0, "loss": "none"}), quiet)
+    assert untrained["metrics"]["recall@1"] < trained["metrics"]["recall@1"]
+
+
+class NotANumber(torch.nn.Module):
+    def forward(self, embeddings, labels):
+        return embeddings.sum() * float("nan")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
+    with pytest.raises(RunError, match="nan at iteration 1"):
+        run(parse_config(settings), quiet)
+
+
+def test_a_full_disk_does_not_hide_that_the_loss_is_not_finite(settings, monkeypatch):
+    def full(state, file):
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
+    monkeypatch.setattr(torch, "save", full)
+    config = parse_config(settings)
+    with pytest.raises(RunError, match=r"nan at iteration 1; .* lost: .*failed\.pt could not be written"):
+        run(config, quiet)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("failed", False)
+    assert "nan at iteration 1" in status["message"]
+
+
+def test_refit_trains_again_on_all_classes_for_the_chosen_iterations(settings, tiny_data):
+    config = parse_config({**settings, "refit": True})
+    lines = []
+    result = run(config, lines.append)
+    plain = run(parse_config(settings), quiet)
+    assert plain["trained_on"] == "training classes"
+    assert result["trained_on"] == "training and validation classes (refit)"
+    assert result["chosen"] == plain["chosen"]
+    assert result["validation_recall@1"] == plain["validation_recall@1"]
+    assert result["network_sha256"] != plain["network_sha256"]
+    history = pd.read_parquet(config.folder / "history.parquet")
+    assert history["refit_loss"].notna().sum() == result["chosen"]["iteration"]
+    assert history["loss"].notna().all()
+    assert lines[-1].startswith("test Recall@1")
+    refit = [line for line in lines if line.startswith("refit iteration")]
+    assert len(refit) == result["chosen"]["iteration"] // config.validate_every
+    assert all("images/s" in line and "s left" in line and "validation" not in line for line in refit)
+
+
+def test_a_refit_tells_its_own_rate(settings, monkeypatch):
+    """Without the seconds of the first training, here those of its validations."""
+    monkeypatch.setattr(loop, "validation_recall", lambda *arguments: time.sleep(0.5) or 0.5)
+    lines = []
+    run(parse_config({**settings, "refit": True}), lines.append)
+    rates = {line.split()[0]: int(line.split(" images/s")[0].split()[-1]) for line in lines if "images/s" in line}
+    assert rates["refit"] > 2 * rates["iteration"]
+
+
+def test_refit_is_refused_where_validation_was_never_part_of_training(settings, tiny_data, tmp_path):
+    shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
+    card = json.loads((tmp_path / "tiny" / "card.json").read_text())
+    (tmp_path / "tiny" / "card.json").write_text(json.dumps({**card, "val_from_train": False}))
+    config = parse_config({**settings, "refit": True, "data_dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match="refit=True: the validation classes of 'tiny' were not carved out"):
+        run(config, quiet)
+    assert read_status(config.folder)["state"] == "failed"
+    assert read_status(config.folder)["retry"] is False
+
+
+def test_bf16_mixed_trains_about_as_32_bit_does(settings):
+    longer = {**settings, "iterations": 40, "validate_every": 40}
+    whole = run(parse_config(longer), quiet)
+    mixed = run(parse_config({**longer, "precision": "bf16-mixed"}), quiet)
+    assert mixed["network_sha256"] != whole["network_sha256"]
+    losses = [
+        pd.read_parquet(parse_config({**longer, "precision": p}).folder / "history.parquet")["loss"]
+        for p in PRECISIONS[:2]
+    ]
+    assert losses[1].iloc[0] == pytest.approx(losses[0].iloc[0], abs=0.02)
+    assert losses[1].tail(10).mean() == pytest.approx(losses[0].tail(10).mean(), abs=0.1)
+    assert losses[1].tail(10).mean() < losses[1].head(5).mean()
+
+
+def test_when_checkpoints_are_written_does_not_change_a_result(settings, tmp_path):
+    often = run(parse_config(settings), quiet)
+    never = run(parse_config({**settings, "checkpoint_seconds": 1e6, "runs_dir": str(tmp_path / "never")}), quiet)
+    assert outcome(often) == outcome(never)
+    assert often["network_sha256"] == never["network_sha256"]
+
+
+def test_pretrained_weights_decide_a_result_by_their_content(settings, tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "weights.pth"
+    torch.save(models.resnet18(weights=None).state_dict(), file)
+    given = {**settings, "network": "torchvision:resnet18", "weights": str(file), "iterations": 1, "batch_size": 8}
+    first = run(parse_config(given), quiet)
+    assert first["config"]["batchnorm"] == "frozen"
+    torch.save(models.resnet18(weights=None).state_dict(), file)
+    lines = []
+    second = run(parse_config(given), lines.append)
+    assert lines, "the run was made anew"
+    assert first["pretrained_sha256"] != second["pretrained_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"crop": 17}, "crop=17 is larger than the images of tiny, 16 x 16"),
+        ({"network": "parts"}, "takes RGB images of 160 x 60 pixels"),
+        ({"micro_batch": 8}, 'set batchnorm to "frozen" .* or "slices"'),
+        ({"network": "torchvision:resnet18", "weights": "nowhere.pth"}, "nor a file that exists"),
+        ({"network": "googlenet", "crop": 16, "weights": __file__}, "cannot be read as a state dict"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_the_data_are_refused_before_training(wrong, message, settings):
+    lines = []
+    with pytest.raises(ConfigError, match=message):
+        run(parse_config({**settings, **wrong}), lines.append)
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_bin": 50}, r"n_bin=50 is no setting of a run \(did you mean n_bins\?\)"),
+        ({"n_bins": 0}, "n_bins must be a whole number of at least 1, got 0"),
+        ({"n_bins": "fifty"}, "n_bins='fifty': Input should be a valid integer"),
+        (
+            {"loss": "histogramm"},
+            r"loss='histogramm' is unknown, allowed are .*\(did you mean histogram\?\)",
+        ),
+        ({"loss": "binomial", "n_bins": 50}, "loss 'binomial' takes no n_bins, it takes alpha, beta, C"),
+        ({"iterations": 0}, "go together"),
+        ({"network": "pixels"}, "nothing to train"),
+        ({"batch_size": 1}, "batch_size=1"),
+        ({"study": "../escape"}, "study='../escape' must be a name"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_refused_by_name(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(wrong)
+
+
+def test_a_notebook_variable_that_is_no_setting_is_refused():
+    assert config_from_notebook({"loss": "binomial", "_hidden": 1, "json": json}).loss == "binomial"
+    with pytest.raises(ConfigError, match="bins=5 is no setting"):
+        config_from_notebook({"loss": "histogram", "bins": 5})
+
+
+def test_run_id_names_what_decides_the_result():
+    default = parse_config({})
+    assert parse_config({"n_bins": 200, "kernel": "triangular"}).run_id == default.run_id
+    assert parse_config({"device": "cpu", "study": "other", "threads": 2}).run_id == default.run_id
+    assert parse_config({"n_bins": 100}).run_id != default.run_id
+    assert parse_config({"seed": 1}).run_id != default.run_id
+
+
+def test_the_command_line_is_a_door(settings, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**settings, "dataset": "tinny"}))
+    command = [sys.executable, "-m", "hloss.runs", str(file)]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "dataset 'tinny' is not prepared" in refused.stderr
+    file.write_text(json.dumps(settings))
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads((parse_config(settings).folder / "result.json").read_text())
+    assert outcome(result) == outcome(run(parse_config({**settings, "runs_dir": str(tmp_path / "b")}), quiet))
+
+
+def test_the_code_hash_covers_every_module_that_a_run_imports():
+    code = "import sys, hloss.runs.run; print([m for m in sys.modules if m.startswith('hloss.')])"
+    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    from hloss.runs.provenance import SOURCES
+
+    assert {f"hloss.{name}" for name in SOURCES} == set(json.loads(answer.stdout.replace("'", '"')))
+    assert len(code_sha256()) == 64

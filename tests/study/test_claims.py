@@ -1,0 +1,534 @@
+"""Claims: every committed one reads, and verdicts follow from the runs and from nothing else."""
+
+import html
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+from scipy import optimize, stats
+
+from hloss.runs.errors import ConfigError
+from hloss.study.claims import CLAIMS, Claim, judge, overlap, read_claims
+from hloss.study.published import read_published
+from hloss.study.results import read_results, recall_names
+from hloss.study.statistics import equivalence, paired_difference, summary
+
+SEEDS = [0, 1, 2, 3, 4]
+README = {  # the rows of its table of what holds on glyphs: (claim, comparison) of the first column, and of the second
+    "insensitive to the number of bins": ([("bins", "bins")], []),
+    "bins may be set by the batch size": ([("bins by batch", "bins by batch")], []),
+    "larger batches are better": ([("batch", "batch"), ("batch", "batch at equal images")], []),
+    "above lifted structure": ([("lifted structure", "losses")], [("lifted structure", "tuned losses")]),
+    "above the semi-hard triplet": ([("semi-hard triplet", "losses")], [("semi-hard triplet", "tuned losses")]),
+    "above the binomial deviance, C = 10": (
+        [("binomial deviance, C = 10", "losses"), ("binomial deviance, both C", "losses")],
+        [],
+    ),
+    "close to the binomial deviance": ([("close to binomial deviance", "losses")], []),
+    "close to a tuned binomial deviance": ([], [("close to tuned binomial deviance", "tuned losses")]),
+    "tuned binomial deviance above contrastive": ([], [("contrastive", "tuned losses")]),
+    "binomial deviance sensitive to C": ([("C matters", "C")], []),
+    "C = 10 or C = 25 is best for it": ([("C = 10", "C"), ("C = 25", "C")], []),
+    "no benefit from a margin": ([("margin", "margin")], []),
+    "other kernels can be used": ([("kernel", "kernel")], []),
+    "sensitive to the learning rate": ([("learning rate", "learning rate")], []),
+    "less overlap than lifted structure": ([("overlap", "losses")], [("overlap", "tuned losses")]),
+    "cost quadratic in the batch": ([("quadratic cost", "")], []),
+}
+NOISE = [0.1, -0.2, 0.15, 0.05, -0.1]  # of single seeds, in points
+
+
+def runs(means, comparison="bins", axis="n_bins", dataset="glyphs", loss="histogram", spread=1.0, **settings):
+    """Made-up results: levels of an axis with these means of Recall@1."""
+    rows = []
+    for level, mean in means.items():
+        for i, seed in enumerate(SEEDS):
+            value = mean + spread * NOISE[(i + len(rows) // 5) % 5]
+            rows.append({"comparison": comparison, "method": f"{loss} {level}", "dataset": dataset, "loss": loss,
+                         "seed": seed, axis: level, "recall@1": value, "complete": True, "run_id": f"{level}-{seed}",
+                         **settings})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def claim(check="equivalent", **given):
+    settings = {"name": "a", "section": "1", "claim": "b", "criterion": "c", "data": ["cub"], "comparison": ["bins"]}
+    return Claim(**settings | {"check": check} | given)
+
+
+def verdict(results, asked):
+    (row,) = judge(results, claims=[asked]).to_dict("records")
+    return row["verdict"]
+
+
+def test_every_committed_claim_reads_and_can_be_judged():
+    claims = read_claims()
+    assert len({c.name for c in claims}) == len(claims) >= 18
+    board = judge(runs({50: 40.0, 100: 40.0, 200: 40.0, 400: 40.0}))
+    assert set(board["claim"]) == {c.name for c in claims}
+    assert board.set_index("claim").loc["bins", "verdict"] == "reproduced"
+    assert set(board[board["claim"] != "bins"]["verdict"]) == {"not run"}
+
+
+@pytest.mark.parametrize(
+    ("check", "means", "expected"),
+    [
+        ("equivalent", {50: 40.0, 200: 40.3, 400: 39.8}, "reproduced"),
+        ("equivalent", {50: 35.0, 200: 40.3, 400: 39.8}, "not reproduced"),
+        ("equivalent", {50: 38.0, 200: 40.0}, "inconclusive"),
+        ("rising", {50: 30.0, 200: 35.0}, "not run"),
+        ("rising", {50: 30.0, 200: 35.0, 400: 40.0}, "reproduced"),
+        ("rising", {50: 30.0, 200: 35.0, 400: 34.0}, "not reproduced"),
+        ("rising", {50: 30.0, 200: 35.0, 400: 35.0}, "not reproduced"),
+        ("sensitive", {50: 30.0, 200: 35.0, 400: 31.0}, "reproduced"),
+        ("sensitive", {50: 30.0, 200: 30.5, 400: 31.0}, "not reproduced"),
+        ("sensitive", {50: 30.0, 200: 32.0, 400: 31.0}, "inconclusive"),
+        ("best", {50: 30.0, 200: 35.0, 400: 31.0}, "reproduced"),
+        ("best", {50: 36.0, 200: 35.0, 400: 31.0}, "not reproduced"),
+        ("no_gain", {50: 30.0, 200: 35.0, 400: 36.0}, "reproduced"),
+        ("no_gain", {50: 30.0, 200: 35.0, 400: 38.0}, "not reproduced"),
+    ],
+)
+def test_a_verdict_over_levels(check, means, expected):
+    assert verdict(runs(means), claim(check, axis="n_bins", reference=200)) == expected
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(3.0, "reproduced"), (-3.0, "not reproduced"), (0.0, "not reproduced")])
+def test_a_verdict_over_methods(gap, expected):
+    results = pd.concat([runs({200: 40.0 + gap}), runs({0: 40.0}, loss="lifted")], ignore_index=True)
+    assert verdict(results, claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])) == expected
+
+
+def test_a_noisy_difference_is_inconclusive():
+    results = pd.concat([runs({200: 41.0}, spread=20), runs({0: 40.0}, loss="lifted")], ignore_index=True)
+    assert verdict(results, claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])) == "inconclusive"
+
+
+def test_nothing_is_concluded_from_half_a_study():
+    results = runs({50: 40.0, 200: 40.3, 400: 39.8})
+    results.loc[3, ["complete", "recall@1"]] = False, np.nan
+    (row,) = judge(results, claims=[claim(axis="n_bins", reference=200)]).to_dict("records")
+    assert (row["verdict"], row["evidence"], row["run_ids"]) == ("not run", "1 of 15 runs are missing", "")
+
+
+def test_a_claim_waits_for_its_own_runs_alone():
+    results = pd.concat(
+        [runs({200: 43.0}), runs({0: 40.0}, loss="lifted"), runs({1: 1.0}, loss="triplet")], ignore_index=True
+    )
+    asked = claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])
+    for loss, expected in (("triplet", "reproduced"), ("lifted", "not run")):
+        half = results.assign(complete=(results["loss"] != loss) | (results["seed"] > 0))
+        assert verdict(half, asked) == expected
+
+
+def test_a_claim_of_one_method_is_not_judged_by_two():
+    results = pd.concat([runs({50: 43.0, 200: 43.0}), runs({0: 40.0}, loss="lifted")], ignore_index=True)
+    asked = claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])
+    (row,) = judge(results, claims=[asked]).to_dict("records")
+    assert (row["verdict"], row["evidence"]) == ("not run", "several methods, not one: histogram 50; histogram 200")
+
+
+def test_levels_within_groups_are_compared_within_them():
+    results = pd.concat(
+        [runs({50: 20.0, 200: 20.2}, batch_size=32), runs({50: 40.0, 200: 40.1}, batch_size=128)], ignore_index=True
+    )
+    asked = claim(axis="n_bins", reference=200, within="batch_size")
+    assert verdict(results, asked) == "reproduced"
+    (row,) = judge(results, claims=[claim(axis="n_bins", reference=200)]).to_dict("records")
+    assert row["verdict"] == "not run"
+    assert "more than one run of a seed" in row["evidence"]
+
+
+def test_the_numbers_are_those_of_scipy_and_the_runs_are_named():
+    results = runs({50: 40.0, 200: 41.0})
+    (row,) = judge(results, claims=[claim(axis="n_bins", reference=200)]).to_dict("records")
+    a, b = (results[results["n_bins"] == level]["recall@1"] for level in (50, 200))
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.9)  # two one-sided tests at 5 %
+    assert row["evidence"] == f"50 less 200: {a.mean() - b.mean():+.1f} (90 %: {low:+.1f} to {high:+.1f}, n = 5)"
+    assert row["run_ids"].split(", ") == sorted(results["run_id"])
+    assert row["asked"] == "other data"
+
+
+def test_a_claim_needs_every_level_that_it_names():
+    asked = claim(axis="n_bins", levels=[50, 200, 400], reference=200)
+    (row,) = judge(runs({50: 40.0, 200: 40.3, 100: 1.0}), claims=[asked]).to_dict("records")
+    assert (row["verdict"], row["evidence"]) == ("not run", "n_bins 50, 200 without 400")
+
+
+def paired(differences, base=40.0):
+    """A histogram and a lifted run per seed, this many points apart."""
+    rows = [
+        {"comparison": "bins", "method": loss, "dataset": "glyphs", "loss": loss, "seed": seed, "complete": True,
+         "recall@1": base + (gap if loss == "histogram" else 0.0), "run_id": f"{loss}-{seed}", "n_bins": bins}
+        for seed, gap in enumerate(differences) for loss, bins in (("histogram", 50), ("lifted", 200))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def with_p(wanted, mean, alternative, against=0.0):
+    """Five differences of this mean, whose one-sample t test against a value has this p."""
+    shape = stats.zscore(np.array([-1.0, -0.5, 0.1, 0.5, 1.4]))
+
+    def error(spread):
+        return stats.ttest_1samp(mean + spread * shape, against, alternative=alternative).pvalue - wanted
+
+    return mean + optimize.brentq(error, 1e-3, 1e3) * shape
+
+
+ABOVE = {"check": "above", "method": {"loss": "histogram"}, "rivals": [{"loss": "lifted"}]}
+BINS = {"axis": "n_bins", "reference": 200}
+
+
+@pytest.mark.parametrize(
+    ("asked", "p", "mean", "alternative", "against", "expected"),
+    [
+        (ABOVE, 0.04, 1.0, "two-sided", 0.0, "reproduced"),
+        (ABOVE, 0.06, 3.0, "two-sided", 0.0, "inconclusive"),
+        (ABOVE, 0.06, 1.0, "two-sided", 0.0, "not reproduced"),  # equivalent
+        (ABOVE, 0.04, -3.0, "two-sided", 0.0, "not reproduced"),
+        (ABOVE, 0.06, -3.0, "two-sided", 0.0, "inconclusive"),
+        (BINS, 0.04, 1.5, "less", 2.0, "reproduced"),  # each one-sided test at 5 %
+        (BINS, 0.06, 1.5, "less", 2.0, "inconclusive"),
+        (BINS, 0.04, 4.0, "two-sided", 2.0, "not reproduced"),
+        (BINS, 0.06, 4.0, "two-sided", 2.0, "inconclusive"),
+        ({**BINS, "check": "no_gain"}, 0.04, 1.5, "less", 2.0, "reproduced"),
+        ({**BINS, "check": "no_gain"}, 0.06, 1.5, "less", 2.0, "inconclusive"),
+        ({**BINS, "check": "no_gain"}, 0.04, 4.0, "two-sided", 2.0, "not reproduced"),
+    ],
+)
+def test_a_verdict_turns_at_its_level(asked, p, mean, alternative, against, expected):
+    assert verdict(paired(with_p(p, mean, alternative, against)), claim(**asked)) == expected
+
+
+def three_levels(p):
+    """Level 50 below 200 with this p, level 400 far above: one refutation is looked for among two."""
+    low = paired(with_p(p, -3.0, "two-sided"))
+    high = low[low["n_bins"] == 200].assign(n_bins=400, method="high")
+    high["recall@1"] += 20
+    return pd.concat([low, high], ignore_index=True)
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
+def test_one_refutation_among_two_is_at_half_the_level(p, expected):
+    """The reference is level 50, and "best" asks it to be above both others; above 400 it is by 20 less."""
+    results = three_levels(p)
+    results.loc[results["n_bins"] == 400, "recall@1"] -= 40
+    assert verdict(results, claim("best", axis="n_bins", reference=50)) == expected
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.012, "reproduced"), (0.02, "inconclusive")])
+def test_the_widest_gap_of_three_levels_is_at_a_third_of_the_level(p, expected):
+    """Of three pairs; the middle level lies between, so that the first and the last are the ones furthest apart."""
+    results = paired(with_p(p, 6.0, "two-sided", 2.0))
+    middle = results[results["n_bins"] == 50].assign(n_bins=100, method="middle")
+    middle["recall@1"] = (middle["recall@1"].to_numpy() + results[results["n_bins"] == 200]["recall@1"].to_numpy()) / 2
+    together = pd.concat([results, middle], ignore_index=True)
+    assert verdict(together, claim("sensitive", axis="n_bins")) == expected
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
+def test_one_refutation_among_two_groups_is_at_half_the_level(p, expected):
+    apart = paired(with_p(p, 4.0, "two-sided", 2.0)).assign(batch_size=32)
+    alike = paired(NOISE).assign(batch_size=128)
+    both = pd.concat([apart, alike], ignore_index=True)
+    assert verdict(both, claim(**BINS, within="batch_size")) == expected
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
+def test_one_refutation_among_two_rivals_is_at_half_the_level(p, expected):
+    above = paired(with_p(p, -3.0, "two-sided"))
+    below = above[above["loss"] == "lifted"].assign(loss="triplet", method="triplet")
+    below["recall@1"] -= 20
+    asked = ABOVE | {"rivals": [{"loss": "lifted"}, {"loss": "triplet"}]}
+    assert verdict(pd.concat([above, below], ignore_index=True), claim(**asked)) == expected
+
+
+HISTOGRAM, LIFTED, SEMI_HARD = {"loss": "histogram"}, {"loss": "lifted"}, {"loss": "semi-hard-triplet"}
+C_2, C_10, C_25 = ({"loss": "binomial", "C": c} for c in (2.0, 10.0, 25.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "comparison", "above", "others"),
+    [
+        ("lifted structure", "losses", HISTOGRAM, [LIFTED]),
+        ("lifted structure", "tuned losses", HISTOGRAM, [LIFTED]),
+        ("semi-hard triplet", "losses", HISTOGRAM, [SEMI_HARD]),
+        ("semi-hard triplet", "tuned losses", HISTOGRAM, [SEMI_HARD]),
+        ("binomial deviance, C = 10", "losses", HISTOGRAM, [C_10]),
+        ("binomial deviance, both C", "losses", HISTOGRAM, [C_10, C_25]),
+        ("contrastive", "tuned losses", C_2, [{"loss": "contrastive"}]),
+        ("C = 25", "C", C_25, [C_2, C_10]),
+        ("C = 10", "C", C_10, [C_2, C_25]),
+    ],
+)
+def test_a_committed_claim_says_which_is_above_which(name, comparison, above, others):
+    """Written down a second time: all others below is what it says, and one of them above is what it denies."""
+
+    unrelated = [who for who in (HISTOGRAM, LIFTED, SEMI_HARD) if who not in (above, *others) and comparison != "C"]
+
+    def judged(*recalls):
+        means = [*zip((above, *others), recalls, strict=True), *((who, 70.0) for who in unrelated)]
+        results = [
+            runs({0: mean}, comparison, "level", **{"C": None, **who}).assign(method=str(who)) for who, mean in means
+        ]
+        (asked,) = (c for c in read_claims() if c.name == name)
+        board = judge(pd.concat(results, ignore_index=True), claims=[asked]).set_index("comparison")
+        return board.loc[comparison, "verdict"]
+
+    assert judged(50.0, *[40.0] * len(others)) == "reproduced"
+    for i in range(len(others)):
+        assert judged(50.0, *[60.0 if i == k else 40.0 for k in range(len(others))]) == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("name", "comparison", "axis", "true", "false", "settings"),
+    [
+        ("bins", "bins", "n_bins", dict.fromkeys((25, 50, 100, 200, 400), 40.0) | {25: 1.0},
+         dict.fromkeys((25, 50, 100, 200), 40.0) | {400: 50.0}, {}),
+        ("bins by batch", "bins by batch", "n_bins", {25: 40.0, 200: 40.0}, {25: 30.0, 200: 40.0}, {"batch_size": 32}),
+        ("batch", "batch", "batch_size", {32: 30.0, 64: 35.0, 128: 40.0}, {32: 40.0, 64: 35.0, 128: 45.0}, {}),
+        ("C matters", "C", "C", {2.0: 30.0, 10.0: 40.0}, {2.0: 40.0, 10.0: 40.5}, {"loss": "binomial"}),
+        ("margin", "margin", "margin", {0.0: 40.0, 0.1: 30.0}, {0.0: 40.0, 0.1: 50.0}, {}),
+        ("kernel", "kernel", "kernel", {"triangular": 40.0, "gaussian": 40.5}, {"triangular": 40.0, "gaussian": 50.0},
+         {"bandwidth": None}),
+        ("learning rate", "learning rate", "learning_rate", {0.001: 40.0, 0.01: 20.0}, {0.001: 40.0, 0.01: 40.5}, {}),
+    ],
+)  # fmt: skip
+def test_a_committed_claim_says_what_an_axis_does(name, comparison, axis, true, false, settings):
+    (asked,) = (c for c in read_claims() if c.name == name)
+    for means, expected in ((true, "reproduced"), (false, "not reproduced")):
+        results = runs(means, comparison, axis, **settings)
+        other = results.assign(loss="lifted")  # whose levels say nothing of it
+        other["recall@1"] = np.arange(len(other)) * 7.0 % 50
+        among = {"loss"} & asked.among.keys()
+        board = judge(pd.concat([results, other]) if among else results, claims=[asked])
+        assert board.set_index("comparison").loc[comparison, "verdict"] == expected
+
+
+TABLE = {"check": "table", "comparison": ["batch"], "among": {"loss": "histogram", "batch_size": 256}}
+
+
+def of_table(dataset, protocol, offsets, splits):
+    """Runs whose Recall@K are those of the paper's Table 1 and so many points more, one offset per run."""
+    published = read_published()
+    ours = published[(published["dataset"] == dataset) & (published["place"] == "Table 1")]
+    rows = [
+        {"comparison": "batch", "method": "histogram, batch_size 256", "dataset": dataset, "split": split, "seed": seed,
+         "loss": "histogram", "batch_size": 256, "network": "parts", "embedding_dim": 500, "protocol": protocol,
+         "complete": True, "prepared": '{"boxes": "labeled", "camera_pairs": 3}',
+         "run_id": f"r{seed}", **{v.metric: v.value + offset for v in ours.itertuples()}}
+        for seed, (offset, split) in enumerate(zip(offsets, splits, strict=True))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "offsets", "expected"),
+    [
+        ("market1501", NOISE, "reproduced"),
+        ("market1501", [-3.0, 3.0, -3.0, 3.0, 0.0], "inconclusive"),
+        ("market1501", [-5.0 + n for n in NOISE], "not reproduced"),
+        ("cuhk03", [-3.0, 3.0, -3.0, 3.0, 0.0], "reproduced"),  # the splits differ, their mean is the published one
+        ("cuhk03", [-6.0, 0.0, -6.0, 0.0, -3.0], "inconclusive"),
+        ("cuhk03", [-5.0 + n for n in NOISE], "not reproduced"),
+    ],
+)
+def test_table_1_is_compared_with_its_own_values_alone(dataset, offsets, expected):
+    protocol = {"cuhk03": "cuhk03-single-shot"}.get(dataset, dataset)
+    splits = [f"cuhk03-{i}" for i in range(1, 6)] if dataset == "cuhk03" else [dataset] * 5
+    (row,) = judge(of_table(dataset, protocol, offsets, splits), claims=[claim(**TABLE)]).to_dict("records")
+    assert row["verdict"] == expected
+    assert row["evidence"].count("less the published") == 5  # and not those of the authors' notebook
+    other = judge(of_table(dataset, "another protocol", offsets, splits), claims=[claim(**TABLE)])
+    assert other["verdict"].tolist() == ["not run"]
+
+
+def test_runs_in_slices_are_no_level_of_the_batch():
+    batch = next(c for c in read_claims() if c.name == "batch")
+    results = runs({32: 30.0, 64: 35.0, 128: 40.0}, "batch", "batch_size", micro_batch=None)
+    slices = runs({1024: 1.0}, "batch", "batch_size", micro_batch=256)
+    board = judge(pd.concat([results, slices], ignore_index=True), claims=[batch])
+    assert board["verdict"].tolist() == ["reproduced", "not run"]
+
+
+NUMBER = r"[-+]?\d+\.\d+"
+PARAGRAPH = "Beyond the claims"  # how the README's paragraph of what the paper does not ask begins
+
+
+def what_holds():
+    return Path("README.md").read_text().split("## What holds on glyphs")[1].split("\n## ")[0]
+
+
+def signed(text):
+    """Of each number with a decimal point, how it may stand in the evidence."""
+    for found in re.finditer(rf"(costs? )?({NUMBER})( between)?", text):
+        costs, number, between = found.groups()
+        if number[0] in "-+":
+            yield {number}
+        else:
+            yield {f"-{number}"} if costs else {f"+{number}", f"-{number}"} if between else {f"+{number}", number}
+
+
+def beyond_the_claims():
+    """What the README tells besides verdicts, computed from the sample: by row of its table or paragraph."""
+    results = read_results(Path("reports/sample/results.parquet"))
+    rates = results[(results["comparison"] == "learning rate") & (results["loss"] == "binomial")]
+    assert (set(rates["C"]), set(rates["seed"])) == ({10.0}, {0, 1, 2})
+    spread = np.ptp(rates.groupby("learning_rate")["recall@1"].mean())
+    linear, step = (recalls(results, "order cost", f"histogram, {cost} cost") for cost in ("linear", "step"))
+    assert len(linear) == len(step) == 3
+    return {
+        "sensitive to the learning rate": [f"({spread:.1f} of the binomial deviance, C = 10, three seeds)"],
+        PARAGRAPH: [
+            f"the contrastive loss is above the histogram loss by {above(results, 'contrastive', 'losses')} at the "
+            f"fixed setting and by {above(results, 'contrastive', 'tuned losses')} tuned",
+            f"The plain triplet is above it by {above(results, 'triplet', 'losses')} at the fixed setting; "
+            f"tuned, the two are equivalent, {equal(results, 'triplet', 'tuned losses')}",
+            "With C = 5, of four values the best on the test classes, the binomial deviance is equivalent to the "
+            f"histogram loss at the fixed setting, if barely: {best_binomial(results)}",
+            f"A linear order cost reaches {linear.mean():.1f} where the step reaches {step.mean():.1f}",
+            f"A standard deviation of 20 bins costs {cost_of(results, 'gaussian')} with the Gaussian kernel, "
+            f"{cost_of(results, 'epanechnikov')} with Epanechnikov's and {cost_of(results, 'uniform')} with the "
+            "uniform one",
+        ],
+    }
+
+
+def recalls(results, comparison, method):
+    runs = results[(results["comparison"] == comparison) & (results["method"] == method)]
+    return runs.set_index("seed")["recall@1"]
+
+
+def above(results, rival, comparison):
+    difference = paired_difference(recalls(results, comparison, rival), recalls(results, comparison, "histogram"))
+    assert difference.low > 0
+    assert difference.n == 5
+    return f"{difference.mean:.1f} ({difference.low:.1f} to {difference.high:.1f})"
+
+
+def equal(results, rival, comparison, of_rival=None):
+    pair = recalls(results, of_rival or comparison, rival), recalls(results, comparison, "histogram")
+    found = equivalence(*pair)
+    assert (found.verdict, found.n) == ("equivalent", 5)
+    return f"{found.mean:.1f} (90 %: {found.low:.1f} to {found.high:.1f})"
+
+
+def best_binomial(results):
+    """Its best C at the fixed setting stands in the comparison of C alone, with the losses' seeds."""
+    of_c = results[results["comparison"] == "C"]
+    best = of_c.groupby("method")["recall@1"].mean().idxmax()
+    assert (of_c["method"].nunique(), set(of_c.loc[of_c["method"] == best, "C"])) == (4, {5.0})
+    return equal(results, best, "losses", "C")
+
+
+def cost_of(results, kernel):
+    wide = recalls(results, "kernel", f"histogram, kernel {kernel}, bandwidth 20")
+    difference = paired_difference(recalls(results, "kernel", "histogram"), wide)
+    assert difference.n == 3
+    assert (difference.low < 0) == (kernel == "epanechnikov")  # of which the README says so
+    return f"{difference.mean:.1f}"
+
+
+def test_what_the_readme_tells_beyond_the_claims_is_computed_from_the_sample():
+    """Each statement stands in its paragraph, which has no other number with a decimal point."""
+    told = " ".join(what_holds().split(PARAGRAPH)[1].split("\n\n")[0].split())
+    for statement in beyond_the_claims()[PARAGRAPH]:
+        assert statement in told
+        told = told.replace(statement, "")
+    assert not re.findall(NUMBER, told)
+
+
+def test_a_number_of_the_readme_has_the_sign_of_its_evidence():
+    assert list(signed("-0.3 (-1.7 to 1.1): 25 bins cost 1.7 at 32, a margin costs 3.9, 21.0 between two, +2.0")) == [
+        {"-0.3"}, {"-1.7"}, {"+1.1", "1.1"}, {"-1.7"}, {"-3.9"}, {"+21.0", "-21.0"}, {"+2.0"}
+    ]  # fmt: skip
+
+
+def test_the_verdicts_and_numbers_of_the_readme_are_those_of_the_sample():
+    """Its table of what holds on glyphs is written by hand: each verdict, and each number with a decimal point.
+
+    A number has the sign of its evidence, none is plus; what something costs is minus, and a spread between two none.
+    """
+    board = pd.read_csv("reports/sample/claims.csv", keep_default_na=False).set_index(["claim", "comparison"])
+    more = beyond_the_claims()
+    lines = [line for line in what_holds().splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    told = {row[0]: row[1:] for row in rows[2:]}
+    assert len(told) == len(README)
+    assert more.keys() - {PARAGRAPH} <= told.keys()
+    for name, cells in told.items():
+        (columns,) = (columns for start, columns in README.items() if name.startswith(start))
+        for cell, claims in zip(cells, columns, strict=True):
+            found = board.loc[claims] if claims else board.head(0)
+            assert set(re.findall("not reproduced|reproduced|inconclusive", cell)) == set(found["verdict"]), name
+            for statement in more.get(name, ()):
+                if claims:
+                    assert statement in cell
+                cell = cell.replace(statement, "")
+            ours = [evidence.split("published: ")[0] for evidence in found["evidence"]]
+            numbers = {number for evidence in ours for number in re.findall(NUMBER, evidence)}
+            for signs in signed(cell):
+                assert signs & numbers, f"{name}: {' or '.join(signs)}"
+    asked = {claim for columns in README.values() for claims in columns for claim in claims}
+    assert asked == set(board.index[board["verdict"] != "not run"])
+
+
+def test_the_committed_report_is_that_of_the_committed_results():
+    results = read_results(Path("reports/sample/results.parquet"))
+    board = judge(results, pd.read_csv("reports/sample/loss_cost.csv"))
+    told = pd.read_csv("reports/sample/claims.csv", keep_default_na=False)
+    assert_frame_equal(told.astype(str), board.astype(str), check_dtype=False)
+    page = Path("reports/sample/report.html").read_text()
+    assert f"<title>{html.escape(results['title'][0])}</title>" in page
+    assert all(html.escape(evidence) in page for evidence in board["evidence"])
+    assert all(run_id in page for run_ids in board["run_ids"] for run_id in run_ids.split(", "))
+    means = pd.read_csv("reports/sample/summary.csv")
+    assert_frame_equal(means, summary(results, recall_names(results)), check_dtype=False)
+
+
+def test_overlap_is_the_mass_below_both_densities():
+    frame = pd.DataFrame({"positive_after": [[0.5, 0.5, 0.0]], "negative_after": [[0.0, 0.25, 0.75]]})
+    assert overlap(frame).tolist() == [25.0]
+
+
+def test_less_overlap_is_asked_of_the_densities():
+    ours, rival = runs({200: 40.0}), runs({0: 40.0}, loss="lifted")
+    for frame, share in ((ours, 0.1), (rival, 0.3)):
+        frame["positive_after"] = [[1 - share - s / 1000, share + s / 1000] for s in NOISE]
+        frame["negative_after"] = [[0.0, 1.0]] * len(frame)
+    (asked,) = (c for c in read_claims() if c.name == "overlap")
+    for first, second, expected in ((ours, rival, "reproduced"), (rival, ours, "not reproduced")):
+        named = [first.assign(loss="histogram", method="h"), second.assign(loss="lifted", method="l")]
+        results = pd.concat(named, ignore_index=True).assign(comparison="losses")
+        assert judge(results, claims=[asked])["verdict"].tolist() == [expected, "not run"]
+
+
+@pytest.mark.parametrize(("power", "expected"), [(2, "reproduced"), (4, "not reproduced"), (2.8, "inconclusive")])
+def test_the_cost_is_judged_by_its_exponent(power, expected):
+    sizes = np.array([1024, 2048, 4096])
+    cost = pd.DataFrame({"batch_size": sizes, "seconds": 1e-9 * sizes**power})
+    (row,) = judge(runs({200: 40.0}), cost, [claim("quadratic", comparison=[])]).to_dict("records")
+    assert row["verdict"] == expected
+    assert f"exponent {power:.2f}" in row["evidence"]
+
+
+def test_a_method_without_a_rival_is_no_claim():
+    with pytest.raises(ValueError, match="method and rivals come together"):
+        claim("above", method={"loss": "histogram"})
+
+
+def test_a_table_over_splits_needs_all_of_them():
+    few = of_table("cuhk03", "cuhk03-single-shot", NOISE[:2], ["cuhk03-1", "cuhk03-2"])
+    (row,) = judge(few, claims=[claim(**TABLE)]).to_dict("records")
+    assert (row["verdict"], row["evidence"]) == (
+        "not run", "the values of Table 1 are means over 5 splits, these runs are of 2"
+    )  # fmt: skip
+
+
+def test_a_wrong_claim_is_refused_by_name(tmp_path):
+    file = tmp_path / "claims.yaml"
+    file.write_text(Path(CLAIMS).read_text().replace("check: rising", "check: growing"))
+    with pytest.raises(ConfigError, match=r"claim 'batch': check: Input should be 'above'"):
+        read_claims(str(file))

@@ -1,0 +1,176 @@
+"""Published values: every row is read, a wrong one is refused by name, and a study stands beside its like alone."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from hloss.losses.pml import PREFIX
+from hloss.retrieval.protocols import PROTOCOLS
+from hloss.runs.config import LOSSES
+from hloss.runs.errors import ConfigError
+from hloss.study.published import EXACT, NETWORK, PROTOCOL, PUBLISHED, compare_with_published, read_published
+
+
+@pytest.fixture(scope="module")
+def published():
+    return read_published()
+
+
+def test_every_committed_value_is_a_percentage_with_a_source(published):
+    assert len(published) > 100
+    assert published.value.between(0, 100, inclusive="right").all()
+    assert published.url.str.startswith("https://").all()
+    assert set(published.dataset) == {"cub", "sop", "cuhk03", "market1501"}
+    key = ["dataset", "method", "network", "dim", "metric", "source", "place"]
+    again = published.assign(settings=published.settings.map(str)).duplicated([*key, "settings", "note"], keep=False)
+    assert not again.any(), published[again]
+
+
+def test_names_of_ours_are_names_of_ours(published):
+    ours = published[published.selection != "test set"]
+    assert {m for m in ours.method if not m.startswith(PREFIX)} <= {*LOSSES, "none"}
+    assert {p for p in published.protocol if " " not in p} <= set(PROTOCOLS)
+
+
+def test_table_1_is_as_printed(published):
+    table = published[(published.source == "Ustinova & Lempitsky 2016") & (published.place == "Table 1")]
+    values = table.pivot(index="dataset", columns="metric", values="value")
+    columns = [f"recall@{k}" for k in (1, 5, 10, 15, 20)]
+    assert values.loc["cuhk03", columns].tolist() == [65.77, 92.85, 97.62, 98.94, 99.43]
+    assert values.loc["market1501", columns].tolist() == [59.47, 80.73, 86.94, 89.28, 91.09]
+
+
+def test_recall_grows_with_k_in_every_publication(published):
+    recall = published[published.metric.str.startswith("recall@")]
+    recall = recall.assign(k=recall.metric.str.removeprefix("recall@").astype(int), settings=recall.settings.map(str))
+    for _, rows in recall.groupby(["dataset", "method", "network", "dim", "settings", "source"], dropna=False):
+        assert rows.sort_values("k").value.is_monotonic_increasing
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong", "message"),
+    [
+        ("value", "165.77", r"line 3: value='165.77' is not a percentage above 0"),
+        ("value", "0", r"line 3: value='0' is not a percentage"),
+        ("value", "nan", r"line 3: value='nan' is not a percentage"),
+        ("value", "about 60", r"line 3: value='about 60' is no number"),
+        ("dataset", "CUB", r"line 3: dataset='CUB' is unknown, allowed are cub"),
+        ("metric", "R@1", r"line 3: metric='R@1' is neither recall@K nor map"),
+        ("settings", "batch=256", r"line 3: settings='batch=256': batch is no setting of a run"),
+        ("selection", "best", r"line 3: selection='best' is unknown"),
+        ("source", " ", r"line 3: source is empty"),
+    ],
+)
+def test_a_wrong_row_is_refused_by_name(column, wrong, message, tmp_path):
+    table = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False).head(4)
+    table.loc[1, column] = wrong
+    table.to_csv(tmp_path / "values.csv", index=False)
+    with pytest.raises(ConfigError, match=message):
+        read_published(tmp_path / "values.csv")
+
+
+def test_a_file_of_other_columns_is_refused(tmp_path):
+    (tmp_path / "values.csv").write_text("dataset,value\ncub,1\n")
+    with pytest.raises(ConfigError, match=r"has the columns \['dataset', 'value'\]"):
+        read_published(tmp_path / "values.csv")
+
+
+def runs_of(dataset, method, recall, **settings):
+    """Runs of one method, one per given Recall@1."""
+    own = {"loss": "histogram", "network": "parts", "embedding_dim": 500, "batch_size": 256, "C": None, **settings}
+    protocol = {"cuhk03": "cuhk03-single-shot", "market1501": "market1501"}.get(dataset, "all-vs-rest")
+    runs = [
+        {
+            "dataset": dataset,
+            "method": method,
+            "run_id": f"{method}-{i}",
+            "protocol": protocol,
+            "complete": True,
+            "prepared": '{"boxes": "labeled", "camera_pairs": 3}',
+            **own,
+            "recall@1": 100 * r,
+        }
+        for i, r in enumerate(recall)
+    ]
+    return pd.DataFrame(runs)
+
+
+def test_ours_stands_beside_the_same_protocol_network_and_dimensions():
+    recall = np.array([0.65, 0.66, 0.67])
+    table = compare_with_published(runs_of("cuhk03", "histogram", recall))
+    assert table.published.tolist() == [65.77, 65.918]  # the paper's and its notebook's; Recall@5 was not measured
+    assert set(table.match) == {EXACT}
+    row = table.iloc[0]
+    low, high = stats.t.interval(0.95, 2, 66, stats.sem(100 * recall))
+    assert (row.ours, row.low, row.high) == pytest.approx((66, low, high))
+    assert (row.n, row.run_ids) == (3, "histogram-0, histogram-1, histogram-2")
+    assert row.difference == pytest.approx(0.23)
+    assert (row.source, row.place) == ("Ustinova & Lempitsky 2016", "Table 1")
+
+
+def test_half_a_method_has_no_difference_to_what_was_published():
+    half = runs_of("cuhk03", "histogram", [0.65, 0.66, 0.67])
+    half.loc[1, ["complete", "recall@1"]] = False, np.nan
+    table = compare_with_published(half)
+    assert table.ours.tolist() == [66, 66]
+    assert table.n.tolist() == [2, 2]
+    assert table.difference.isna().all()
+    assert compare_with_published(half.assign(complete=False)).empty
+
+
+def test_another_batch_size_or_C_than_stated_is_another_method():
+    assert compare_with_published(runs_of("cuhk03", "histogram", [0.6], batch_size=128)).empty
+    binomial = {"loss": "binomial", "network": "googlenet", "embedding_dim": 512}
+    with_2 = compare_with_published(runs_of("cub", "binomial", [0.4], C=2.0, batch_size=128, **binomial))
+    with_25 = compare_with_published(runs_of("cub", "binomial", [0.4], C=25.0, batch_size=128, **binomial))
+    assert 43.5 in with_2.published.tolist()
+    assert 43.5 not in with_25.published.tolist()
+    assert 52.8 in with_25.published.tolist()
+    assert 52.8 not in with_2.published.tolist()
+    histogram = {"network": "googlenet", "embedding_dim": 512}
+    for batch_size, quoted in ((128, True), (32, False)):
+        beside = compare_with_published(runs_of("cub", "histogram", [0.4], batch_size=batch_size, **histogram))
+        assert (50.3 in beside.published.tolist()) == quoted
+
+
+def test_the_googlenet_here_is_another_network_than_the_papers():
+    table = compare_with_published(
+        runs_of("sop", "lifted", [0.6], loss="lifted", network="googlenet", embedding_dim=512)
+    )
+    assert table.published.tolist() == [62.1]
+    assert set(table.match) == {NETWORK}
+    fewer = compare_with_published(runs_of("market1501", "histogram", [0.6], embedding_dim=128))
+    assert EXACT not in set(fewer.match)
+
+
+def test_what_was_chosen_on_the_test_set_or_measured_otherwise_is_another_protocol():
+    table = compare_with_published(
+        runs_of("cub", "histogram", [0.5], network="torchvision:resnet50", embedding_dim=128)
+    )
+    roth = table[table.source == "Roth et al. 2020"]
+    assert roth.published.tolist() == [60.55]
+    assert roth.match.tolist() == [PROTOCOL]
+    two_way = runs_of("cuhk03", "histogram", [0.7]).assign(protocol="cuhk03-767-700")
+    other = compare_with_published(two_way)
+    assert set(other.match) == {PROTOCOL}
+    assert other.difference.isna().all()
+    for prepared in ('{"boxes": "detected", "camera_pairs": 3}', '{"boxes": "labeled", "camera_pairs": 5}', "{}"):
+        other = compare_with_published(runs_of("cuhk03", "histogram", [0.7], prepared=prepared))
+        assert set(other.match) == {PROTOCOL}
+    pooled = runs_of("market1501", "histogram", [0.5]).assign(map=0.4)
+    maps = compare_with_published(pooled).query("metric == 'map'")
+    assert set(maps.match) == {PROTOCOL}
+    assert maps.published.tolist() == [54.71]
+
+
+def test_runs_that_are_no_repetitions_are_refused_by_name():
+    mixed = pd.concat([runs_of("cub", "histogram", [0.5]), runs_of("cub", "histogram", [0.5], network="googlenet")])
+    with pytest.raises(ConfigError, match=r"the runs of 'histogram' on cub differ in network \(parts, googlenet\)"):
+        compare_with_published(mixed)
+
+
+def test_a_dataset_without_published_values_gives_an_empty_table():
+    table = compare_with_published(runs_of("glyphs", "histogram", [0.5]))
+    assert table.empty
+    assert "match" in table
