@@ -49,7 +49,7 @@ PML_SETTINGS = ("loss_options", "miner", "miner_options")
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 # Where and how a run happens, not what it is.
 OLD_NAMES = {"fewest_images": "min_images_per_class", "mirror": "horizontal_flip"}  # refused with the new name
-EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads", "checkpoint_seconds")
+EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads", "checkpoint_seconds", "keep_network")
 
 
 class RunConfig(BaseModel):
@@ -114,6 +114,7 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu or cuda")
     threads: int = Field(1, ge=1, description="CPU threads of torch, per process")
     checkpoint_seconds: float = Field(60.0, ge=0, description="seconds of training between two checkpoints")
+    keep_network: bool = Field(True, description="write the trained network's state dict to network.pt")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -1,19 +1,15 @@
 """Losses, miners, samplers and metrics as settings of a run: checked before training, and carried out."""
 
-import itertools
 import json
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from data_prep.prepared import create_images, finish, new_folder
 from hloss.losses.baselines import BASELINES
 from hloss.losses.pml import PMLLoss
-from hloss.retrieval.protocols import PROTOCOLS, evaluate
 from hloss.runs.config import RunConfig, config_from_notebook, parse_config
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
@@ -68,21 +64,6 @@ def test_every_sampler_trains(settings, sampler):
     assert (
         len(pd.read_parquet(next(parse_config({**settings, "sampler": sampler, **own}).folder.glob("*.parquet")))) == 6
     )
-
-
-def test_a_run_is_measured_by_the_metric_its_loss_trains_unless_told_otherwise(settings, tiny_data):
-    config = parse_config({**settings, "loss": "lifted"})
-    result = run(config, quiet)
-    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
-    index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
-    labels = torch.tensor(index[index.split == "test"].label.to_numpy())
-    assert embeddings.norm(dim=1).std() > 1e-3
-    expected = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "euclidean")
-    assert result["metrics"] == expected.metrics
-    told = parse_config({**settings, "loss": "lifted", "metric": "cosine"})
-    assert told.run_id != config.run_id
-    cosine = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "cosine")
-    assert run(told, quiet)["metrics"] == cosine.metrics != expected.metrics
 
 
 def test_losses_and_miners_of_pytorch_metric_learning_train(settings):
@@ -196,34 +177,42 @@ def test_checking_a_run_leaves_the_generators_alone():
     assert not torch.equal(one.loss.W, two.loss.W)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_path, protocol):
-    rng = np.random.default_rng(0)
-    identity, view, shot = (axis.ravel() for axis in np.mgrid[0:30, 0:2, 0:4])
-    split = np.where(identity < 16, "train", np.where(identity < 22, "val", "test"))
-    names = np.where(shot == 0, "query", np.where(shot == 1, "pool", "gallery"))
-    role = np.where(split == "test", names, "both") if "single-shot" not in protocol else "both"
-    pixels = rng.uniform(0, 255, (30, 16, 16))[identity] + rng.normal(0, 60, (240, 16, 16))
-    with new_folder(tmp_path / "data" / "street") as folder:
-        images = create_images(folder, 240, 16, 16, 1)
-        images[:] = pixels.clip(0, 255).astype(np.uint8)[..., None]
-        images.flush()
-        index = {"label": identity, "split": split, "role": role, "camera": view, "source": "noise"}
-        finish(folder, pd.DataFrame(index), {"name": "street", "protocol": protocol, "recall_at": [1, 5]})
-    places = {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "device": "cpu"}
-    config = parse_config({"dataset": "street", "network": "pixels", "loss": "none", "iterations": 0, **places})
-    result = run(config, quiet)
-    assert result["protocol"] == protocol
-    test = split == "test"
-    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
-    cameras, roles = torch.tensor(view[test]), np.broadcast_to(role, 240)[test].tolist()
-    expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
-    assert result["metrics"] == expected.metrics
-    assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
-    assert np.load(config.folder / "queries.npy").tolist() == expected.query_index.tolist()
-    shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbors"])]
-    assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}
-
-
 def test_modules_of_losses_hold_no_weights_but_those_of_proxies():
     assert not any(isinstance(p, nn.Parameter) for loss in BASELINES.values() for p in loss().parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_bin": 50}, r"n_bin=50 is no setting of a run \(did you mean n_bins\?\)"),
+        ({"n_bins": 0}, "n_bins must be a whole number of at least 1, got 0"),
+        ({"n_bins": "fifty"}, "n_bins='fifty': Input should be a valid integer"),
+        (
+            {"loss": "histogramm"},
+            r"loss='histogramm' is unknown, allowed are .*\(did you mean histogram\?\)",
+        ),
+        ({"loss": "binomial", "n_bins": 50}, "loss 'binomial' takes no n_bins, it takes alpha, beta, C"),
+        ({"iterations": 0}, "go together"),
+        ({"network": "pixels"}, "nothing to train"),
+        ({"batch_size": 1}, "batch_size=1"),
+        ({"study": "../escape"}, "study='../escape' must be a name"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_no_run_can_have_is_refused_by_name(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(wrong)
+
+
+def test_a_notebook_variable_that_is_no_setting_is_refused():
+    assert config_from_notebook({"loss": "binomial", "_hidden": 1, "json": json}).loss == "binomial"
+    with pytest.raises(ConfigError, match="bins=5 is no setting"):
+        config_from_notebook({"loss": "histogram", "bins": 5})
+
+
+def test_run_id_names_what_decides_the_result():
+    default = parse_config({})
+    assert parse_config({"n_bins": 200, "kernel": "triangular"}).run_id == default.run_id
+    assert parse_config({"device": "cpu", "study": "other", "threads": 2}).run_id == default.run_id
+    assert parse_config({"n_bins": 100}).run_id != default.run_id
+    assert parse_config({"seed": 1}).run_id != default.run_id

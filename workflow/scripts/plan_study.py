@@ -22,7 +22,7 @@ from run_study import PROFILES, checked_profile
 from hloss.runs.checkpoints import read_status
 from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import ConfigError, DatasetError
-from hloss.runs.files import read_result
+from hloss.runs.files import NETWORK_FILE, read_result
 from hloss.study.devices import visible_devices
 from hloss.study.results import stale_runs
 from hloss.study.slurm import is_slurm
@@ -37,12 +37,16 @@ Kind = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes: seconds per iteration with its validations, peak memory (a GPU: its own), disk; who says so."""
+    """What a run takes: seconds per iteration with its validations, peak memory (a GPU: its own), disk; who says so.
+
+    `network_mib`, the disk of the network, is not part of `disk_mib`: a run keeps its network or not.
+    """
 
     seconds: float
     memory_mib: float
     disk_mib: float
     source: str
+    network_mib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ def need_of(run: StudyRun, left: int, gpus: int | None, costs: dict[Kind, Cost])
         hours = run.resources.hours if left else 0.0
         return Need(hours, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
     hours, memory = left * cost.seconds / 3600, cost.memory_mib / 1024
+    disk = cost.disk_mib + (cost.network_mib if run.config.keep_network else 0.0)
     remark = warnings(run, hours, 0.0 if on_gpu else memory)
-    return Need(hours, memory, cost.disk_mib / 1024, on_gpu, cost.source, remark=remark)
+    return Need(hours, memory, disk / 1024, on_gpu, cost.source, remark=remark)
 
 
 def totals(needs: list[Need]) -> str:
@@ -187,7 +192,11 @@ def table_of(file: Path) -> dict[Kind, Cost]:
     table = pd.read_csv(file, dtype=str, keep_default_na=False)
     return {
         (*row[list(SAME)], "trained", row.device): Cost(
-            float(row.seconds_per_iteration), float(row.memory_mib), float(row.disk_mib), f"table: {row.machine}"
+            float(row.seconds_per_iteration),
+            float(row.memory_mib),
+            float(row.disk_mib),
+            f"table: {row.machine}",
+            float(row.network_mib),
         )
         for _, row in table.iterrows()
     }
@@ -195,19 +204,20 @@ def table_of(file: Path) -> dict[Kind, Cost]:
 
 def measured(folder: Path) -> dict[Kind, Cost]:
     """Medians over the complete runs in `folder`, by kind."""
-    found: dict[Kind, list[tuple[float, float, float]]] = defaultdict(list)
+    found: dict[Kind, list[tuple[float, ...]]] = defaultdict(list)
     for file in folder.glob("*/*/result.json"):
         result = read_result(file.parent)
         assert result is not None
         kind = _kind(result["config"], "cpu" if result["provenance"]["device"] in CPUS else "cuda")
         trained = result["config"]["iterations"] + result["config"]["refit"] * result["chosen"]["iteration"]
         seconds = result["training_seconds"] / max(trained, 1)
-        disk = sum(f.stat().st_size for f in file.parent.iterdir()) / 2**20
-        found[kind].append((seconds, result["peak_memory_mib"], disk))
-    return {
-        kind: Cost(*(statistics.median(values) for values in zip(*costs, strict=True)), f"{len(costs)} runs here")
-        for kind, costs in found.items()
-    }
+        disk = sum(f.stat().st_size for f in file.parent.iterdir() if f.name != NETWORK_FILE) / 2**20
+        found[kind].append((seconds, result["peak_memory_mib"], disk, result.get("network_mib", 0.0)))
+    costs = {}
+    for kind, runs in found.items():
+        seconds, memory, disk, network = map(statistics.median, zip(*runs, strict=True))
+        costs[kind] = Cost(seconds, memory, disk, f"{len(runs)} runs here", network)
+    return costs
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ Everything that can be refused is refused here, before any training. One study r
 """
 
 import argparse
-import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +17,8 @@ import torch
 from hloss.losses.histogram import histogram_loss
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import open_dataset
-from hloss.runs.errors import ConfigError, DatasetError
-from hloss.runs.files import atomic_write
+from hloss.runs.errors import ConfigError, DatasetError, LockedError
+from hloss.runs.files import atomic_write, file_lock
 from hloss.study.devices import visible_devices
 from hloss.study.processes import call, end_with_parent
 from hloss.study.progress import Progress
@@ -49,7 +47,7 @@ def main() -> None:
             write_results(study, options.keep)
         else:
             run(study, options.profile, options.cores, options.keep)
-    except (ConfigError, DatasetError, SlurmError) as error:
+    except (ConfigError, DatasetError, LockedError, SlurmError) as error:
         sys.exit(f"study {options.study}: {error}")
 
 
@@ -105,25 +103,11 @@ def checked_gpus(study: Study) -> int:
     return len(devices)
 
 
-@contextmanager
-def project_lock(patience_seconds: float = 30.0) -> Iterator[None]:
-    """Hold the clone's runs: a start that was killed needs some seconds to end, another study is refused."""
+def project_lock(patience_seconds: float = 30.0) -> AbstractContextManager[None]:
+    """Hold the lock on `runs`: one study runs at a time. One that was killed needs some seconds to end."""
     Path("runs").mkdir(exist_ok=True)
-    with open("runs/.lock", "w") as lock:
-        deadline = time.monotonic() + patience_seconds
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    sys.exit("another study is running in this folder; wait for it or end it")
-                if not told:
-                    print("another study is running or ending in this folder; waiting for a moment", flush=True)
-                told = True
-                time.sleep(0.5)
-        yield
+    activity = "is running a study in this folder"
+    return file_lock(Path("runs/.lock"), activity, patience_seconds, lambda line: print(line, flush=True))
 
 
 def run_on_slurm(study: Study, command: list[str], progress: Progress, queue: dict[str, str]) -> int:
