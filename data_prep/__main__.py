@@ -58,8 +58,9 @@ def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
 def chosen(defaults: Options, options: argparse.Namespace) -> Options:
     """A dataset's options with those given on the command line."""
     given = {k: v for k, v in vars(options).items() if v is not None}
-    height, width = given.get("size", (defaults.image_settings.height, defaults.image_settings.width))
-    image_settings = ImageSettings(height, width, given.get("fit", defaults.image_settings.fit), given.get("crop"))
+    default = defaults.image_settings
+    height, width = given.get("size", (default.height, default.width))
+    image_settings = ImageSettings(height, width, given.get("fit", default.fit), given.get("crop"))
     rest = {k: given[k] for k in ("val_fraction", "seed", "any_checksum", "skip_bad") if k in given}
     return dataclasses.replace(defaults, image_settings=image_settings, **rest)
 
@@ -99,15 +100,13 @@ def _described(module: ModuleType) -> dict[str, Any]:
 
 
 def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) -> None:
-    image_settings, share = defaults.image_settings, defaults.val_fraction
+    default, share = defaults.image_settings, defaults.val_fraction
     command.add_argument(
         "--source", type=Path, required=True, help="the archive or its extracted folder (folder: or CSV)"
     )
     command.add_argument("--out", type=Path, help=f"folder to write (data/{name})")
-    command.add_argument(
-        "--size", type=_size, help=f"HEIGHTxWIDTH in pixels ({image_settings.height}x{image_settings.width})"
-    )
-    help = f"pad: keep the aspect ratio, white around; stretch: do not keep it ({image_settings.fit})"
+    command.add_argument("--size", type=_size, help=f"HEIGHTxWIDTH in pixels ({default.height}x{default.width})")
+    help = f"pad: keep the aspect ratio, white around; stretch: do not keep it ({default.fit})"
     command.add_argument("--fit", choices=list(FILTERS), help=help)
     help = f"training classes held out for validation: a fraction, or from 1 on a number ({share:g})"
     command.add_argument("--val-fraction", type=_positive, help=help)

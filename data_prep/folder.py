@@ -14,7 +14,8 @@ import pandas as pd
 
 from data_prep.archives import Source, open_source
 from data_prep.conversion import Options, convert
-from data_prep.prepared import ROLES, SPLITS, PreparationError, check_replaceable, hold_out
+from data_prep.prepared import PreparationError, check_replaceable, hold_out
+from hloss.runs.datasets import ROLES, SPLITS
 from hloss.runs.images import EXTENSIONS, ImageSettings
 
 OPTIONS = Options(ImageSettings(256, 256, "pad"))

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import glob
-import hashlib
 import io
 import json
 import os
@@ -16,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-SPLITS = ("train", "val", "test")
-ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")
-FILES = ("card.json", "images.npy", "index.parquet")
-FORMAT = 1
+from hloss.runs.datasets import COLUMNS, FILES, FORMAT, ROLES, SPLITS, index_sha256
+from hloss.runs.files import file_sha256
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -215,8 +213,8 @@ def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
         "classes": {s: int(known[known.split == s].label.nunique()) for s in SPLITS},
         "images_per_split": {s: int((index.split == s).sum()) for s in SPLITS},
         "roles": roles,
-        "pixel_sha256": hash_file(folder / "images.npy"),
-        "index_sha256": hash_index(index),
+        "pixel_sha256": file_sha256(folder / "images.npy"),
+        "index_sha256": index_sha256(index),
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     for name in FILES:
@@ -225,9 +223,8 @@ def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
 
 
 def _check(index: pd.DataFrame, images: np.ndarray) -> None:
-    expected = ["label", "split", "role", "camera", "source"]
-    if list(index.columns) != expected:
-        raise PreparationError(f"index columns are {list(index.columns)}, expected {expected}")
+    if tuple(index.columns) != COLUMNS:
+        raise PreparationError(f"index columns are {list(index.columns)}, expected {list(COLUMNS)}")
     if len(index) != len(images):
         raise PreparationError(f"index has {len(index)} rows for {len(images)} images")
     for column, allowed in (("split", SPLITS), ("role", ROLES)):
@@ -238,14 +235,3 @@ def _check(index: pd.DataFrame, images: np.ndarray) -> None:
     splits = known.groupby("label").split.nunique()
     if (splits > 1).any():
         raise PreparationError(f"classes {list(splits[splits > 1].index[:5])} are in more than one split")
-
-
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def hash_index(index: pd.DataFrame) -> str:
-    """Hex digest of the index's content (a parquet file's own bytes change with its writer's version)."""
-    return hashlib.sha256(index.to_csv(index=False).encode()).hexdigest()

@@ -1,6 +1,7 @@
-"""The prepared dataset, read-only: the one way images enter a run; and what is done to a batch of them.
+"""The format of a prepared dataset, and its reader.
 
-Images of a batch are uint8 of shape (n, channels, height, width) all the way: networks scale them themselves.
+A prepared dataset is a folder with the FILES `card.json`, `images.npy` and `index.parquet`; `data_prep` writes it.
+Images of a batch are uint8 of shape (n, channels, height, width): networks scale them themselves.
 """
 
 import hashlib
@@ -13,9 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from hloss.retrieval.protocols import ROLES as ROLES
 from hloss.runs.errors import DatasetError
+from hloss.runs.files import file_sha256
 
 FORMAT = 1
+FILES = ("card.json", "images.npy", "index.parquet")
 SPLITS = ("train", "val", "test")
 COLUMNS = ("label", "split", "role", "camera", "source")
 CARD_KEYS = ("format", "name", "protocol", "recall_at", "images", "image_shape", "classes", "roles", "index_sha256")
@@ -25,8 +29,8 @@ CARD_KEYS = ("format", "name", "protocol", "recall_at", "images", "image_shape",
 class Dataset:
     """A prepared dataset: `images` uint8 (n, height, width, channels), memory-mapped, one row of `index` per image.
 
-    `index` has label (-1: of no class), split (train/val/test), role (both/query/gallery/junk/distractor/pool),
-    camera (-1: none), source.
+    `index` has the COLUMNS label (-1: of no class), split (one of SPLITS), role (one of ROLES), camera (-1: none) and
+    source (the file's name in the original).
     """
 
     folder: Path
@@ -88,10 +92,13 @@ class Dataset:
 
     def check_pixels(self) -> None:
         """Compare all pixels with the card's checksum (reads the whole file: a minute for 20 GB)."""
-        with open(self.folder / "images.npy", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != self.card["pixel_sha256"]:
+        if file_sha256(self.folder / "images.npy") != self.card["pixel_sha256"]:
             raise DatasetError(f"{self.folder / 'images.npy'} is not the one its card describes; prepare it again")
+
+
+def index_sha256(index: pd.DataFrame) -> str:
+    """Hex digest of the index's content (a parquet file's own bytes change with its writer's version)."""
+    return hashlib.sha256(index.to_csv(index=False).encode()).hexdigest()
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -129,7 +136,7 @@ def _read_index(file: Path, card: dict) -> pd.DataFrame:
         index = pd.read_parquet(file)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{file} cannot be read ({error}); prepare the dataset again") from error
-    if hashlib.sha256(index.to_csv(index=False).encode()).hexdigest() != card["index_sha256"]:
+    if index_sha256(index) != card["index_sha256"]:
         raise DatasetError(f"{file} is not the one {file.with_name('card.json')} describes; prepare the dataset again")
     roles = index.role.value_counts()
     classes = index[index.label >= 0].groupby("split").label.nunique()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.prepared import create_images, finish, new_folder
-from hloss.runs.datasets import open_dataset
+from hloss.runs.datasets import COLUMNS, open_dataset
 from hloss.runs.errors import DatasetError
 from hloss.runs.images import augment, center_crop, stripes
 
@@ -52,7 +52,7 @@ def test_labels_cameras_and_roles_go_by_row(tmp_path):
             (2, "test", "query", 3, "c"),
             (-1, "test", "junk", 4, "d"),
         ]
-        index = pd.DataFrame(rows, columns=["label", "split", "role", "camera", "source"])
+        index = pd.DataFrame(rows, columns=list(COLUMNS))
         finish(folder, index, {"name": "people", "protocol": "market1501", "recall_at": [1], "published": published})
     dataset = open_dataset(tmp_path / "people")
     test = dataset.rows("test")
