@@ -18,13 +18,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401, plugins register themselves
+from PIL import Image, ImageOps
 from torch import Tensor
 
-# Only these: others (EPS, PDF) would start outside programs on a file that nobody has checked.
-# Pillow reads a JPEG that holds several images (MPO) by its JPEG plugin.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+Image.init()  # Pillow's formats register themselves
+# The formats of photographs and scans. Icons, textures and films are left out; so are EPS, PDF and WMF, for which
+# outside programs would be started on a file that nobody has checked. TGA files have no signature: tried last.
+_USUAL = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_OTHERS = ("JPEG2000", "AVIF", "DIB", "PCX", "PSD", "QOI", "SGI", "SUN", "TGA")
+FORMATS = tuple(name for name in _USUAL + _OTHERS if name in Image.OPEN)
+# Pillow reads MPO (a JPEG file of several images) by its JPEG plugin. The pixels of PFM are floating-point numbers.
+EXTENSIONS = tuple(
+    extension for extension, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO") and extension != ".pfm"
+)
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB decoded
 WHITE = 255
 FILTERS = {"pad": Image.Resampling.BICUBIC, "stretch": Image.Resampling.BILINEAR}
