@@ -101,6 +101,40 @@ def index_sha256(index: pd.DataFrame) -> str:
     return hashlib.sha256(index.to_csv(index=False).encode()).hexdigest()
 
 
+def query_counts(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Matches and rivals of each query among the rows of one split: columns label, matches, rivals.
+
+    A match is a gallery image that a protocol counts as right, a rival one that it counts as wrong. The single-shot
+    protocols count identities: a query is one image of an identity in one view.
+    """
+    if "single-shot" in protocol:
+        return _single_shot_counts(index, both_ways=protocol.endswith("two-way"))
+    all_vs_rest = protocol == "all-vs-rest"
+    queries = index if all_vs_rest else index[index.role.isin(["query", "both"])]
+    known = index if all_vs_rest else index[index.role.isin(["gallery", "both"])]
+    distractors = 0 if all_vs_rest else int((index.role == "distractor").sum())
+    own = queries.label.map(known.groupby("label").size()).fillna(0).astype(int)
+    if all_vs_rest:
+        ignored = 1  # the query itself
+    else:  # images of the query's class and camera
+        seen = known.groupby(["label", "camera"]).size()
+        ignored = seen.reindex(pd.MultiIndex.from_frame(queries[["label", "camera"]]), fill_value=0).to_numpy()
+    rivals = len(known) + distractors - own
+    return pd.DataFrame({"label": queries.label, "matches": own - ignored, "rivals": rivals})
+
+
+def _single_shot_counts(index: pd.DataFrame, both_ways: bool) -> pd.DataFrame:
+    views = [set(images.label) for _, images in index.groupby("camera")]
+    if len(views) != 2:
+        return pd.DataFrame({"label": [], "matches": [], "rivals": []}, dtype=int)
+    rows = [
+        (label, int(label in gallery), len(gallery - {label}))
+        for queries, gallery in ([views, views[::-1]] if both_ways else [views])
+        for label in sorted(queries)
+    ]
+    return pd.DataFrame(rows, columns=["label", "matches", "rivals"])
+
+
 def open_dataset(folder: Path) -> Dataset:
     """Open a prepared dataset and check its card against its files (pixels by size, the index by its hash)."""
     folder = Path(folder)
