@@ -1,7 +1,6 @@
 """The one way a prepared dataset is written: into a temporary folder beside its place, then renamed."""
 
 import errno
-import fcntl
 import glob
 import io
 import json
@@ -9,14 +8,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from hloss.runs.datasets import COLUMNS, FILES, FORMAT, ROLES, SPLITS, index_sha256
-from hloss.runs.files import file_sha256
+from hloss.runs.errors import LockedError
+from hloss.runs.files import file_lock, file_sha256
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -36,14 +36,13 @@ def new_folder(out: Path, name: str | None = None) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.preparing-"
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # what an interrupted preparation left
-        _remove_unless_held(left)
+        _remove_unless_locked(left)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # tells another process that this folder is alive; ends with the process
-        yield folder
-        folder.chmod(0o755)
-        _take_place(folder, out)
+        with _preparation_lock(folder):  # tells another process that this folder is in use
+            yield folder
+            folder.chmod(0o755)
+            _take_place(folder, out)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -51,7 +50,6 @@ def new_folder(out: Path, name: str | None = None) -> Iterator[Path]:
             f"no space left on the device of {out.parent.resolve()}; free some or choose another --out"
         ) from error
     finally:
-        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -77,15 +75,16 @@ def check_replaceable(out: Path, name: str | None = None) -> None:
             raise PreparationError(f"{out} holds the prepared dataset {other!r}, not {name!r}; choose another --out")
 
 
-def _remove_unless_held(left: Path) -> None:
-    held = os.open(left, os.O_RDONLY)
+def _preparation_lock(folder: Path) -> AbstractContextManager[None]:
+    return file_lock(folder, f"is preparing {folder}")
+
+
+def _remove_unless_locked(left: Path) -> None:
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PreparationError(f"another process is preparing {left}; wait for it or end it") from None
-    finally:
-        os.close(held)
-    shutil.rmtree(left)
+        with _preparation_lock(left):
+            shutil.rmtree(left)
+    except LockedError as error:
+        raise PreparationError(str(error)) from None
 
 
 def _take_place(folder: Path, out: Path) -> None:
