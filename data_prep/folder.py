@@ -37,6 +37,9 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bo
 
     Returns:
         The card.
+
+    Raises:
+        PreparationError: the images, the classes or the CSV cannot become a dataset; nothing is written.
     """
     source, out = Path(source), Path(out)
     check_replaceable(out, out.name)

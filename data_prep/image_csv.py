@@ -40,21 +40,26 @@ def read_csv(file: Path) -> pd.DataFrame:
 
 
 def _read_fields(file: Path) -> tuple[list[str], list[list[str]], str]:
-    """Column names in small letters, rows and the separator: the one that finds the most of the known columns."""
+    """Column names in lower case, rows, and the separator: the one that finds most of the known columns."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
         stated = re.match(r"sep=(.)\r?\n", text)  # how Excel names it
         text = text[stated.end() :] if stated else text
-        tables = {sep: _fields(text, sep) for sep in ([stated[1]] if stated else SEPARATORS)}
+        separator = stated[1] if stated else max(SEPARATORS, key=lambda sep: _known_columns(text, sep))
+        columns, *rows = _fields(text, separator, strict=True) or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise PreparationError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
-    heads = {sep: [name.lower() for name in table[0]] if table else [] for sep, table in tables.items()}
-    separator = max(heads, key=lambda sep: len(set(heads[sep]) & {*REQUIRED, *OPTIONAL}))
-    return heads[separator], tables[separator][1:], separator
+    return [name.lower() for name in columns], rows, separator
 
 
-def _fields(text: str, separator: str) -> list[list[str]]:
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+def _known_columns(text: str, separator: str) -> int:
+    (columns,) = _fields(text.lstrip().partition("\n")[0], separator, strict=False) or [[]]
+    return len({name.lower() for name in columns} & {*REQUIRED, *OPTIONAL})
+
+
+def _fields(text: str, separator: str, strict: bool) -> list[list[str]]:
+    lines = io.StringIO(text, newline="")
+    rows = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=strict)
     return [[field.strip() for field in row] for row in rows if any(field.strip() for field in row)]
 
 

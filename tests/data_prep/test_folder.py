@@ -220,6 +220,16 @@ def test_a_csv_may_have_other_separators_and_cases_and_blanks(tmp_path, separato
     assert (card["index_sha256"], card["pixel_sha256"]) == (expected["index_sha256"], expected["pixel_sha256"])
 
 
+def test_quoted_fields_may_hold_any_separator(tmp_path):
+    files = birds()
+    rows = [f'"{name}", "{name[:6]}; the ""great"", a|b"' for name in files]
+    source = write_folder(tmp_path / "source", files | csv(*rows, head='"path","label"'))
+    card = folder.prepare(source / "images.csv", tmp_path / "mine", SMALL)
+    assert card["class_names"][0] == 'bird00; the "great", a|b'
+    refused(tmp_path / "b", files | csv('bird00/0.jpg,"a'), "cannot be read as CSV in UTF-8: unexpected end of data")
+    refused(tmp_path / "c", files | {"images.csv": b""}, r"separated by commas, and 0 rows: it lacks path")
+
+
 def test_a_csv_of_windows_paths_is_read(tmp_path):
     files = birds()
     rows = [f"{name.replace('/', chr(92))},{name[:6]}" for name in files]
