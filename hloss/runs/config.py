@@ -1,6 +1,5 @@
 """What a run is: its configuration, its folder, its result, and where the result came from."""
 
-import difflib
 import hashlib
 import inspect
 import json
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from hloss.losses.baselines import BASELINES
 from hloss.losses.histogram import HistogramLoss
 from hloss.losses.pml import PREFIX, PMLLoss
+from hloss.losses.settings import did_you_mean
 from hloss.retrieval.ranks import METRICS
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
@@ -274,12 +274,7 @@ def _check_name(name: str, value: str, allowed: tuple[str, ...] | None) -> None:
         if not value or not all(c.isalnum() or c in "-_" for c in value):
             raise ValueError(f"{name}={value!r} must be a name of letters, digits, - and _")
     elif value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{_suggestion(value, allowed)}")
-
-
-def _suggestion(value: str, allowed: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, allowed, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{did_you_mean(value, allowed)}")
 
 
 def parse_config(settings: Mapping[str, Any]) -> RunConfig:
@@ -300,7 +295,7 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
 def _unknown_setting(name: str, value: Any, known: tuple[str, ...]) -> str:
     if name in OLD_NAMES:
         return f"{name}={value!r}: this setting is now called {OLD_NAMES[name]}"
-    return f"{name}={value!r} is no setting of a run{_suggestion(name, known)}; settings are {', '.join(known)}"
+    return f"{name}={value!r} is no setting of a run{did_you_mean(name, known)}; settings are {', '.join(known)}"
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ A run that several comparisons share is run once and stands in each of them. A r
 the folder of the one that the others extend or include.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterable
@@ -32,6 +31,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hloss.losses.settings import did_you_mean
 from hloss.runs.config import RunConfig, parse_config
 from hloss.runs.errors import ConfigError
 
@@ -145,9 +145,8 @@ def _read(name: str, folder: Path, made_of_others: bool = True) -> tuple[dict[st
     file = folder / f"{name}.yaml"
     if not file.exists():
         there = sorted(p.stem for p in folder.glob("*.yaml"))
-        near = difflib.get_close_matches(name, there, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"study={name!r} is unknown, allowed are {', '.join(there) or 'none'}{hint}")
+        known = ", ".join(there) or "none"
+        raise ConfigError(f"study={name!r} is unknown, allowed are {known}{did_you_mean(name, there)}")
     text = yaml.safe_load(file.read_text())
     if not made_of_others and isinstance(text, dict) and {"include", "extends"} & text.keys():
         raise ConfigError(
