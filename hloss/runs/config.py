@@ -287,10 +287,11 @@ def _check_name(name: str, value: str, allowed: tuple[str, ...] | None) -> None:
         if not value or not all(c.isalnum() or c in "-_" for c in value):
             raise ValueError(f"{name}={value!r} must be a name of letters, digits, - and _")
     elif value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{_suggestion(value, allowed)}")
+        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{suggestion(value, allowed)}")
 
 
-def _suggestion(value: str, allowed: tuple[str, ...]) -> str:
+def suggestion(value: str, allowed: tuple[str, ...]) -> str:
+    """The end of a message that asks "did you mean" an allowed name close to the value; empty if none is close."""
     near = difflib.get_close_matches(value, allowed, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -313,7 +314,7 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
 def _unknown_setting(name: str, value: Any, known: tuple[str, ...]) -> str:
     if name in OLD_NAMES:
         return f"{name}={value!r}: this setting is now called {OLD_NAMES[name]}"
-    return f"{name}={value!r} is no setting of a run{_suggestion(name, known)}; settings are {', '.join(known)}"
+    return f"{name}={value!r} is no setting of a run{suggestion(name, known)}; settings are {', '.join(known)}"
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from hloss.losses.histogram import reverse_probability
+from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset, open_dataset
 from hloss.runs.errors import ConfigError
 from hloss.runs.evaluation import identified_rows
@@ -69,7 +70,7 @@ def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
         "title": study.title,
         "comparison": list(run.methods),
         "method": list(run.methods.values()),
-        "place": [study.places[run.dataset, *pair] for pair in run.methods.items()],
+        "place": [study.order[run.dataset, *pair] for pair in run.methods.items()],
         "run_id": run.config.run_id,
         **run.config.resolved(),
         "dataset": run.dataset,
@@ -216,3 +217,34 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     )
     found = found.explode(["iteration", "recall"], ignore_index=True).astype({"iteration": int, "recall": float})
     return found.assign(recall=100 * found["recall"])
+
+
+def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
+    """The settings that tuning chose, one row per dataset and method.
+
+    Columns: dataset, method, chosen (the settings that the grid crossed), "at an edge of its grid" (those of them that
+    are), run_ids (of the grid).
+
+    Args:
+        results: of `read_results`.
+    """
+    rows = []
+    tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
+    for (dataset, method), runs in tuned.groupby(["dataset", "method"], sort=False):
+        first = runs.iloc[0]
+        grid = results[(results["dataset"] == dataset) & (results["comparison"] == LOSS_COMPARISONS[1] + CHOICE)]
+        grid = grid[grid["loss"] == first["loss"]]
+        axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
+        edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
+        shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
+        at_edge, run_ids = ", ".join(edges), ", ".join(grid.loc[grid["complete"], "run_id"])
+        rows.append(
+            {
+                "dataset": dataset,
+                "method": method,
+                "chosen": shown,
+                "at an edge of its grid": at_edge,
+                "run_ids": run_ids,
+            }
+        )
+    return pd.DataFrame(rows)
