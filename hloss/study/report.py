@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hloss.runs.files import atomic_write, project_path
-from hloss.study.statistics import shown_interval
+from hloss.study.statistics import headline
 
 # Works on every <table class="sortable"> above it. A column is one of numbers if most of its cells begin with one
 # ("41.5", "41.5 +- 0.8", "-3 %"); what is no number in it, as what is empty in any, stays below in both directions.
@@ -135,15 +135,10 @@ def collapsed_runs(run_ids: pd.Series, links: Mapping[str, str]) -> list[str]:
 def headline_table(
     table: pd.DataFrame, comparisons: Collection[str], metrics: list[str], links: Mapping[str, str] | None = None
 ) -> str:
-    """The table of these comparisons, of `hloss.study.statistics.summary`, as HTML: means in %, the first's interval.
+    """`hloss.study.statistics.headline` as a sortable HTML table, with the runs of each row.
 
     links: of `run_links`.
     """
-    rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
-    shown = rows[["dataset", "comparison", "method", "n"]].copy()
-    shown["n"] = [n if n == of else f"{n} of {of}" for n, of in zip(rows["n"], rows["of"], strict=True)]
-    for k in metrics:
-        shown[f"{k} (%)"] = rows[k].map("{:.1f}".format)
-    shown.insert(5, "95 % interval", list(map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])))
-    shown["runs"] = collapsed_runs(rows["run_ids"], links or {})
+    shown = headline(table, comparisons, metrics)
+    shown["runs"] = collapsed_runs(table.loc[shown.index, "run_ids"], links or {})
     return sortable_table(shown, ["runs"])
