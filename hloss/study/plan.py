@@ -24,6 +24,7 @@ MEASURED = Path("workflow/measured.csv")
 CPUS = ("x86_64", "AMD64", "aarch64", "arm64")  # devices of results that were not made on a GPU
 COST_SETTINGS = ("dataset", "network", "batch_size", "micro_batch", "devices")  # runs that agree in these cost the same
 COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
+STALE = "to redo"  # the state of a run whose result is stale
 CostKey = tuple[str, ...]
 
 
@@ -56,31 +57,51 @@ class Need:
         return f"{self.hours:.2f}", memory, disk, self.source + self.remark
 
 
-def plan_text(study: Study, gpus: int | None, costs: dict[CostKey, Cost]) -> str:
-    """The plan of a study: a line per run, and the totals.
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a plan: its state, and what it still needs (None: it is done)."""
+
+    run: StudyRun
+    state: str
+    need: Need | None
+
+    def line(self) -> tuple[str, ...]:
+        """Its line in the plan, by COLUMNS."""
+        shown = self.need.shown() if self.need else ("",) * 4
+        return self.run.dataset, self.run.name, self.state, *shown
+
+
+def plan_runs(study: Study, gpus: int | None, costs: dict[CostKey, Cost]) -> list[PlannedRun]:
+    """The plan of each known run of a study.
 
     Args:
         study: with its tuning resolved.
         gpus: number of GPUs of this machine; None: a cluster provides what the study asks for.
         costs: of `measured_costs` and `read_costs`.
     """
-    rows, needs = [], []
     stale = {run.config.run_id for run in stale_runs(study, card_hashes(study, skip_missing=True))}
+    planned = []
     for run in study.runs:
         state, left = run_state(run, run.config.run_id in stale)
-        shown = ("", "", "", "")
-        if left is not None:
-            needs.append(need_of_run(run, left, gpus, costs))
-            shown = needs[-1].shown()
-        rows.append((run.dataset, run.name, state, *shown))
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).to_string(index=False, justify="left")
-    done = f"{len(rows) - len(needs)} of {len(rows)} runs are done"
-    lines = [f"study {study.name}: {study.title}", table, f"{done}. {total_text(needs)}"]
+        planned.append(PlannedRun(run, state, None if left is None else need_of_run(run, left, gpus, costs)))
+    return planned
+
+
+def plan_text(study: Study, planned: list[PlannedRun]) -> str:
+    """The plan of a study: a line per run, and the totals."""
+    needs = [entry.need for entry in planned if entry.need]
+    stale = sum(entry.state == STALE for entry in planned)
+    lines = [entry.line() for entry in planned]
+    table = pd.DataFrame(lines, columns=list(COLUMNS)).to_string(index=False, justify="left")
+    done = f"{len(planned) - len(needs)} of {len(planned)} runs are done"
+    paragraphs = [f"study {study.name}: {study.title}", table, f"{done}. {total_text(needs)}"]
     if stale:
-        lines.append(f"Other code or data made {len(stale)} results: these runs are redone, unless KEEP=1 keeps them.")
+        paragraphs.append(f"Other code or data made {stale} results: these runs are redone, unless KEEP=1 keeps them.")
     if study.waiting:
-        lines.append(f"{len(study.waiting)} more runs wait for settings that these choose; they are not in these sums.")
-    return "\n\n".join(lines)
+        paragraphs.append(
+            f"{len(study.waiting)} more runs wait for settings that these choose; they are not in these sums."
+        )
+    return "\n\n".join(paragraphs)
 
 
 def need_of_run(run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey, Cost]) -> Need:
@@ -126,7 +147,7 @@ def run_state(run: StudyRun, stale: bool) -> tuple[str, int | None]:
     """The state of a run, and the most iterations it still needs (None: it is done); `refit` can repeat all of them."""
     trainings = 2 if run.config.refit else 1
     if stale:
-        return "to redo", trainings * run.config.iterations
+        return STALE, trainings * run.config.iterations
     if (run.config.folder / "result.json").exists():
         return "done", None
     iteration = (read_status(run.config.folder) or {"iteration": 0})["iteration"]
@@ -135,7 +156,7 @@ def run_state(run: StudyRun, stale: bool) -> tuple[str, int | None]:
 
 
 def cost_key(run: StudyRun, gpus: int | None) -> CostKey:
-    """What the cost of a run depends on. gpus: as in `plan_text`."""
+    """What the cost of a run depends on. gpus: as in `plan_runs`."""
     return _cost_key(run.config.resolved(), "cuda" if run.resources.gpus > 0 and gpus != 0 else "cpu")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hloss.runs.errors import ConfigError
 from hloss.study.devices import visible_devices
-from hloss.study.plan import measured_costs, plan_text, read_costs
+from hloss.study.plan import measured_costs, plan_runs, plan_text, read_costs
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.spec import load_study
 from hloss.study.tuning import resolve_tuning
@@ -26,7 +26,7 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"study {options.study}: {error}")
     gpus = None if cluster else len(visible_devices())
-    print(plan_text(study, gpus, read_costs() | measured_costs(Path("runs"))))
+    print(plan_text(study, plan_runs(study, gpus, read_costs() | measured_costs(Path("runs")))))
     at_once = "as many at once as the cluster gives" if cluster else f"CORES={options.cores} and {gpus} GPUs"
     print(f"Runs side by side divide the hours: here {at_once}.")
 
