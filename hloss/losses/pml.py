@@ -86,6 +86,13 @@ class PMLLoss(nn.Module):
             return self.loss(embeddings, labels, mined)
 
 
+def pml_metric(options: Mapping[str, Any] | None) -> str:
+    """`PMLLoss(name, options).metric`, without building the loss: no loss has an unnormalised distance by default."""
+    distance = (options or {}).get("distance")
+    raw = isinstance(distance, Mapping) and not (distance.get("LpDistance") or {}).get("normalize_embeddings", True)
+    return "euclidean" if raw else "cosine"
+
+
 def available(module: str) -> dict[str, type[nn.Module]]:
     """The classes of a module of pytorch-metric-learning ("losses", "miners", ...) that can be named."""
     found = vars(import_module(f"pytorch_metric_learning.{module}"))

@@ -16,17 +16,17 @@ ON_DEGENERATE = ("raise", "zero")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The arguments of `HistogramLoss`, which documents them."""
+    """The arguments of `HistogramLoss`, which declares their meaning and defaults, checked."""
 
-    n_bins: int = 200
-    kernel: str = "triangular"
-    bandwidth: float | None = None
-    order_cost: str = "step"
-    margin: float = 0.0
-    alpha: float = 1.0
-    density: str = "histogram"
-    normalize: bool = True
-    on_degenerate: str = "raise"
+    n_bins: int
+    kernel: str
+    bandwidth: float | None
+    order_cost: str
+    margin: float
+    alpha: float
+    density: str
+    normalize: bool
+    on_degenerate: str
 
     def __post_init__(self) -> None:
         if not isinstance(self.n_bins, int) or isinstance(self.n_bins, bool) or self.n_bins < 1:
