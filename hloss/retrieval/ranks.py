@@ -161,10 +161,10 @@ def _rivals_by_strips(
         for count, threshold in ((sure, high), (possible, low)):
             count[rows] += _count(similarity, threshold[rows], 1, reached)
             count[rows.stop :] += _count(similarity[:, len(similarity) :], threshold[rows.stop :], 0, reached)
-    for queries in (sure != possible).nonzero().flatten().split(height):
-        similarity = space.exact(queries, slice(None))
-        rival = labels[queries, None] != labels
-        sure[queries] = ((similarity >= best[queries, None] - space.tie) & rival).sum(1)
+    gallery = space.exact_vectors(slice(None))
+    for queries in (sure != possible).nonzero().flatten().split(max(height // 8, 1)):
+        similar = space.products(space.exact_vectors(queries), gallery) >= best[queries, None] - space.tie
+        sure[queries] = (similar & (labels[queries, None] != labels)).sum(1)
     return sure
 
 
