@@ -34,6 +34,9 @@ from hloss.samplers import SAMPLERS, ClassSampler
 LOSSES: dict[str, Callable[..., nn.Module]] = {"histogram": HistogramLoss, **BASELINES}
 NO_LOSS = "none"  # a network as it is: the untrained and the raw-pixels baselines
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+TF32_DEFAULT = "convolutions"
+TF32 = ("none", TF32_DEFAULT, "all")
+IMAGES = ("auto", "device", "host")
 OLD_NAMES = {"fewest_images": "min_images_per_class", "mirror": "horizontal_flip"}  # refused with the new name
 
 
@@ -104,12 +107,16 @@ class RunConfig(BaseModel):
     validate_every: int = Field(20, ge=1, description="iterations between two validations")
     refit: bool = Field(False, description="train again with the validation classes, for the chosen iterations")
     precision: str = Field("32-true", description="32-true, bf16-mixed or 64-true")
+    tf32: str = Field(
+        TF32_DEFAULT, description="TensorFloat-32 in a GPU's float32 network: none, convolutions (torch's default), all"
+    )
     devices: int = Field(1, ge=1, description="processes, each with a share of every batch")
     seed: int = Field(0, ge=0, description="of initialisation and batches")
     study: str = ExecutionField("notebook", description="folder in runs_dir that the run is written to")
     data_dir: str = ExecutionField("data", description="folder of the prepared datasets")
     runs_dir: str = ExecutionField("runs", description="folder of the studies' runs")
     device: str = ExecutionField("auto", description="auto, cpu or cuda")
+    images: str = ExecutionField("auto", description="kept on the device, on the host, or auto: on a GPU if they fit")
     threads: int = ExecutionField(1, ge=1, description="CPU threads of torch, per process")
     checkpoint_seconds: float = ExecutionField(60.0, ge=0, description="seconds of training between two checkpoints")
     keep_network: bool = ExecutionField(True, description="write the trained network's state dict to network.pt")
@@ -125,6 +132,8 @@ class RunConfig(BaseModel):
         _check_name("sampler", self.sampler, tuple(SAMPLERS))
         _check_name("device", self.device, ("auto", "cpu", "cuda"))
         _check_name("precision", self.precision, PRECISIONS)
+        _check_name("tf32", self.tf32, TF32)
+        _check_name("images", self.images, IMAGES)
         _check_name("decay_exempt", self.decay_exempt, ("biases", "none"))
         if self.metric is not None:
             _check_name("metric", self.metric, METRICS)
@@ -240,8 +249,13 @@ class RunConfig(BaseModel):
             raise ConfigError(f"sampler={self.sampler!r}: {error}") from None
 
     def resolved(self) -> dict[str, Any]:
-        """What decides the result: every setting but those of execution, with all defaults filled in."""
+        """What decides the result: every setting but those of execution, with all defaults filled in.
+
+        The default of `tf32` is left out. It has no effect on a CPU, and runs of earlier versions used it.
+        """
         own = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
+        if self.tf32 == TF32_DEFAULT:
+            del own["tf32"]
         own["metric"] = self.metric or self.trained_metric
         return own | self.network_settings() | self.loss_settings() | self.sampler_settings()
 

@@ -15,6 +15,7 @@ is decoded as follows:
 
 import io
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -154,17 +155,38 @@ def augment(images: Tensor, crop: int | None, horizontal_flip: bool, generator: 
     """
     from torchvision.transforms.v2 import functional as transforms  # here, because it takes a second to import
 
-    n, _, height, width = images.shape
-    rows, columns = _crop_size(images, crop)
-    draws = torch.rand((3, n), generator=generator, dtype=torch.float64)
-    tops = (draws[0] * (height - rows + 1)).long().tolist()
-    lefts = (draws[1] * (width - columns + 1)).long().tolist()
-    mirrored = (draws[2] < 0.5).logical_and(torch.tensor(horizontal_flip)).tolist()
-    views = images.new_empty((n, images.shape[1], rows, columns))
-    for i, (top, left, flip) in enumerate(zip(tops, lefts, mirrored, strict=True)):
-        view = transforms.crop(images[i], top, left, rows, columns)
+    n, channels, height, width = images.shape
+    drawn = draw_views(n, (height, width), crop, horizontal_flip, generator)
+    views = images.new_empty((n, channels, drawn.rows, drawn.columns))
+    for i, (top, left, flip) in enumerate(zip(*(part.tolist() for part in drawn[:3]), strict=True)):
+        view = transforms.crop(images[i], top, left, drawn.rows, drawn.columns)
         views[i] = transforms.horizontal_flip(view) if flip else view
     return views
+
+
+class Views(NamedTuple):
+    """Crops and flips of n images: top rows, left columns (int64) and whether to flip (bool), then the crops' size."""
+
+    tops: Tensor
+    lefts: Tensor
+    flips: Tensor
+    rows: int
+    columns: int
+
+    def share(self, own: np.ndarray) -> "Views":
+        """Those of some of the images, by their positions."""
+        return self._replace(tops=self.tops[own], lefts=self.lefts[own], flips=self.flips[own])
+
+
+def draw_views(
+    n: int, size: tuple[int, int], crop: int | None, horizontal_flip: bool, generator: torch.Generator
+) -> Views:
+    """Draw the crops and flips of n images of `size` (height, width); the other arguments are those of `augment`."""
+    rows, columns = _crop_size(size, crop)
+    draws = torch.rand((3, n), generator=generator, dtype=torch.float64)
+    tops = (draws[0] * (size[0] - rows + 1)).long()
+    lefts = (draws[1] * (size[1] - columns + 1)).long()
+    return Views(tops, lefts, (draws[2] < 0.5).logical_and(torch.tensor(horizontal_flip)), rows, columns)
 
 
 def center_crop(images: Tensor, crop: int | None) -> Tensor:
@@ -173,7 +195,7 @@ def center_crop(images: Tensor, crop: int | None) -> Tensor:
         return images
     from torchvision.transforms.v2 import functional as transforms
 
-    return transforms.center_crop(images, list(_crop_size(images, crop)))
+    return transforms.center_crop(images, list(_crop_size((images.shape[-2], images.shape[-1]), crop)))
 
 
 def stripes(images: Tensor) -> Tensor:
@@ -186,8 +208,8 @@ def stripes(images: Tensor) -> Tensor:
     return torch.cat([images[:, :, start : start + STRIPE_ROWS] for start in STRIPE_STARTS], 1)
 
 
-def _crop_size(images: Tensor, crop: int | None) -> tuple[int, int]:
-    height, width = images.shape[-2:]
+def _crop_size(size: tuple[int, int], crop: int | None) -> tuple[int, int]:
+    height, width = size
     if crop is None:
         return height, width
     if not 1 <= crop <= min(height, width):

@@ -4,6 +4,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,47 @@ def default_dtype(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def gpu_arithmetic(device: torch.device, tf32: str) -> Iterator[None]:
+    """Let convolutions and matrix products on a GPU use TensorFloat-32 as `tf32` says, and repeat a result bit for bit.
+
+    TensorFloat-32 multiplies float32 numbers of 10 fraction bits instead of 23, on matrix units. Losses and retrieval
+    never use it. Without effect on a CPU.
+
+    Args:
+        device: the device of the run.
+        tf32: "none", "convolutions" (torch's default) or "all", which adds matrix products.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    convolutions, products = _float32_settings()
+    before = cudnn.deterministic, getattr(*convolutions), getattr(*products)
+    cudnn.deterministic = True  # a run that is continued ends in the same weights
+    setattr(*convolutions, _tf32_value(tf32 != "none", before[1]))
+    setattr(*products, _tf32_value(tf32 == "all", before[2]))
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before[0]
+        setattr(*convolutions, before[1])
+        setattr(*products, before[2])
+
+
+def _float32_settings() -> tuple[tuple[Any, str], tuple[Any, str]]:
+    """Object and attribute of torch's settings for convolutions and for matrix products."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(products, "fp32_precision"):
+        return (cudnn.conv, "fp32_precision"), (products, "fp32_precision")  # type: ignore[attr-defined]
+    return (cudnn, "allow_tf32"), (products, "allow_tf32")  # torch before 2.9
+
+
+def _tf32_value(allowed: bool, like: bool | str) -> bool | str:
+    """The value of a torch setting that allows or forbids TensorFloat-32, of the type of its value `like`."""
+    return allowed if isinstance(like, bool) else ("tf32" if allowed else "ieee")
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -43,8 +43,9 @@ from hloss.runs.files import NETWORK_FILE, read_result, run_lock
 from hloss.runs.launch import build_fabric, run_on_devices
 from hloss.runs.loop import CHOOSE, REFIT, Loop, RunContext
 from hloss.runs.models import batchnorms, build_network
-from hloss.runs.process import default_dtype, peak_memory_mib, torch_threads
+from hloss.runs.process import default_dtype, gpu_arithmetic, peak_memory_mib, torch_threads
 from hloss.runs.provenance import fingerprint, provenance
+from hloss.runs.resident import place_images
 
 
 def _print(line: str) -> None:
@@ -99,7 +100,7 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
                 _write_refused_status(config.folder, error)
             raise
         context = RunContext(config, dataset, identity, fabric, stop, report if is_first else lambda line: None)
-        with torch_threads(config.threads):
+        with torch_threads(config.threads), gpu_arithmetic(fabric.device, config.tf32):
             return _run_with_status(context) if is_first else _train_and_evaluate(context)
 
 
@@ -165,6 +166,7 @@ def _train_and_evaluate(context: RunContext) -> dict[str, Any]:
     config, fabric = context.config, context.fabric
     network = new_network(context)
     _check_data_and_devices(context, network)
+    context.dataset = place_images(context.dataset, config.images, fabric.device)
     for name in ("result.json", NETWORK_FILE):  # made by other code or data: the folder is written anew
         (config.folder / name).unlink(missing_ok=True)
     saved = load_checkpoint(config.folder, context.identity, context.report)
@@ -288,7 +290,7 @@ def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, An
         "pretrained_sha256": context.identity["pretrained_sha256"],
         "fingerprint": context.identity["fingerprint"],
         "card": dataset.card,
-        "provenance": provenance(device, config.threads),
+        "provenance": provenance(device, config.threads) | {"tf32": config.tf32 if device.type == "cuda" else None},
     }
     kept = network if config.keep_network else None
     write_run_files(config.folder, result, history_table(progress), retrieval, embeddings, kept)

@@ -48,7 +48,7 @@ def gradients(fabric, network, criterion, images, labels, micro_batch, batchnorm
     training_mode(network, batchnorm)
     wrapped = fabric.setup(network)
     value = gradient(fabric, wrapped, criterion, images, labels, micro_batch, lambda part: seed_of(7, part))
-    return value, {name: p.grad for name, p in network.named_parameters()}, network
+    return value.item(), {name: p.grad for name, p in network.named_parameters()}, network
 
 
 def assert_same(found, expected, tolerance):
