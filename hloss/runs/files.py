@@ -1,6 +1,7 @@
 """Files of a run: paths, atomic writes, locks."""
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -20,6 +21,12 @@ def project_path(folder: str) -> Path:
     """A relative folder from the project's root, also when the kernel runs in `notebooks/`."""
     here = Path.cwd()
     return Path(folder) if Path(folder).is_absolute() else (here.parent if here.name == "notebooks" else here) / folder
+
+
+def file_sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

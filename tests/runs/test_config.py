@@ -1,5 +1,7 @@
 """Losses, miners, samplers and metrics as settings of a run: checked before training, and carried out."""
 
+import dataclasses
+import inspect
 import json
 import re
 
@@ -9,8 +11,9 @@ import torch
 from torch import nn
 
 from hloss.losses.baselines import BASELINES
-from hloss.losses.pml import PMLLoss
-from hloss.runs.config import RunConfig, config_from_notebook, parse_config
+from hloss.losses.histogram import HistogramLoss
+from hloss.losses.pml import PMLLoss, available, pml_metric
+from hloss.runs.config import LOSS_SETTINGS, LOSSES, PML_SETTINGS, RunConfig, config_from_notebook, parse_config
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
 from hloss.samplers import SAMPLERS
@@ -45,6 +48,50 @@ def test_every_option_of_a_loss_is_a_setting(loss):
     assert isinstance(built, BASELINES[loss])
     assert {name: getattr(built, name) for name in options} == options
     assert set(options) == set(BASELINES[loss]().__dict__) & set(RunConfig.model_fields)
+
+
+def test_every_argument_of_the_histogram_loss_is_a_setting_and_has_its_default():
+    arguments = {name: p.default for name, p in inspect.signature(HistogramLoss).parameters.items()}
+    assert set(arguments) == {field.name for field in dataclasses.fields(HistogramLoss().settings)}
+    assert RunConfig().loss_settings() == dataclasses.asdict(HistogramLoss().settings) == arguments
+
+
+def test_every_setting_has_a_description_and_those_of_a_loss_have_no_default_of_their_own():
+    assert all(field.description for field in RunConfig.model_fields.values())
+    assert {RunConfig.model_fields[name].default for name in LOSS_SETTINGS + PML_SETTINGS} == {None}
+    taken = [set(inspect.signature(loss).parameters) for loss in LOSSES.values()]
+    assert set(LOSS_SETTINGS) == set().union(*taken)
+
+
+@pytest.mark.parametrize("normalize", [None, True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_metric_of_a_run_is_that_of_its_loss(loss, normalize):
+    if normalize is None or "normalize" in inspect.signature(LOSSES[loss]).parameters:
+        config = parse_config({"loss": loss, "normalize": normalize})
+        assert config.trained_metric == getattr(config.build_loss(), "metric", "cosine")
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # LargeMarginSoftmaxLoss
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_the_metric_of_a_loss_of_pytorch_metric_learning_is_known_from_its_options(normalize):
+    options = {} if normalize is None else {"distance": {"LpDistance": {"normalize_embeddings": normalize}}}
+    metrics = set()
+    for name in available("losses"):
+        try:
+            built = PMLLoss(name, options)
+        except ValueError:  # it needs other options, or takes no such distance
+            continue
+        assert pml_metric(options) == built.metric, name
+        metrics.add(built.metric)
+    assert metrics == {"euclidean" if normalize is False else "cosine"}
+
+
+@pytest.mark.parametrize("loss", ["histogram", "lifted", "pml:MultiSimilarityLoss"])
+def test_the_id_and_the_folder_of_a_run_build_no_loss(monkeypatch, loss):
+    config = parse_config({"loss": loss})
+    monkeypatch.setattr(nn.Module, "__init__", lambda self: pytest.fail("a loss was built"))
+    assert config.folder.name == config.run_id
+    assert config.resolved()["metric"] == ("euclidean" if loss == "lifted" else "cosine")
 
 
 @pytest.mark.parametrize("loss", ["histogram", *BASELINES])
