@@ -21,5 +21,9 @@ class LockedError(RunError):
     """Another process holds a lock; the message says what that process does."""
 
 
+class GPUMemoryError(RunError):
+    """The memory of a GPU does not suffice for a run; the message names the settings that need less."""
+
+
 class NetworkError(RunError):
     """The network of a run cannot be loaded; the message names the file and the remedy."""

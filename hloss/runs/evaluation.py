@@ -26,10 +26,10 @@ SIMILARITY_BINS = 100
 def split_embeddings(
     network: nn.Module, dataset: Dataset, split: str, config: RunConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (n, d), float32 on the CPU, of the images of a split, and their labels, int64 (n,)."""
+    """Embeddings (n, d), float32, of the images of a split, and their labels, int64 (n,), both on `device`."""
     rows = dataset.rows(split)
     found = embed(network, lambda part: center_crop(dataset.pixels(rows[part]), config.crop).to(device), len(rows))
-    return found, dataset.labels(rows)
+    return found, dataset.labels(rows).to(device)
 
 
 def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
@@ -65,7 +65,7 @@ def identified_rows(dataset: Dataset) -> np.ndarray:
 
 def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
     """Densities of the test images' positive and negative similarities, per node (the paper's Figure 5)."""
-    known = identified_rows(dataset)
+    known = torch.from_numpy(identified_rows(dataset))
     histograms = pair_histograms(embeddings[known], labels[known], n_bins=SIMILARITY_BINS)
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
 
@@ -73,7 +73,7 @@ def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> 
 def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:
     """A few test queries, the same in every run, the rows of their nearest images, and which have the same class."""
     known = identified_rows(dataset)
-    rows, embeddings, labels = dataset.rows("test")[known], embeddings[known], labels[known]
+    rows, embeddings, labels = dataset.rows("test")[known], embeddings[known], labels[known].cpu()
     queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
     k = min(PANEL_NEIGHBORS, len(rows) - 1)
     _, nearest = neighbors(embeddings[queries], embeddings, k, metric, own=queries)
@@ -118,7 +118,7 @@ def write_run_files(
     atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
     arrays = {"ranks": retrieval.ranks.to(torch.int32), "queries": retrieval.query_index.to(torch.int32)}
     for name, array in (arrays | {"embeddings": embeddings}).items():
-        atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.numpy()))  # type: ignore[misc]
+        atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.cpu().numpy()))  # type: ignore[misc]
     if network is not None:
         atomic_save(folder / NETWORK_FILE, {name: value.cpu() for name, value in network.state_dict().items()})
     atomic_write(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))

@@ -189,6 +189,12 @@ def draw_views(
     return Views(tops, lefts, (draws[2] < 0.5).logical_and(torch.tensor(horizontal_flip)), rows, columns)
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """A copy of images (n, c, h, w) whose channels lie next to each other in memory, also if there is one channel."""
+    n, channels, height, width = images.shape
+    return images.new_empty((n, height, width, channels)).permute(0, 3, 1, 2).copy_(images)
+
+
 def center_crop(images: Tensor, crop: int | None) -> Tensor:
     """The central square of `crop` pixels of each image, for evaluation: uint8 (n, c, h, w) to (n, c, crop, crop)."""
     if crop is None:

@@ -30,9 +30,7 @@ def build_fabric(config: RunConfig) -> Fabric:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != config.devices:
         raise ConfigError(f"devices={config.devices}, but this run was started as {processes} processes")
-    found = torch.cuda.device_count()
-    if config.device == "cuda" and found < config.devices:
-        raise ConfigError(f'device="cuda" with devices={config.devices}: torch finds {found} CUDA devices here')
+    check_devices(config)
     # The processes' shares may differ in their number of slices, so no forward pass may exchange anything.
     name = max({"forward_sync_buffers", "broadcast_buffers"} & set(signature(DistributedDataParallel).parameters))
     exchange: dict[str, Any] = {name: False}
@@ -44,6 +42,17 @@ def build_fabric(config: RunConfig) -> Fabric:
         fabric = Fabric(devices=config.devices, strategy=strategy, **kind)
         fabric.launch()
     return fabric
+
+
+def check_devices(config: RunConfig) -> None:
+    """ConfigError if the machine has fewer GPUs than the run has processes that would use them."""
+    found = torch.cuda.device_count()
+    if found < config.devices and (config.device == "cuda" or (config.device == "auto" and found)):
+        remedy = f'set devices to at most {found} or device="cpu"' if found else 'set device="cpu"'
+        raise ConfigError(
+            f'device="{config.device}" with devices={config.devices}: torch finds {found} CUDA devices here, and each '
+            f"process needs one; {remedy}"
+        )
 
 
 def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str, Any]:

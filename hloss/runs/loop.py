@@ -23,8 +23,9 @@ from hloss.runs.datasets import Dataset
 from hloss.runs.errors import RunError, RunStopped
 from hloss.runs.evaluation import validation_recall
 from hloss.runs.files import atomic_save
+from hloss.runs.images import channels_last
 from hloss.runs.models import training_mode
-from hloss.runs.resident import ResidentDataset, channels_last
+from hloss.runs.resident import ResidentDataset
 from hloss.runs.step import Batches, build_optimizer, check_loss, gradient, seed_of, set_learning_rates
 from hloss.runs.unread import UnreadLoss, UnreadLosses
 
@@ -43,6 +44,11 @@ class RunContext:
     stop: StopSignals
     report: Callable[[str], None]
     progress: dict[str, Any] = field(default_factory=dict)
+
+
+def reading_interval(device: torch.device) -> int:
+    """Number of iterations whose losses are read from the device together."""
+    return READ_EVERY if device.type == "cuda" else 1
 
 
 class Loop:
@@ -69,7 +75,7 @@ class Loop:
         on_gpu = fabric.device.type == "cuda"
         self.on_host = on_gpu and not isinstance(context.dataset, ResidentDataset)  # the images
         self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host)
-        self.unread, self.checks = UnreadLosses(READ_EVERY if on_gpu else 1), DeferredChecks(sys.maxsize)
+        self.unread, self.checks = UnreadLosses(reading_interval(fabric.device)), DeferredChecks(sys.maxsize)
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
         self.loss = loss.to(fabric.device)

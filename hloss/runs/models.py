@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hloss.runs.images import stripes
+from hloss.runs.images import channels_last, stripes
 
 NETWORKS = ("glyphnet", "parts", "googlenet", "pixels")
 TORCHVISION = "torchvision:"
@@ -300,12 +300,17 @@ def training_mode(network: nn.Module, batchnorm: str) -> None:
             layer.eval()
 
 
+def _for_gpu(images: Tensor) -> Tensor:
+    """Images on a GPU in one memory layout, which may decide how a convolution is computed; on a CPU as they are."""
+    return channels_last(images) if images.is_cuda else images
+
+
 def embed(network: nn.Module, images: Callable[[slice], Tensor], n: int, batch: int = 128) -> Tensor:
-    """Embeddings (n, d), float32 on the CPU, of `images(slice)` in evaluation mode, batch by batch."""
+    """Embeddings (n, d), float32 on the network's device, of `images(slice)` in evaluation mode, batch by batch."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     with torch.no_grad():
-        found = [network(images(slice(i, min(i + batch, n)))).float().cpu() for i in range(0, n, batch)]
+        found = [network(_for_gpu(images(slice(i, min(i + batch, n))))).float() for i in range(0, n, batch)]
     for module, mode in modes:
         module.training = mode
     return torch.cat(found)

@@ -57,12 +57,6 @@ def send(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
-def channels_last(images: Tensor) -> Tensor:
-    """A copy of images (n, c, h, w) with the memory layout of `ResidentDataset.batch`, also for a single channel."""
-    n, channels, height, width = images.shape
-    return images.new_empty((n, height, width, channels)).permute(0, 3, 1, 2).copy_(images)
-
-
 def place_images(dataset: Dataset, where: str, device: torch.device) -> Dataset:
     """The dataset with its images where the setting `images` wants them.
 

@@ -315,3 +315,17 @@ def test_a_run_for_several_devices_is_not_done_by_another_number(settings, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="devices=1, but this run was started as 2 processes"):
         run(parse_config(settings), print)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "remedy"),
+    [("auto", 1, 'set devices to at most 1 or device="cpu"'), ("cuda", 0, 'set device="cpu"')],
+)
+def test_more_processes_than_gpus_are_refused_before_any_starts(device, gpus, remedy, settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: pytest.fail("a process was started"))
+    config = parse_config({**settings, "devices": 2, "device": device})
+    with pytest.raises(ConfigError, match=f"with devices=2: torch finds {gpus} CUDA devices here, .*; {remedy}"):
+        run(config)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("failed", False)
