@@ -173,8 +173,8 @@ class Views(NamedTuple):
     rows: int
     columns: int
 
-    def share(self, own: np.ndarray) -> "Views":
-        """Those of some of the images, by their positions."""
+    def share(self, own: slice) -> "Views":
+        """Those of some of the images."""
         return self._replace(tops=self.tops[own], lefts=self.lefts[own], flips=self.flips[own])
 
 

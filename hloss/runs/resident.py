@@ -25,36 +25,35 @@ class ResidentDataset(Dataset):
 
     def pixels(self, rows: np.ndarray) -> Tensor:
         """Images of the given rows, uint8 (n, channels, height, width), on the device, channels last."""
-        (index,) = send(torch.from_numpy(np.asarray(rows))[None], self.resident.device)
+        (index,) = send(np.asarray(rows)[None], self.resident.device)
         return self.resident[index].permute(0, 3, 1, 2)
 
-    def batch(self, rows: np.ndarray, labels: Tensor, views: Views | None) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: np.ndarray, labels: np.ndarray, views: Views | None) -> tuple[Tensor, Tensor]:
         """A batch of training images and its labels on the device, with one copy to it, which the host does not await.
 
         Args:
-            rows: of the dataset's index, (n,).
-            labels: int64 (n,), on the CPU.
+            rows: of the dataset's index, int64 (n,).
+            labels: int64 (n,).
             views: the crops and flips of these images; None for whole images.
 
         Returns:
             uint8 (n, channels, rows, columns), channels last, equal to `augment`'s; and int64 (n,).
         """
-        numbers = [torch.from_numpy(rows), labels]
         if views is None:
-            index, labels = send(torch.stack(numbers), self.resident.device)
-            return self.resident[index].permute(0, 3, 1, 2), labels
-        starts = torch.where(views.flips, views.lefts + views.columns - 1, views.lefts)
-        numbers += [views.tops, starts, 1 - 2 * views.flips.long()]
-        index, labels, tops, starts, steps = send(torch.stack(numbers), self.resident.device)[:, :, None]
-        down = tops + torch.arange(views.rows, device=index.device)
-        across = torch.addcmul(starts, steps, torch.arange(views.columns, device=index.device))
-        cut = self.resident[index[:, :, None], down[:, :, None], across[:, None]]
-        return cut.permute(0, 3, 1, 2), labels[:, 0]
+            index, found = send(np.stack([rows, labels]), self.resident.device)
+            return self.resident[index].permute(0, 3, 1, 2), found
+        tops, lefts, flips = (part.numpy() for part in views[:3])
+        starts, steps = lefts + (views.columns - 1) * flips, 1 - 2 * flips.astype(np.int64)
+        index, found, top, start, step = send(np.stack([rows, labels, tops, starts, steps]), self.resident.device)
+        down = top[:, None] + torch.arange(views.rows, device=top.device)
+        across = torch.addcmul(start[:, None], step[:, None], torch.arange(views.columns, device=top.device))
+        return self.resident[index[:, None, None], down[:, :, None], across[:, None]].permute(0, 3, 1, 2), found
 
 
-def send(numbers: Tensor, device: torch.device) -> Tensor:
-    """A copy of a small CPU tensor on a device; the host does not wait for a GPU."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+def send(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """A small array as a tensor on a device; the host does not wait for a GPU."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def place_images(dataset: Dataset, where: str, device: torch.device) -> Dataset:

@@ -97,7 +97,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
     ) -> None:
         self.dataset, self.rows, self.config, self.share, self.ahead = dataset, rows, config, share, ahead
         classes, self.labels = dataset.labels(rows).unique(return_inverse=True)  # from 0, as class weights need them
-        self.n_classes = len(classes)
+        self.n_classes, self.class_numbers = len(classes), self.labels.numpy()
         self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
         self.iteration = 0  # of the last batch returned
         self.current: list[int] = []  # all images of that batch, as indices into `rows`
@@ -119,26 +119,37 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         return self._drawn
 
     def _fetch(self, drawn: list[int], iteration: int) -> tuple[Tensor, Tensor]:
-        number, shares = self.share
-        own = np.array_split(np.arange(len(drawn)), shares)[number]
-        batch = np.asarray(drawn)
-        config, labels = self.config, self.labels[batch[own]]
+        config, batch, own = self.config, np.asarray(drawn), slice(*self._bounds(len(drawn)))
         generator = None
         if config.crop or config.horizontal_flip:  # drawn for the whole batch, whatever the shares
             generator = torch.Generator().manual_seed(seed_of(config.seed, iteration))
         if isinstance(self.dataset, ResidentDataset):
-            views = None
-            if generator is not None:
-                size = self.dataset.resident.shape[1], self.dataset.resident.shape[2]
-                views = draw_views(len(batch), size, config.crop, config.horizontal_flip, generator).share(own)
-            return self.dataset.batch(self.rows[batch[own]], labels, views)
+            return self._cut_resident(batch, own, generator)
         if generator is not None:
             pixels = self.dataset.pixels(self.rows[batch])
             images = augment(pixels, config.crop, config.horizontal_flip, generator)[own]
         else:
             images = self.dataset.pixels(self.rows[batch[own]])
+        labels = self.labels[batch[own]]
         pinned = self.ahead and torch.cuda.is_available()
         return (images.pin_memory(), labels.pin_memory()) if pinned else (images, labels)
+
+    def _bounds(self, n: int) -> tuple[int, int]:
+        """First and last (exclusive) position of this process's share of n images: as even as possible, in order."""
+        number, shares = self.share
+        size, longer = divmod(n, shares)  # the first `longer` shares have one image more
+        start = number * size + min(number, longer)
+        return start, start + size + (number < longer)
+
+    def _cut_resident(self, batch: np.ndarray, own: slice, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch, cut on the device that the images are on."""
+        dataset, config = self.dataset, self.config
+        assert isinstance(dataset, ResidentDataset)
+        views = None
+        if generator is not None:
+            size = dataset.resident.shape[1], dataset.resident.shape[2]
+            views = draw_views(len(batch), size, config.crop, config.horizontal_flip, generator).share(own)
+        return dataset.batch(self.rows[batch[own]], self.class_numbers[batch[own]], views)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next batch depends on, readable by `torch.load(weights_only=True)`."""
