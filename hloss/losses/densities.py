@@ -63,11 +63,11 @@ class HistogramDensity:
         mass = self.counts[:2].double() - self.fractions[:2]
         mass[:, 1:] += self.fractions[:2, :-1]
         h = mass / self.totals[:, None].double()
-        return h if self.s.kernel == "triangular" else h @ _kernel_matrix(self.s, h.device).T
+        return h if self.s.kernel == "triangular" else h @ kernel_matrix(self.s, h.device).T
 
     def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
         loss, by_density = expected_cost(self.densities(), self.s)
-        by_mass = by_density if self.s.kernel == "triangular" else by_density @ _kernel_matrix(self.s, loss.device)
+        by_mass = by_density if self.s.kernel == "triangular" else by_density @ kernel_matrix(self.s, loss.device)
         slopes = by_mass.new_zeros(3, self.size)
         torch.div(by_mass.diff(dim=1), self.s.delta * self.totals[:, None].double(), out=slopes[:2, :-1])
         slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval
@@ -174,15 +174,18 @@ def expected_cost(densities: Tensor, s: LossSettings) -> tuple[Tensor, Tensor]:
             by_negative = by_negative[(r + s.margin_nodes).clamp(max=s.n_bins)]
             by_positive = by_positive[(r - s.margin_nodes).clamp(min=0)]
     else:
-        cost = _cost_matrix(s, negative.device)
+        cost = cost_matrix(s, negative.device)
         by_negative, by_positive = cost @ positive, negative @ cost
     return negative @ by_negative, torch.stack([by_negative, by_positive])
 
 
 @lru_cache(maxsize=8)
-def _cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
+def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
     """C[r, q], the cost of a negative at t_r with a positive at t_q."""
     nodes = grid_nodes(s.n_bins, device)
+    if s.order_cost == "step":
+        r = torch.arange(len(nodes), device=device)
+        return (r <= r[:, None] + s.margin_nodes).double()
     reach = s.margin + nodes[:, None] - nodes
     if s.order_cost == "linear":
         return reach.clamp(min=0)
@@ -190,7 +193,7 @@ def _cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
+def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
     """K[r, b]: the kernel's mass in the cell r +- 1/2 around node b, reflected at both ends; columns sum to 1."""
     assert s.bandwidth is not None
     half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel] * s.bandwidth
