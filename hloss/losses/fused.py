@@ -51,6 +51,7 @@ SMALL_TILE = Tile(32, 32, 64, 4, 3)  # similarities of at most SMALL rows and co
 LARGE_TILE = Tile(64, 64, 32, 4, 3)
 GRADIENT_TILE = Tile(64, 64, 32, 4, 3)
 SMALL = 512
+FILL = 128  # a multiple of the sides of all tiles
 
 
 class Side(NamedTuple):
@@ -257,7 +258,7 @@ def _gradient(
 
     (n, depth), m, device = own.units.shape, len(others.units), own.units.device
     gradient = torch.empty(n, depth, dtype=dtype, device=device)
-    block = n if places is not None else min(n, max(64, BLOCK_PAIRS // m // 64 * 64))
+    block = n if places is not None else min(n, max(FILL, BLOCK_PAIRS // m // FILL * FILL))
     found = _empty_places(block, m, s.n_bins + 1, device) if places is None else places
     for first in range(0, n, block):
         rows = min(block, n - first)
@@ -315,6 +316,7 @@ def _multiply(places: Tensor, slopes: Tensor, others: Side, rows: int, s: LossSe
         BM=tile.rows,
         BN=tile.columns,
         BK=tile.depth,
+        EVEN=depth % tile.columns == 0,
         PRECISION=precision,
     )
     return parts
@@ -405,9 +407,9 @@ def _pair_labels(
 
 
 def _empty_places(n: int, m: int, nodes: int, device: torch.device) -> Tensor:
-    """(n, m), its rows aligned."""
+    """Memory for (n, m) places in whole tiles."""
     dtype = torch.int16 if 2 * nodes < 2**15 else torch.int32
-    return torch.empty(n, _cdiv(m, 64) * 64, dtype=dtype, device=device)
+    return torch.empty(_cdiv(n, FILL) * FILL, _cdiv(m, FILL) * FILL, dtype=dtype, device=device)
 
 
 def _similarity_tile(n: int, m: int) -> Tile:

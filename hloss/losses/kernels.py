@@ -213,14 +213,12 @@ def bin_pairs(
         counted = code < 2 * NODES
         if WITHIN:
             counted = counted & (r[:, None] < c[None, :])
-        packed = (fraction * FRACTION_BITS).to(tl.int64) + ONE_PAIR
+        packed = (fraction * FRACTION_BITS).to(tl.int32).to(tl.int64) + ONE_PAIR
         tl.atomic_add(lane + code, packed, mask=counted, sem="relaxed")
         if KEEP:
-            inside = (r[:, None] < n) & (c[None, :] < m)
-            tl.store(places + r.to(tl.int64)[:, None] * place_stride + c[None, :], code, mask=inside)
+            tl.store(places + r.to(tl.int64)[:, None] * place_stride + c[None, :], code)
             if WITHIN and tile_r != tile_c:
-                mirror = places + c.to(tl.int64)[:, None] * place_stride + r[None, :]
-                tl.store(mirror, tl.trans(code), mask=(c[:, None] < n) & (r[None, :] < n))
+                tl.store(places + c.to(tl.int64)[:, None] * place_stride + r[None, :], tl.trans(code))
         if (t // tl.num_programs(0)) % TILES_TO_FLUSH == TILES_TO_FLUSH - 1:
             _flush(lane, table, NODES, CHUNK)
     _flush(lane, table, NODES, CHUNK)
@@ -351,11 +349,10 @@ def find_places(
     similarity = _similarities(rows, columns, r, c, last, m, depth, BM, BM, BK, EVEN, PRECISION)
     interval = _position(similarity, NODES).to(tl.int32)
     code = _codes(interval, labels, other_labels, r, c, last, m, stride_r, stride_c, NODES, WITHIN, MATRIX)
-    inside = (r[:, None] < last) & (c[None, :] < m)
-    tl.store(places + (r - first).to(tl.int64)[:, None] * place_stride + c[None, :], code, mask=inside)
+    tl.store(places + (r - first).to(tl.int64)[:, None] * place_stride + c[None, :], code)
 
 
-@triton.jit(do_not_specialize=["n", "m", "part"])
+@triton.jit(do_not_specialize=["n", "m"])
 def multiply(
     places,
     slopes,
@@ -371,32 +368,32 @@ def multiply(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The matrix of slopes, looked up by code, times the columns' embeddings; a part of the columns per program."""
+    """The matrix of slopes, looked up by code, times the columns' embeddings; a part of the columns per program.
+
+    `places` is larger than (n, m), with anything in the rest: its rows are not stored, its columns meet zeros.
+    """
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.program_id(1) * BN + tl.arange(0, BN)
     first = tl.program_id(2) * part
-    last = tl.minimum(first + part, m)
     code_start = places + r.to(tl.int64)[:, None] * stride_r
     acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(first, last, BK):
+    for k in range(first, tl.minimum(first + part, m), BK):
         kk = k + tl.arange(0, BK)
-        in_part = kk < last
-        code = tl.load(
-            code_start + kk.to(tl.int64)[None, :] * stride_c,
-            mask=(r[:, None] < n) & in_part[None, :],
-            other=2 * NODES,
-        )
-        slope = tl.load(slopes + code.to(tl.int32))
-        y = tl.load(
-            columns + kk.to(tl.int64)[:, None] * depth + d[None, :],
-            mask=in_part[:, None] & (d[None, :] < depth),
-            other=0.0,
-        )
+        code = tl.load(code_start + kk.to(tl.int64)[None, :] * stride_c).to(tl.int32)
+        slope = tl.load(slopes + tl.minimum(tl.maximum(code, 0), 2 * NODES))
+        y_mask = kk[:, None] < m
+        if not EVEN:
+            y_mask = y_mask & (d[None, :] < depth)
+        y = tl.load(columns + kk.to(tl.int64)[:, None] * depth + d[None, :], mask=y_mask, other=0.0)
         acc = tl.dot(slope, y, acc, input_precision=PRECISION)
     out = parts + (tl.program_id(2) * n + r).to(tl.int64)[:, None] * depth + d[None, :]
-    tl.store(out, acc, mask=(r[:, None] < n) & (d[None, :] < depth))
+    mask = r[:, None] < n
+    if not EVEN:
+        mask = mask & (d[None, :] < depth)
+    tl.store(out, acc, mask=mask)
 
 
 @triton.jit
