@@ -13,7 +13,8 @@ from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock
 from hloss.losses.settings import LossSettings
 
 CPU_LANES = 16
-ONE_PAIR = 2**42  # above the sum of 2^18 fractions of 24 bits
+ONE_PAIR = 2**42  # above the sum of LANE_PAIRS fractions of 24 bits
+LANE_PAIRS = 2**18  # most pairs that one packed number, or one int64 sum of fractions of 44 bits, holds
 BETA_ENDS = (1e-5, 0.999)  # where the authors' layer evaluates the Beta density in place of 0 and 1
 
 
@@ -36,12 +37,14 @@ class HistogramDensity:
         number = buffers.take("number", code.shape, torch.int64, code.device)
         if fraction.dtype == torch.float32:  # its 24 bits leave room for the count: one number a pair, one pass
             number.copy_(fraction.mul_(2.0**24)).add_(ONE_PAIR)
-            both = table.scatter_add_(1, code, number).sum(0)
-            counts, sums = both // ONE_PAIR, (both % ONE_PAIR).double() / 2.0**24
+            counts, sums = _unpack(table.scatter_add_(1, code, number), code.numel())
+            sums = sums.double() / 2.0**24
         else:
             counts = table.scatter_add_(1, code, number.fill_(1)).sum(0)
             number.copy_(fraction.mul_(2.0**44))
-            sums = table.zero_().scatter_add_(1, code, number).sum(0).double() / 2.0**44
+            table.zero_().scatter_add_(1, code, number)
+            sums = table.double().sum(0) if code.numel() > LANE_PAIRS else table.sum(0).double()
+            sums /= 2.0**44
         self.counts[:n] += counts.view(n, -1)
         self.fractions[:n] += sums.view(n, -1)
         return places
@@ -77,6 +80,14 @@ class HistogramDensity:
         """dL/ds of the pairs at `places`, from the (3, n_bins + 1) table of slopes."""
         found = buffers.take("slope", places.shape, slopes.dtype, slopes.device)
         return torch.gather(slopes.view(1, -1).expand(len(places), -1), 1, places, out=found)
+
+
+def _unpack(table: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Counts and sums of 24-bit fractions over all lanes of packed numbers."""
+    if pairs <= LANE_PAIRS:
+        both = table.sum(0)
+        return both // ONE_PAIR, both % ONE_PAIR
+    return (table // ONE_PAIR).sum(0), (table % ONE_PAIR).sum(0)
 
 
 class BetaDensity:

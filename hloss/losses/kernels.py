@@ -1,4 +1,5 @@
-"""Triton kernels of the histogram loss. `fused` launches them; read it first.
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of the histogram loss. `passes` launches them; read it first.
 
 A tile of similarities is a product of BM rows and BN columns. Each pair of a tile becomes a code: the interval of its
 similarity, moved on by NODES for a positive pair; NONE = 2 NODES for what is no pair. Tables are integers:
@@ -156,7 +157,7 @@ def _flush(lane, wide, NODES: tl.constexpr, CHUNK: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n", "m", "tiles"])
+@triton.jit(do_not_specialize=["n", "m", "tiles", "across"])
 def bin_pairs(
     rows,
     columns,
@@ -171,6 +172,7 @@ def bin_pairs(
     stride_c,
     place_stride,
     tiles,
+    across,
     NODES: tl.constexpr,
     WITHIN: tl.constexpr,
     MATRIX: tl.constexpr,
@@ -184,11 +186,12 @@ def bin_pairs(
 ):
     """Fill the table: 2 NODES counts, 2 NODES sums of fractions, 2 flags, then a lane of packed numbers per program.
 
+    The tiles lie in rows of `across`; within one batch those on and above the diagonal are computed.
+
     A lane's number holds at most 2^18 pairs: it is moved to the shared counts and sums before more can be in it.
     """
     program = tl.program_id(0)
     lane = table + 4 * NODES + 2 + program.to(tl.int64) * (2 * NODES)
-    across = tl.cdiv(m, BM)
     for t in range(program, tiles, tl.num_programs(0)):
         if WITHIN:  # the tiles on and above the diagonal: the lower triangle's long and short rows, side by side
             top = across // 2
@@ -299,7 +302,7 @@ def _product(matrix, table, r, NODES: tl.constexpr, BR: tl.constexpr, BC: tl.con
 def finish_matrix(
     table, matrices, loss, slopes, checks, NODES: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Loss and slopes of any kernel and cost, from the three matrices of `fused.bilinear_forms`."""
+    """Loss and slopes of any kernel and cost, from the three matrices of `passes.bilinear_forms`."""
     size: tl.constexpr = NODES * NODES
     negatives = _total(table, NODES, CHUNK)
     positives = _total(table + NODES, NODES, CHUNK)
@@ -373,7 +376,7 @@ def multiply(
 ):
     """The matrix of slopes, looked up by code, times the columns' embeddings; a part of the columns per program.
 
-    `places` is larger than (n, m), with anything in the rest: its rows are not stored, its columns meet zeros.
+    `places` is filled up to whole tiles with NONE.
     """
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -383,7 +386,7 @@ def multiply(
     for k in range(first, tl.minimum(first + part, m), BK):
         kk = k + tl.arange(0, BK)
         code = tl.load(code_start + kk.to(tl.int64)[None, :] * stride_c).to(tl.int32)
-        slope = tl.load(slopes + tl.minimum(tl.maximum(code, 0), 2 * NODES))
+        slope = tl.load(slopes + code)
         y_mask = kk[:, None] < m
         if not EVEN:
             y_mask = y_mask & (d[None, :] < depth)
