@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hloss.losses.passes import (
-    Outcome,
+    Kept,
     Side,
     backward_pass,
     forward_pass,
@@ -56,10 +56,13 @@ def _fits(embeddings: Tensor, labels: Tensor, references: Tensor | None, referen
     return reference_labels.dtype == labels.dtype
 
 
-@torch.compiler.assume_constant_result
 def is_available(device: torch.device) -> bool:
     """Whether Triton can compile for this GPU; warns once if not."""
     return _is_available(device)
+
+
+# What torch.compiler.assume_constant_result does, whose import takes seconds.
+is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
@@ -102,11 +105,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeddings, references, labels, reference_labels, s, precision):  # type: ignore[no-untyped-def]
-        outcome = forward_pass(embeddings, references, labels, reference_labels, s, precision)
-        rows, columns = outcome.rows, outcome.columns or (None, None)
-        ctx.save_for_backward(labels, reference_labels, *rows, *columns, outcome.slopes, outcome.places)
+        loss, kept = forward_pass(embeddings, references, labels, reference_labels, s, precision)
+        rows, columns = kept.rows, kept.columns or (None, None)
+        ctx.save_for_backward(labels, reference_labels, *rows, *columns, kept.slopes, kept.places)
         ctx.settings, ctx.precision, ctx.dtype = s, precision, embeddings.dtype
-        return outcome.loss
+        return loss
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
@@ -117,9 +120,11 @@ class _Fused(torch.autograd.Function):
             )
         labels, reference_labels, units, scales, column_units, column_scales, slopes, places = ctx.saved_tensors
         columns = None if column_units is None else Side(column_units, column_scales)
-        outcome = Outcome(upstream, Side(units, scales), columns, slopes, places)
+        kept = Kept(Side(units, scales), columns, slopes, places)
         wanted = ctx.needs_input_grad[:2]
-        gradients = backward_pass(outcome, labels, reference_labels, ctx.dtype, wanted, ctx.settings, ctx.precision)
+        gradients = backward_pass(
+            upstream, kept, labels, reference_labels, ctx.dtype, wanted, ctx.settings, ctx.precision
+        )
         return *gradients, None, None, None, None
 
 
@@ -143,7 +148,7 @@ def _operator(
     s = LossSettings(
         n_bins, kernel, bandwidth, order_cost, margin, alpha, normalize=normalize, on_degenerate=on_degenerate
     )
-    loss, rows, columns, slopes, places = forward_pass(embeddings, references, labels, reference_labels, s, precision)
+    loss, (rows, columns, slopes, places) = forward_pass(embeddings, references, labels, reference_labels, s, precision)
     empty = partial(torch.empty, 0, device=embeddings.device)
     copied = is_copied(embeddings, normalize)  # else the units are the embeddings: no operator returns its input
     sides = [
@@ -194,9 +199,11 @@ def _backward_operator(
     columns = None
     if references is not None:
         columns = Side(column_units if copied else references.contiguous(), column_scales)
-    outcome = Outcome(upstream, rows, columns, slopes, places if places.numel() else None)
+    kept = Kept(rows, columns, slopes, places if places.numel() else None)
     s = LossSettings(n_bins, normalize=normalize)
-    both = backward_pass(outcome, labels, reference_labels, embeddings.dtype, (wanted[0], wanted[1]), s, precision)
+    both = backward_pass(
+        upstream, kept, labels, reference_labels, embeddings.dtype, (wanted[0], wanted[1]), s, precision
+    )
     return [gradient for gradient in both if gradient is not None]
 
 

@@ -302,7 +302,10 @@ def _product(matrix, table, r, NODES: tl.constexpr, BR: tl.constexpr, BC: tl.con
 def finish_matrix(
     table, matrices, loss, slopes, checks, NODES: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Loss and slopes of any kernel and cost, from the three matrices of `passes.bilinear_forms`."""
+    """Loss and slopes of any kernel and cost, from the three matrices of `passes.bilinear_forms`.
+
+    Each program computes the slopes of BR intervals, but for the last, which computes the loss.
+    """
     size: tl.constexpr = NODES * NODES
     negatives = _total(table, NODES, CHUNK)
     positives = _total(table + NODES, NODES, CHUNK)
@@ -314,7 +317,7 @@ def finish_matrix(
     by_positive = _product(matrices + 2 * size, table, r, NODES, BR, BC) * factor
     tl.store(slopes + r, by_negative.to(tl.float32), mask=r < NODES)
     tl.store(slopes + NODES + r, by_positive.to(tl.float32), mask=r < NODES)
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         _report(table, checks, negatives, positives, NODES)
         tl.store(slopes + 2 * NODES, 0.0)
         total = tl.zeros((BR,), tl.float64)

@@ -27,7 +27,7 @@ BLOCK_PAIRS = 2**25  # most places held at once if they are computed again: 64 M
 PROGRAMS_PER_PROCESSOR = 4
 LANES_BYTES = 2**26  # most memory of the lanes
 LEAST_PART = 64  # fewest columns that a program multiplies with
-FORM_TILE = 32, 256  # rows and columns of a bilinear form that a program handles at once
+FORM_TILE = 16, 256  # rows and columns of a bilinear form that a program handles at once
 
 
 class Tile(NamedTuple):
@@ -71,10 +71,9 @@ class PairLabels(NamedTuple):
         return PairLabels(self.columns, self.rows, self.stride_c, self.stride_r, self.within)
 
 
-class Outcome(NamedTuple):
-    """The loss and what its backward pass needs."""
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
 
-    loss: Tensor
     rows: Side
     columns: Side | None  # None: the rows
     slopes: Tensor  # (2 n_bins + 3,) float32: of negatives, of positives, and 0 for what is no pair
@@ -88,7 +87,7 @@ def forward_pass(
     reference_labels: Tensor | None,
     s: LossSettings,
     precision: str,
-) -> Outcome:
+) -> tuple[Tensor, Kept]:
     with _on(embeddings.device):
         given = [x.detach().contiguous() for x in (embeddings, references) if x is not None]
         pairs = _pair_labels(labels, reference_labels, embeddings, references)
@@ -119,11 +118,12 @@ def forward_pass(
         )
         loss, slopes, checks = _finish(table, s)
         verify_or_defer(checks, partial(_verify, embeddings.detach(), labels, references, reference_labels, s))
-    return Outcome(loss, sides[0], None if references is None else sides[1], slopes, places)
+    return loss, Kept(sides[0], None if references is None else sides[1], slopes, places)
 
 
 def backward_pass(
-    outcome: Outcome,
+    upstream: Tensor,
+    kept: Kept,
     labels: Tensor,
     reference_labels: Tensor | None,
     dtype: torch.dtype,
@@ -132,14 +132,14 @@ def backward_pass(
     precision: str,
 ) -> list[Tensor | None]:
     """Gradients of the embeddings and of the references, None where they are not wanted."""
-    rows, columns, places = outcome.rows, outcome.columns or outcome.rows, outcome.places
+    rows, columns, places = kept.rows, kept.columns or kept.rows, kept.places
     with _on(rows.units.device):
-        pairs = _pair_labels(labels, reference_labels, rows.units, None if outcome.columns is None else columns.units)
-        to_rows = partial(_gradient, outcome=outcome, dtype=dtype, s=s, precision=precision)
+        pairs = _pair_labels(labels, reference_labels, rows.units, None if kept.columns is None else columns.units)
+        gradient_of = partial(_gradient, upstream=upstream, slopes=kept.slopes, dtype=dtype, s=s, precision=precision)
         mirrored = None if places is None else places.T
         return [
-            to_rows(rows, columns, pairs, places) if wanted[0] else None,
-            to_rows(columns, rows, pairs.mirrored(), mirrored) if outcome.columns and wanted[1] else None,
+            gradient_of(rows, columns, pairs, places) if wanted[0] else None,
+            gradient_of(columns, rows, pairs.mirrored(), mirrored) if kept.columns and wanted[1] else None,
         ]
 
 
@@ -148,7 +148,8 @@ def _gradient(
     others: Side,
     pairs: PairLabels,
     places: Tensor | None,
-    outcome: Outcome,
+    upstream: Tensor,
+    slopes: Tensor,
     dtype: torch.dtype,
     s: LossSettings,
     precision: str,
@@ -162,12 +163,12 @@ def _gradient(
         rows = min(block, n - first)
         if places is None:
             _find_places(found, own, others, pairs, first, rows, s, precision)
-        parts = _multiply(found, outcome.slopes, others, rows, s, precision)
+        parts = _multiply(found, slopes, others, rows, s, precision)
         _launch(
             "through_norm",
             (_cdiv(rows, _row_tile(depth)),),
             None,
-            *(parts, own.units, own.scales, outcome.loss, gradient, first, rows, depth, len(parts)),
+            *(parts, own.units, own.scales, upstream, gradient, first, rows, depth, len(parts)),
             NORMALIZE=s.normalize,
             BR=_row_tile(depth),
             BD=_chunk(depth),
@@ -243,7 +244,7 @@ def _finish(table: Tensor, s: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
     if s.kernel == "triangular" and s.order_cost == "step":
         _launch("finish_step", (1,), None, table, loss, slopes, checks, SHIFT=s.margin_nodes, **constants)
     else:
-        grid, matrices = (_cdiv(nodes, FORM_TILE[0]),), bilinear_forms(s, device)
+        grid, matrices = (_cdiv(nodes, FORM_TILE[0]) + 1,), bilinear_forms(s, device)
         constants |= {"BR": FORM_TILE[0], "BC": FORM_TILE[1]}
         _launch("finish_matrix", grid, None, table, matrices, loss, slopes, checks, **constants)
     return loss, slopes, checks
