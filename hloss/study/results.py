@@ -15,7 +15,7 @@ from hloss.runs.datasets import Dataset, open_dataset
 from hloss.runs.errors import ConfigError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import read_result
-from hloss.runs.provenance import code_sha256
+from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
@@ -24,13 +24,13 @@ TRAINED_ALIKE = ("network", "weights", "embedding_dim", "chosen_how", "trained_o
 
 
 def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
-    """Finished runs that other code made, or other data than that of `cards`: dataset -> hash of its card, if known."""
-    code, stale = code_sha256(), []
+    """Finished runs whose fingerprint is not the present one. cards: hash of each dataset's card, where it is known."""
+    stale = []
     for run in study.runs:
         if result := read_result(run.config.folder):
             made_by = result["fingerprint"]
             known_card = cards.get(run.config.dataset, made_by["card_sha256"])
-            if made_by != {"code_sha256": code, "card_sha256": known_card}:
+            if made_by != fingerprint(run.config, known_card):
                 stale.append(run)
     return stale
 
@@ -53,13 +53,21 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result yet; run it first")
-    if table.code_sha256.nunique() > 1 and not keep:
-        raise ConfigError(
-            f"the runs of study {study.name!r} were made by {table.code_sha256.nunique()} versions of the code; "
-            "run the study again, or mix them knowingly with KEEP=1"
-        )
+    if not keep:
+        _refuse_versions(study.name, table)
     refuse_mixed(table)
     return table
+
+
+def _refuse_versions(study: str, table: pd.DataFrame) -> None:
+    """ConfigError if several versions of the code or of a package that settings name made the results."""
+    for column in ("code_sha256", *NAMED_PACKAGES):
+        if column in table and (versions := table[column].nunique()) > 1:
+            what = "the code" if column == "code_sha256" else column
+            raise ConfigError(
+                f"the runs of study {study!r} were made by {versions} versions of {what}; "
+                "run the study again, or mix them knowingly with KEEP=1"
+            )
 
 
 def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:

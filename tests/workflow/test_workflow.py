@@ -341,7 +341,7 @@ def test_a_plan_counts_what_is_left_of_a_run(config, tmp_path):
 def test_a_plan_counts_what_other_code_or_data_made_as_to_redo(config, monkeypatch):
     carry_out(config, lambda line: None)
     assert "1 of 1 runs are done" in plan_study.plan(study_of(config), 0, {})
-    monkeypatch.setattr("hloss.study.results.code_sha256", lambda: "other")
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
     text = plan_study.plan(study_of(config), 0, {})
     assert re.search(r"method 0, seed 0 +to redo +4\.00 ", text)
     assert "0 of 1 runs are done" in text
