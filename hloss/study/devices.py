@@ -11,6 +11,8 @@ from typing import IO
 
 import torch
 
+CPU_NAMES = ("x86_64", "AMD64", "aarch64", "arm64")  # what a result names as its device, if not a GPU's name
+
 
 def visible_devices() -> list[str]:
     """Names of the GPUs that a study may use: those of CUDA_VISIBLE_DEVICES, all of the machine if it is not set."""

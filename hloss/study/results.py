@@ -20,6 +20,7 @@ from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_va
 from hloss.study.statistics import bootstrap_over_classes
 
 ALL_ALIKE = ("protocol", "card_sha256", "prepared")  # in all runs: of one dataset, of one split
+MAKERS = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
 TRAINED_ALIKE = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # in the trained runs of a dataset
 
 
@@ -47,7 +48,7 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         row: dict[str, Any] = {"complete": False}
         if result := read_result(run.config.folder):
             dataset = opened(run.config.data_folder)
-            row = _of_result(run, result, dataset, run.config.seed == first[run.dataset])
+            row = result_row(run, result, dataset, run.config.seed == first[run.dataset])
         rows.append(_of_study(study, run) | row)
     rows += [_of_study(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
     table = pd.DataFrame(rows)
@@ -85,8 +86,8 @@ def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
     }
 
 
-def _of_result(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: bool) -> dict[str, Any]:
-    """What the run's folder says of it."""
+def result_row(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: bool) -> dict[str, Any]:
+    """What the run's folder says of it. first: also the exact probability of reverse, of a run that compares losses."""
     history = pd.read_parquet(run.config.folder / "history.parquet")
     validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
     density = result["similarity_density"]
@@ -111,12 +112,12 @@ def _of_result(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: b
         "reverse_probability": _reverse_probability(run, dataset) if first else math.nan,
         "panel": json.dumps(result["panel"]),
         **result["fingerprint"],
-        **_provenance(result["provenance"]),
+        **provenance_columns(result["provenance"]),
     }
 
 
-def _provenance(told: dict[str, Any]) -> dict[str, Any]:
-    """Where a result came from, as far as the table of all says it."""
+def provenance_columns(told: dict[str, Any]) -> dict[str, Any]:
+    """Where a result came from, as columns of the table."""
     return {
         "git_commit": f"{told['git_commit'] or 'no git'}{' with changes' * told['git_dirty']}",
         "device": told["device"],

@@ -23,13 +23,12 @@ from hloss.runs.checkpoints import read_status
 from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.files import read_result
-from hloss.study.devices import visible_devices
+from hloss.study.devices import CPU_NAMES, visible_devices
 from hloss.study.results import stale_runs
 from hloss.study.slurm import is_slurm
 from hloss.study.spec import Study, StudyRun, load_study
 
 MEASURED = Path("workflow/measured.csv")
-CPUS = ("x86_64", "AMD64", "aarch64", "arm64")  # what a result names as its device, if not a GPU's name
 SAME = ("dataset", "network", "batch_size", "micro_batch", "devices")  # two runs alike in these cost the same
 COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
 Kind = tuple[str, ...]
@@ -199,7 +198,7 @@ def measured(folder: Path) -> dict[Kind, Cost]:
     for file in folder.glob("*/*/result.json"):
         result = read_result(file.parent)
         assert result is not None
-        kind = _kind(result["config"], "cpu" if result["provenance"]["device"] in CPUS else "cuda")
+        kind = _kind(result["config"], "cpu" if result["provenance"]["device"] in CPU_NAMES else "cuda")
         trained = result["config"]["iterations"] + result["config"]["refit"] * result["chosen"]["iteration"]
         seconds = result["training_seconds"] / max(trained, 1)
         disk = sum(f.stat().st_size for f in file.parent.iterdir()) / 2**20
