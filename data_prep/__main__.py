@@ -1,6 +1,7 @@
 """`python -m data_prep NAME --source PATH [--out data/NAME]`: turn a source into a prepared dataset.
 
 `python -m data_prep list` says what there is, what is prepared, and where to get the rest; nothing is downloaded.
+`python -m data_prep check data/NAME` describes a prepared dataset, warnings first.
 """
 
 import argparse
@@ -11,10 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_prep import cub, cuhk03, folder, glyphs, market1501, sop
+from data_prep import check, cub, cuhk03, folder, glyphs, market1501, sop
 from data_prep.conversion import Options
 from data_prep.originals import listing
 from data_prep.prepared import PreparationError
+from hloss.runs.errors import DatasetError
 from hloss.runs.images import FILTERS, ImageSettings
 
 PUBLISHED = {"cub": cub, "sop": sop, "cuhk03": cuhk03, "market1501": market1501}
@@ -26,9 +28,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.name == "list":
             print(listing(descriptions(), options.data))
+        elif options.name == "check":
+            print(check.page(options.folder))
         else:
             report(options.name, options)
-    except (PreparationError, OSError) as error:
+    except (PreparationError, DatasetError, OSError) as error:
         sys.exit(f"data_prep {options.name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"data_prep {options.name}: interrupted, nothing was written")
@@ -38,10 +42,8 @@ def report(name: str, options: argparse.Namespace) -> None:
     """Prepare the dataset and say what came of it."""
     out = options.out or Path("data") / name
     card = prepare(name, out, options)
-    skipped = len(card.get("skipped_images", ()))
     print(f"{out}: {card['images']} images of {sum(card['classes'].values())} classes, {card['classes']}")
-    if skipped:
-        print(f"{skipped} images were skipped; {out / 'card.json'} names them")
+    print(f"{check.summary(out)}\n`python -m data_prep check {out}` says more".lstrip())
 
 
 def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
@@ -51,15 +53,17 @@ def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
     if name == "cuhk03":
         choice = cuhk03.Choice(options.boxes, options.camera_pairs, options.test_set, options.index_file)
         return cuhk03.prepare(options.source, out, chosen(cuhk03.OPTIONS, options), choice)
-    module = folder if name == "folder" else PUBLISHED[name]
-    return module.prepare(options.source, out, chosen(module.OPTIONS, options))
+    if name == "folder":
+        return folder.prepare(options.source, out, chosen(folder.OPTIONS, options), options.last_folder)
+    return PUBLISHED[name].prepare(options.source, out, chosen(PUBLISHED[name].OPTIONS, options))
 
 
 def chosen(defaults: Options, options: argparse.Namespace) -> Options:
     """A dataset's options with those given on the command line."""
     given = {k: v for k, v in vars(options).items() if v is not None}
-    height, width = given.get("size", (defaults.image_settings.height, defaults.image_settings.width))
-    image_settings = ImageSettings(height, width, given.get("fit", defaults.image_settings.fit), given.get("crop"))
+    default = defaults.image_settings
+    height, width = given.get("size", (default.height, default.width))
+    image_settings = ImageSettings(height, width, given.get("fit", default.fit), given.get("crop"))
     rest = {k: given[k] for k in ("val_fraction", "seed", "any_checksum", "skip_bad") if k in given}
     return dataclasses.replace(defaults, image_settings=image_settings, **rest)
 
@@ -77,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     command = commands.add_parser("list", help="what there is, what is prepared, where to get the rest")
     command.add_argument("--data", type=Path, default=Path("data"), help="folder of the prepared datasets (data)")
+    command = commands.add_parser("check", help="describe a prepared dataset, warnings first")
+    command.add_argument("folder", type=Path, help="data/NAME")
     command = commands.add_parser("glyphs", help="the embedded dataset")
     command.add_argument("--out", type=Path, help="folder to write (data/glyphs)")
     for name, module in PUBLISHED.items():
@@ -91,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
             _add_cuhk03(command)
     command = commands.add_parser("folder", help="your own images: class-named folders, or a CSV", **_described(folder))
     _add_common(command, "folder", folder.OPTIONS)
+    help = "images may be deeper than CLASS/IMAGE; their last folder is the class"
+    command.add_argument("--last-folder", action="store_true", help=help)
     return parser
 
 
@@ -99,15 +107,13 @@ def _described(module: ModuleType) -> dict[str, Any]:
 
 
 def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) -> None:
-    image_settings, share = defaults.image_settings, defaults.val_fraction
+    default, share = defaults.image_settings, defaults.val_fraction
     command.add_argument(
         "--source", type=Path, required=True, help="the archive or its extracted folder (folder: or CSV)"
     )
     command.add_argument("--out", type=Path, help=f"folder to write (data/{name})")
-    command.add_argument(
-        "--size", type=_size, help=f"HEIGHTxWIDTH in pixels ({image_settings.height}x{image_settings.width})"
-    )
-    help = f"pad: keep the aspect ratio, white around; stretch: do not keep it ({image_settings.fit})"
+    command.add_argument("--size", type=_size, help=f"HEIGHTxWIDTH in pixels ({default.height}x{default.width})")
+    help = f"pad: keep the aspect ratio, white around; stretch: do not keep it ({default.fit})"
     command.add_argument("--fit", choices=list(FILTERS), help=help)
     help = f"training classes held out for validation: a fraction, or from 1 on a number ({share:g})"
     command.add_argument("--val-fraction", type=_positive, help=help)

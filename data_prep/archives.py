@@ -2,7 +2,7 @@
 
 Refused, before anything is decoded: a member whose path leaves the folder, links and devices, two members of one name,
 encrypted members, an archive that unpacks to more than MAX_RATIO times its size, and one that ends too early.
-Files that only operating systems put there (STRAY) are passed over and counted.
+Hidden files, hidden folders and what operating systems and tools leave behind (`system_part`) are ignored and counted.
 """
 
 import gzip
@@ -24,7 +24,18 @@ from tqdm import tqdm
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError
 
-STRAY = ("Thumbs.db", ".DS_Store", "desktop.ini")
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+SYSTEM_FOLDERS = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "RECYCLER",
+    "System Volume Information",
+    "lost+found",
+    "CVS",
+)
 MAX_RATIO = 100  # unpacked to packed bytes; the originals have about 1
 FREE_BYTES = 2**26  # below this, an archive may have any ratio
 MAX_FILE_BYTES = 2**27  # of a file that is read into memory
@@ -36,7 +47,7 @@ DAMAGED = (EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadG
 class Source:
     """A folder or an archive: `files` maps names below `prefix` to sizes in bytes; `texts` are the files asked for.
 
-    `ignored` counts the stray files by name.
+    `ignored` counts the ignored files: by name, or by the hidden or system folder (with a slash) that holds them.
     """
 
     path: Path
@@ -68,13 +79,17 @@ class Source:
         return self.texts[name].decode("utf-8", errors="replace")
 
 
-def open_source(path: Path, texts: Collection[str] = ()) -> Source:
-    """List a folder, a zip or a gzipped tar archive, and read its files that have one of the names `texts`."""
+def open_source(path: Path, texts: Collection[str] = (), wanted: Collection[str] | None = None) -> Source:
+    """List a folder, a zip or a gzipped tar archive, and read its files that have one of the names `texts`.
+
+    `wanted` names the files of a folder that will be read, where that is known: none of them is ignored, and links
+    elsewhere do not matter.
+    """
     path = Path(path)
     if not path.exists():
         raise PreparationError(f"--source {path} does not exist")
     if path.is_dir():
-        return _open_folder(path, texts)
+        return _open_folder(path, texts, wanted)
     with open(path, "rb") as file:
         start = file.read(4)
     with refusing_damage(path):
@@ -174,30 +189,45 @@ def refusing_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def is_stray(name: str) -> bool:
-    """Whether an operating system left this file there."""
+def system_part(name: str) -> str | None:
+    """The outermost hidden or system folder of a path, with a slash, or its hidden or system file; None without any."""
     parts = PurePosixPath(name).parts
-    return parts[-1] in STRAY or parts[-1].startswith("._") or "__MACOSX" in parts
+    for i, part in enumerate(parts, start=1):
+        if part.startswith(".") or part in SYSTEM_FOLDERS or part.lower() in SYSTEM_FILES:
+            return part if i == len(parts) else f"{part}/"
+    return None
 
 
-def _open_folder(path: Path, texts: Collection[str]) -> Source:
+def _is_file_below(link: Path, root: Path) -> bool:
+    return link.is_file() and link.resolve().is_relative_to(root)
+
+
+def _open_folder(path: Path, texts: Collection[str], wanted: Collection[str] | None) -> Source:
     root = path.resolve()
     sizes = {}
-    for folder, folders, files in os.walk(root, onerror=_refuse):
-        for name in [*folders, *files]:
-            place = Path(folder) / name
-            if place.is_symlink() and (place.is_dir() or not place.resolve().is_relative_to(root)):
+
+    def is_used(name: str) -> bool:
+        if wanted is None:
+            return system_part(name) is None
+        return name in wanted or any(file.startswith(f"{name}/") for file in wanted)
+
+    def refuse(error: OSError) -> None:
+        if is_used(Path(error.filename).relative_to(root).as_posix()):
+            raise PreparationError(f"{error.filename} cannot be read ({error.strerror})")
+
+    for folder, folders, files in os.walk(root, onerror=refuse):
+        for entry in [*folders, *files]:
+            place = Path(folder) / entry
+            name = place.relative_to(root).as_posix()
+            if not place.is_symlink() or _is_file_below(place, root):
+                if not place.is_dir():
+                    sizes[name] = place.stat().st_size
+            elif is_used(name):
                 raise PreparationError(
-                    f"{place} is a link to a folder or out of {path}; put the files themselves there"
+                    f"{place} is a link to a folder, to nothing or out of {path}; put the files themselves there"
                 )
-            if name in files:
-                sizes[place.relative_to(root).as_posix()] = place.stat().st_size
-    source = _source(root, "folder", dict(sorted(sizes.items())))
+    source = _source(root, "folder", dict(sorted(sizes.items())), wanted)
     return replace(source, texts=dict(read(source, _of_name(source.files, texts))))
-
-
-def _refuse(error: OSError) -> None:
-    raise PreparationError(f"{error.filename} cannot be read ({error.strerror})")
 
 
 def _open_zip(path: Path, texts: Collection[str]) -> Source:
@@ -291,7 +321,7 @@ def _of_name(files: Iterable[str], names: Collection[str]) -> list[str]:
     return [file for file in files if PurePosixPath(file).name in names]
 
 
-def _source(path: Path, kind: str, sizes: dict[str, int]) -> Source:
-    stray = Counter(PurePosixPath(name).name for name in sizes if is_stray(name))
-    files = {name: size for name, size in sizes.items() if not is_stray(name)}
-    return Source(path, kind, files, {}, dict(sorted(stray.items())))
+def _source(path: Path, kind: str, sizes: dict[str, int], wanted: Collection[str] | None = None) -> Source:
+    ignored = {name: part for name in sizes.keys() - set(wanted or ()) if (part := system_part(name))}
+    files = {name: size for name, size in sizes.items() if name not in ignored}
+    return Source(path, kind, files, {}, dict(sorted(Counter(ignored.values()).items())))

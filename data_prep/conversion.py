@@ -23,7 +23,7 @@ LISTED = 20  # bad images named in a message; the card names all
 
 @dataclass(frozen=True)
 class Options:
-    """What every dataset lets choose: the image_settings of its images, the held-out classes, what is overlooked."""
+    """Options of every dataset: how images are resized, which classes validate, which faults are accepted."""
 
     image_settings: ImageSettings
     val_fraction: float = 0.1
@@ -73,9 +73,9 @@ def fill(
     card: dict,
 ) -> None:
     """Write a prepared dataset into `folder`, from pairs of a row and its image (a file's bytes or uint8 (h, w, 3))."""
-    image_settings = options.image_settings
-    pixels = create_images(folder, len(index), image_settings.height, image_settings.width, 3)
-    bad = _decode_all(pixels, images, image_settings, card["name"])
+    settings = options.image_settings
+    pixels = create_images(folder, len(index), settings.height, settings.width, 3)
+    bad = _decode_all(pixels, images, settings, card["name"])
     skipped = {index.source.iloc[row]: reason for row, reason in sorted(bad.items())}
     if skipped and not options.skip_bad:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:LISTED])
@@ -94,7 +94,7 @@ def fill(
 
 
 def _decode_all(
-    pixels: np.memmap, images: Iterable[tuple[int, bytes | np.ndarray]], image_settings: ImageSettings, name: str
+    pixels: np.memmap, images: Iterable[tuple[int, bytes | np.ndarray]], settings: ImageSettings, name: str
 ) -> dict[int, str]:
     """Fill the rows of `images.npy`; returns why a row could not be, by row. Pillow works outside of Python's lock."""
     # Written to the file and not through the map: mapped pages would count as this process's memory, and a write
@@ -105,7 +105,7 @@ def _decode_all(
 
     def work(row: int, image: bytes | np.ndarray) -> None:
         try:
-            _write_all(descriptor, image_settings(image), start + row * row_bytes)
+            _write_all(descriptor, settings(image), start + row * row_bytes)
         except BadImage as error:
             bad[row] = str(error)
 

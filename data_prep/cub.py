@@ -11,6 +11,7 @@ from data_prep.archives import Source, table
 from data_prep.conversion import Options, begin, convert
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_classes, check_counts, count, hold_out
+from hloss.runs.datasets import COLUMNS
 from hloss.runs.images import ImageSettings
 
 ORIGINAL = Original(
@@ -78,7 +79,7 @@ def read_index(source: Source) -> pd.DataFrame:
         (labels[image], "train" if labels[image] <= n_train else "test", "both", -1, f"images/{path}")
         for image, path in paths.items()
     ]
-    index = pd.DataFrame(rows, columns=["label", "split", "role", "camera", "source"])
+    index = pd.DataFrame(rows, columns=list(COLUMNS))
     check_counts(ORIGINAL.title, count(index), PUBLISHED)
     return index
 

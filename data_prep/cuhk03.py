@@ -18,7 +18,9 @@ from scipy.io import loadmat
 from data_prep.archives import extract
 from data_prep.conversion import Options, begin, fill
 from data_prep.originals import Original
-from data_prep.prepared import PreparationError, check_counts, count, hash_file, hold_out, new_folder
+from data_prep.prepared import PreparationError, check_counts, count, hold_out, new_folder
+from hloss.runs.datasets import COLUMNS
+from hloss.runs.files import file_sha256
 from hloss.runs.images import ImageSettings
 
 ORIGINAL = Original(
@@ -44,7 +46,6 @@ SLOTS = 10  # images of an identity: five of each view
 VAL_CLASSES = 100
 OPTIONS = Options(ImageSettings(160, 60, "stretch"), val_fraction=VAL_CLASSES)
 MAT = "cuhk-03.mat"
-COLUMNS = ("label", "split", "role", "camera", "source")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Choice:
     def settings(self) -> dict:
         """For the card."""
         if self.index_file:
-            index = {"index_file": self.index_file.name, "index_sha256": hash_file(self.index_file)}
+            index = {"index_file": self.index_file.name, "index_sha256": file_sha256(self.index_file)}
             return {"boxes": self.boxes, "camera_pairs": 5, **index}
         return {"boxes": self.boxes, "camera_pairs": self.camera_pairs, "test_set": self.test_set}
 

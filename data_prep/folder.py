@@ -1,43 +1,64 @@
 """Anyone's own images: a folder with one folder per class, or a CSV.
 
 The CSV has the columns path (relative to its folder) and label, and optionally split (train/val/test), camera (a whole
-number) and role (both/query/gallery/junk/distractor/pool; junk and distractors need no label). Where no split is given,
-half of the classes are drawn for the test, and `val_fraction` of the others for validation; where train and test are
-given but no val, only the latter.
+number) and role (both/query/gallery/junk/distractor/pool; junk and distractors need no label). Commas, semicolons, tabs
+or bars separate its columns. Where no split is given, half of the classes are drawn for the test, and `val_fraction` of
+the others for validation; where train and test are given but no val, only the latter. Where `val_fraction` would be too
+few classes to choose a checkpoint by, up to half of them are held out.
 """
 
-import io
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
 from data_prep.archives import Source, open_source
+from data_prep.check import MIN_VAL_CLASSES, MIN_VAL_QUERIES, can_choose, usable
 from data_prep.conversion import Options, convert
-from data_prep.prepared import ROLES, SPLITS, PreparationError, check_replaceable, hold_out
+from data_prep.image_csv import NOBODY, check_present, read_csv
+from data_prep.prepared import PreparationError, check_replaceable, hold_out
+from hloss.runs.datasets import query_counts
 from hloss.runs.images import EXTENSIONS, ImageSettings
 
 OPTIONS = Options(ImageSettings(256, 256, "pad"))
 TEST_SHARE = 0.5  # of the classes, as in CUB and Online Products
-REQUIRED, OPTIONAL = ("path", "label"), ("split", "camera", "role")
-NOBODY = ("junk", "distractor")
 RECALL_AT = {"all-vs-rest": [1, 2, 4, 8, 16, 32], "market1501": [1, 5, 10, 15, 20]}
 
 
-def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
-    """Write the images of a folder or CSV as the prepared dataset `out`; returns the card."""
+def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bool = False) -> dict:
+    """Write the images of a folder or CSV as the prepared dataset `out`.
+
+    Args:
+        source: the folder or the CSV.
+        out: the folder to write.
+        options: size of the images, validation classes, accepted faults.
+        last_folder: whether images may lie deeper than CLASS/IMAGE; their last folder is the class.
+
+    Returns:
+        The card.
+
+    Raises:
+        PreparationError: the images, the classes or the CSV cannot become a dataset; nothing is written.
+    """
     source, out = Path(source), Path(out)
     check_replaceable(out, out.name)
-    if source.is_file() and source.suffix.lower() == ".csv":
-        opened, listed, kind = open_source(source.parent), read_csv(source), "a CSV of images"
+    if source.is_file() and source.suffix.lower() in (".csv", ".tsv"):
+        listed, kind = read_csv(source), "a CSV of images"
+        opened = open_source(source.parent, wanted=set(listed.path))
+        check_present(source, listed.path, opened)
+        unused = {}
     elif source.is_dir():
         opened = open_source(source)
-        listed, kind = read_folders(opened), "class-named folders of images"
+        listed, kind = read_folders(opened, last_folder), "class-named folders of images"
+        unused = unread_files(opened)
     else:
         raise PreparationError(f"--source {source} is neither a folder nor a .csv file")
     index, names = number_classes(listed)
     index = split(index, options)
     protocol = choose_protocol(index)
+    check_test(index, protocol)
+    index, options = choose_validation(index, protocol, options)
     card = {
         "name": out.name,
         "source": kind,
@@ -48,64 +69,47 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
         "recall_at": RECALL_AT[protocol],
         "settings": {**options.settings(), "test_share": TEST_SHARE if "split" not in listed else "given"},
         "class_names": names,
+        **({"unused_files": unused} if unused else {}),
     }
     return convert(out, opened, index, options, card)
 
 
-def read_folders(source: Source) -> pd.DataFrame:
+def read_folders(source: Source, last_folder: bool = False) -> pd.DataFrame:
     """path and label of each image: its label is the name of its folder."""
-    images = [name for name in source.files if name.lower().endswith(EXTENSIONS)]
-    wrong = [name for name in images if name.count("/") != 1]
-    if wrong or not images:
+    images = [name for name in source.files if is_image(name)]
+    loose = [name for name in images if "/" not in name]
+    deep = [name for name in images if name.count("/") > 1 and not last_folder]
+    if not images:
         raise PreparationError(
-            f"{source.path}: {wrong[0] if wrong else 'no image'} is directly in the folder of a class (CLASS/IMAGE); "
-            "move the images, or name them in a CSV"
+            f"{source.path} holds no image in a folder of its class (CLASS/IMAGE); the names of images end in "
+            f"{', '.join(EXTENSIONS)}"
         )
-    return pd.DataFrame({"path": images, "label": [name.partition("/")[0] for name in images]})
-
-
-def read_csv(file: Path) -> pd.DataFrame:
-    """The rows of a CSV as text, its columns and paths checked."""
-    try:
-        listed = pd.read_csv(io.BytesIO(file.read_bytes()), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, pd.errors.ParserError) as error:
-        raise PreparationError(f"{file} cannot be read as CSV in UTF-8: {error}") from error
-    lacking = [c for c in REQUIRED if c not in listed]
-    unknown = [c for c in listed if c not in REQUIRED + OPTIONAL]
-    if lacking or unknown or listed.empty:
+    if loose:
         raise PreparationError(
-            f"{file} {'lacks ' + ', '.join(lacking) if lacking else 'has the columns ' + ', '.join(listed)} "
-            f"({len(listed)} rows); the columns are {', '.join(REQUIRED)}, and optionally {', '.join(OPTIONAL)}"
+            f"{source.path}: {len(loose)} of {len(images)} images are in no folder of a class, the first is "
+            f"{loose[0]}; move the images (CLASS/IMAGE), or name them in a CSV"
         )
-    for path in listed.path:
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts or "\\" in path:
-            raise PreparationError(f"{file}: path {path!r} leads out of the CSV's folder; give paths below it, with /")
-    listed["path"] = [PurePosixPath(path).as_posix() for path in listed.path]
-    _check_values(file, listed)
-    return listed
+    if deep:
+        raise PreparationError(
+            f"{source.path}: {len(deep)} of {len(images)} images are deeper than CLASS/IMAGE, the first is {deep[0]}; "
+            f"pass --last-folder to take the last folder as the class (here {PurePosixPath(deep[0]).parent.name!r}; "
+            "folders of one name are one class), or name the images in a CSV"
+        )
+    return pd.DataFrame({"path": images, "label": [PurePosixPath(name).parent.name.strip() for name in images]})
 
 
-def _check_values(file: Path, listed: pd.DataFrame) -> None:
-    role = listed.role if "role" in listed else pd.Series("both", index=listed.index)
-    rules = {
-        "split": lambda v: v in SPLITS,
-        "role": lambda v: v in ROLES,
-        "camera": lambda v: v == "" or v.isdigit(),
-    }
-    for column, allowed in rules.items():
-        if column in listed:
-            wrong = [v for v in listed[column] if not allowed(v)]
-            if wrong:
-                meant = {"split": SPLITS, "role": ROLES, "camera": ("a whole number or nothing",)}[column]
-                raise PreparationError(f"{file}: {column} is {wrong[0]!r} in a row, allowed are {', '.join(meant)}")
-    unnamed = listed.path[(listed.label == "") & ~role.isin(NOBODY)]
-    if len(unnamed):
-        raise PreparationError(f"{file}: {unnamed.iloc[0]} has no label; only junk and distractors have none")
-    twice = listed.path[listed.path.duplicated()]
-    if len(twice):
-        labels = sorted(set(listed.label[listed.path == twice.iloc[0]]))
-        raise PreparationError(f"{file} names {twice.iloc[0]} twice, with labels {labels}; an image has one row")
+def is_image(name: str) -> bool:
+    """Whether a file has an extension of the image formats that are read."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def unread_files(source: Source) -> dict[str, dict]:
+    """The files that are no images: for each extension their number and the first names."""
+    found: dict[str, list[str]] = {}
+    for name in source.files:
+        if not is_image(name):
+            found.setdefault(PurePosixPath(name).suffix.lower() or "no extension", []).append(name)
+    return {suffix: {"files": len(names), "first": names[:3]} for suffix, names in sorted(found.items())}
 
 
 def number_classes(listed: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -127,7 +131,7 @@ def number_classes(listed: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def split(index: pd.DataFrame, options: Options) -> pd.DataFrame:
-    """The index with every class in train, val or test."""
+    """The index with every class in train or test, or in val where that is given."""
     if (index.split == "").all():
         classes = np.unique(index.label[index.label >= 0])
         if len(classes) < 4:
@@ -144,7 +148,56 @@ def split(index: pd.DataFrame, options: Options) -> pd.DataFrame:
     if (crossing > 1).any():
         names = index.source[index.label == crossing.index[crossing > 1][0]]
         raise PreparationError(f"the class of {names.iloc[0]} is in more than one split; a class belongs to one")
-    return index if (index.split == "val").any() else hold_out(index, options.val_fraction, options.seed)
+    return index
+
+
+def check_test(index: pd.DataFrame, protocol: str) -> None:
+    """Refuse a test without any query that has both a match and a rival."""
+    test = index[index.split == "test"]
+    queries = query_counts(test, protocol)
+    if ((queries.matches > 0) & (queries.rivals > 0)).any():
+        return
+    gallery = set(test.label[test.role.isin(["gallery", "both"])])
+    remedy = (
+        "give at least two test classes, with two images or more"
+        if protocol == "all-vs-rest"
+        else "a match is a gallery image of the query's class under another camera"
+    )
+    raise PreparationError(
+        f"the test would measure nothing: of {len(queries)} queries {(queries.matches > 0).sum()} have a match and "
+        f"{(queries.rivals > 0).sum()} a rival ({queries.label.nunique()} query classes, "
+        f"{len(gallery & set(queries.label))} of them in the gallery, {test.camera.nunique()} cameras, protocol "
+        f"{protocol}); {remedy}"
+    )
+
+
+def choose_validation(index: pd.DataFrame, protocol: str, options: Options) -> tuple[pd.DataFrame, Options]:
+    """The index with validation classes that can choose a checkpoint, and the options that hold them out of train."""
+    if (index.split == "val").any():
+        if can_choose(index, protocol):
+            return index, options
+        raise PreparationError(f"{_few(index, protocol)}; name more in the CSV's column split")
+    held = hold_out(index, options.val_fraction, options.seed)
+    if can_choose(held, protocol):
+        return held, options
+    total, least = index.label[index.split == "train"].nunique(), held.label[held.split == "val"].nunique() + 1
+    remedy = f"give more classes or images (there are {total} classes for training and validation)"
+    for n in range(least, total - 1):
+        more = hold_out(index, n, options.seed)
+        if can_choose(more, protocol):
+            if n <= total / 2:
+                return more, replace(options, val_fraction=n)
+            remedy += f", or hold out {n} of them with --val-fraction {n}"
+            break
+    raise PreparationError(f"{_few(held, protocol)}; {remedy}")
+
+
+def _few(index: pd.DataFrame, protocol: str) -> str:
+    classes, queries = usable(index, "val", protocol)
+    return (
+        f"validation cannot choose a checkpoint: {queries} queries of {classes} classes have a match and a rival, "
+        f"{MIN_VAL_QUERIES} of {MIN_VAL_CLASSES} are needed"
+    )
 
 
 def choose_protocol(index: pd.DataFrame) -> str:

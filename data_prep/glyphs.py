@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data_prep.glyph_drawing import FACES, check_faces, draw
 from data_prep.glyph_list import LIST_FILE
 from data_prep.prepared import create_images, finish, new_folder
+from hloss.runs.datasets import COLUMNS
 
 SIDE = 32
 SEED = 20161128  # of jitter and split; chosen once, before any training
@@ -55,7 +56,7 @@ def prepare(out: Path) -> dict:
         for i, (character, face) in enumerate(tqdm(inks, desc="glyphs", unit="images", mininterval=1)):
             images[i, :, :, 0] = jitter(draw(character, face), rng)
         images.flush()
-        index = pd.DataFrame(rows, columns=["label", "split", "role", "camera", "source"])
+        index = pd.DataFrame(rows, columns=list(COLUMNS))
         finish(folder, index, card())
     return json.loads((Path(out) / "card.json").read_text())
 

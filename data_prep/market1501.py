@@ -14,6 +14,7 @@ from data_prep.archives import Source
 from data_prep.conversion import Options, begin, convert
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_classes, check_counts, hold_out
+from hloss.runs.datasets import COLUMNS
 from hloss.runs.images import EXTENSIONS, ImageSettings
 
 ORIGINAL = Original(
@@ -78,7 +79,7 @@ def read_index(source: Source) -> pd.DataFrame:
     queried = index.label[index.role == "query"]
     index = index[(index.role != "pool") | index.label.isin(queried)].reset_index(drop=True)
     _check(index)
-    return index[["label", "split", "role", "camera", "source"]]
+    return index[list(COLUMNS)]
 
 
 def _read_name(name: str, role: str) -> tuple[int, str, int]:

@@ -1,25 +1,23 @@
 """The one way a prepared dataset is written: into a temporary folder beside its place, then renamed."""
 
 import errno
-import fcntl
 import glob
-import hashlib
 import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-SPLITS = ("train", "val", "test")
-ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")
-FILES = ("card.json", "images.npy", "index.parquet")
-FORMAT = 1
+from hloss.runs.datasets import COLUMNS, FILES, FORMAT, ROLES, SPLITS, index_sha256
+from hloss.runs.errors import LockedError
+from hloss.runs.files import file_lock, file_sha256
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,14 +36,13 @@ def new_folder(out: Path, name: str | None = None) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.preparing-"
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # what an interrupted preparation left
-        _remove_unless_held(left)
+        _remove_unless_locked(left)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # tells another process that this folder is alive; ends with the process
-        yield folder
-        folder.chmod(0o755)
-        _take_place(folder, out)
+        with _preparation_lock(folder):  # tells another process that this folder is in use
+            yield folder
+            folder.chmod(0o755)
+            _take_place(folder, out)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -53,7 +50,6 @@ def new_folder(out: Path, name: str | None = None) -> Iterator[Path]:
             f"no space left on the device of {out.parent.resolve()}; free some or choose another --out"
         ) from error
     finally:
-        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -79,15 +75,16 @@ def check_replaceable(out: Path, name: str | None = None) -> None:
             raise PreparationError(f"{out} holds the prepared dataset {other!r}, not {name!r}; choose another --out")
 
 
-def _remove_unless_held(left: Path) -> None:
-    held = os.open(left, os.O_RDONLY)
+def _preparation_lock(folder: Path) -> AbstractContextManager[None]:
+    return file_lock(folder, f"is preparing {folder}")
+
+
+def _remove_unless_locked(left: Path) -> None:
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PreparationError(f"another process is preparing {left}; wait for it or end it") from None
-    finally:
-        os.close(held)
-    shutil.rmtree(left)
+        with _preparation_lock(left):
+            shutil.rmtree(left)
+    except LockedError as error:
+        raise PreparationError(str(error)) from None
 
 
 def _take_place(folder: Path, out: Path) -> None:
@@ -215,8 +212,8 @@ def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
         "classes": {s: int(known[known.split == s].label.nunique()) for s in SPLITS},
         "images_per_split": {s: int((index.split == s).sum()) for s in SPLITS},
         "roles": roles,
-        "pixel_sha256": hash_file(folder / "images.npy"),
-        "index_sha256": hash_index(index),
+        "pixel_sha256": file_sha256(folder / "images.npy"),
+        "index_sha256": index_sha256(index),
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     for name in FILES:
@@ -225,9 +222,8 @@ def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
 
 
 def _check(index: pd.DataFrame, images: np.ndarray) -> None:
-    expected = ["label", "split", "role", "camera", "source"]
-    if list(index.columns) != expected:
-        raise PreparationError(f"index columns are {list(index.columns)}, expected {expected}")
+    if tuple(index.columns) != COLUMNS:
+        raise PreparationError(f"index columns are {list(index.columns)}, expected {list(COLUMNS)}")
     if len(index) != len(images):
         raise PreparationError(f"index has {len(index)} rows for {len(images)} images")
     for column, allowed in (("split", SPLITS), ("role", ROLES)):
@@ -238,14 +234,3 @@ def _check(index: pd.DataFrame, images: np.ndarray) -> None:
     splits = known.groupby("label").split.nunique()
     if (splits > 1).any():
         raise PreparationError(f"classes {list(splits[splits > 1].index[:5])} are in more than one split")
-
-
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def hash_index(index: pd.DataFrame) -> str:
-    """Hex digest of the index's content (a parquet file's own bytes change with its writer's version)."""
-    return hashlib.sha256(index.to_csv(index=False).encode()).hexdigest()

@@ -8,6 +8,7 @@ from data_prep.archives import Source, table
 from data_prep.conversion import Options, begin, convert
 from data_prep.originals import Original
 from data_prep.prepared import PreparationError, check_classes, check_counts, count, hold_out
+from hloss.runs.datasets import COLUMNS
 from hloss.runs.images import ImageSettings
 
 ORIGINAL = Original(
@@ -62,7 +63,7 @@ def read_index(source: Source) -> pd.DataFrame:
                     "get the original again"
                 )
             rows.append((int(label), split, "both", -1, path))
-    index = pd.DataFrame(rows, columns=["label", "split", "role", "camera", "source"])
+    index = pd.DataFrame(rows, columns=list(COLUMNS))
     check_classes(
         "the lists", set(index.label), set(range(1, PUBLISHED["train classes"] + PUBLISHED["test classes"] + 1))
     )

@@ -1,4 +1,4 @@
-"""What losses and retrieval share: exact matrix products, checks of embeddings, norms."""
+"""Matrix products at full precision and checks of embeddings, for losses and retrieval. Nothing to read before."""
 
 import math
 from collections.abc import Iterator
@@ -7,27 +7,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-LONGEST = (1 + 1e-4) ** 0.5  # norm of an embedding that is not to be normalised
+LONGEST = (1 + 1e-4) ** 0.5  # the largest norm of an embedding taken as it is, 1 and some rounding
 
 
 class NotFiniteError(ValueError):
-    """Embeddings or a loss that are NaN or infinite: mostly a learning rate too high."""
-
-
-def check_finite(embeddings: Tensor) -> None:
-    """NotFiniteError, naming the rows, if embeddings (n, d) hold NaN or infinity."""
-    if not embeddings.isfinite().all():
-        rows = (~embeddings.isfinite().all(1)).nonzero().flatten().tolist()
-        raise NotFiniteError(f"embeddings must be finite, rows {rows[:10]} ({len(rows)} in all) hold NaN or infinity")
+    """Embeddings or a loss are NaN or infinite, mostly because of a learning rate too high."""
 
 
 def full_precision(embeddings: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 unchanged."""
     return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products in their own precision: no autocast, no TF32 or bf16 inside, restored after."""
+    """A context in which matrix products keep their dtype's precision: no autocast, no TF32, no bf16."""
     matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     backends = [b for b in matmuls if b is not None and hasattr(b, "fp32_precision")]
     if backends:
@@ -48,10 +42,38 @@ def exact_products(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
-def checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | None:
-    """The norms (n, 1) to divide by, None if the embeddings are to be taken as they are."""
+def check_embeddings(name: str, embeddings: Tensor) -> None:
+    """ValueError unless embeddings are floating of shape (n, d)."""
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(f"{name} must be floating of shape (n, d), got {embeddings.dtype} {tuple(embeddings.shape)}")
+
+
+def check_labels(labels: Tensor, n: int) -> None:
+    """ValueError unless labels are integers of shape (n,)."""
+    if labels.shape != (n,) or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of shape ({n},), got {labels.dtype} {tuple(labels.shape)}")
+
+
+def check_finite(embeddings: Tensor) -> None:
+    """NotFiniteError, naming the rows, if embeddings (n, d) hold NaN or infinity. One read from the device."""
+    if not math.isfinite(embeddings.detach().sum().item()):  # also if finite numbers overflow in the sum
+        refuse_not_finite("embeddings", ~embeddings.isfinite().all(1))
+
+
+def refuse_not_finite(name: str, mask: Tensor) -> None:
+    """NotFiniteError that names the rows of a mask (n,), if there are any."""
+    n, rows = int(mask.sum()), rows_where(mask)
+    if n:
+        more = f" and {n - len(rows)} more" if n > len(rows) else ""
+        raise NotFiniteError(f"{name} rows {rows}{more} hold NaN or infinity")
+
+
+def checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | None:
+    """The norms (n, 1) of checked embeddings; None if they are not to be divided by their norms.
+
+    ValueError for NaN, infinite and zero rows; without `normalize`, for rows longer than 1. One read from the device.
+    """
+    check_embeddings(name, embeddings)
     norms = torch.linalg.vector_norm(full_precision(embeddings.detach()), dim=1, keepdim=True)
     if len(norms):
         shortest, longest = torch.stack(norms.aminmax()).tolist()  # NaN spreads
@@ -61,9 +83,8 @@ def checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | No
 
 
 def _refuse_rows(name: str, norms: Tensor) -> None:
-    endless, zero = rows_where(~norms.isfinite()), rows_where(norms == 0)
-    if endless:
-        raise NotFiniteError(f"{name} rows {endless} hold NaN or infinity")
+    refuse_not_finite(name, ~norms.isfinite())
+    zero = rows_where(norms == 0)
     if zero:
         raise ValueError(f"{name} rows {zero} are zero and have no direction")
     raise ValueError(
@@ -73,5 +94,5 @@ def _refuse_rows(name: str, norms: Tensor) -> None:
 
 
 def rows_where(mask: Tensor) -> list[int]:
-    """The first ten rows of a mask."""
+    """The first ten rows where a mask (n,) is true."""
     return mask.nonzero().flatten()[:10].tolist()

@@ -1,4 +1,6 @@
-"""The losses the histogram loss is compared with, each as its own paper defines it.
+"""The losses that the histogram loss is compared with, each as its own paper defines it.
+
+Read `hloss.losses.pairwise` (similarities and distances of all pairs) before.
 
 Every loss is called as `loss(embeddings, labels)` with floating embeddings of shape (n, d) and integer labels of shape
 (n,), and returns a scalar of the embeddings' dtype (float32 for half precision; autocast is off inside). Pairs are the
@@ -10,6 +12,7 @@ normalises the embeddings, "euclidean" where it takes them as they are.
 
 Memory is O(n^2), also for the losses over triplets and quadruplets: a hinge is linear where it is active, so the sum
 over them is a sum over pairs, each weighted by the number of active terms it is in, and sorting tells that number.
+A call reads from the embeddings' device once, for its checks; labels may be on the CPU.
 """
 
 import math
@@ -18,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hloss.numerics import check_finite
+from hloss.losses.pairwise import cosine_similarities, root, squared_distances
+from hloss.losses.settings import ON_DEGENERATE, above_zero, at_least_zero, finite, one_of, switch
+from hloss.numerics import check_embeddings, check_finite, check_labels, full_precision
 
 ROUNDING = 1e-12  # squared distances of unit vectors that differ by less are equal: their float64 error is about 1e-15
 
@@ -35,22 +40,21 @@ class BinomialDeviance(nn.Module):
 
     def __init__(self, alpha: float = 2.0, beta: float = 0.5, C: float = 10.0, on_degenerate: str = "raise") -> None:
         super().__init__()
-        self.alpha = _positive("alpha", alpha)
-        self.beta = _finite("beta", beta)
-        self.C = _positive("C", C)
-        self.on_degenerate = _degenerate_mode(on_degenerate)
+        self.alpha = above_zero("alpha", alpha)
+        self.beta = finite("beta", beta)
+        self.C = above_zero("C", C)
+        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings = _checked(embeddings, labels)
-        positive, negative = _pairs(labels)
-        if not (positive.any() and negative.any()):
-            return _undefined(embeddings, positive, negative, self.on_degenerate)
-        positive, negative = positive.to(embeddings), negative.to(embeddings)
-        slope = self.alpha * (self.C * negative - positive)
-        similarity = _products(F.normalize(embeddings))
+        embeddings, same = _checked(embeddings, labels)
+        n_positive, n_negative = _pair_counts(embeddings, same)
+        if not (n_positive and n_negative):
+            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
+        slope = self.alpha * embeddings.new_full(same.shape, self.C).masked_fill_(same, -1)
+        weight = embeddings.new_full(same.shape, 1 / n_negative).masked_fill_(same, 1 / n_positive).fill_diagonal_(0)
+        similarity = cosine_similarities(embeddings)
         deviance = F.softplus(slope * (similarity - self.beta), threshold=40)  # the default 20 is off by 2e-9
-        # Both triangles are summed: every pair twice in the sum and twice in the count.
-        return (deviance * (positive / positive.sum() + negative / negative.sum())).sum()
+        return (deviance * weight).sum()
 
 
 class LiftedStructure(nn.Module):
@@ -64,26 +68,25 @@ class LiftedStructure(nn.Module):
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
         super().__init__()
-        self.margin = _finite("margin", margin)
-        self.normalize = _switch("normalize", normalize)
-        self.on_degenerate = _degenerate_mode(on_degenerate)
+        self.margin = finite("margin", margin)
+        self.normalize = switch("normalize", normalize)
+        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
 
     @property
     def metric(self) -> str:
         return "cosine" if self.normalize else "euclidean"
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings = _checked(embeddings, labels)
-        positive, negative = _pairs(labels)
-        if not (positive.any() and negative.any()):
-            return _undefined(embeddings, positive, negative, self.on_degenerate)
-        distance = _root(_squared_distances(embeddings, self.normalize))
-        rivals = (self.margin - distance).masked_fill(~negative, -torch.inf)
+        embeddings, same = _checked(embeddings, labels)
+        n_positive, n_negative = _pair_counts(embeddings, same)
+        if not (n_positive and n_negative):
+            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
+        distance = root(squared_distances(embeddings, self.normalize))
+        rivals = (self.margin - distance).masked_fill(same, -torch.inf)
         # A row without any negative does not exist here: it would have all labels equal to its own.
-        nearest = rivals.logsumexp(1)
-        i, j = positive.triu().nonzero(as_tuple=True)
-        hinge = F.relu(torch.logaddexp(nearest[i], nearest[j]) + distance[i, j])
-        return (hinge.square().sum() / (2 * len(i))).to(embeddings.dtype)
+        hinges = all_hinges if embeddings.is_cuda else listed_hinges
+        hinge = hinges(rivals.logsumexp(1), distance, same)
+        return (hinge.square().sum() / n_positive).to(embeddings.dtype)
 
 
 class Triplet(nn.Module):
@@ -99,18 +102,17 @@ class Triplet(nn.Module):
 
     def __init__(self, margin: float = 0.2, on_degenerate: str = "raise") -> None:
         super().__init__()
-        self.margin = _positive("margin", margin)
-        self.on_degenerate = _degenerate_mode(on_degenerate)
+        self.margin = above_zero("margin", margin)
+        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings = _checked(embeddings, labels)
-        positive, negative = _pairs(labels)
-        if not (positive.any() and negative.any()):
-            return _undefined(embeddings, positive, negative, self.on_degenerate)
-        distance = _squared_distances(embeddings, normalize=True)
-        weight = _memberships(distance.detach(), positive, negative, self.margin)
-        if self.semi_hard:
-            weight -= _memberships(distance.detach(), positive, negative, ROUNDING)
+        embeddings, same = _checked(embeddings, labels)
+        n_positive, n_negative = _pair_counts(embeddings, same)
+        if not (n_positive and n_negative):
+            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
+        distance = squared_distances(embeddings, normalize=True)
+        margins = (self.margin, ROUNDING) if self.semi_hard else (self.margin,)
+        weight = _memberships(distance.detach(), same, margins)
         n_triplets = weight.clamp(min=0).sum()
         total = (weight * distance).sum() + self.margin * n_triplets
         return (total / n_triplets.clamp(min=1)).to(embeddings.dtype)
@@ -137,21 +139,22 @@ class Contrastive(nn.Module):
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
         super().__init__()
-        self.margin = _positive("margin", margin)
-        self.normalize = _switch("normalize", normalize)
-        self.on_degenerate = _degenerate_mode(on_degenerate)
+        self.margin = above_zero("margin", margin)
+        self.normalize = switch("normalize", normalize)
+        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
 
     @property
     def metric(self) -> str:
         return "cosine" if self.normalize else "euclidean"
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings = _checked(embeddings, labels)
-        positive, negative = _pairs(labels)
+        embeddings, same = _checked(embeddings, labels)
+        check_finite(embeddings)
         if len(labels) < 2:
-            return _undefined(embeddings, positive, negative, self.on_degenerate)
-        squared = _squared_distances(embeddings, self.normalize)
-        hinge = F.relu(self.margin - _root(squared)).square()
+            return _undefined(embeddings, 0, 0, self.on_degenerate)
+        negative, positive = ~same, same.fill_diagonal_(False)
+        squared = squared_distances(embeddings, self.normalize)
+        hinge = F.relu(self.margin - root(squared)).square()
         n_pairs = len(labels) * (len(labels) - 1)  # both triangles, as in the sum
         return ((squared * positive + hinge * negative).sum() / (2 * n_pairs)).to(embeddings.dtype)
 
@@ -168,16 +171,17 @@ class Quadruplet(nn.Module):
 
     def __init__(self, margin: float = 0.1, on_degenerate: str = "raise") -> None:
         super().__init__()
-        self.margin = _at_least_zero("margin", margin)
-        self.on_degenerate = _degenerate_mode(on_degenerate)
+        self.margin = at_least_zero("margin", margin)
+        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings = _checked(embeddings, labels)
-        positive, negative = _pairs(labels)
-        if not (positive.any() and negative.any()):
-            return _undefined(embeddings, positive, negative, self.on_degenerate)
-        similarity = _products(F.normalize(embeddings.double()))
-        positives, negatives = similarity[positive.triu()], similarity[negative.triu()]
+        embeddings, same = _checked(embeddings, labels)
+        n_positive, n_negative = _pair_counts(embeddings, same)
+        if not (n_positive and n_negative):
+            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
+        similarity = cosine_similarities(embeddings.double())
+        positives = listed(similarity, same.triu(1), n_positive // 2)
+        negatives = listed(similarity, (~same).triu(), n_negative // 2)
         reach = negatives.detach() + self.margin
         below, above = positives.detach().sort().values, reach.sort().values
         # Active where s_positive < s_negative + margin: how many such partners each pair has.
@@ -187,98 +191,72 @@ class Quadruplet(nn.Module):
         return (total / (len(positives) * len(negatives))).to(embeddings.dtype)
 
 
-def _memberships(distance: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
-    """How many triplets with d_an < d_ap + margin each (anchor, other) is in: (n, n), negated for negatives."""
-    reach = distance + margin
-    negatives = distance.masked_fill(~negative, torch.inf).sort(1).values
-    of_positive = torch.searchsorted(negatives, reach)
-    reaching = reach.masked_fill(~positive, -torch.inf).sort(1).values
-    of_negative = len(distance) - torch.searchsorted(reaching, distance, right=True)
-    return (of_positive * positive - of_negative * negative).to(distance)
+def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings in full precision, and which pairs are of one class: (n, n), the diagonal included."""
+    check_embeddings("embeddings", embeddings)
+    check_labels(labels, len(embeddings))
+    labels = labels.to(embeddings.device, non_blocking=embeddings.is_cuda)
+    return full_precision(embeddings), labels[:, None] == labels
 
 
-def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Boolean (n, n) matrices of positive and negative pairs, symmetric, the diagonal in neither."""
-    same = labels[:, None] == labels[None, :]
-    return same.clone().fill_diagonal_(False), ~same
+def _pair_counts(embeddings: Tensor, same: Tensor) -> tuple[int, int]:
+    """Numbers of positive and of negative pairs, both orders of a pair counted.
+
+    NotFiniteError for NaN and infinite embeddings: one read from the device tells both.
+    """
+    total, n_same = torch.stack([embeddings.detach().sum(dtype=torch.float64), same.sum()]).tolist()
+    if not math.isfinite(total):
+        check_finite(embeddings)
+    return int(n_same) - len(same), len(same) ** 2 - int(n_same)
 
 
-def _products(embeddings: Tensor) -> Tensor:
-    """Inner products of all pairs, shape (n, n), at the embeddings' own precision whatever autocast says."""
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return embeddings @ embeddings.T
-
-
-def _squared_distances(embeddings: Tensor, normalize: bool) -> Tensor:
-    """Squared Euclidean distances of all pairs, float64 (n, n): in float32 the difference would lose its digits."""
-    embeddings = embeddings.double()
-    if normalize:
-        embeddings = F.normalize(embeddings)
-    products = _products(embeddings)
-    squares = products.diagonal()
-    return (squares[:, None] + squares - 2 * products).clamp(min=0)
-
-
-def _root(squared: Tensor) -> Tensor:
-    """Distances; the gradient at 0, where there is none, is 0."""
-    apart = squared > 0
-    return squared.where(apart, 1).sqrt().where(apart, 0)
-
-
-def _checked(embeddings: Tensor, labels: Tensor) -> Tensor:
-    if embeddings.ndim != 2 or not embeddings.is_floating_point():
-        raise ValueError(
-            f"embeddings must be floating of shape (n, d), got {embeddings.dtype} {tuple(embeddings.shape)}"
-        )
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be integers of shape ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}"
-        )
-    check_finite(embeddings)
-    return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
-
-
-def _undefined(embeddings: Tensor, positive: Tensor, negative: Tensor, on_degenerate: str) -> Tensor:
+def _undefined(embeddings: Tensor, n_positive: int, n_negative: int, on_degenerate: str) -> Tensor:
     if on_degenerate == "zero":
         return embeddings.sum() * 0
     raise ValueError(
-        f"a batch of {len(embeddings)} with {int(positive.sum()) // 2} positive and {int(negative.sum()) // 2} "
+        f"a batch of {len(embeddings)} with {n_positive // 2} positive and {n_negative // 2} "
         'negative pairs leaves this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
     )
 
 
-def _finite(name: str, value: float) -> float:
-    if not _is_number(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+def listed_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:
+    """max(0, J_ij) of the lifted structure loss, for the positive pairs i < j one by one."""
+    i, j = same.triu(1).nonzero(as_tuple=True)
+    return F.relu(torch.logaddexp(nearest[i], nearest[j]) + distance[i, j])
 
 
-def _positive(name: str, value: float) -> float:
-    if not (_is_number(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return float(value)
+def all_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:
+    """The same as a matrix (n, n) with 0 for all other pairs."""
+    hinge = F.relu(torch.logaddexp(nearest[:, None], nearest) + distance)
+    return hinge.masked_fill(~same.triu(1), 0)
 
 
-def _at_least_zero(name: str, value: float) -> float:
-    if not (_is_number(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return float(value)
+def listed(matrix: Tensor, mask: Tensor, n: int) -> Tensor:
+    """The n numbers of a matrix where the mask is true, row by row."""
+    if not matrix.is_cuda:
+        return matrix[mask]
+    return matrix.flatten().gather(0, true_places(mask, n))
 
 
-def _switch(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
+def true_places(mask: Tensor, n: int) -> Tensor:
+    """Indices into the flat mask of its n true numbers, in order. Unlike `nonzero` it does not wait for the device."""
+    return mask.flatten().byte().sort(descending=True, stable=True).indices[:n]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _memberships(distance: Tensor, same: Tensor, margins: tuple[float, ...]) -> Tensor:
+    """Number of triplets with d_an < d_ap + margin that each (anchor, other) is in: (n, n), negated for negatives.
 
-
-def _degenerate_mode(value: str) -> str:
-    if value not in ("raise", "zero"):
-        raise ValueError(f'on_degenerate must be "raise" or "zero", got {value!r}')
-    return value
+    With a second margin, without those of the second margin.
+    """
+    reach = torch.stack([distance + margin for margin in margins])
+    negatives = distance.masked_fill(same, torch.inf).sort(1).values.expand_as(reach)
+    of_positive = torch.searchsorted(negatives.contiguous(), reach)
+    reaching = reach.masked_fill((~same).fill_diagonal_(True), -torch.inf).sort(2).values
+    not_reaching = torch.searchsorted(reaching, distance.expand_as(reach).contiguous(), right=True)
+    n_triplets, *others = torch.where(same, of_positive, not_reaching - len(distance))
+    for other in others:
+        n_triplets = n_triplets - other
+    return n_triplets.fill_diagonal_(0).to(distance)
 
 
 BASELINES: dict[str, type[nn.Module]] = {

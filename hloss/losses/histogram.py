@@ -163,7 +163,7 @@ def _density_of(
     reference_labels: Tensor | None,
     settings: dict[str, object],
 ) -> "HistogramDensity | BetaDensity":
-    s = LossSettings(**settings)  # type: ignore[arg-type]
+    s = HistogramLoss(**settings).settings  # type: ignore[arg-type]
     norms, reference_norms = checked_sides(embeddings, references, s.normalize)
     pairs = find_pairs(embeddings, labels, references, reference_labels)
     with exact_products(embeddings.device):

@@ -6,7 +6,6 @@ Losses with proxies or class weights learn them with the network's optimiser; la
 loss of one batch and its labels, or is made around another loss, is left out (`LEFT_OUT`).
 """
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -15,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hloss.losses.settings import did_you_mean
+from hloss.numerics import full_precision
 
 PREFIX = "pml:"
 NAMED_PARTS = {
@@ -78,11 +80,17 @@ class PMLLoss(nn.Module):
         return "euclidean" if raw else "cosine"
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        if embeddings.dtype in (torch.float16, torch.bfloat16):
-            embeddings = embeddings.float()
+        embeddings = full_precision(embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
             mined = None if self.miner is None else self.miner(embeddings, labels)
             return self.loss(embeddings, labels, mined)
+
+
+def pml_metric(options: Mapping[str, Any] | None) -> str:
+    """`PMLLoss(name, options).metric`, without building the loss: no loss has an unnormalised distance by default."""
+    distance = (options or {}).get("distance")
+    raw = isinstance(distance, Mapping) and not (distance.get("LpDistance") or {}).get("normalize_embeddings", True)
+    return "euclidean" if raw else "cosine"
 
 
 def available(module: str) -> dict[str, type[nn.Module]]:
@@ -139,6 +147,5 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 def _check(shown: str, value: str, allowed: Iterable[str], where: str) -> None:
     if value not in allowed:
-        near = difflib.get_close_matches(value, list(allowed), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"{shown} is unknown to {where}, which has {', '.join(sorted(allowed))}{hint}")
+        names = sorted(allowed)
+        raise ValueError(f"{shown} is unknown to {where}, which has {', '.join(names)}{did_you_mean(value, names)}")

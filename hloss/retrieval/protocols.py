@@ -1,16 +1,13 @@
-"""Retrieval on embeddings: ranks of the matches, Recall@K, average precision, and the evaluation protocols by name.
+"""The evaluation protocols by name: who queries whom, what is left out; their Recall@K and average precision.
 
-Nearness is the cosine (`metric="cosine"`), or the Euclidean distance of the raw embeddings (`metric="euclidean"`:
-lifted structure's own evaluation). Ties count against the query: a rival exactly as near as the match stands before it.
-A query without any match has rank 0 and is reported, never counted as right or wrong.
-
-Ranks are those of the float64 similarities of the embeddings given, so that rounding decides nothing: similarities
-within `TIE` of each other, far above their rounding error, are equal. Where float32 products tell a rival from a
-match by more than their own error, they decide; the few pairs nearer than that are computed again in float64.
+All-vs-rest (CUB-200-2011, Online Products), the single-shot and the 767/700 protocol of CUHK03, single and multiple
+queries of Market-1501. Similarity, ties and exactness are those of `hloss.retrieval.ranks`. A query without any match
+is reported, never counted as right or wrong.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +16,9 @@ from torch.nn import functional as F
 from hloss.numerics import exact_products
 from hloss.retrieval.ranks import SimilaritySpace, checked_embeddings, match_ranks, match_scores, recall_fractions
 
-PAIRS = 2**22  # pairs held at once in float64
+ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")  # what an image is for, where a protocol asks
+PAIRS, GPU_PAIRS = 2**22, 2**25  # held at once in float64
+GPU_LANES = 32  # of the counters of `match_ranks`
 DRAWS = 100  # of the single-shot protocols
 
 
@@ -111,8 +110,9 @@ class _Rows:
             )
         return cameras
 
-    def of_role(self, *roles: str) -> Tensor:
-        """Indices of the rows of these roles."""
+    @cached_property
+    def role_codes(self) -> Tensor:
+        """The place in `ROLES` of each row's role."""
         if self.given_roles is None:
             raise ValueError(f"protocol {self.protocol!r} needs roles, one of {', '.join(ROLES)} per embedding")
         if len(self.given_roles) != len(self.labels) or not set(self.given_roles) <= set(ROLES):
@@ -120,13 +120,16 @@ class _Rows:
                 f"roles must be {len(self.labels)} of {', '.join(ROLES)}, "
                 f"got {len(self.given_roles)} of {', '.join(sorted(set(self.given_roles)))}"
             )
-        found = [i for i, role in enumerate(self.given_roles) if role in roles]
-        if not found:
+        code = {role: i for i, role in enumerate(ROLES)}
+        return torch.tensor([code[role] for role in self.given_roles])
+
+    def of_role(self, *roles: str) -> Tensor:
+        """Indices of the rows of these roles."""
+        wanted = torch.tensor([ROLES.index(role) for role in roles])
+        found = torch.isin(self.role_codes, wanted).nonzero().flatten()
+        if not len(found):
             raise ValueError(f"protocol {self.protocol!r} needs rows of role {' or '.join(roles)}, there are none")
-        return torch.tensor(found, device=self.labels.device)
-
-
-ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")
+        return found.to(self.labels.device)
 
 
 def _all_vs_rest(rows: _Rows) -> Retrieval:
@@ -157,8 +160,8 @@ def _multi_query(rows: _Rows) -> Retrieval:
             f"{without} of {len(queries)} queries have no image of role pool of their identity and camera; "
             "prepare the dataset with its images for multiple queries (Market-1501: gt_bbox)"
         )
-    mean = torch.stack([vectors[members].mean(0) for members in pooled])
-    largest = torch.stack([vectors[members].amax(0) for members in pooled])
+    members, sizes = vectors[pooled.nonzero()[:, 1]], pooled.sum(1)  # query after query
+    mean, largest = (torch.segment_reduce(members, by, lengths=sizes, unsafe=True) for by in ("mean", "max"))
     if rows.space.metric == "cosine":
         mean, largest = F.normalize(mean), F.normalize(largest)
     measured = _measured(rows, queries, _against_other_cameras(rows, queries, mean))
@@ -189,19 +192,21 @@ def _scored(
     match_and_ignored: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> dict[str, Tensor]:
     """`match_scores` of query vectors against gallery vectors, by blocks of queries."""
-    blocks = torch.arange(len(queries), device=queries.device).split(max(PAIRS // len(gallery), 1))
-    parts = [
-        match_scores(match_ranks(space.products(queries[block], gallery), *match_and_ignored(block), space.tie))
-        for block in blocks
-    ]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    pairs, lanes = (GPU_PAIRS, GPU_LANES) if queries.is_cuda else (PAIRS, 1)
+    blocks = torch.arange(len(queries), device=queries.device).split(max(pairs // len(gallery), 1))
+    parts = []
+    for block in blocks:
+        similarity = space.products(queries[block], gallery)
+        ranks = match_ranks(similarity, *match_and_ignored(block), space.tie, lanes)
+        parts.append(match_scores(ranks))
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
 def _measured(rows: _Rows, queries: Tensor, scores: dict[str, Tensor]) -> Retrieval:
     ranks = scores.pop("first")
     metrics = {f"recall@{at}": value for at, value in recall_fractions(ranks, rows.k).items()}
     metrics |= {name: score[ranks > 0].mean().item() for name, score in scores.items()}
-    return Retrieval(rows.protocol, ranks.cpu(), queries.cpu(), metrics, len(ranks), int((ranks == 0).sum()))
+    return Retrieval(rows.protocol, ranks, queries.cpu(), metrics, len(ranks), int((ranks == 0).sum()))
 
 
 def _single_shot(rows: _Rows) -> Retrieval:
@@ -223,7 +228,7 @@ def _one_per_identity_and_view(rows: _Rows, both_ways: bool) -> Retrieval:
         ranks.append(drawn_ranks)
         query_index.append(drawn_queries)
         expected.append(shot.expected_cmc(rows.k))  # (identities with a match, K)
-    measured = _measured(rows, torch.cat(query_index), {"first": torch.cat(ranks)})
+    measured = _measured(rows, torch.cat(query_index), {"first": torch.cat(ranks).cpu()})
     means = torch.cat(expected).mean(0).tolist()
     measured.metrics.update({f"expected_recall@{at}": value for at, value in zip(rows.k, means, strict=True)})
     return measured
@@ -237,6 +242,8 @@ class _SingleShot:
         self.gallery, self.gallery_label, self.gallery_size = self._sorted(rows, b)
         self.similarity = rows.space.exact(self.queries, self.gallery)
         self.tie = rows.space.tie
+        self.same = self.query_label[:, None] == self.gallery_label  # by identity of either view
+        self.pairs = GPU_PAIRS if self.same.is_cuda else PAIRS
 
     @staticmethod
     def _sorted(rows: _Rows, view: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,16 +255,20 @@ class _SingleShot:
     def drawings(self, seed: int) -> tuple[Tensor, Tensor]:
         """Ranks of the matches, and the queries, of `DRAWS` drawings one after the other."""
         generator = torch.Generator().manual_seed(seed)
-        same = self.query_label[:, None] == self.gallery_label
-        ranks, queries = [], []
-        for _ in range(DRAWS):
-            query, gallery = _draw(self.query_size, generator), _draw(self.gallery_size, generator)
-            similarity = self.similarity[query[:, None], gallery]
-            best = similarity.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
-            rivals = ((similarity >= best - self.tie) & ~same).sum(1)
-            ranks.append(torch.where(same.any(1), rivals + 1, 0))
-            queries.append(self.queries[query])
-        return torch.cat(ranks), torch.cat(queries)
+        sizes = torch.cat([self.query_size, self.gallery_size])
+        uniform = torch.rand(DRAWS, len(sizes), generator=generator, dtype=torch.float64).to(sizes.device)
+        drawn = (uniform * sizes).long().split([len(self.query_size), len(self.gallery_size)], dim=1)
+        queries, gallery = drawn[0] + _starts(self.query_size), drawn[1] + _starts(self.gallery_size)
+        at_once = max(self.pairs // self.same.numel(), 1)
+        ranks = [self._ranks(*block) for block in zip(queries.split(at_once), gallery.split(at_once), strict=True)]
+        return torch.cat(ranks).flatten(), self.queries[queries].flatten()
+
+    def _ranks(self, queries: Tensor, gallery: Tensor) -> Tensor:
+        """Ranks of the matches, given a query and a gallery image of each identity: (drawings, query identities)."""
+        similarity = self.similarity[queries[:, :, None], gallery[:, None]]
+        best = similarity.masked_fill(~self.same, -torch.inf).amax(2, keepdim=True)
+        rivals = ((similarity >= best - self.tie) & ~self.same).sum(2)
+        return torch.where(self.same.any(1), rivals + 1, 0)
 
     def expected_cmc(self, k: tuple[int, ...]) -> Tensor:
         """The probability of a rank <= K over all drawings, for each identity with a match: float64 (identities, K).
@@ -265,34 +276,30 @@ class _SingleShot:
         Given the query and its match, each other identity stands before the match with the share of its images that do,
         independently of the others: their number is Poisson-binomial, computed by convolution up to the largest K.
         """
-        answers = []
-        for identity, rows in zip(self.query_label, _runs(self.query_size), strict=True):
-            own = (self.gallery_label == identity).nonzero().flatten()
-            if len(own):
-                columns = _runs(self.gallery_size)[int(own)]
-                similarity = self.similarity[rows]
-                match = similarity[:, columns, None]  # (queries, matches, 1)
-                ahead = (similarity[:, None] >= match - self.tie).double().flatten(0, 1)
-                share = self._mean_by_identity(ahead)
-                share[:, own] = 0
-                answers.append(_at_most(share, [at - 1 for at in k]).mean(0))
-        return torch.stack(answers) if answers else torch.full((0, len(k)), torch.nan, dtype=torch.float64)
-
-    def _mean_by_identity(self, values: Tensor) -> Tensor:
-        identity = torch.arange(len(self.gallery_size), device=values.device).repeat_interleave(self.gallery_size)
-        sums = values.new_zeros(len(values), len(self.gallery_size)).index_add_(1, identity, values)
-        return sums / self.gallery_size
+        query_identity, gallery_identity = _runs(self.query_size), _runs(self.gallery_size)
+        cases = self.same[query_identity][:, gallery_identity].nonzero()  # query and match, query after query
+        parts = []
+        for query, match in (block.unbind(1) for block in cases.split(max(self.pairs // len(self.gallery), 1))):
+            similarity = self.similarity[query]
+            ahead = similarity >= similarity.gather(1, match[:, None]) - self.tie
+            share = similarity.new_zeros(len(query), len(self.gallery_size))
+            share.index_add_(1, gallery_identity, ahead.double()).div_(self.gallery_size)
+            share.scatter_(1, gallery_identity[match, None], 0)
+            parts.append(_at_most(share, [at - 1 for at in k]))
+        cmc = torch.cat(parts).cpu()
+        n_cases = self.query_size * (self.same * self.gallery_size).sum(1)
+        means = [of_identity.mean(0) for of_identity in cmc.split(n_cases.tolist()) if len(of_identity)]
+        return torch.stack(means) if means else cmc
 
 
-def _draw(sizes: Tensor, generator: torch.Generator) -> Tensor:
-    """One position of each run of the given sizes."""
-    uniform = torch.rand(len(sizes), generator=generator, dtype=torch.float64).to(sizes.device)
-    return sizes.cumsum(0) - sizes + (uniform * sizes).long()
+def _starts(sizes: Tensor) -> Tensor:
+    """Where each run of the given sizes starts."""
+    return sizes.cumsum(0) - sizes
 
 
-def _runs(sizes: Tensor) -> list[slice]:
-    stops = sizes.cumsum(0).tolist()
-    return [slice(stop - size, stop) for stop, size in zip(stops, sizes.tolist(), strict=True)]
+def _runs(sizes: Tensor) -> Tensor:
+    """The number of the run that each position lies in, of runs of the given sizes."""
+    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
 
 
 def _at_most(probability: Tensor, counts: list[int]) -> Tensor:

@@ -1,4 +1,13 @@
-"""Ranks of the matches of each query, and Recall@K."""
+"""Exact ranks of each query's first match (`first_match_ranks`) or of all its matches (`match_ranks`), and Recall@K.
+
+Similarity is the cosine (`metric="cosine"`), or minus half the squared Euclidean distance of the raw embeddings
+(`metric="euclidean"`: lifted structure's own evaluation). Ties count against the query: a rival exactly as similar as
+the match stands before it. A query without any match has rank 0.
+
+Ranks are those of the float64 similarities of the embeddings given, so that rounding decides nothing: similarities
+within `TIE` of each other, far above their rounding error, are equal. Where float32 products distinguish a rival from
+a match by more than their own error, they decide; the few pairs closer than that are computed again in float64.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +18,8 @@ from torch.nn import functional as F
 from hloss.numerics import check_finite, exact_products
 
 BLOCK = 1024  # rows and columns of the float32 blocks: large enough for the product, small enough for the cache
+STRIP = 2**27  # pairs of the strips that these devices take instead: large enough that launching kernels costs nothing
+STRIP_DEVICES = ("cuda",)
 TIE = 1e-13  # of the largest squared norm (1 for cosines)
 METRICS = ("cosine", "euclidean")
 
@@ -28,32 +39,20 @@ def first_match_ranks(embeddings: Tensor, labels: Tensor, metric: str = "cosine"
     """Rank of the first image of the query's class among all others, for each image; int64 of shape (n,), 0 = no match.
 
     embeddings (n, d) floating, labels (n,) integers. The query itself is never in its ranking; 1 is the best rank.
-    Each similarity is computed once, for both its ends, and nothing of the size of all pairs is stored.
+    Each similarity is computed once, for both its ends, and nothing of the size of all pairs is stored. The number of
+    synchronisations with a GPU does not depend on n.
     """
     embeddings, labels = checked_embeddings(embeddings, labels)
     labels, order = labels.sort(stable=True)  # matches stand in one window of columns
     space = SimilaritySpace(embeddings[order], metric)
-    best = _best_matches(space, labels)
-    low, high = space.doubt(best)
-    rivals = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
-    blocks = space.vectors.new_empty(2, BLOCK * BLOCK)  # once: memory that is new to the process costs time
     with exact_products(embeddings.device):
-        for rows, columns in _upper_blocks(len(labels)):
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            similarity, reached = blocks[:, : shape[0] * shape[1]].view(2, *shape)
-            space.approximate(rows, columns, similarity)
-            if labels[columns.start] <= labels[rows.stop - 1]:
-                similarity.masked_fill_(labels[rows, None] == labels[columns], -torch.inf)
-            for dim, queries, others in ((1, rows, columns), (0, columns, rows)):
-                if dim == 1 or rows != columns:
-                    beaten_by = _count(similarity, high[queries], dim, reached)
-                    unsure = (beaten_by != _count(similarity, low[queries], dim, reached)).nonzero().flatten()
-                    rivals[queries] += beaten_by
-                    if len(unsure):
-                        near = similarity.index_select(1 - dim, unsure).movedim(dim, 1)
-                        unsure += queries.start
-                        doubtful = (near >= low[unsure, None]) & (near < high[unsure, None])
-                        rivals[unsure] += _count_again(space, best, unsure, others, doubtful)
+        if embeddings.device.type in STRIP_DEVICES:
+            strips = _strips(labels, _strip_height(len(labels)))
+            best = _best_matches(space, labels, strips)
+            rivals = _rivals_by_strips(space, labels, best, strips)
+        else:
+            best = _best_matches(space, labels, _strips(labels, BLOCK // 4))
+            rivals = _rivals_by_blocks(space, labels, best)
     ranks = torch.empty_like(rivals)
     ranks[order] = torch.where(best.isfinite(), rivals + 1, 0)
     return ranks.cpu()
@@ -69,7 +68,8 @@ class SimilaritySpace:
         self.centre = embeddings.mean(0, dtype=torch.float64) if metric == "euclidean" else None
         working = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         self.vectors = torch.empty(embeddings.shape, dtype=working, device=embeddings.device)
-        for rows in torch.arange(len(embeddings), device=embeddings.device).split(BLOCK):
+        on_gpu = embeddings.device.type in STRIP_DEVICES
+        for rows in _slices(len(embeddings), _strip_height(4 * embeddings.shape[1]) if on_gpu else BLOCK):
             self.vectors[rows] = self.exact_vectors(rows).to(working)
         self.half_squares = self.vectors.square().sum(1) / 2
         largest = 1.0 if metric == "cosine" else max(2 * self.half_squares.max().item(), 1e-300)
@@ -88,13 +88,13 @@ class SimilaritySpace:
         return self.products(self.exact_vectors(rows), self.exact_vectors(columns))
 
     def approximate(self, rows: slice, columns: slice, out: Tensor) -> None:
-        """Nearness (rows, columns) in the working precision, within `slack` of the exact one, into `out`."""
+        """Similarity (rows, columns) in the working precision, within `slack` of the exact one, into `out`."""
         torch.mm(self.vectors[rows], self.vectors[columns].T, out=out)
         if self.metric == "euclidean":
             out.sub_(self.half_squares[rows, None]).sub_(self.half_squares[columns])
 
     def products(self, queries: Tensor, gallery: Tensor) -> Tensor:
-        """Nearness of vectors made by `exact_vectors`."""
+        """Similarity of vectors made by `exact_vectors`."""
         similarity = queries @ gallery.T
         if self.metric == "euclidean":
             similarity -= queries.square().sum(1, keepdim=True) / 2 + gallery.square().sum(1) / 2
@@ -107,62 +107,143 @@ class SimilaritySpace:
         return (edge - self.slack).to(working), (edge + self.slack).to(working)
 
 
-def _best_matches(space: SimilaritySpace, labels: Tensor) -> Tensor:
-    """Float64 similarity of each image's nearest match; infinite where there is none. Labels are sorted."""
-    n = len(labels)
-    best = torch.empty(n, dtype=torch.float64, device=labels.device)
-    start = torch.searchsorted(labels, labels).tolist()
-    stop = torch.searchsorted(labels, labels, right=True).tolist()
-    top = 0
-    while top < n:
-        # As many rows as fit with the window of their classes' columns.
-        bottom = min(top + BLOCK // 4, n)
-        window = slice(start[top], stop[bottom - 1])
-        similarity = space.exact(slice(top, bottom), window)
-        similarity.masked_fill_(labels[top:bottom, None] != labels[window], -torch.inf)
-        rows = torch.arange(bottom - top, device=labels.device)
-        similarity[rows, rows + top - window.start] = -torch.inf
-        best[top:bottom] = similarity.amax(1)
-        top = bottom
+def _slices(n: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _strip_height(columns: int) -> int:
+    """Rows of a strip of `columns`; whole tiles of the matrix product where there are several."""
+    height = max(STRIP // columns, 1)
+    return height - height % 128 if height > 128 else height
+
+
+def _strips(labels: Tensor, height: int) -> list[tuple[slice, slice]]:
+    """Slices of `height` rows, each with the window of columns that its classes occupy. Labels are sorted."""
+    rows = _slices(len(labels), height)
+    last = torch.cat([labels[height - 1 :: height], labels[-1:]])[: len(rows)]
+    start = torch.searchsorted(labels, labels[::height].contiguous())
+    stop = torch.searchsorted(labels, last, right=True)
+    windows = torch.stack([start, stop], dim=1).tolist()
+    return [(strip, slice(*window)) for strip, window in zip(rows, windows, strict=True)]
+
+
+def _best_matches(space: SimilaritySpace, labels: Tensor, strips: list[tuple[slice, slice]]) -> Tensor:
+    """Float64 similarity of each image's nearest match; infinite where there is none."""
+    parts = []
+    for rows, window in strips:
+        vectors = space.exact_vectors(window)
+        queries = slice(rows.start - window.start, rows.stop - window.start)
+        similarity = space.products(vectors[queries], vectors)
+        similarity.masked_fill_(labels[rows, None] != labels[window], -torch.inf)
+        similarity.diagonal(queries.start).fill_(-torch.inf)  # the query itself
+        parts.append(similarity.amax(1))
+    best = torch.cat(parts)
     return best.masked_fill(best == -torch.inf, torch.inf)
 
 
+def _rivals_by_strips(
+    space: SimilaritySpace, labels: Tensor, best: Tensor, strips: list[tuple[slice, slice]]
+) -> Tensor:
+    """How many rivals are at least as similar as the best match, by strips of rows and the columns from there on.
+
+    Nothing is read from the device until all strips are counted: queries with a pair in doubt are then counted again.
+    """
+    n, height = len(labels), strips[0][0].stop
+    low, high = space.doubt(best)
+    sure, possible = torch.zeros(2, n, dtype=torch.int64, device=labels.device)
+    similarities = space.vectors.new_empty(height * n)
+    reached = torch.empty(height * n, dtype=torch.float16, device=labels.device)  # zeros and ones: fewest bytes to sum
+    for rows, window in strips:
+        similarity = similarities[: (rows.stop - rows.start) * (n - rows.start)].view(-1, n - rows.start)
+        space.approximate(rows, slice(rows.start, n), similarity)
+        own = slice(rows.start, window.stop)
+        similarity[:, : own.stop - own.start].masked_fill_(labels[rows, None] == labels[own], -torch.inf)
+        for count, threshold in ((sure, high), (possible, low)):
+            count[rows] += _count(similarity, threshold[rows], 1, reached)
+            count[rows.stop :] += _count(similarity[:, len(similarity) :], threshold[rows.stop :], 0, reached)
+    gallery = space.exact_vectors(slice(None))
+    for queries in (sure != possible).nonzero().flatten().split(max(height // 8, 1)):
+        similar = space.products(space.exact_vectors(queries), gallery) >= best[queries, None] - space.tie
+        sure[queries] = (similar & (labels[queries, None] != labels)).sum(1)
+    return sure
+
+
+def _rivals_by_blocks(space: SimilaritySpace, labels: Tensor, best: Tensor) -> Tensor:
+    """How many rivals are at least as similar as the best match, by square blocks that stay in the cache."""
+    low, high = space.doubt(best)
+    rivals = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+    similarities, reached = space.vectors.new_empty(2, BLOCK * BLOCK)  # once: memory new to the process costs time
+    for rows, columns in _upper_blocks(len(labels)):
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        similarity = similarities[: shape[0] * shape[1]].view(shape)
+        space.approximate(rows, columns, similarity)
+        if labels[columns.start] <= labels[rows.stop - 1]:
+            similarity.masked_fill_(labels[rows, None] == labels[columns], -torch.inf)
+        for dim, queries, others in ((1, rows, columns), (0, columns, rows)):
+            if dim == 1 or rows != columns:
+                beaten_by = _count(similarity, high[queries], dim, reached)
+                unsure = (beaten_by != _count(similarity, low[queries], dim, reached)).nonzero().flatten()
+                rivals[queries] += beaten_by
+                if len(unsure):
+                    near = similarity.index_select(1 - dim, unsure).movedim(dim, 1)
+                    unsure += queries.start
+                    doubtful = (near >= low[unsure, None]) & (near < high[unsure, None])
+                    rivals[unsure] += _count_again(space, best, unsure, others, doubtful)
+    return rivals
+
+
 def _upper_blocks(n: int) -> Iterator[tuple[slice, slice]]:
-    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+    blocks = _slices(n, BLOCK)
     return ((rows, columns) for i, rows in enumerate(blocks) for columns in blocks[i:])
 
 
-def _count(similarity: Tensor, threshold: Tensor, dim: int, reached: Tensor) -> Tensor:
-    """How many of the others (along `dim`) are at least as near as each query's threshold, int64."""
+def _count(similarity: Tensor, threshold: Tensor, dim: int, memory: Tensor) -> Tensor:
+    """How many of the others (along `dim`) are at least as similar as each query's threshold, int64."""
     # Counted as floats, exact up to 2^24: several times as fast as to count booleans.
-    return torch.ge(similarity, threshold.unsqueeze(dim), out=reached).sum(dim).long()
+    reached = memory[: similarity.numel()].view(similarity.shape)
+    torch.ge(similarity, threshold.unsqueeze(dim), out=reached)
+    return reached.sum(dim, dtype=torch.float32 if memory.dtype == torch.float16 else None).long()
 
 
 def _count_again(space: SimilaritySpace, best: Tensor, queries: Tensor, others: slice, doubtful: Tensor) -> Tensor:
-    """How many of the doubtful others are as near as the best match by float64; doubtful is (queries, others)."""
+    """How many of the doubtful others are as similar as the best match by float64; doubtful is (queries, others)."""
     columns = doubtful.any(0).nonzero().flatten()
     nearer = space.exact(queries, columns + others.start) >= best[queries, None] - space.tie
     return (nearer & doubtful[:, columns]).sum(1)
 
 
-def match_ranks(similarity: Tensor, match: Tensor, ignored: Tensor, tie: float) -> Tensor:
+def match_ranks(similarity: Tensor, match: Tensor, ignored: Tensor, tie: float, lanes: int = 1) -> Tensor:
     """Ranks of each query's matches, rising, padded with 0: int64 (queries, largest number of matches, at least 1).
 
-    similarity float64, match and ignored (left out of the ranking) boolean, all (queries, gallery). A match's rank is
-    its place among the matches plus the number of rivals at least as near.
+    A match's rank is its place among the matches plus the number of rivals at least as similar.
+
+    Args:
+        similarity: float64 (queries, gallery).
+        match, ignored: boolean (queries, gallery); ignored images are left out of the ranking.
+        tie: similarities closer than this are equal.
+        lanes: copies of each counter, at most; on a GPU, additions to the same counter wait for each other.
     """
     n_matches = match.sum(1, keepdim=True)
     width = max(int(n_matches.max()), 1)
-    falling = similarity.masked_fill(~match, -torch.inf).topk(width).values
+    columns = match.view(torch.uint8).topk(width, sorted=False).indices  # the matches, and others to fill the row
+    there = match.gather(1, columns)
+    rising = (similarity.gather(1, columns).masked_fill(~there, torch.inf) - tie).sort(1).values  # no rival is infinite
+    at_least_as_similar = _counted_above(rising, similarity.masked_fill(match | ignored, -torch.inf), lanes)
     place = torch.arange(1, width + 1, device=similarity.device)
-    there = place <= n_matches
-    rising = (falling.masked_fill(~there, torch.inf) - tie).sort(1).values  # those not there last, reached by no rival
-    reached = torch.searchsorted(rising, similarity.masked_fill(match | ignored, -torch.inf), right=True)
-    rivals = torch.zeros(len(similarity), width + 1, dtype=torch.int64, device=similarity.device)
-    rivals.scatter_add_(1, reached, rivals.new_ones(1).expand_as(reached))
-    at_least_as_near = rivals.flip(1).cumsum(1).flip(1)[:, 1:]  # by match, the least near first
-    nearest_first = at_least_as_near.gather(1, (n_matches - place).clamp(min=0))
-    return (place + nearest_first) * there
+    most_similar_first = at_least_as_similar.gather(1, (n_matches - place).clamp(min=0))
+    return (place + most_similar_first) * (place <= n_matches)
+
+
+def _counted_above(rising: Tensor, values: Tensor, lanes: int) -> Tensor:
+    """How many of the row's values (rows, n) are at least each of the row's rising thresholds (rows, width), int64."""
+    rows, width = rising.shape
+    interval = torch.searchsorted(rising, values, right=True)
+    lanes = max(min(lanes, values.shape[1] // (width + 1)), 1)
+    counts = interval.new_zeros(rows, lanes, width + 1)
+    if lanes > 1:
+        interval += (width + 1) * (torch.arange(values.shape[1], device=values.device) % lanes)
+    counts.view(rows, -1).scatter_add_(1, interval, interval.new_ones(1).expand_as(interval))
+    return counts.sum(1).flip(1).cumsum(1).flip(1)[:, 1:]
 
 
 def match_scores(ranks: Tensor) -> dict[str, Tensor]:
@@ -183,11 +264,13 @@ def match_scores(ranks: Tensor) -> dict[str, Tensor]:
 
 
 def recall_fractions(ranks: Tensor, k: Sequence[int]) -> dict[int, float]:
+    """Recall@K of the queries with a match, by K, from the ranks of their first matches (0: none)."""
     matched = ranks[ranks > 0]
     return {at: (matched <= at).double().mean().item() for at in k}
 
 
 def checked_embeddings(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings without their graph, and labels on their device; ValueError for wrong shapes, dtypes, values."""
     if embeddings.ndim != 2 or not embeddings.is_floating_point() or len(embeddings) == 0:
         raise ValueError(
             f"embeddings must be floating of shape (n, d), n > 0, got {embeddings.dtype} {tuple(embeddings.shape)}"

@@ -1,8 +1,8 @@
-"""What keeps a run alive: the hold on its folder, its status, its checkpoints, and the signals that ask it to stop.
+"""Status file, checkpoints and signal handling of a run.
 
-A run's folder belongs to one process at a time. `status.json` says how it stands, for whoever started it: papermill's
-exit code does not. A checkpoint is written beside the last two and renamed, so that at every moment a whole one is
-there; what cannot be read, or was made by other settings, code or data, is passed over, and said so.
+`status.json` tells other processes the state of a run, which papermill's exit code does not. A checkpoint is written
+beside the last two and then renamed, so that a complete one exists at every moment. A checkpoint that cannot be read,
+or was made by other settings, code or data, is skipped, and the report says so.
 """
 
 import json
@@ -18,17 +18,24 @@ from typing import Any
 import torch
 
 from hloss.runs.errors import RunStopped
-from hloss.runs.files import atomic_write
+from hloss.runs.files import atomic_save, atomic_write
 
 STATES = ("running", "stopped", "failed", "complete")
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def write_status(folder: Path, state: str, iteration: int, message: str = "", retry: bool = False) -> None:
-    """Replace `status.json`. `retry`: started again, the run continues. `running` of a folder that nobody holds means
-    that its process was killed."""
+    """Replace `status.json`.
+
+    Args:
+        folder: the run's folder.
+        state: one of STATES. "running" in a folder that no process has locked means that its process was killed.
+        iteration: the last iteration that is complete.
+        message: why the run stopped or failed.
+        retry: whether the run would continue if it were started again.
+    """
     status = {"state": state, "iteration": iteration, "message": message, "retry": retry}
-    with suppress(OSError):  # a full disk must not hide what is to be said
+    with suppress(OSError):  # a full disk must not hide the run's own error
         atomic_write(folder / "status.json", lambda part: part.write_text(json.dumps(status) + "\n"))
 
 
@@ -38,16 +45,8 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def atomic_save(file: Path, state: dict[str, Any]) -> None:
-    """Write a state whole or not at all. OSError if it cannot be written."""
-    try:
-        atomic_write(file, lambda part: torch.save(state, part))
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f"{file} could not be written ({error})") from error
-
-
 def save_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint and keep the one before. OSError if it cannot be written: then nothing has changed."""
+    """Write a checkpoint and keep the previous one. OSError if it cannot be written; then nothing has changed."""
     new = folder / "checkpoint.new.pt"
     atomic_save(new, checkpoint)
     with suppress(FileNotFoundError):
@@ -56,21 +55,24 @@ def save_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path, identity: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint of this run, on the CPU; None if there is none. Tells `report` what it passes over.
+    """The newest complete checkpoint of this run, on the CPU; None if there is none.
 
-    identity: what the checkpoint must hold under the same keys: the settings, code and data it was made by.
+    Args:
+        folder: the run's folder.
+        identity: settings, code and data of the run, which the checkpoint must hold under the same keys.
+        report: called with a line for each checkpoint that is skipped.
     """
     files = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
     for file in files:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a truncated or foreign file makes torch say
-            report(f"{file.name} cannot be read and is passed over ({type(error).__name__})")
+        except Exception as error:  # torch raises nearly anything on a truncated or foreign file
+            report(f"{file.name} cannot be read and is skipped ({type(error).__name__})")
             continue
         if not isinstance(checkpoint, dict):
-            report(f"{file.name} is no checkpoint of a run and is passed over")
+            report(f"{file.name} is no checkpoint of a run and is skipped")
         elif other := [key for key, value in identity.items() if checkpoint.get(key) != value]:
-            report(f"{file.name} is of another run ({', '.join(other)} differ) and is passed over")
+            report(f"{file.name} is of another run ({', '.join(other)} differ) and is skipped")
         else:
             return checkpoint
     if files:
@@ -79,16 +81,25 @@ def load_checkpoint(folder: Path, identity: dict[str, Any], report: Callable[[st
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, whole or half-written, and the state of an attempt that failed."""
+    """Remove all checkpoints, complete or not, and the state of an attempt that failed."""
     for file in [*folder.glob("checkpoint*.pt"), *folder.glob(".checkpoint*.part"), *folder.glob("failed.pt")]:
         file.unlink()
 
 
-class StopSignals:
-    """SIGTERM and SIGINT while a run is at work: noted, so that the loop can finish its iteration and save.
+def clean_up_complete_run(folder: Path) -> None:
+    """Remove what a process leaves that is killed after it wrote its result and before it ended."""
+    status = read_status(folder) or {"state": "running", "iteration": 0}
+    if status["state"] != "complete":
+        remove_checkpoints(folder)
+        write_status(folder, "complete", status["iteration"])
 
-    Outside the loop there is nothing to finish: the first process of a run raises RunStopped at once, others end where
-    they are. Used as a context. Only a program's main thread can take signals; elsewhere this does nothing.
+
+class StopSignals:
+    """Context that handles SIGTERM and SIGINT during a run.
+
+    Inside the training loop a signal is recorded in `received`, so that the loop can finish its iteration and save.
+    Outside the loop the first process of a run raises RunStopped at once, and other processes end. Only a program's
+    main thread can receive signals; in another thread this does nothing.
     """
 
     def __init__(self, first: bool = True) -> None:
@@ -105,16 +116,16 @@ class StopSignals:
         _set_handlers(self._before)
 
     def inside_loop(self) -> None:
-        """From here on a signal waits for the loop to look at `received`."""
-        _set_handlers(dict.fromkeys(self._before, self._note))
+        """From here on a signal is recorded in `received`."""
+        _set_handlers(dict.fromkeys(self._before, self._record))
 
     def outside_loop(self) -> None:
-        """From here on stop at once; and now, if a signal came too late for the loop."""
+        """From here on a signal stops the run at once; so does one that came too late for the loop."""
         _set_handlers(dict.fromkeys(self._before, self._outside))
         if self.received:
             raise RunStopped(stopped_by(self.received))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -127,13 +138,13 @@ def _set_handlers(handlers: dict[int, Any]) -> None:
 
 
 def stopped_by(name: str) -> str:
-    """What to say of a run that a signal stopped."""
+    """The message of a run that a signal stopped."""
     return f"stopped by {name}; start it again and it continues"
 
 
 @contextmanager
 def forward_signals(child: Popen[str]) -> Iterator[None]:
-    """While another process does the work, it gets the SIGTERM that this one is sent, by SIGTERM or SIGINT."""
+    """Terminate a child process when this process receives SIGTERM or SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

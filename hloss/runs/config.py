@@ -1,6 +1,6 @@
 """What a run is: its configuration, its folder, its result, and where the result came from."""
 
-import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hloss.losses.baselines import BASELINES
 from hloss.losses.histogram import HistogramLoss
-from hloss.losses.pml import PREFIX, PMLLoss
+from hloss.losses.pml import PREFIX, PMLLoss, pml_metric
+from hloss.losses.settings import did_you_mean
 from hloss.retrieval.ranks import METRICS
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
@@ -32,24 +33,19 @@ from hloss.samplers import SAMPLERS, ClassSampler
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {"histogram": HistogramLoss, **BASELINES}
 NO_LOSS = "none"  # a network as it is: the untrained and the raw-pixels baselines
-LOSS_SETTINGS = (
-    "n_bins",
-    "kernel",
-    "bandwidth",
-    "order_cost",
-    "density",
-    "margin",
-    "alpha",
-    "beta",
-    "C",
-    "normalize",
-    "on_degenerate",
-)
-PML_SETTINGS = ("loss_options", "miner", "miner_options")
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
-# Where and how a run happens, not what it is.
 OLD_NAMES = {"fewest_images": "min_images_per_class", "mirror": "horizontal_flip"}  # refused with the new name
-EXECUTION = ("study", "data_dir", "runs_dir", "device", "threads", "checkpoint_seconds")
+
+
+def _in_group(group: str) -> Callable[..., Any]:
+    """`pydantic.Field` for the settings of one group, as `setting_names` lists them."""
+    return functools.partial(Field, json_schema_extra={"group": group})
+
+
+LossField = _in_group("loss")  # None: the default of the loss, by the signature of its class
+PMLField = _in_group("pml")
+SamplerField = _in_group("sampler")  # None: the default of the sampler, by the signature of its class
+ExecutionField = _in_group("execution")  # where and how a run is executed; does not affect its result
 
 
 class RunConfig(BaseModel):
@@ -70,26 +66,28 @@ class RunConfig(BaseModel):
         "histogram",
         description="histogram, a baseline (binomial, lifted, triplet, ...), pml:NAME, or none (with 0 iterations)",
     )
-    n_bins: int | None = Field(None, description="intervals of [-1, 1] (histogram)")
-    kernel: str | None = Field(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
-    bandwidth: float | None = Field(None, description="standard deviation of the kernel in nodes (histogram)")
-    order_cost: str | None = Field(None, description="step, linear or softplus (histogram)")
-    density: str | None = Field(None, description="histogram or beta (histogram)")
-    margin: float | None = Field(None, description="in units of similarity or distance (all but binomial and pml)")
-    alpha: float | None = Field(None, description="steepness (binomial; histogram with order_cost softplus)")
-    beta: float | None = Field(None, description="similarity between positives and negatives (binomial)")
-    C: float | None = Field(None, description="slope for negatives (binomial)")
-    normalize: bool | None = Field(None, description="the embeddings within the loss (histogram, lifted, contrastive)")
-    on_degenerate: str | None = Field(None, description="a batch without such pairs is an error (raise), or zero")
-    loss_options: dict[str, Any] | None = Field(None, description="options of a pml loss, as a mapping or as JSON")
-    miner: str | None = Field(None, description="name of a miner of pytorch-metric-learning (pml)")
-    miner_options: dict[str, Any] | None = Field(None, description="options of the miner, as a mapping or as JSON")
+    n_bins: int | None = LossField(None, description="intervals of [-1, 1] (histogram)")
+    kernel: str | None = LossField(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
+    bandwidth: float | None = LossField(None, description="standard deviation of the kernel in nodes (histogram)")
+    order_cost: str | None = LossField(None, description="step, linear or softplus (histogram)")
+    density: str | None = LossField(None, description="histogram or beta (histogram)")
+    margin: float | None = LossField(None, description="in units of similarity or distance (all but binomial and pml)")
+    alpha: float | None = LossField(None, description="steepness (binomial; histogram with order_cost softplus)")
+    beta: float | None = LossField(None, description="similarity between positives and negatives (binomial)")
+    C: float | None = LossField(None, description="slope for negatives (binomial)")
+    normalize: bool | None = LossField(
+        None, description="the embeddings within the loss (histogram, lifted, contrastive)"
+    )
+    on_degenerate: str | None = LossField(None, description="a batch without such pairs is an error (raise), or zero")
+    loss_options: dict[str, Any] | None = PMLField(None, description="options of a pml loss, as a mapping or as JSON")
+    miner: str | None = PMLField(None, description="name of a miner of pytorch-metric-learning (pml)")
+    miner_options: dict[str, Any] | None = PMLField(None, description="options of the miner, as a mapping or as JSON")
     metric: str | None = Field(None, description="of retrieval: cosine or euclidean; None: the one the loss trains")
     sampler: str = Field("class-shuffle", description="how a batch is drawn: class-shuffle, balanced or random-class")
     batch_size: int = Field(128, ge=2, description="images per iteration")
     micro_batch: int | None = Field(None, ge=1, description="images embedded at once, for the whole batch's gradient")
     images_per_class: int = Field(10, ge=2, description="most images of a class drawn in one visit")
-    min_images_per_class: int | None = Field(
+    min_images_per_class: int | None = SamplerField(
         None, ge=2, description="least number of images of a class in a batch (random-class)"
     )
     crop: int | None = Field(
@@ -108,12 +106,13 @@ class RunConfig(BaseModel):
     precision: str = Field("32-true", description="32-true, bf16-mixed or 64-true")
     devices: int = Field(1, ge=1, description="processes, each with a share of every batch")
     seed: int = Field(0, ge=0, description="of initialisation and batches")
-    study: str = Field("notebook", description="folder in runs_dir that the run is written to")
-    data_dir: str = Field("data", description="folder of the prepared datasets")
-    runs_dir: str = Field("runs", description="folder of the studies' runs")
-    device: str = Field("auto", description="auto, cpu or cuda")
-    threads: int = Field(1, ge=1, description="CPU threads of torch, per process")
-    checkpoint_seconds: float = Field(60.0, ge=0, description="seconds of training between two checkpoints")
+    study: str = ExecutionField("notebook", description="folder in runs_dir that the run is written to")
+    data_dir: str = ExecutionField("data", description="folder of the prepared datasets")
+    runs_dir: str = ExecutionField("runs", description="folder of the studies' runs")
+    device: str = ExecutionField("auto", description="auto, cpu or cuda")
+    threads: int = ExecutionField(1, ge=1, description="CPU threads of torch, per process")
+    checkpoint_seconds: float = ExecutionField(60.0, ge=0, description="seconds of training between two checkpoints")
+    keep_network: bool = ExecutionField(True, description="write the trained network's state dict to network.pt")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -206,12 +205,18 @@ class RunConfig(BaseModel):
 
     @property
     def trained_metric(self) -> str:
-        """The similarity that the loss trains."""
-        return getattr(self.build_loss(), "metric", "cosine")
+        """The metric that the loss trains: "euclidean" for a loss on embeddings as they are, else "cosine".
+
+        Equals the `metric` of the built loss, without building it.
+        """
+        if self.loss.startswith(PREFIX):
+            return pml_metric(self.loss_options)
+        raw = self.loss in BASELINES and self.loss_settings().get("normalize") is False
+        return "euclidean" if raw else "cosine"
 
     def sampler_settings(self) -> dict[str, Any]:
         """The sampler's own settings with its defaults filled in; one that it does not take is refused."""
-        taken = _defaults(SAMPLERS[self.sampler], ("min_images_per_class",))
+        taken = _defaults(SAMPLERS[self.sampler], SAMPLER_SETTINGS)
         if self.min_images_per_class is not None and not taken:
             raise ValueError(
                 f"min_images_per_class={self.min_images_per_class}: sampler {self.sampler!r} takes no "
@@ -262,9 +267,19 @@ class RunConfig(BaseModel):
         return project_path(self.data_dir) / self.dataset
 
 
+def setting_names(group: str) -> tuple[str, ...]:
+    """The settings of a group (loss, pml, sampler, execution), in the order of RunConfig."""
+    return tuple(n for n, field in RunConfig.model_fields.items() if field.json_schema_extra == {"group": group})
+
+
+LOSS_SETTINGS, PML_SETTINGS, SAMPLER_SETTINGS, EXECUTION = map(setting_names, ("loss", "pml", "sampler", "execution"))
+
+_signature = functools.cache(inspect.signature)  # a study asks for it some ten times per run
+
+
 def _defaults(called: Callable[..., Any], names: tuple[str, ...]) -> dict[str, Any]:
     """The defaults of those of the named arguments that a class or function takes."""
-    parameters = inspect.signature(called).parameters
+    parameters = _signature(called).parameters
     return {name: parameters[name].default for name in names if name in parameters}
 
 
@@ -273,12 +288,7 @@ def _check_name(name: str, value: str, allowed: tuple[str, ...] | None) -> None:
         if not value or not all(c.isalnum() or c in "-_" for c in value):
             raise ValueError(f"{name}={value!r} must be a name of letters, digits, - and _")
     elif value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{_suggestion(value, allowed)}")
-
-
-def _suggestion(value: str, allowed: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, allowed, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{did_you_mean(value, allowed)}")
 
 
 def parse_config(settings: Mapping[str, Any]) -> RunConfig:
@@ -299,7 +309,7 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
 def _unknown_setting(name: str, value: Any, known: tuple[str, ...]) -> str:
     if name in OLD_NAMES:
         return f"{name}={value!r}: this setting is now called {OLD_NAMES[name]}"
-    return f"{name}={value!r} is no setting of a run{_suggestion(name, known)}; settings are {', '.join(known)}"
+    return f"{name}={value!r} is no setting of a run{did_you_mean(name, known)}; settings are {', '.join(known)}"
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

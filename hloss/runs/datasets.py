@@ -1,6 +1,7 @@
-"""The prepared dataset, read-only: the one way images enter a run; and what is done to a batch of them.
+"""The format of a prepared dataset, and its reader.
 
-Images of a batch are uint8 of shape (n, channels, height, width) all the way: networks scale them themselves.
+A prepared dataset is a folder with the FILES `card.json`, `images.npy` and `index.parquet`; `data_prep` writes it.
+Images of a batch are uint8 of shape (n, channels, height, width): networks scale them themselves.
 """
 
 import hashlib
@@ -13,9 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from hloss.retrieval.protocols import ROLES as ROLES
 from hloss.runs.errors import DatasetError
+from hloss.runs.files import file_sha256
 
 FORMAT = 1
+FILES = ("card.json", "images.npy", "index.parquet")
 SPLITS = ("train", "val", "test")
 COLUMNS = ("label", "split", "role", "camera", "source")
 CARD_KEYS = ("format", "name", "protocol", "recall_at", "images", "image_shape", "classes", "roles", "index_sha256")
@@ -25,8 +29,8 @@ CARD_KEYS = ("format", "name", "protocol", "recall_at", "images", "image_shape",
 class Dataset:
     """A prepared dataset: `images` uint8 (n, height, width, channels), memory-mapped, one row of `index` per image.
 
-    `index` has label (-1: of no class), split (train/val/test), role (both/query/gallery/junk/distractor/pool),
-    camera (-1: none), source.
+    `index` has the COLUMNS label (-1: of no class), split (one of SPLITS), role (one of ROLES), camera (-1: none) and
+    source (the file's name in the original).
     """
 
     folder: Path
@@ -88,10 +92,47 @@ class Dataset:
 
     def check_pixels(self) -> None:
         """Compare all pixels with the card's checksum (reads the whole file: a minute for 20 GB)."""
-        with open(self.folder / "images.npy", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != self.card["pixel_sha256"]:
+        if file_sha256(self.folder / "images.npy") != self.card["pixel_sha256"]:
             raise DatasetError(f"{self.folder / 'images.npy'} is not the one its card describes; prepare it again")
+
+
+def index_sha256(index: pd.DataFrame) -> str:
+    """Hex digest of the index's content (a parquet file's own bytes change with its writer's version)."""
+    return hashlib.sha256(index.to_csv(index=False).encode()).hexdigest()
+
+
+def query_counts(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Matches and rivals of each query among the rows of one split: columns label, matches, rivals.
+
+    A match is a gallery image that a protocol counts as right, a rival one that it counts as wrong. The single-shot
+    protocols count identities: a query is one image of an identity in one view.
+    """
+    if "single-shot" in protocol:
+        return _single_shot_counts(index, both_ways=protocol.endswith("two-way"))
+    all_vs_rest = protocol == "all-vs-rest"
+    queries = index if all_vs_rest else index[index.role.isin(["query", "both"])]
+    known = index if all_vs_rest else index[index.role.isin(["gallery", "both"])]
+    distractors = 0 if all_vs_rest else int((index.role == "distractor").sum())
+    own = queries.label.map(known.groupby("label").size()).fillna(0).astype(int)
+    if all_vs_rest:
+        ignored = 1  # the query itself
+    else:  # images of the query's class and camera
+        seen = known.groupby(["label", "camera"]).size()
+        ignored = seen.reindex(pd.MultiIndex.from_frame(queries[["label", "camera"]]), fill_value=0).to_numpy()
+    rivals = len(known) + distractors - own
+    return pd.DataFrame({"label": queries.label, "matches": own - ignored, "rivals": rivals})
+
+
+def _single_shot_counts(index: pd.DataFrame, both_ways: bool) -> pd.DataFrame:
+    views = [set(images.label) for _, images in index.groupby("camera")]
+    if len(views) != 2:
+        return pd.DataFrame({"label": [], "matches": [], "rivals": []}, dtype=int)
+    rows = [
+        (label, int(label in gallery), len(gallery - {label}))
+        for queries, gallery in ([views, views[::-1]] if both_ways else [views])
+        for label in sorted(queries)
+    ]
+    return pd.DataFrame(rows, columns=["label", "matches", "rivals"])
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -129,7 +170,7 @@ def _read_index(file: Path, card: dict) -> pd.DataFrame:
         index = pd.read_parquet(file)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{file} cannot be read ({error}); prepare the dataset again") from error
-    if hashlib.sha256(index.to_csv(index=False).encode()).hexdigest() != card["index_sha256"]:
+    if index_sha256(index) != card["index_sha256"]:
         raise DatasetError(f"{file} is not the one {file.with_name('card.json')} describes; prepare the dataset again")
     roles = index.role.value_counts()
     classes = index[index.label >= 0].groupby("split").label.nunique()

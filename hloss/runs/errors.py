@@ -14,4 +14,12 @@ class RunError(RuntimeError):
 
 
 class RunStopped(RunError):
-    """A run was asked to stop and has saved itself; started again, it continues."""
+    """A signal stopped a run after it saved its state; started again, it continues."""
+
+
+class LockedError(RunError):
+    """Another process holds a lock; the message says what that process does."""
+
+
+class NetworkError(RunError):
+    """The network of a run cannot be loaded; the message names the file and the remedy."""

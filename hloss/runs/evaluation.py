@@ -1,4 +1,4 @@
-"""What a run shows for itself: embeddings, validation, the test, and the files of its folder."""
+"""Evaluation and result files of a run."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from hloss.retrieval.neighbors import neighbors
 from hloss.retrieval.protocols import Retrieval, evaluate
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
-from hloss.runs.files import atomic_write
+from hloss.runs.files import NETWORK_FILE, atomic_save, atomic_write
 from hloss.runs.images import center_crop
 from hloss.runs.models import embed
 
@@ -26,31 +26,31 @@ SIMILARITY_BINS = 100
 def split_embeddings(
     network: nn.Module, dataset: Dataset, split: str, config: RunConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (n, d), float32 on the CPU, of the images of a split, and their labels."""
+    """Embeddings (n, d), float32 on the CPU, of the images of a split, and their labels, int64 (n,)."""
     rows = dataset.rows(split)
     found = embed(network, lambda part: center_crop(dataset.pixels(rows[part]), config.crop).to(device), len(rows))
     return found, dataset.labels(rows)
 
 
 def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
-    """Recall@1 on the validation classes, by which the iteration is chosen."""
+    """Recall@1 on the validation classes, which chooses the iteration."""
     found = split_embeddings(network, dataset, "val", config, device)
     metric = config.metric or config.trained_metric
-    return _measured(dataset, "val", validation_protocol(dataset), (1,), *found, metric).metrics["recall@1"]
+    return _evaluate_split(dataset, "val", validation_protocol(dataset), (1,), *found, metric).metrics["recall@1"]
 
 
 def validation_protocol(dataset: Dataset) -> str:
-    """The protocol of the test, as far as validation images allow: they have no pool for multiple queries."""
+    """The protocol of the test, with single queries: validation images have no pool for multiple ones."""
     return str(dataset.card["protocol"]).removesuffix("-multi-query")
 
 
 def evaluate_test(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> Retrieval:
-    """The one look at the test set, by the protocol of the dataset's card."""
+    """Evaluate on the test set, once per run, by the protocol of the dataset's card."""
     recall_at = tuple(dataset.card["recall_at"])
-    return _measured(dataset, "test", dataset.card["protocol"], recall_at, embeddings, labels, metric)
+    return _evaluate_split(dataset, "test", dataset.card["protocol"], recall_at, embeddings, labels, metric)
 
 
-def _measured(
+def _evaluate_split(
     dataset: Dataset, split: str, protocol: str, k: tuple[int, ...], embeddings: Tensor, labels: Tensor, metric: str
 ) -> Retrieval:
     rows = dataset.rows(split)
@@ -58,20 +58,20 @@ def _measured(
 
 
 def identified_rows(dataset: Dataset) -> np.ndarray:
-    """Positions among the test images of those that are queries or gallery: no junk, no distractors, no pool."""
+    """Positions of queries and gallery images among the test images, without junk, distractors and pool."""
     roles = dataset.index.role.iloc[dataset.rows("test")]
     return np.flatnonzero(roles.isin(["both", "query", "gallery"]))
 
 
 def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """The two densities of the test images' cosines (the paper's Figure 5), per node, on SIMILARITY_BINS intervals."""
+    """Densities of the test images' positive and negative similarities, per node (the paper's Figure 5)."""
     known = identified_rows(dataset)
     histograms = pair_histograms(embeddings[known], labels[known], n_bins=SIMILARITY_BINS)
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
 
 
 def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:
-    """A few test queries, the same in every run, with the rows of their nearest images and which are hits."""
+    """A few test queries, the same in every run, the rows of their nearest images, and which have the same class."""
     known = identified_rows(dataset)
     rows, embeddings, labels = dataset.rows("test")[known], embeddings[known], labels[known]
     queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
@@ -82,7 +82,7 @@ def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric
 
 
 def weights_sha256(network: nn.Module) -> str:
-    """Hash of all parameters and buffers, by which two networks can be told to be the same."""
+    """Hash of the names and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode() + b"\0" + value.cpu().numpy().tobytes())
@@ -90,7 +90,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 
 def history_table(progress: dict[str, Any]) -> pd.DataFrame:
-    """One row per iteration: its loss, that of the second training if there was one, and its validation, if any."""
+    """One row per iteration: its loss, its validation Recall@1 if any, and the loss of the second training if any."""
     if not progress["losses"]["choose"]:
         return pd.DataFrame()
     history = pd.DataFrame({"loss": progress["losses"]["choose"]})
@@ -103,16 +103,24 @@ def history_table(progress: dict[str, Any]) -> pd.DataFrame:
 
 
 def write_run_files(
-    folder: Path, result: dict[str, Any], history: pd.DataFrame, retrieval: Retrieval, embeddings: Tensor
+    folder: Path,
+    result: dict[str, Any],
+    history: pd.DataFrame,
+    retrieval: Retrieval,
+    embeddings: Tensor,
+    network: nn.Module | None,
 ) -> None:
-    """Everything of a run, `result.json` last: it says that the rest is whole.
+    """Write the files of a complete run, `result.json` last: where it exists, the others are complete.
 
     `queries.npy` are the queries' positions among the test images, `ranks.npy` the ranks of their first matches.
+    `network.pt` is the network's state dict; it is not written if `network` is None.
     """
     atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
     arrays = {"ranks": retrieval.ranks.to(torch.int32), "queries": retrieval.query_index.to(torch.int32)}
     for name, array in (arrays | {"embeddings": embeddings}).items():
         atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.numpy()))  # type: ignore[misc]
+    if network is not None:
+        atomic_save(folder / NETWORK_FILE, {name: value.cpu() for name, value in network.state_dict().items()})
     atomic_write(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
 
 

@@ -1,4 +1,7 @@
-"""From an image file's bytes to the uint8 pixels of a prepared dataset. What becomes of each kind of image:
+"""Image files to the uint8 pixels of a prepared dataset, and the crops that training and evaluation take from them.
+
+`ImageSettings` decodes and resizes one image; `augment`, `center_crop` and `stripes` cut batches. Each kind of image
+is decoded as follows:
 
 - Grey images: the three channels are equal. Black-and-white ones: 0 and 255.
 - 16-bit images: the high byte of each value. (A plain conversion would clip all above 255 to white.)
@@ -15,17 +18,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401, plugins register themselves
+from PIL import Image, ImageOps
 from torch import Tensor
 
-# Only these: others (EPS, PDF) would start outside programs on a file that nobody has checked.
-# Pillow reads a JPEG that holds several images (MPO) by its JPEG plugin.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+Image.init()  # Pillow's formats register themselves
+# The formats of photographs and scans. Icons, textures and films are left out; so are EPS, PDF and WMF, for which
+# outside programs would be started on a file that nobody has checked. TGA files have no signature: tried last.
+_USUAL = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_OTHERS = ("JPEG2000", "AVIF", "DIB", "PCX", "PSD", "QOI", "SGI", "SUN", "TGA")
+FORMATS = tuple(name for name in _USUAL + _OTHERS if name in Image.OPEN)
+# Pillow reads MPO (a JPEG file of several images) by its JPEG plugin. The pixels of PFM are floating-point numbers.
+EXTENSIONS = tuple(
+    extension for extension, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO") and extension != ".pfm"
+)
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB decoded
 WHITE = 255
 FILTERS = {"pad": Image.Resampling.BICUBIC, "stretch": Image.Resampling.BILINEAR}
 BBOX250 = {"below_grey": 250, "margin_pixels": 15}
+STRIPE_ROWS, STRIPE_STARTS = 60, (0, 50, 100)  # of images of 160 rows
 
 
 class BadImage(ValueError):
@@ -34,7 +44,7 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What every image of a dataset comes to image_settings like.
+    """How every image of a dataset is decoded, cropped and resized.
 
     `fit="pad"` keeps the aspect ratio: the image is scaled to fit height x width and centred on white (bicubic);
     `fit="stretch"` does not keep it (bilinear). Both average when they shrink. `crop="bbox250"` first cuts the white
@@ -131,17 +141,14 @@ def _resized(image: Image.Image, height: int, width: int, how: str) -> Image.Ima
     return image if image.size == (width, height) else image.resize((width, height), FILTERS[how])
 
 
-STRIPE_ROWS, STRIPE_STARTS = 60, (0, 50, 100)  # of images of 160 rows
-
-
 def augment(images: Tensor, crop: int | None, horizontal_flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image cut at a random place and, in half of the cases, mirrored: what training sees.
+    """Random crops, half of them flipped, for training.
 
     Args:
         images: uint8 (n, c, h, w).
         crop: side of the square that is cut out, in pixels; None for the whole image.
         horizontal_flip: whether to flip left to right with probability 1/2.
-        generator: decides places and mirrors, and is advanced by 3 n draws whatever the settings.
+        generator: decides crops and flips, and is advanced by 3 n draws whatever the settings.
 
     Returns uint8 (n, c, crop, crop), contiguous. Raises ValueError if the crop is larger than the images.
     """
@@ -161,7 +168,7 @@ def augment(images: Tensor, crop: int | None, horizontal_flip: bool, generator: 
 
 
 def center_crop(images: Tensor, crop: int | None) -> Tensor:
-    """The central square of `crop` pixels of each image: what tests see. uint8 (n, c, h, w) to (n, c, crop, crop)."""
+    """The central square of `crop` pixels of each image, for evaluation: uint8 (n, c, h, w) to (n, c, crop, crop)."""
     if crop is None:
         return images
     from torchvision.transforms.v2 import functional as transforms

@@ -1,4 +1,4 @@
-"""Start a run on its devices: Fabric, and torchrun for several processes."""
+"""Start a run on its devices: Fabric in each process, torchrun for several processes."""
 
 import logging
 import os
@@ -26,14 +26,14 @@ from hloss.runs.files import atomic_write, read_result
 
 
 def build_fabric(config: RunConfig) -> Fabric:
-    """Fabric on the devices of the run. ConfigError where they are not."""
+    """Fabric on the devices of the run. ConfigError if the machine does not have them."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != config.devices:
         raise ConfigError(f"devices={config.devices}, but this run was started as {processes} processes")
     found = torch.cuda.device_count()
     if config.device == "cuda" and found < config.devices:
         raise ConfigError(f'device="cuda" with devices={config.devices}: torch finds {found} CUDA devices here')
-    # The shares may differ in their number of slices: nothing may be exchanged on each forward pass.
+    # The processes' shares may differ in their number of slices, so no forward pass may exchange anything.
     name = max({"forward_sync_buffers", "broadcast_buffers"} & set(signature(DistributedDataParallel).parameters))
     exchange: dict[str, Any] = {name: False}
     strategy = DDPStrategy(**exchange) if config.devices > 1 else "auto"
@@ -49,7 +49,8 @@ def build_fabric(config: RunConfig) -> Fabric:
 def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str, Any]:
     """Start the command of this run under torchrun, one process per device, and pass on its reports.
 
-    What else the processes say goes to `devices.log` in the run's folder.
+    The processes' standard error goes to `devices.log` in the run's folder. Returns the result. Raises RunStopped after
+    a signal and RunError if a process fails.
     """
     file = config.folder / "config.json"
     atomic_write(file, lambda part: part.write_text(config.model_dump_json(indent=1) + "\n"))
@@ -59,7 +60,7 @@ def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str
     log = config.folder / "devices.log"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
-        _continued(log, config.devices) as errors,
+        _opened_log(log, config.devices) as errors,
         subprocess.Popen(command, env=environment, text=True, stderr=errors, **pipes) as child,
         forward_signals(child),
     ):
@@ -76,8 +77,8 @@ def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str
 
 
 @contextmanager
-def _continued(log: Path, devices: int) -> Iterator[IO[str]]:
-    """The log, with a line for this attempt. Never emptied: a process at work on this run may be writing to it."""
+def _opened_log(log: Path, devices: int) -> Iterator[IO[str]]:
+    """The log, with a new line for this attempt. It is never emptied: another process may be writing to it."""
     with open(log, "a") as errors:
         errors.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} started on {devices} devices\n")
         errors.flush()  # before the processes write
@@ -85,7 +86,7 @@ def _continued(log: Path, devices: int) -> Iterator[IO[str]]:
 
 
 def stop_with_starter() -> None:
-    """Ask this process to stop when the one that started torchrun is gone, and with it the other end of stdin."""
+    """Send this process SIGTERM when the process that started torchrun ends, which closes the other end of stdin."""
 
     def watch() -> None:
         os.read(sys.stdin.fileno(), 1)  # nothing is ever written: this returns at the end of the file

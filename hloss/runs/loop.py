@@ -16,20 +16,21 @@ from tqdm.auto import tqdm
 
 from hloss.losses.distributed import global_batch
 from hloss.numerics import NotFiniteError
-from hloss.runs.checkpoints import StopSignals, atomic_save, save_checkpoint, stopped_by, write_status
+from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_status
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
 from hloss.runs.errors import RunError, RunStopped
 from hloss.runs.evaluation import validation_recall
+from hloss.runs.files import atomic_save
 from hloss.runs.models import training_mode
 from hloss.runs.step import Batches, build_optimizer, gradient, seed_of, set_learning_rates
 
-CHOOSE, REFIT = "choose", "refit"  # the stages: a training that is validated, and one on all classes without
+CHOOSE, REFIT = "choose", "refit"  # the stages: a training with validation, and one on all classes without it
 
 
 @dataclass
 class RunContext:
-    """What the parts of a run share. `progress` is what a checkpoint holds beside weights, optimiser and batches."""
+    """What the parts of a run share; `progress` is saved in checkpoints beside weights, optimiser and batches."""
 
     config: RunConfig
     dataset: Dataset
@@ -41,19 +42,27 @@ class RunContext:
 
 
 class Loop:
-    """The training of one network on the images `rows` until iteration `until`, from where `saved` stands."""
+    """The training of one network.
+
+    Args:
+        context: the run.
+        network: as it is initialised; the training changes it in place.
+        rows: of the dataset's index, the images to train on.
+        until: the last iteration.
+        saved: the checkpoint to continue from; None for a new training.
+    """
 
     def __init__(
-        self, work: RunContext, network: nn.Module, rows: np.ndarray, until: int, saved: dict[str, Any] | None
+        self, context: RunContext, network: nn.Module, rows: np.ndarray, until: int, saved: dict[str, Any] | None
     ) -> None:
-        config, fabric = work.config, work.fabric
+        config, fabric = context.config, context.fabric
         batchnorm = config.network_settings()["batchnorm"]
         if fabric.world_size > 1 and batchnorm == "live":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         training_mode(network, batchnorm)
-        self.work, self.network, self.until = work, network, until
+        self.context, self.network, self.until = context, network, until
         share = (fabric.global_rank, fabric.world_size)
-        self.batches = Batches(work.dataset, rows, config, share, ahead=fabric.device.type == "cuda")
+        self.batches = Batches(context.dataset, rows, config, share, ahead=fabric.device.type == "cuda")
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
         self.loss = loss.to(fabric.device)
@@ -67,33 +76,34 @@ class Loop:
         self.saved_at = time.monotonic()
 
     def train(self) -> None:
-        """Step, validate and save until the end, or until a signal asks to stop: RunStopped, with everything saved."""
-        work, progress = self.work, self.work.progress
+        """Step, validate and save until the last iteration. After a signal: save, and raise RunStopped."""
+        context, progress = self.context, self.context.progress
         started = time.perf_counter() - progress["seconds"]
-        with closing(self.batches), self._bar() as bar:
-            work.stop.inside_loop()
+        with closing(self.batches), self._progress_bar() as bar:
+            context.stop.inside_loop()
             while progress["iteration"] < self.until:
-                self._step()
+                self.step()
                 progress["seconds"] = time.perf_counter() - started
-                self._show(bar)
-                if self._is_due(work.config.validate_every):
+                self._update(bar)
+                if self._is_due(context.config.validate_every):
                     if progress["stage"] == CHOOSE:
                         self._validate()
                         progress["seconds"] = time.perf_counter() - started
                     self._report()
-                stopped = self._stopped()
-                due = time.monotonic() - self.saved_at >= work.config.checkpoint_seconds
+                stopped = self._stop_signal()
+                due = time.monotonic() - self.saved_at >= context.config.checkpoint_seconds
                 if stopped or due or progress["iteration"] == self.until:
                     self._save()
                 if stopped:
                     raise RunStopped(stopped_by(stopped))
-        work.stop.outside_loop()
+        context.stop.outside_loop()
 
-    def _step(self) -> None:
-        work, progress = self.work, self.work.progress
-        config, fabric = work.config, work.fabric
+    def step(self) -> None:
+        """One iteration: fetch a batch, add its gradient, update the weights."""
+        context, progress = self.context, self.context.progress
+        config, fabric = context.config, context.fabric
         iteration = progress["iteration"] + 1
-        # Without the rank; a third number, since seed and iteration alone draw the crops.
+        # The same in all processes; with a third number, because seed and iteration alone draw the crops.
         loss_seed = seed_of(config.seed, iteration, fabric.world_size) if fabric.world_size > 1 else None
         images, labels = (part.to(fabric.device, non_blocking=True) for part in next(self.batches))
         set_learning_rates(self.optimizer, config, iteration)
@@ -110,109 +120,109 @@ class Loop:
                 loss_seed,
             )
         except ValueError as error:
-            self._give_up(f"{error} at iteration {iteration}", error)
+            self._fail(f"{error} at iteration {iteration}", error)
         self.optimizer.step()
         progress["iteration"] = iteration
         progress["losses"][progress["stage"]].append(value)
 
-    def _give_up(self, why: str, error: Exception) -> None:
-        """Leave the last checkpoint as it is, and beside it the state that failed, for whoever wants to see why.
+    def _fail(self, why: str, error: Exception) -> None:
+        """Save the state that failed for inspection, and raise RunError. The last checkpoint stays as it is.
 
-        `failed.pt` is a checkpoint with one more key: `batch`, the dataset's rows of the last batch, on which the loss
-        failed (before a validation that failed, the last that was trained on).
+        `failed.pt` is a checkpoint with one more key, `batch`: the dataset's rows of the last batch, on which the loss
+        failed. If a validation failed, it is the last batch of the training.
         """
-        file = self.work.config.folder / "failed.pt"
+        file = self.context.config.folder / "failed.pt"
         left = f"Weights and batch are in {file}"
-        if self.work.fabric.is_global_zero:
+        if self.context.fabric.is_global_zero:
             try:
                 atomic_save(file, {**self._state(), "batch": self.batches.rows[self.batches.current].tolist()})
-            except OSError as full:  # a full disk must not hide why the run ends, nor have it started again
+            except OSError as full:  # a full disk must not hide the cause, nor make the run retry
                 left = f"Weights and batch are lost: {full}"
         advice = "; try a lower learning_rate" if isinstance(error, NotFiniteError) else ""
         raise RunError(f"{why}{advice}. {left}") from error
 
     def _is_due(self, every: int) -> bool:
-        return self.work.progress["iteration"] % every == 0 or self.work.progress["iteration"] == self.until
+        return self.context.progress["iteration"] % every == 0 or self.context.progress["iteration"] == self.until
 
     def _validate(self) -> None:
         """Add the validation Recall@1 of this iteration; keep the network if it is the best, earliest of equals."""
-        work, progress = self.work, self.work.progress
-        if not work.fabric.is_global_zero:
+        context, progress = self.context, self.context.progress
+        if not context.fabric.is_global_zero:
             return
         try:
-            recall = validation_recall(self.network, work.dataset, work.config, work.fabric.device)
+            recall = validation_recall(self.network, context.dataset, context.config, context.fabric.device)
         except NotFiniteError as error:
-            self._give_up(f"validation: {error} after iteration {progress['iteration']}", error)
+            self._fail(f"validation: {error} after iteration {progress['iteration']}", error)
         progress["validations"].append([progress["iteration"], recall])
         if progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
             progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
 
     def _report(self) -> None:
-        work, progress = self.work, self.work.progress
-        if not work.fabric.is_global_zero:
+        context, progress = self.context, self.context.progress
+        if not context.fabric.is_global_zero:
             return
         stage, done = progress["stage"], progress["iteration"]
         validated = f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
-        work.report(
+        context.report(
             f"{'' if stage == CHOOSE else 'refit '}iteration {done}/{self.until}  "
-            f"loss {np.mean(progress['losses'][stage][-work.config.validate_every :]):.4f}  "
+            f"loss {np.mean(progress['losses'][stage][-context.config.validate_every :]):.4f}  "
             f"{validated if stage == CHOOSE else ''}"
             f"{self._images_per_second():.0f} images/s  "
             f"about {self._seconds() / done * (self.until - done):.0f} s left"
         )
-        write_status(work.config.folder, "running", done)
+        write_status(context.config.folder, "running", done)
 
     def _seconds(self) -> float:
-        """Of this stage alone: a refit tells its own rate, not the mean with the training before it."""
-        return self.work.progress["seconds"] - self.work.progress["seconds_before_stage"]
+        """Training time of this stage alone, so that a refit reports its own rate."""
+        return self.context.progress["seconds"] - self.context.progress["seconds_before_stage"]
 
     def _images_per_second(self) -> float:
-        return self.work.progress["iteration"] * self.work.config.batch_size / max(self._seconds(), 1e-9)
+        return self.context.progress["iteration"] * self.context.config.batch_size / max(self._seconds(), 1e-9)
 
-    def _stopped(self) -> str | None:
-        """The signal that asked to stop; that of one process stops all, at the same iteration."""
-        received = self.work.stop.received
-        if self.work.fabric.world_size == 1:
+    def _stop_signal(self) -> str | None:
+        """The signal to stop, if any; a signal to one process stops all, at the same iteration."""
+        received = self.context.stop.received
+        if self.context.fabric.world_size == 1:
             return received
-        asked = torch.tensor(float(received is not None), device=self.work.fabric.device)
+        asked = torch.tensor(float(received is not None), device=self.context.fabric.device)
         dist.all_reduce(asked)
         return (received or "a signal to another process") if asked.item() else None
 
     def _state(self) -> dict[str, Any]:
         return {
-            **self.work.identity,
+            **self.context.identity,
             "network": self.network.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
-            "progress": self.work.progress,
+            "progress": self.context.progress,
         }
 
     def _save(self) -> None:
-        """Checkpoint. A full disk does not end the training: the checkpoint before is whole, and room may come."""
-        work = self.work
+        """Save a checkpoint. A full disk does not end the training: the previous checkpoint stays usable."""
+        context = self.context
         self.saved_at = time.monotonic()
-        if not work.fabric.is_global_zero:
+        if not context.fabric.is_global_zero:
             return
         try:
-            save_checkpoint(work.config.folder, self._state())
+            save_checkpoint(context.config.folder, self._state())
         except OSError as error:
-            work.report(f"iteration {work.progress['iteration']}: no checkpoint, the one before stays: {error}")
-        write_status(work.config.folder, "running", work.progress["iteration"])
+            context.report(f"iteration {context.progress['iteration']}: no checkpoint, the one before stays: {error}")
+        write_status(context.config.folder, "running", context.progress["iteration"])
 
-    def _bar(self) -> Any:
-        """A bar for who is watching; a log has the lines of the validations."""
+    def _progress_bar(self) -> Any:
+        """A progress bar in a terminal or a notebook; a log has the lines of the validations."""
         shell = sys.modules.get("IPython")
-        watched = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)
-        hidden = not watched or not self.work.fabric.is_global_zero
-        done, stage = self.work.progress["iteration"], self.work.progress["stage"]
+        interactive = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)
+        hidden = not interactive or not self.context.fabric.is_global_zero
+        done, stage = self.context.progress["iteration"], self.context.progress["stage"]
         return tqdm(total=self.until, initial=done, desc=stage, disable=hidden, mininterval=1, leave=False)
 
-    def _show(self, bar: Any) -> None:
+    def _update(self, bar: Any) -> None:
         if bar.disable:
             return
-        progress = self.work.progress
+        progress = self.context.progress
         rate = self._images_per_second()
         recall = f"{100 * progress['validations'][-1][1]:.1f} %" if progress["validations"] else "-"
         loss = progress["losses"][progress["stage"]][-1]

@@ -1,9 +1,9 @@
-"""How one step of training is made: which rate for which weights, where a batch comes from, how its gradient is taken.
+"""One step of training: the optimiser and its learning rates, the batches, the gradient of a batch.
 
-Randomness. Nothing drawn in a step depends on the steps before: dropout is seeded by the run's seed, the iteration, the
-process and the slice (`seed_of`), crops and horizontal flips by seed and iteration. So a resumed run draws the same
-without any generator's state but the sampler's, and a slice that is embedded twice meets the same dropout. A loss may
-draw, too (triplets, say): several processes seed it alike, or each would take the gradient of another loss.
+Random numbers of a step do not depend on the steps before. Dropout is seeded by the run's seed, the iteration, the
+process and the slice (`seed_of`); crops and horizontal flips by seed and iteration. So a resumed run draws the same
+numbers with the sampler's state alone, and a slice that is embedded twice gets the same dropout. A loss may draw random
+numbers too (triplets, for example): all processes seed it alike, so that they differentiate the same loss.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from hloss.runs.models import batchnorms
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for a generator, another for every tuple of whole numbers."""
+    """A seed for a generator, different for every tuple of whole numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big")
 
 
 def build_optimizer(network: nn.Module, config: RunConfig, loss: nn.Module | None = None) -> torch.optim.Adam:
-    """Adam on `parameter_groups`; weight decay is added to the gradient, as the authors' solver does.
+    """Adam on `parameter_groups`; weight decay is added to the gradient, as in the authors' solver.
 
-    Weights that the loss itself learns (class weights, proxies) have the learning rate and no weight decay.
+    Weights of the loss itself (class weights, proxies) have the learning rate of the embedding and no weight decay.
     """
     groups = parameter_groups(network, config)
     learned = [] if loss is None else list(loss.parameters())
@@ -45,10 +45,10 @@ def build_optimizer(network: nn.Module, config: RunConfig, loss: nn.Module | Non
 
 
 def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """The backbone apart from the embedding, and the weights that decay apart from those that do not.
+    """The parameters grouped by learning rate and weight decay.
 
-    Exempt from weight decay are, with decay_exempt="biases", all parameters of one dimension: biases, and the scale and
-    shift of BatchNorm.
+    The backbone has `pretrained_lr_factor` times the learning rate. With decay_exempt="biases" all parameters of one
+    dimension (biases, scale and shift of BatchNorm) have no weight decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     factor = config.network_settings()["pretrained_lr_factor"]
@@ -63,18 +63,25 @@ def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, An
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, iteration: int) -> None:
-    """The rates for an iteration (from 1): times lr_step_factor after every lr_step iterations."""
+    """Set the learning rates for an iteration, counted from 1: times lr_step_factor after every lr_step iterations."""
     steps = (iteration - 1) // config.lr_step if config.lr_step else 0
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * config.lr_step_factor**steps
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """The batches of a run for ever: this process's share of the images, uint8 (n, c, h, w), and their labels, int64.
+    """An endless iterator over the batches of a run.
 
-    Every process draws the whole batch alike and takes its part of it (`share`: number, of how many). `ahead` has a
-    thread fetch the next batch meanwhile, for a GPU that would wait for it; a CPU would only share its time with that
-    thread. `state_dict()` stands right after the last batch handed out.
+    Gives this process's share of the images, uint8 (n, c, h, w), and their labels, int64 (n,), counted from 0. Every
+    process draws the same whole batch and takes its share of it. `state_dict()` is the state after the last batch that
+    was returned.
+
+    Args:
+        dataset: the prepared dataset.
+        rows: of the dataset's index, the images to draw from.
+        config: the settings of the run.
+        share: this process's number, from 0, and the number of processes.
+        ahead: fetch the next batch in a thread, so that a GPU need not wait for it. On a CPU this saves no time.
     """
 
     def __init__(
@@ -89,9 +96,9 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         classes, self.labels = dataset.labels(rows).unique(return_inverse=True)  # from 0, as class weights need them
         self.n_classes = len(classes)
         self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
-        self.iteration = 0  # of the last batch handed out
-        self.current: list[int] = []  # its images, whole, as indices into `rows`
-        self._drawn: list[int] = []  # the batch after it
+        self.iteration = 0  # of the last batch returned
+        self.current: list[int] = []  # all images of that batch, as indices into `rows`
+        self._drawn: list[int] = []  # those of the next batch
         self._stream = iter(self.sampler)
         self._fetched: Future[tuple[Tensor, Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -112,7 +119,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         number, shares = self.share
         own = np.array_split(np.arange(len(drawn)), shares)[number]
         batch = np.asarray(drawn)
-        if self.config.crop or self.config.horizontal_flip:  # drawn for the whole batch, so that the shares make up one
+        if self.config.crop or self.config.horizontal_flip:  # drawn for the whole batch, whatever the shares
             generator = torch.Generator().manual_seed(seed_of(self.config.seed, iteration))
             images = augment(
                 self.dataset.pixels(self.rows[batch]), self.config.crop, self.config.horizontal_flip, generator
@@ -124,11 +131,11 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         return (images.pin_memory() if pinned else images), self.labels[batch[own]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next batch depends on, readable by `torch.load(weights_only=True)`."""
+        """Everything that the next batch depends on, readable by `torch.load(weights_only=True)`."""
         return {"sampler": self.sampler.state_dict(), "drawn": list(self._drawn), "iteration": self.iteration}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which `state` was taken."""
+        """Continue after the last batch before `state` was saved."""
         self.sampler.load_state_dict(state["sampler"])
         self._stream = iter(self.sampler)
         self._drawn, self.iteration, self._fetched = list(state["drawn"]), state["iteration"], None
@@ -148,48 +155,57 @@ def gradient(
     seed: Callable[[int], int],
     loss_seed: int | None = None,
 ) -> float:
-    """Add the loss's gradient to the network's parameters; returns the loss of the batch.
+    """Add the gradient of the loss to the network's parameters, and return the loss.
 
-    network: as `fabric.setup` gave it. images, labels: this process's share, as `Batches` gives it. With `micro_batch`
-    (in all processes or in none: it decides in which order they exchange embeddings and gradients) the gradient is the
-    whole batch's, exactly, at the memory of one slice: all slices are embedded without a graph, the loss is derived
-    with respect to the embeddings, and each slice is embedded again to carry its part of that to the weights.
-    `seed(slice)` seeds a slice's dropout, both times. One more forward pass is its price. `loss_seed`, the same on all
-    of several processes, seeds what the loss draws; None, for one process: it draws where dropout left off.
+    With `micro_batch` the gradient is exactly that of the whole batch, at the memory of one slice. All slices are
+    embedded without a graph, the loss is differentiated with respect to the embeddings, and each slice is embedded
+    again to propagate its part of that gradient to the weights. The price is one more forward pass.
 
-    BatchNorm in training mode sees one slice at a time (`batchnorm="slices"`; a run refuses "live" here): both passes
-    normalise a slice by its own statistics, and the running ones take it in once.
+    With batchnorm="slices" both passes normalise a slice by its own statistics, and the running statistics are updated
+    once. (A run refuses "live" with slices.)
 
-    Raises, before any parameter's gradient, NotFiniteError if the loss is not finite, ValueError if it refuses the
-    embeddings.
+    Args:
+        fabric: as `build_fabric` returns it.
+        network: as `fabric.setup` returns it.
+        criterion: the loss of embeddings and labels.
+        images: this process's share of the batch, uint8 (n, c, h, w).
+        labels: int64 (n,).
+        micro_batch: images per slice; None for no slices. It decides the order in which processes exchange embeddings
+            and gradients, so either all processes have it or none.
+        seed: the seed of a slice's dropout, by the slice's number.
+        loss_seed: the seed of the loss, the same in all processes; None if there is one process only: then the loss
+            continues with the generator that dropout used.
+
+    Raises:
+        NotFiniteError: the loss is not finite; no parameter's gradient has changed.
+        ValueError: the loss refuses the embeddings; no parameter's gradient has changed.
     """
     if micro_batch is None:
         _seed(images.device, seed(0))
-        loss = _seeded(criterion, loss_seed, network(images), labels)
-        value = _finite(loss)
+        loss = _loss_of(criterion, loss_seed, network(images), labels)
+        value = _finite_value(loss)
         fabric.backward(loss)
         return value
     slices = images.split(micro_batch)
-    with torch.no_grad(), _without_memory(network):
-        embeddings = torch.cat([_embedded(network, part, seed(i)) for i, part in enumerate(slices)])
+    with torch.no_grad(), _constant_running_statistics(network):
+        embeddings = torch.cat([_embed_slice(network, part, seed(i)) for i, part in enumerate(slices)])
     embeddings.requires_grad_()
-    loss = _seeded(criterion, loss_seed, embeddings, labels)
-    value = _finite(loss)
-    loss.backward()  # to the embeddings, and to what the loss itself learns
-    wanted = embeddings.grad
-    assert wanted is not None
-    for i, (part, its) in enumerate(zip(slices, wanted.split(micro_batch), strict=True)):
+    loss = _loss_of(criterion, loss_seed, embeddings, labels)
+    value = _finite_value(loss)
+    loss.backward()  # to the embeddings and the weights of the loss itself
+    assert embeddings.grad is not None
+    for i, (part, grad) in enumerate(zip(slices, embeddings.grad.split(micro_batch), strict=True)):
         with fabric.no_backward_sync(network, enabled=i < len(slices) - 1):
-            fabric.backward(_embedded(network, part, seed(i)), its)
+            fabric.backward(_embed_slice(network, part, seed(i)), grad)
     return value
 
 
-def _embedded(network: nn.Module, images: Tensor, seed: int) -> Tensor:
+def _embed_slice(network: nn.Module, images: Tensor, seed: int) -> Tensor:
     _seed(images.device, seed)
     return network(images)
 
 
-def _seeded(
+def _loss_of(
     criterion: Callable[[Tensor, Tensor], Tensor], seed: int | None, embeddings: Tensor, labels: Tensor
 ) -> Tensor:
     if seed is not None:
@@ -198,13 +214,13 @@ def _seeded(
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As `torch.manual_seed`, for what is used alone: asking after every other backend takes it half a millisecond."""
+    """As `torch.manual_seed`, which takes half a millisecond longer because it asks every backend of torch."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
 
 
-def _finite(loss: Tensor) -> float:
+def _finite_value(loss: Tensor) -> float:
     value = loss.item()
     if not math.isfinite(value):
         raise NotFiniteError(f"the loss is {value}")
@@ -212,8 +228,8 @@ def _finite(loss: Tensor) -> float:
 
 
 @contextmanager
-def _without_memory(network: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics stay as they are."""
+def _constant_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as they are during a forward pass."""
     layers: list[Any] = batchnorms(network)
     momenta = [layer.momentum for layer in layers]
     try:

@@ -52,31 +52,36 @@ class Claim(BaseModel):
     published: str = ""
 
     @model_validator(mode="after")
-    def _has_what_it_compares(self) -> "Claim":
+    def _check_methods(self) -> "Claim":
         if bool(self.method) != bool(self.rivals):
             raise ValueError("method and rivals come together")
         return self
 
 
 class Part(NamedTuple):
-    """One difference that a claim rests on: what of, the points or shares with their interval and n, whether it holds
-    (None: open), and the confidence of that interval. What is refuted was refuted by a stricter one.
+    """Label, difference with its interval, and outcome.
+
+    Attributes:
+        label: what is compared, as in "histogram less triplet".
+        difference: in points of Recall@1, or of the shared mass.
+        holds: whether the part of the claim holds; False: it is refuted, by a stricter interval; None: open.
+        confidence: of the interval of `difference`.
     """
 
-    of: str
+    label: str
     difference: Difference
     holds: bool | None
-    level: float = 1 - LEVEL
+    confidence: float = 1 - LEVEL
 
     def __str__(self) -> str:
         mean, low, high, n = self.difference
         if n < 2:
-            return f"{self.of}: {mean:+.1f} (one seed)" if n else f"{self.of}: no seed in common"
-        return f"{self.of}: {mean:+.1f} ({100 * self.level:.3g} %: {low:+.1f} to {high:+.1f}, n = {n})"
+            return f"{self.label}: {mean:+.1f} (one seed)" if n else f"{self.label}: no seed in common"
+        return f"{self.label}: {mean:+.1f} ({100 * self.confidence:.3g} %: {low:+.1f} to {high:+.1f}, n = {n})"
 
 
-class _Missing(Exception):
-    """The runs that a claim needs are not there or not complete; the message says which."""
+class _MissingRuns(Exception):
+    """Runs that a claim needs are missing or not complete; the message says which."""
 
 
 def read_claims(file: str = CLAIMS) -> list[Claim]:
@@ -93,22 +98,25 @@ def read_claims(file: str = CLAIMS) -> list[Claim]:
 
 
 def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[Claim] | None = None) -> pd.DataFrame:
-    """One row per claim, dataset and comparison: its verdict, the evidence in words, and the runs it rests on.
+    """The verdicts on the claims, one row per claim, dataset and comparison.
 
-    results: of `read_results`: a row per run and comparison, metrics in %, `complete` False for runs still to come.
-    cost: the seconds of the loss by batch size (columns batch_size, seconds), for the claim on its cost.
-    Columns: claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, of the cost, "no
-    data"), comparison, verdict, evidence, run_ids.
+    Columns: claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, for the cost, "no
+    data"), comparison, verdict, evidence (in words), run_ids (of the runs that the verdict rests on).
+
+    Args:
+        results: of `hloss.study.results.read_results`.
+        cost: seconds of the loss by batch size (columns batch_size, seconds), for the claim on its cost.
+        claims: those to judge; None: all of `reports/claims.yaml`.
     """
     rows = []
     for claim in read_claims() if claims is None else claims:
         if claim.check == "quadratic":
-            rows.append(_row(claim, "any", "", *_quadratic(cost), ""))
+            rows.append(_verdict_row(claim, "any", "", *_judge_cost(cost), ""))
             continue
         for dataset, runs in results.groupby("dataset", sort=False):
             for comparison in claim.comparison:
-                there = runs[runs["comparison"] == comparison]
-                rows.append(_row(claim, str(dataset), comparison, *_verdict(claim, there)))
+                compared = runs[runs["comparison"] == comparison]
+                rows.append(_verdict_row(claim, str(dataset), comparison, *_judge_runs(claim, compared)))
     return pd.DataFrame(rows)
 
 
@@ -118,7 +126,9 @@ def overlap(results: pd.DataFrame) -> pd.Series:
     return pd.Series([100 * np.minimum(p, n).sum() for p, n in pairs], index=results.index)
 
 
-def _row(claim: Claim, dataset: str, comparison: str, verdict: str, evidence: str, run_ids: str) -> dict[str, str]:
+def _verdict_row(
+    claim: Claim, dataset: str, comparison: str, verdict: str, evidence: str, run_ids: str
+) -> dict[str, str]:
     asked = "the paper's data" if dataset in claim.data else "other data" if claim.data else "no data"
     return {
         "claim": claim.name,
@@ -134,73 +144,77 @@ def _row(claim: Claim, dataset: str, comparison: str, verdict: str, evidence: st
     }
 
 
-def _verdict(claim: Claim, runs: pd.DataFrame) -> tuple[str, str, str]:
+def _judge_runs(claim: Claim, runs: pd.DataFrame) -> tuple[str, str, str]:
     try:
         if claim.check == "table":
-            used = _found(runs, claim.among)
-            return *_table(used), ", ".join(used["run_id"])
-        used, parts = (_of_levels if claim.method is None else _of_methods)(claim, runs)
-    except _Missing as missing:
+            used = _complete_runs(runs, claim.among)
+            return *_judge_table(used), ", ".join(used["run_id"])
+        used, parts = (_compare_levels if claim.method is None else _compare_methods)(claim, runs)
+    except _MissingRuns as missing:
         return NOT_RUN, str(missing), ""
     evidence = [*map(str, parts), *([f"published: {claim.published}"] if claim.published else [])]
-    return _together(parts), "; ".join(evidence), ", ".join(sorted(set(used["run_id"])))
+    return _combined_verdict(parts), "; ".join(evidence), ", ".join(sorted(set(used["run_id"])))
 
 
-def _together(parts: list[Part]) -> str:
+def _combined_verdict(parts: list[Part]) -> str:
     if any(part.holds is False for part in parts):
         return REFUTED
     return REPRODUCED if all(part.holds for part in parts) else OPEN
 
 
-def _found(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
-    """The runs with these settings (a list: one of them; None: without), all of which must be complete."""
+def _complete_runs(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
+    """The runs with these settings, all of which must be complete. A list: any of its values; None: not set."""
     for name, value in settings.items():
         allowed = value if isinstance(value, list) else [value]
         column = runs[name] if name in runs else pd.Series(None, index=runs.index, dtype=object)
         runs = runs[column.isin([v for v in allowed if v is not None]) | (column.isna() & (None in allowed))]
-    told = f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
+    shown = f" ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else ""
     if runs.empty:
-        raise _Missing(f"no such runs here{told}")
+        raise _MissingRuns(f"no such runs here{shown}")
     if not runs["complete"].all():
-        raise _Missing(f"{(~runs['complete']).sum()} of {len(runs)} runs are missing{told}")
+        raise _MissingRuns(f"{(~runs['complete']).sum()} of {len(runs)} runs are missing{shown}")
     return runs
 
 
-def _method(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
+def _runs_of_method(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
     """The runs with these settings, which must be those of one method."""
-    runs = _found(runs, settings)
+    runs = _complete_runs(runs, settings)
     methods = runs["method"].unique()
     if len(methods) > 1:
-        raise _Missing(f"several methods, not one: {'; '.join(methods)}")
+        raise _MissingRuns(f"several methods, not one: {'; '.join(methods)}")
     return runs
 
 
-def _by_seed(runs: pd.DataFrame, values: pd.Series | None = None) -> pd.Series:
+def _values_by_seed(runs: pd.DataFrame, values: pd.Series | None = None) -> pd.Series:
     """Recall@1, or other values of these runs, by seed."""
     chosen = runs["recall@1"] if values is None else values[runs.index]
     return pd.Series(chosen.to_numpy(), index=runs["seed"].to_numpy())
 
 
-def _of_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+def _compare_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+    """The runs of the method and of its rivals, and a part per rival."""
     assert claim.method is not None
-    ours, rivals = _method(runs, claim.method), [_method(runs, rival) for rival in claim.rivals or []]
+    ours, rivals = _runs_of_method(runs, claim.method), [_runs_of_method(runs, rival) for rival in claim.rivals or []]
     shares = overlap(pd.concat([ours, *rivals])) if claim.check == "less_overlap" else None
     parts = []
     for rival in rivals:
-        of = f"{ours['method'].iloc[0]} less {rival['method'].iloc[0]}"
-        parts.append(PAIRS[claim.check](of, _by_seed(ours, shares), _by_seed(rival, shares), len(rivals)))
+        label = f"{ours['method'].iloc[0]} less {rival['method'].iloc[0]}"
+        parts.append(
+            PAIRS[claim.check](label, _values_by_seed(ours, shares), _values_by_seed(rival, shares), len(rivals))
+        )
     return pd.concat([ours, *rivals]), parts
 
 
-def _of_levels(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+def _compare_levels(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+    """The runs of the levels of the claim's axis, and its parts: of each group of runs, if it names a `within`."""
     assert claim.axis is not None
-    runs = _found(runs, claim.among | ({} if claim.levels is None else {claim.axis: claim.levels}))
+    runs = _complete_runs(runs, claim.among | ({} if claim.levels is None else {claim.axis: claim.levels}))
     groups = [("", runs)] if claim.within is None else [
         (f"{claim.within} {value}: ", group) for value, group in runs.groupby(claim.within)
     ]  # fmt: skip
     parts: list[Part] = []
     for prefix, group in groups:
-        levels = {level: _by_seed(rows) for level, rows in group.groupby(claim.axis)}
+        levels = {level: _values_by_seed(rows) for level, rows in group.groupby(claim.axis)}
         _check_levels(claim, prefix, levels)
         parts += AXES[claim.check](prefix, levels, claim.reference, len(groups))
     return runs, parts
@@ -211,33 +225,34 @@ def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.Series]) -> No
     lacking = set(claim.levels or []) | ({claim.reference} - {None})
     lacking -= levels.keys()
     if lacking:
-        raise _Missing(f"{found} without {', '.join(map(short_value, lacking))}")
+        raise _MissingRuns(f"{found} without {', '.join(map(short_value, lacking))}")
     if len(levels) < (3 if claim.check == "rising" else 2):
-        raise _Missing(f"{found} are too few")
+        raise _MissingRuns(f"{found} are too few")
     if not all(values.index.is_unique for values in levels.values()):
-        raise _Missing(f"{found}: more than one run of a seed differs in other settings")
+        raise _MissingRuns(f"{found}: more than one run of a seed differs in other settings")
 
 
-def _above(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+def _above(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
     """a above b; refuted if it is below, or if the two are equivalent."""
     difference, strict = paired_difference(a, b, 1 - LEVEL), paired_difference(a, b, 1 - LEVEL / k)
     holds = True if difference.low > 0 else None
     if holds is None and (strict.high < 0 or equivalence(a, b, level=LEVEL / k).verdict == "equivalent"):
         holds = False
-    return Part(of, difference, holds)
+    return Part(label, difference, holds)
 
 
-def _equivalent(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+def _equivalent(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
     """a and b within the margin; the interval of the two one-sided tests."""
     tests = equivalence(a, b, level=LEVEL)
     different = equivalence(a, b, level=LEVEL / k).verdict == "different"
     holds = True if tests.verdict == "equivalent" else False if different else None
-    return Part(of, Difference(*tests[1:]), holds, 1 - 2 * LEVEL)
+    return Part(label, Difference(*tests[1:]), holds, 1 - 2 * LEVEL)
 
 
-def _below(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+def _less_overlap(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+    """The densities of a share less mass than those of b; refuted if they share more."""
     difference, strict = paired_difference(a, b, 1 - LEVEL), paired_difference(a, b, 1 - LEVEL / k)
-    return Part(of, difference, True if difference.high < 0 else False if strict.low > 0 else None)
+    return Part(label, difference, True if difference.high < 0 else False if strict.low > 0 else None)
 
 
 def _rising(prefix: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
@@ -245,8 +260,8 @@ def _rising(prefix: str, levels: dict[Any, pd.Series], reference: Any, groups: i
     return [_above(f"{prefix}{b:g} less {a:g}", levels[b], levels[a], len(steps) * groups) for a, b in steps]
 
 
-def _level_with_reference(check: Callable[..., Part], toward: int) -> Callable[..., list[Part]]:
-    """A check of each other level with the reference; toward -1: of the reference with each other level."""
+def _each_with_reference(check: Callable[..., Part], toward: int) -> Callable[..., list[Part]]:
+    """A check of each other level against the reference; toward=-1: of the reference against each other level."""
 
     def checked(prefix: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
         others = [level for level in levels if level != reference]
@@ -261,35 +276,35 @@ def _level_with_reference(check: Callable[..., Part], toward: int) -> Callable[.
     return checked
 
 
-def _no_gain(of: str, a: pd.Series, b: pd.Series, k: int) -> Part:
-    """a above b by less than the margin, which is one-sided; refuted if it is by more."""
+def _no_gain(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
+    """a is above b by less than the margin (a one-sided test); refuted if it is above by more."""
     one_sided, strict = paired_difference(a, b, 1 - 2 * LEVEL), paired_difference(a, b, 1 - LEVEL / k)
     holds = True if one_sided.high < EQUIVALENCE_MARGIN else False if strict.low > EQUIVALENCE_MARGIN else None
-    return Part(of, one_sided, holds, 1 - 2 * LEVEL)
+    return Part(label, one_sided, holds, 1 - 2 * LEVEL)
 
 
 def _sensitive(prefix: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
-    """The two levels that lie furthest apart: they were picked among k pairs, so all is at 5 % / k."""
+    """The two levels that lie furthest apart. They are selected among k pairs, so that each test is at 5 % / k."""
     pairs = list(combinations(sorted(levels, key=lambda level: levels[level].mean()), 2))
     worst, best = pairs[len(levels) - 2]
-    level = 1 - LEVEL / len(pairs)
-    strict = paired_difference(levels[best], levels[worst], level)
+    confidence = 1 - LEVEL / len(pairs)
+    strict = paired_difference(levels[best], levels[worst], confidence)
     all_alike = all(equivalence(levels[a], levels[b], level=LEVEL).verdict == "equivalent" for a, b in pairs)
     holds = True if strict.low > EQUIVALENCE_MARGIN else False if all_alike else None
-    return [Part(f"{prefix}{best:g} less {worst:g}", strict, holds, level)]
+    return [Part(f"{prefix}{best:g} less {worst:g}", strict, holds, confidence)]
 
 
-PAIRS: dict[str, Callable[..., Part]] = {"above": _above, "equivalent": _equivalent, "less_overlap": _below}
+PAIRS: dict[str, Callable[..., Part]] = {"above": _above, "equivalent": _equivalent, "less_overlap": _less_overlap}
 AXES: dict[str, Callable[..., list[Part]]] = {
     "rising": _rising,
     "sensitive": _sensitive,
-    "equivalent": _level_with_reference(_equivalent, 1),
-    "no_gain": _level_with_reference(_no_gain, 1),
-    "best": _level_with_reference(_above, -1),
+    "equivalent": _each_with_reference(_equivalent, 1),
+    "no_gain": _each_with_reference(_no_gain, 1),
+    "best": _each_with_reference(_above, -1),
 }
 
 
-def _quadratic(cost: pd.DataFrame | None) -> tuple[str, str]:
+def _judge_cost(cost: pd.DataFrame | None) -> tuple[str, str]:
     if cost is None or len(cost) < 3:
         return NOT_RUN, "the cost of the loss was not measured with this study"
     exponent = float(np.polyfit(np.log(cost["batch_size"]), np.log(cost["seconds"]), 1)[0])
@@ -298,25 +313,25 @@ def _quadratic(cost: pd.DataFrame | None) -> tuple[str, str]:
     return verdict, f"exponent {exponent:.2f} ({measured})"
 
 
-def _table(runs: pd.DataFrame) -> tuple[str, str]:
-    """The values of the paper's own table; of CUHK03 they are means over the very splits of these runs."""
-    beside = compare_with_published(runs)
-    exact = beside[(beside["match"] == EXACT) & (beside["place"] == "Table 1")]
+def _judge_table(runs: pd.DataFrame) -> tuple[str, str]:
+    """The values of the paper's Table 1; those on CUHK03 are means over the same splits as these runs."""
+    compared = compare_with_published(runs)
+    exact = compared[(compared["match"] == EXACT) & (compared["place"] == "Table 1")]
     if exact.empty:
-        raise _Missing("no value of Table 1 is of this data, network and protocol")
+        raise _MissingRuns("no value of Table 1 is of this data, network and protocol")
     splits = runs["split"].nunique()
     if splits not in (1, SPLITS):
-        raise _Missing(f"the values of Table 1 are means over {SPLITS} splits, these runs are of {splits}")
-    parts = [_of_published(row, runs[row.metric].to_numpy(), len(exact), splits > 1)
+        raise _MissingRuns(f"the values of Table 1 are means over {SPLITS} splits, these runs are of {splits}")
+    parts = [_compare_with_value(row, runs[row.metric].to_numpy(), len(exact), splits > 1)
              for row in exact.itertuples()]  # fmt: skip
-    return _together(parts), "; ".join(map(str, parts))
+    return _combined_verdict(parts), "; ".join(map(str, parts))
 
 
-def _of_published(row: Any, values: np.ndarray, k: int, same_splits: bool) -> Part:
+def _compare_with_value(row: Any, values: np.ndarray, k: int, same_splits: bool) -> Part:
     mean, low, high = t_interval(values - row.published)
     _, lowest, highest = t_interval(values - row.published, 1 - LEVEL / k)
     inside = low > -EQUIVALENCE_MARGIN and high < EQUIVALENCE_MARGIN
-    if same_splits:  # what differs between splits is in the interval, but not in the difference of the two means
+    if same_splits:  # both means are over the same splits, so that the interval over splits is too wide
         inside = len(values) > 1 and abs(mean) < EQUIVALENCE_MARGIN
     outside = lowest > EQUIVALENCE_MARGIN or highest < -EQUIVALENCE_MARGIN
     difference = Difference(mean, low, high, len(values))

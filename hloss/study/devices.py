@@ -1,17 +1,19 @@
 """The GPUs of this machine, one lock file per device: a run holds its own for as long as it lasts."""
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
-CPU_NAMES = ("x86_64", "AMD64", "aarch64", "arm64")  # what a result names as its device, if not a GPU's name
+from hloss.runs.errors import LockedError
+from hloss.runs.files import file_lock
+
+CPU_NAMES = ("x86_64", "AMD64", "aarch64", "arm64")  # devices of results that were not made on a GPU
 
 
 def visible_devices() -> list[str]:
@@ -51,12 +53,8 @@ def _lock_free(devices: list[str], count: int, held: contextlib.ExitStack) -> li
     for device in devices:
         if len(mine) == count:
             break
-        lock: IO[str] = open(f"{tempfile.gettempdir()}/hloss-{os.getuid()}-gpu-{device}.lock", "a")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        held.enter_context(lock)
-        mine.append(device)
+        file = Path(tempfile.gettempdir()) / f"hloss-{os.getuid()}-gpu-{device}.lock"
+        with suppress(LockedError):
+            held.enter_context(file_lock(file, f"is using GPU {device}"))
+            mine.append(device)
     return mine

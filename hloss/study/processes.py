@@ -1,4 +1,4 @@
-"""Processes that end with what started them, and are asked before they are ended."""
+"""Processes that end with their parent, and commands that are interrupted before they are killed."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Send this process SIGTERM when its parent is gone, and end it if it has not ended by itself in half a minute."""
+    """Send this process SIGTERM when its parent has ended, and end it half a minute later if it still runs."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -29,20 +29,20 @@ def end_with_parent() -> None:
 def call(command: list[str], meanwhile: Callable[[], object]) -> int:
     """Run a command to its end, calling `meanwhile` every second; returns its exit status.
 
-    SIGINT and SIGTERM are passed on, once, as the SIGINT that a terminal would send to the whole group; this program
-    ends, too, when the command has. On Linux the command does not outlive this process.
+    SIGINT and SIGTERM are passed on once, as a SIGINT to the command's process group; when the command has ended, this
+    program exits. On Linux the command does not outlive this process.
     """
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=prepare)
-    asked = False
+    interrupted = False
 
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        if not asked:
+    def interrupt(signum: int, frame: object) -> None:
+        nonlocal interrupted
+        if not interrupted:
             print(f"{'stopping':>8}  checkpoints are kept; this takes up to half a minute", flush=True)
             os.killpg(process.pid, signal.SIGINT)
-        asked = True
+        interrupted = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while True:
             try:
@@ -54,13 +54,13 @@ def call(command: list[str], meanwhile: Callable[[], object]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     meanwhile()
-    if asked:
+    if interrupted:
         sys.exit("stopped; the same command continues")
     return status
 
 
 def prepare() -> None:
-    """In the new process, before the command: SIGINT as a terminal has it, and SIGKILL when the parent ends."""
+    """In the new process, before the command: the default SIGINT handler, and SIGKILL when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

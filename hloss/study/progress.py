@@ -1,4 +1,4 @@
-"""What becomes of a study's runs, read from their folders: the same on this machine and on a cluster."""
+"""Progress of a study, read from the folders of its runs: on this machine and on a cluster alike."""
 
 import time
 from contextlib import suppress
@@ -14,39 +14,42 @@ class Progress:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        folders = [(run, run.config.folder) for run in study.runs]  # once: a folder's name takes a millisecond
+        folders = [(run, run.config.folder) for run in study.runs]
         self.todo = [(run, folder) for run, folder in folders if not (folder / "result.json").exists()]
         self.total, self.first = len(study.runs), len(self.todo)
         self.started = time.monotonic()
         self.several = len({run.dataset for run in study.runs}) > 1
-        self.seen = {folder: (_written(folder), "") for _, folder in self.todo}
+        self.seen = {folder: (_status_time(folder), "") for _, folder in self.todo}
 
     def print_start(self) -> None:
         print(f"study {self.study.name}: {self.total - self.first} of {self.total} runs are complete", flush=True)
 
     def __call__(self) -> None:
-        with suppress(OSError):  # a network file system is away: what there is to tell is told the next time
-            self._tell()
+        with suppress(OSError):  # a network file system is away: the next call prints the changes
+            self._print_changes()
 
-    def _tell(self) -> None:
+    def _print_changes(self) -> None:
         for run, folder in list(self.todo):
             result = read_result(folder)
             if result is None:
-                self._tell_state(run, folder)
+                self._print_state(run, folder)
             else:
                 self.todo.remove((run, folder))
                 recall = 100 * result["metrics"]["recall@1"]
-                print(f"{self._count()}  {self._name(run)}: test Recall@1 {recall:.1f} % ({self._left()})", flush=True)
+                print(
+                    f"{self._count()}  {self._name(run)}: test Recall@1 {recall:.1f} % ({self._minutes_left()})",
+                    flush=True,
+                )
 
-    def _tell_state(self, run: StudyRun, folder: Path) -> None:
-        """Tell a state once; what an earlier start left in the folder is no news."""
-        written, state = self.seen[folder]
-        if _written(folder) == written:
+    def _print_state(self, run: StudyRun, folder: Path) -> None:
+        """Print a state once. Ignore statuses from before this start."""
+        before, state = self.seen[folder]
+        if _status_time(folder) == before:
             return
         status = read_status(folder)
         if status is None:
             return
-        self.seen[folder] = (_written(folder), status["state"])
+        self.seen[folder] = (_status_time(folder), status["state"])
         if status["state"] not in (state, "complete"):
             word = "started" if status["state"] == "running" else status["state"]
             print(f"{word:>8}  {self._name(run)}{': ' * bool(status['message'])}{status['message']}", flush=True)
@@ -57,11 +60,11 @@ class Progress:
     def _count(self) -> str:
         return f"{f'[{self.total - len(self.todo)}/{self.total}]':>8}"
 
-    def _left(self) -> str:
+    def _minutes_left(self) -> str:
         minutes = (time.monotonic() - self.started) / 60
         return f"about {minutes * len(self.todo) / (self.first - len(self.todo)):.1f} min left"
 
 
-def _written(folder: Path) -> int:
+def _status_time(folder: Path) -> int:
     file = folder / "status.json"
     return file.stat().st_mtime_ns if file.exists() else 0

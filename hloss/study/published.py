@@ -1,4 +1,4 @@
-"""The values that others published, and a study's own beside them.
+"""Published values, and the comparison of a study's results with them.
 
 `reports/published_values.csv` has one row per published value: dataset, method (a loss of ours where it is one),
 settings (those stated that make it another method, as `name=value; ...`), network (ours where it is that one), dim,
@@ -28,7 +28,7 @@ SELECTIONS = ("validation classes", "not stated", "test set", "nothing to choose
 EXACT, NETWORK, PROTOCOL = "exact", "same protocol, another network", "other protocol"
 SHOWN = (*LOSS_COMPARISONS, "batch", "C")  # the comparisons that hold the methods of the publications
 PREPARED = {"cuhk03-single-shot": {"boxes": "labeled", "camera_pairs": 3}}  # other boxes or pairs: another protocol
-ALIKE = ("loss", "network", "embedding_dim", "protocol")  # what the runs of one method must share
+SAME_IN_A_METHOD = ("loss", "network", "embedding_dim", "protocol")  # what the runs of one method must share
 
 
 def read_published(file: str | Path = PUBLISHED) -> pd.DataFrame:
@@ -90,21 +90,21 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame | None
     rows = []
     for (dataset, method), runs in results.groupby(["dataset", "method"], sort=False):
         whole, runs = runs["complete"].all(), runs[runs["complete"]]
-        _check_alike(dataset, method, runs)
+        _check_one_method(dataset, method, runs)
         for value in published[published.dataset == dataset].to_dict("records"):
             if len(runs) and _is_published(runs.iloc[0], value):
-                rows.append(_beside(dataset, method, runs, value, whole))
+                rows.append(_comparison_row(dataset, method, runs, value, whole))
     columns = "dataset method metric ours low high n run_ids published difference match source place url note"
     return pd.DataFrame(rows, columns=columns.split())
 
 
-def _check_alike(dataset: str, method: str, runs: pd.DataFrame) -> None:
-    for column in ALIKE:
+def _check_one_method(dataset: str, method: str, runs: pd.DataFrame) -> None:
+    for column in SAME_IN_A_METHOD:
         found = runs[column].unique()
         if len(found) > 1:
             raise ConfigError(
                 f"the runs of {method!r} on {dataset} differ in {column} ({', '.join(map(str, found))}): "
-                "they are no repetitions of one method and stand beside nothing"
+                "they are not repetitions of one method and cannot be compared with published values"
             )
 
 
@@ -114,7 +114,9 @@ def _is_published(run: pd.Series, value: dict[str, Any]) -> bool:
     return same and pd.notna(run.get(value["metric"]))
 
 
-def _beside(dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any], whole: bool) -> dict[str, Any]:
+def _comparison_row(
+    dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any], whole: bool
+) -> dict[str, Any]:
     ours, low, high = t_interval(runs[value["metric"]].to_numpy())
     match = _match(runs.iloc[0], value)
     return {

@@ -1,7 +1,7 @@
-"""What the report shows: tables that sort, links that show where they lead somewhere, figures that are also files.
+"""HTML of a report: sortable tables and links to files, and figures that are saved as files.
 
-Display the strings by IPython.display.HTML. Without scripts (on GitHub, in an untrusted notebook) they are what they
-say: a plain table, a plain link.
+Display the strings by IPython.display.HTML. Without scripts (on GitHub, in an untrusted notebook) a table does not sort
+and a link is plain text.
 """
 
 import html
@@ -14,10 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hloss.runs.files import atomic_write, project_path
-from hloss.study.statistics import shown_interval
+from hloss.study.statistics import headline
 
 # Works on every <table class="sortable"> above it. A column is one of numbers if most of its cells begin with one
-# ("41.5", "41.5 +- 0.8", "-3 %"); what is no number in it, as what is empty in any, stays below in both directions.
+# ("41.5", "41.5 +- 0.8", "-3 %"); its other cells, and the empty cells of any column, come last in both directions.
 SORTING = """<style>
 table.sortable th button { all: unset; cursor: pointer; font-weight: bold; }
 table.sortable th button:focus-visible { outline: 2px solid; }
@@ -59,7 +59,7 @@ for (const table of document.querySelectorAll("table.sortable:not([data-sorts])"
   });
 }
 </script>"""
-# An image beside the report tells that its folder is there: of a report that was mailed alone, nothing else is.
+# The image loads only where the report is in its folder; in a report that was mailed alone, links stay plain text.
 LINKS = """<script>
 {
   const probe = new Image();
@@ -72,21 +72,21 @@ LINKS = """<script>
 
 
 def relative_link(target: str, text: str) -> str:
-    """A link to a file by its path from the report; plain text until `enable_links` finds the report's folder."""
+    """A link to a file by its path from the report; plain text until the script of `enable_links` finds the files."""
     return f'<a data-beside="{html.escape(urllib.parse.quote(target))}">{html.escape(text)}</a>'
 
 
 def enable_links(probe: str) -> str:
-    """The script that turns on every `relative_link` above it, if the image `probe` (path from the report) is there."""
+    """The script that enables each `relative_link` above it, if the image `probe` (path from the report) exists."""
     return LINKS.replace("PROBE", urllib.parse.quote(probe))
 
 
 def sortable_table(frame: pd.DataFrame, html_columns: Collection[str] = ()) -> str:
     """A frame, without its index, as a table that sorts by a click, Enter or Space on a header.
 
-    Values stand as str gives them, so round or format them first; missing ones are empty. Cells are escaped, but for
-    those of `html_columns`, which hold HTML (links). Sorting twice turns the order round, and equal rows keep theirs.
-    Raises ValueError for a name in `html_columns` that is no column.
+    Values are shown as `str` converts them, so round or format them first; missing ones are empty. Cells are escaped,
+    except in `html_columns`, which hold HTML (links). Sorting a second time reverses the order; equal rows keep theirs.
+    ValueError if a name in `html_columns` is not a column.
     """
     unknown = sorted(set(html_columns) - set(frame.columns))
     if unknown:
@@ -114,20 +114,20 @@ def save_figure(figure: Figure, name: str, folder: str) -> Figure:
 
 
 def run_links(runs: pd.DataFrame, report_dir: str) -> dict[str, str]:
-    """HTML of each run's id: a link to its notebook, if that is there now and the report is written to a folder.
+    """HTML of each run's id: a link to its notebook, if that exists and the report is written to a folder.
 
     runs: with the columns study and run_id; report_dir: of the project.
     """
     links = {}
     for study, run_id in runs[["study", "run_id"]].itertuples(index=False, name=None):
         notebook = Path("runs") / study / run_id / "run.ipynb"
-        there = report_dir and project_path(str(notebook)).exists()
-        links[run_id] = relative_link(os.path.relpath(notebook, report_dir), run_id) if there else html.escape(run_id)
+        exists = report_dir and project_path(str(notebook)).exists()
+        links[run_id] = relative_link(os.path.relpath(notebook, report_dir), run_id) if exists else html.escape(run_id)
     return links
 
 
 def collapsed_runs(run_ids: pd.Series, links: Mapping[str, str]) -> list[str]:
-    """HTML for each "id, id, ...": the ids, folded away under a word."""
+    """HTML of each "id, id, ...": a collapsed list of the ids. links: of `run_links`."""
     cells = (", ".join(links.get(i, html.escape(i)) for i in ids.split(", ")) for ids in run_ids.fillna(""))
     return [f"<details><summary>runs</summary>{cell}</details>" if cell else "" for cell in cells]
 
@@ -135,15 +135,10 @@ def collapsed_runs(run_ids: pd.Series, links: Mapping[str, str]) -> list[str]:
 def headline_table(
     table: pd.DataFrame, comparisons: Collection[str], metrics: list[str], links: Mapping[str, str] | None = None
 ) -> str:
-    """The table of these comparisons, of `hloss.study.statistics.summary`, as HTML: means in %, the first's interval.
+    """`hloss.study.statistics.headline` as a sortable HTML table, with the runs of each row.
 
     links: of `run_links`.
     """
-    rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
-    shown = rows[["dataset", "comparison", "method", "n"]].copy()
-    shown["n"] = [n if n == of else f"{n} of {of}" for n, of in zip(rows["n"], rows["of"], strict=True)]
-    for k in metrics:
-        shown[f"{k} (%)"] = rows[k].map("{:.1f}".format)
-    shown.insert(5, "95 % interval", list(map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])))
-    shown["runs"] = collapsed_runs(rows["run_ids"], links or {})
+    shown = headline(table, comparisons, metrics)
+    shown["runs"] = collapsed_runs(table.loc[shown.index, "run_ids"], links or {})
     return sortable_table(shown, ["runs"])

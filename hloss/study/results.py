@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +12,23 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hloss.losses.histogram import reverse_probability
+from hloss.losses.histogram import histogram_loss, reverse_probability
+from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset, open_dataset
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
-from hloss.runs.files import read_result
+from hloss.runs.files import atomic_write, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
-ALL_ALIKE = ("protocol", "card_sha256", "prepared")  # in all runs: of one dataset, of one split
-MAKERS = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
-TRAINED_ALIKE = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # in the trained runs of a dataset
+SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # of a dataset; the card: of a split
+MADE_BY = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
+SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # of a dataset
 
 
 def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
-    """Finished runs whose fingerprint is not the present one. cards: hash of each dataset's card, where it is known."""
+    """Runs whose result has not the fingerprint of a new one. cards: dataset -> hash of its card, if known."""
     stale = []
     for run in study.runs:
         if result := read_result(run.config.folder):
@@ -36,11 +39,46 @@ def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
     return stale
 
 
-def collect(study: Study, keep: bool = False) -> pd.DataFrame:
-    """One row per run of the study; runs without a result are rows too, whose `complete` is False.
+def card_hashes(study: Study, skip_missing: bool = False) -> dict[str, str]:
+    """Dataset -> hash of its card, of the datasets of a study. DatasetError for one that is not prepared here.
 
-    Refuses runs made by different code or data, unless `keep` says to mix them, and runs that differ in what must be
-    alike (`refuse_mixed`).
+    skip_missing: leave such datasets out.
+    """
+    hashes = {}
+    for folder in {run.config.data_folder for run in study.runs}:
+        with suppress(DatasetError) if skip_missing else nullcontext():
+            hashes[folder.name] = open_dataset(folder).card_sha256
+    return hashes
+
+
+def write_results(study: Study, keep: bool) -> None:
+    """Write results.parquet (`collect`) and loss_cost.csv (`measured_loss_cost`) to the folder of a study's report."""
+    file = Path("reports") / study.name / "results.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table, cost = collect(study, keep), measured_loss_cost()
+    atomic_write(file.with_name("loss_cost.csv"), lambda part: cost.to_csv(part, index=False))
+    atomic_write(file, lambda part: table.to_parquet(part, index=False))
+
+
+def measured_loss_cost() -> pd.DataFrame:
+    """Seconds of the loss, forward and backward, by batch size: the best of three, D = 128, on this machine's CPU."""
+    rows = []
+    for n in (1024, 2048, 4096, 8192):
+        embeddings = torch.randn(n, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            histogram_loss(embeddings, torch.arange(n) // 8).backward()
+            seconds.append(time.perf_counter() - start)
+        rows.append({"batch_size": n, "seconds": min(seconds)})
+    return pd.DataFrame(rows)
+
+
+def collect(study: Study, keep: bool = False) -> pd.DataFrame:
+    """The results of a study, one row per run; `complete` is False for a run without a result.
+
+    ConfigError if there is no result, if several versions of the code or of a package that settings name made them
+    (unless `keep`), or if they must not be compared (`refuse_mixed`).
     """
     rows, first = [], {run.dataset: run.config.seed for run in sorted(study.runs, key=lambda r: -r.config.seed)}
     opened = functools.cache(open_dataset)
@@ -48,9 +86,10 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         row: dict[str, Any] = {"complete": False}
         if result := read_result(run.config.folder):
             dataset = opened(run.config.data_folder)
-            row = result_row(run, result, dataset, run.config.seed == first[run.dataset])
-        rows.append(_of_study(study, run) | row)
-    rows += [_of_study(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
+            exact = run.config.seed == first[run.dataset] and bool(set(LOSS_COMPARISONS) & set(run.methods))
+            row = result_columns(run.config, result, dataset, exact)
+        rows.append(_study_columns(study, run) | row)
+    rows += [_study_columns(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result yet; run it first")
@@ -71,14 +110,14 @@ def _refuse_versions(study: str, table: pd.DataFrame) -> None:
             )
 
 
-def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
-    """What the study says of a run."""
+def _study_columns(study: Study, run: StudyRun) -> dict[str, Any]:
+    """The columns of the table that the study decides."""
     return {
         "study": run.config.study,
         "title": study.title,
         "comparison": list(run.methods),
         "method": list(run.methods.values()),
-        "place": [study.places[run.dataset, *pair] for pair in run.methods.items()],
+        "place": [study.order[run.dataset, *pair] for pair in run.methods.items()],
         "run_id": run.config.run_id,
         **run.config.resolved(),
         "dataset": run.dataset,
@@ -86,16 +125,16 @@ def _of_study(study: Study, run: StudyRun) -> dict[str, Any]:
     }
 
 
-def result_row(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: bool) -> dict[str, Any]:
-    """What the run's folder says of it. first: also the exact probability of reverse, of a run that compares losses."""
-    history = pd.read_parquet(run.config.folder / "history.parquet")
+def result_columns(config: RunConfig, result: dict[str, Any], dataset: Dataset, exact: bool) -> dict[str, Any]:
+    """The columns of the table that the result decides. exact: with the exact probability of reverse, which is slow."""
+    history = pd.read_parquet(config.folder / "history.parquet")
     validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
     density = result["similarity_density"]
     return {
         "complete": True,
         "network": result["config"]["network"],
         **result["metrics"],
-        **_over_classes(run, dataset),
+        **_class_interval(config.folder, dataset),
         "validation_recall@1": result["validation_recall@1"],
         "chosen_iteration": result["chosen"]["iteration"],
         "chosen_how": result["chosen"]["how"],
@@ -109,58 +148,52 @@ def result_row(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: b
         "history_recall": validated["validation_recall@1"].tolist(),
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
-        "reverse_probability": _reverse_probability(run, dataset) if first else math.nan,
+        "reverse_probability": _reverse_probability(config.folder, dataset) if exact else math.nan,
         "panel": json.dumps(result["panel"]),
         **result["fingerprint"],
-        **provenance_columns(result["provenance"]),
+        **_provenance_columns(result["provenance"]),
     }
 
 
-def provenance_columns(told: dict[str, Any]) -> dict[str, Any]:
-    """Where a result came from, as columns of the table."""
+def _provenance_columns(provenance: dict[str, Any]) -> dict[str, Any]:
     return {
-        "git_commit": f"{told['git_commit'] or 'no git'}{' with changes' * told['git_dirty']}",
-        "device": told["device"],
-        "processor": told.get("processor", ""),  # unknown of results made earlier
-        "threads": told["threads"],
-        "torch": told["packages"]["torch"],
+        "git_commit": f"{provenance['git_commit'] or 'no git'}{' with changes' * provenance['git_dirty']}",
+        "device": provenance["device"],
+        "processor": provenance.get("processor", ""),  # older results do not name it
+        "threads": provenance["threads"],
+        "torch": provenance["packages"]["torch"],
     }
 
 
-def _over_classes(run: StudyRun, dataset: Dataset) -> dict[str, float]:
-    """The interval of a run's Recall@1 over its test classes: whole classes of queries are drawn again."""
-    ranks, queries = (np.load(run.config.folder / f"{name}.npy") for name in ("ranks", "queries"))
+def _class_interval(folder: Path, dataset: Dataset) -> dict[str, float]:
+    """The 95 % interval of a run's Recall@1 over its test classes, by bootstrap."""
+    ranks, queries = (np.load(folder / f"{name}.npy") for name in ("ranks", "queries"))
     classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries]
     matched = ranks > 0
     _, low, high = bootstrap_over_classes(ranks[matched] == 1, classes[matched], np.random.default_rng(0))
     return {"classes_low": low, "classes_high": high}
 
 
-def _reverse_probability(run: StudyRun, dataset: Dataset) -> float:
-    """The exact probability of reverse of the test images of a run that compares losses, in [0, 1].
-
-    Of all that are query or gallery, as the densities are. NaN for other runs.
-    """
-    if not set(LOSS_COMPARISONS) & set(run.methods):
-        return math.nan
+def _reverse_probability(folder: Path, dataset: Dataset) -> float:
+    """The exact probability of reverse of a run's query and gallery images, in [0, 1]."""
     known = identified_rows(dataset)
     labels = dataset.labels(dataset.rows("test"))[known]
-    return reverse_probability(torch.from_numpy(np.load(run.config.folder / "embeddings.npy")[known]), labels)
+    return reverse_probability(torch.from_numpy(np.load(folder / "embeddings.npy")[known]), labels)
 
 
 def refuse_mixed(table: pd.DataFrame) -> None:
     """ConfigError, naming the run, if results of one dataset differ in protocol, data, network or choice.
 
-    Networks without training stand beside the others as what there is without learning: they choose nothing, and may be
-    another network. Runs that choose settings stand beside nothing, and do so on the same data.
+    Runs without training may have another network: they are the baselines of all others. Runs of a grid are compared
+    with none of the others, but are on the same data.
     """
     complete = table[table["complete"]]
-    complete = complete.assign(prepared=complete["prepared"].map(_prepared_alike))
-    chooses = complete["comparison"].map(lambda names: all(name.endswith(CHOICE) for name in names))
-    trained = complete[(complete["iterations"] > 0) & ~chooses]
-    for name in (*ALL_ALIKE, *TRAINED_ALIKE):
-        alike = complete if name in ALL_ALIKE else trained
-        for dataset, runs in alike.groupby("split" if name == "card_sha256" else "dataset"):
+    complete = complete.assign(prepared=complete["prepared"].map(_without_test_set))
+    of_grid = complete["comparison"].map(lambda names: all(name.endswith(CHOICE) for name in names))
+    trained = complete[(complete["iterations"] > 0) & ~of_grid]
+    for name in (*SAME_IN_ALL_RUNS, *SAME_IN_TRAINED_RUNS):
+        checked = complete if name in SAME_IN_ALL_RUNS else trained
+        for dataset, runs in checked.groupby("split" if name == "card_sha256" else "dataset"):
             usual = runs[name].mode()[0]
             other = runs[runs[name] != usual]
             if len(other):
@@ -176,15 +209,15 @@ def refuse_mixed(table: pd.DataFrame) -> None:
             raise ConfigError(f"{' and '.join(same['split'])} are the same split of {dataset}: prepare each anew")
 
 
-def _prepared_alike(settings: str) -> str:
-    """The settings of a card without the one by which splits of a dataset differ."""
+def _without_test_set(settings: str) -> str:
+    """The settings of a card without `test_set`, in which the splits of a dataset differ."""
     return json.dumps({name: value for name, value in json.loads(settings).items() if name != "test_set"})
 
 
 def read_results(file: Path) -> pd.DataFrame:
-    """A study's table, one row per run and comparison it stands in, in the study's order; metrics in %.
+    """A study's table of results: one row per run and comparison, in the study's order, metrics in %.
 
-    ConfigError if results are mixed.
+    `complete` is False for runs without a result. ConfigError if results are mixed (`refuse_mixed`).
     """
     table = pd.read_parquet(file)
     refuse_mixed(table)
@@ -196,19 +229,19 @@ def read_results(file: Path) -> pd.DataFrame:
 
 
 def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
-    """The rows with these values (dataset, comparison, method, seed); ConfigError if there is none with one of them."""
+    """The rows with these values (dataset, comparison, method, seed). ConfigError if no row has one of them."""
     for name, value in wanted.items():
-        there = [v for v in results[name].unique() if not str(v).endswith(CHOICE)]
+        known = [v for v in results[name].unique() if not str(v).endswith(CHOICE)]
         if value not in results[name].unique():
-            raise ConfigError(f"{name}={value!r} is none of these results', which have {', '.join(map(str, there))}")
+            raise ConfigError(f"{name}={value!r} is none of these results', which have {', '.join(map(str, known))}")
         results = results[results[name] == value]
     return results
 
 
 def recall_names(results: pd.DataFrame) -> list[str]:
     """The Recall@K that any of these runs has, by K: recall@1, recall@2, ..."""
-    there = [name for name in results.columns if name.startswith("recall@") and results[name].notna().any()]
-    return sorted(there, key=lambda name: int(name.removeprefix("recall@")))
+    names = [name for name in results.columns if name.startswith("recall@") and results[name].notna().any()]
+    return sorted(names, key=lambda name: int(name.removeprefix("recall@")))
 
 
 def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:
@@ -220,8 +253,41 @@ def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:
 def histories(results: pd.DataFrame) -> pd.DataFrame:
     """Validations of complete runs that trained: method, seed, iteration, recall (%)."""
     trained = results[results["iterations"] > 0]
-    found = trained[["method", "seed", "history_iteration", "history_recall"]].set_axis(
+    validations = trained[["method", "seed", "history_iteration", "history_recall"]].set_axis(
         ["method", "seed", "iteration", "recall"], axis=1
     )
-    found = found.explode(["iteration", "recall"], ignore_index=True).astype({"iteration": int, "recall": float})
-    return found.assign(recall=100 * found["recall"])
+    validations = validations.explode(["iteration", "recall"], ignore_index=True).astype(
+        {"iteration": int, "recall": float}
+    )
+    return validations.assign(recall=100 * validations["recall"])
+
+
+def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
+    """The settings that tuning chose, one row per dataset and method.
+
+    Columns: dataset, method, chosen (the settings that the grid crossed), "at an edge of its grid" (those of them that
+    are), run_ids (of the grid).
+
+    Args:
+        results: of `read_results`.
+    """
+    rows = []
+    tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
+    for (dataset, method), runs in tuned.groupby(["dataset", "method"], sort=False):
+        first = runs.iloc[0]
+        grid = results[(results["dataset"] == dataset) & (results["comparison"] == LOSS_COMPARISONS[1] + CHOICE)]
+        grid = grid[grid["loss"] == first["loss"]]
+        axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
+        edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
+        shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
+        at_edge, run_ids = ", ".join(edges), ", ".join(grid.loc[grid["complete"], "run_id"])
+        rows.append(
+            {
+                "dataset": dataset,
+                "method": method,
+                "chosen": shown,
+                "at an edge of its grid": at_edge,
+                "run_ids": run_ids,
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""What of a study is already in Slurm's queue: a start that was killed leaves its jobs there."""
+"""Jobs of a study in Slurm's queue: a start that was killed leaves its jobs there."""
 
 import hashlib
 import math
@@ -7,41 +7,34 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import yaml
-
 ATTEMPTS, PATIENCE_SECONDS = 5, 10
-TELL_SECONDS = 600  # between two lines that say that the queue still cannot be read
-COMMENT = "rule_run_wildcards_"  # before STUDY_RUNID in a job's comment
+WARNING_SECONDS = 600  # between two warnings that the queue cannot be read
+COMMENT = "rule_run_wildcards_"  # prefix of STUDY_RUNID in the comment of a job
 
 
 class SlurmError(RuntimeError):
     """The queue cannot be read; without it a run might be submitted twice."""
 
 
-def is_slurm(profile: Path) -> bool:
-    """Whether the profile hands runs to Slurm."""
-    return (yaml.safe_load((profile / "config.yaml").read_text()) or {}).get("executor") == "slurm"
-
-
 def job_prefix(study: str) -> str:
-    """What the names of a study's jobs begin with."""
+    """The prefix of the names of a study's jobs."""
     return f"{_clone()}-{study[:25]}"
 
 
 def _clone() -> str:
-    """Another clone's jobs are not ours, those of any study of this clone are: studies share runs."""
+    """The prefix of the jobs of this clone: the jobs of all of its studies, which share runs, and of no other clone."""
     return f"hloss-{hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:8]}"
 
 
 def jobs_in_queue() -> dict[str, str]:
-    """Slurm's job number -> STUDY_RUNID, of this clone's jobs that wait or run."""
-    jobs = (line.partition("|") for line in _queue().splitlines())  # others' names and comments may hold any more
-    ours = ((number, rest.partition("|")) for number, _, rest in jobs if rest.startswith(f"{_clone()}-"))
-    return {number: comment.removeprefix(COMMENT) for number, (_, _, comment) in ours}
+    """Slurm's job number -> STUDY_RUNID, of the pending and running jobs of this clone."""
+    jobs = (line.partition("|") for line in _queue().splitlines())  # names and comments of other jobs may hold "|"
+    own = ((number, rest.partition("|")) for number, _, rest in jobs if rest.startswith(f"{_clone()}-"))
+    return {number: comment.removeprefix(COMMENT) for number, (_, _, comment) in own}
 
 
 def _queue() -> str:
-    """One line per job; a busy controller is asked more than once."""
+    """What squeue prints, a line per job. A busy controller is asked up to ATTEMPTS times."""
     command = ["squeue", "--me", "--noheader", "--format=%i|%j|%k"]
     for attempts_left in reversed(range(ATTEMPTS)):
         try:
@@ -55,16 +48,19 @@ def _queue() -> str:
 
 
 def wait_for_jobs(jobs: Collection[str], meanwhile: Callable[[], object]) -> None:
-    """Return when none of these jobs is in the queue. While it cannot be read they may be: the wait goes on."""
-    told = -math.inf
+    """Return when none of these jobs is in the queue, calling `meanwhile` every second.
+
+    A queue that cannot be read may hold them: the wait continues.
+    """
+    warned = -math.inf
     while True:
         try:
             if not set(jobs) & jobs_in_queue().keys():
                 return
         except SlurmError as error:
-            if time.monotonic() - told >= TELL_SECONDS:
+            if time.monotonic() - warned >= WARNING_SECONDS:
                 print(f"{'waiting':>8}  {error}", flush=True)
-                told = time.monotonic()
+                warned = time.monotonic()
         for _ in range(PATIENCE_SECONDS):
             meanwhile()
             time.sleep(1)

@@ -1,5 +1,6 @@
 """Intervals over seeds and over classes, paired differences and equivalence."""
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -123,6 +124,21 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
             row |= {metric: mean, f"{metric} low": low, f"{metric} high": high}
         rows.append(row | {"run_ids": ", ".join(complete["run_id"])})
     return pd.DataFrame(rows)
+
+
+def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[str]) -> pd.DataFrame:
+    """The rows of these comparisons with complete runs, as text: means in %, and the interval of the first metric.
+
+    table: of `summary`. The index is that of its rows.
+    """
+    rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
+    shown = rows[["dataset", "comparison", "method", "n"]].copy()
+    shown["n"] = [n if n == of else f"{n} of {of}" for n, of in zip(rows["n"], rows["of"], strict=True)]
+    for metric in metrics:
+        shown[f"{metric} (%)"] = rows[metric].map("{:.1f}".format)
+    intervals = map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])
+    shown.insert(5, "95 % interval", list(intervals))
+    return shown
 
 
 def differences_from(results: pd.DataFrame, method: str) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -20,8 +20,7 @@ from hloss.runs.models import has_pretrained_part
 from hloss.runs.provenance import code_sha256
 from hloss.runs.run import run
 from hloss.study.devices import CPU_NAMES
-from hloss.study.results import MAKERS, result_row
-from hloss.study.spec import Resources, StudyRun
+from hloss.study.results import MADE_BY, result_columns
 
 # Processors round differently, and training amplifies that. 25 runs of the glyphs study (200 iterations each, most of
 # them) were repeated on another processor: Recall@1 moved by 0.7 points (root mean square), no fraction by more than
@@ -29,7 +28,7 @@ from hloss.study.spec import Resources, StudyRun
 TOLERANCE_POINTS = 4.0
 EXACT, CLOSE, DIFFERENT = "bit for bit", f"within {TOLERANCE_POINTS:g} points", "different"
 OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split"}
-NOT_COMPARED = {*MAKERS, *RunConfig.model_fields, *OF_THE_STUDY, "training_seconds"}
+NOT_COMPARED = {*MADE_BY, *RunConfig.model_fields, *OF_THE_STUDY, "training_seconds"}
 ROUNDING_DECIDES = ("chosen_iteration", "panel")  # beside columns of several numbers
 
 
@@ -90,9 +89,7 @@ def repeated(row: pd.Series, folder: str) -> dict[str, Any]:
             f"{dataset.card_sha256[:8]}, the results have {row['card_sha256'][:8]}; prepare the dataset again"
         )
     result = run(config, lambda line: None)
-    methods = dict(zip(row["comparison"], row["method"], strict=True))
-    study_run = StudyRun(config, Resources(gpus=0), methods, row["dataset"])
-    return result_row(study_run, result, dataset, first=bool(pd.notna(row["reverse_probability"])))
+    return result_columns(config, result, dataset, exact=bool(pd.notna(row["reverse_probability"])))
 
 
 def config_of(row: pd.Series, runs_dir: str) -> RunConfig:
@@ -131,7 +128,7 @@ def compared(row: pd.Series, again: dict[str, Any]) -> dict[str, Any]:
     return {"outcome": outcome, "columns": columns, "largest_difference_points": points}
 
 
-def machine_kind(made: Mapping[Hashable, Any]) -> tuple[str, ...]:
+def machine_kind(made: Mapping[Any, Any]) -> tuple[str, ...]:
     """Device, name of the processor and version of torch; the processor is empty where it was not recorded."""
     return made["device"], str(made.get("processor", "")).rpartition(", ")[0], made["torch"]
 

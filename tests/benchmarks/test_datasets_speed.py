@@ -32,11 +32,11 @@ def jpeg(seed):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of ten classes."""
+    """A folder of twenty classes."""
     root = tmp_path_factory.mktemp("photos")
     different = [jpeg(seed) for seed in range(40)]
     for i in range(N):
-        place = root / f"class{i % 10}" / f"{i}.jpg"
+        place = root / f"class{i % 20}" / f"{i}.jpg"
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(different[i % len(different)])
     return root

@@ -55,7 +55,7 @@ def test_overhead_of_a_step_on_glyphs(benchmark, record, monkeypatch):
 
     def step():
         seconds.clear()
-        timed(loop._step, "whole")()
+        timed(loop.step, "whole")()
         steps.append(Counter(seconds))
 
     benchmark.pedantic(step, rounds=500, warmup_rounds=20)

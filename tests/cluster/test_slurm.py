@@ -150,7 +150,7 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
     }
     project = new_project("project", study)
     project.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5, "jobs": 3})
-    file = project.folder / "workflow" / "run_notebook.py"  # the GPUs are stand-ins, for which there is no driver
+    file = project.folder / "hloss" / "study" / "notebooks.py"  # the GPUs are stand-ins, for which there is no driver
     counted = "torch.cuda.device_count() if given and torch.cuda.is_available() else 0"
     assert counted in file.read_text()
     file.write_text(file.read_text().replace(counted, "given"))

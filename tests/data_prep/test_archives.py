@@ -49,10 +49,19 @@ def test_every_kind_of_source_reads_alike(write, tmp_path):
 
 @pytest.mark.parametrize("write", [write_tgz, write_zip, write_folder])
 def test_what_operating_systems_leave_is_passed_over_and_counted(write, tmp_path):
-    stray = {"top/Thumbs.db": b"", "top/images/Thumbs.db": b"", "top/images/._a.jpg": b"", "__MACOSX/top/x.jpg": b""}
-    source = open_source(write(tmp_path / "source", FILES | stray))
+    stray = ("top/Thumbs.db", "top/images/Thumbs.db", "top/images/._a.jpg", "__MACOSX/top/x.jpg", "__MACOSX/top/y.jpg")
+    hidden = ("top/.ipynb_checkpoints/a.jpg", ".git/objects/x", "@eaDir/a.jpg", "top/images/.hidden.jpg")
+    source = open_source(write(tmp_path / "source", FILES | dict.fromkeys(stray + hidden, b"")))
     assert source.files.keys() == FILES.keys()
-    assert source.ignored == {"._a.jpg": 1, "Thumbs.db": 2, "x.jpg": 1}
+    assert source.ignored == {
+        ".git/": 1,
+        ".hidden.jpg": 1,
+        ".ipynb_checkpoints/": 1,
+        "._a.jpg": 1,
+        "@eaDir/": 1,
+        "Thumbs.db": 2,
+        "__MACOSX/": 2,
+    }
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "a/../../evil.jpg", "C:/evil.jpg", "..\\evil.jpg"])
@@ -88,6 +97,23 @@ def test_a_link_out_of_a_folder_is_refused(tmp_path):
     (folder / "top" / "out").symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(PreparationError, match="out is a link to a folder"):
         open_source(folder)
+    (folder / "top" / "out").unlink()
+    (folder / "top" / "gone.jpg").symlink_to(tmp_path / "nothing")
+    with pytest.raises(PreparationError, match=r"gone\.jpg is a link to a folder, to nothing or out of"):
+        open_source(folder)
+
+
+def test_links_and_folders_that_are_not_used_do_not_matter(tmp_path):
+    folder = write_folder(tmp_path / "source", FILES | {".venv/bin/python": b"x"})
+    (folder / ".venv" / "lib64").symlink_to(tmp_path, target_is_directory=True)
+    assert open_source(folder).files.keys() == FILES.keys()
+    (folder / "venv").symlink_to(tmp_path, target_is_directory=True)
+    wanted = {"top/images/a.jpg", ".venv/bin/python"}
+    source = open_source(folder, wanted=wanted)
+    assert source.files.keys() == FILES.keys() | {".venv/bin/python"}
+    assert source.ignored == {}
+    with pytest.raises(PreparationError, match="venv is a link to a folder"):
+        open_source(folder, wanted={"venv/a.jpg"})
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

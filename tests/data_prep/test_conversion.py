@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = Options(ImageSettings(16, 16, "pad"), val_fraction=0.5)
 
 
-def images(n_classes=6, per_class=3, **others):
+def images(n_classes=20, per_class=10, **others):
     """Class-named folders of PNG images whose pixels all say which they are."""
     files = {}
     for label in range(n_classes):
@@ -39,6 +39,7 @@ def children(data):
     return sorted(p.name for p in data.iterdir()) if data.exists() else []
 
 
+N = 200
 BAD = {"class1/1.png": b"", "class3/0.png": b"\x89PNG\r\n\x1a\n broken", "class4/2.png": photo(0)[:300]}
 
 
@@ -47,7 +48,7 @@ def test_bad_images_are_listed_and_nothing_stays_behind(tmp_path):
     with pytest.raises(PreparationError) as error:
         folder.prepare(source, tmp_path / "data" / "mine", SMALL)
     message = str(error.value)
-    assert "3 of 18 images cannot be used; replace them, or pass --skip-bad" in message
+    assert "3 of 200 images cannot be used; replace them, or pass --skip-bad" in message
     assert "class1/1.png: empty file (0 bytes)" in message
     assert all(f"\n  {name}: " in message for name in BAD)
     assert children(tmp_path / "data") == []
@@ -57,10 +58,10 @@ def test_skipped_images_are_in_the_card_and_all_others_in_their_rows(tmp_path):
     source = write_folder(tmp_path / "source", images(**BAD))
     dataset = prepared("folder", source, tmp_path / "mine", "--skip-bad", "--size", "16x16")
     assert dataset.card["skipped_images"].keys() == BAD.keys()
-    assert dataset.card["images"] == len(dataset.images) == 15
-    numbers = [3 * int(name[5]) + int(name[7]) for name in dataset.index.source]
+    assert dataset.card["images"] == len(dataset.images) == N - 3
+    numbers = [int(name[5:-6]) * 10 + int(name[-5]) for name in dataset.index.source]
     assert dataset.images[:, 0, 0, 0].tolist() == numbers
-    assert (tmp_path / "mine" / "images.npy").stat().st_size == 128 + 15 * 16 * 16 * 3
+    assert (tmp_path / "mine" / "images.npy").stat().st_size == 128 + (N - 3) * 16 * 16 * 3
     dataset.check_pixels()
 
 
@@ -169,7 +170,7 @@ def wait_for(condition, process):
 def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, older):
     rng = np.random.default_rng(0)
     slow = [encoded(rng.integers(0, 256, (1200, 1200, 3), np.uint8), "PNG", compress_level=1) for _ in range(2)]
-    source = write_folder(tmp_path / "source", {f"class{i % 8}/{i}.png": slow[i % 2] for i in range(160)})
+    source = write_folder(tmp_path / "source", {f"class{i % 20}/{i}.png": slow[i % 2] for i in range(200)})
     data = tmp_path / "data"
     if older:
         before = folder.prepare(write_folder(tmp_path / "few", images()), data / "mine", SMALL)
@@ -189,12 +190,12 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, older
     assert again.wait(60) == 0, again.stderr.read()
     again.communicate()
     assert children(data) == ["mine"]
-    assert open_dataset(data / "mine").card["images"] == 18
+    assert open_dataset(data / "mine").card["images"] == N
 
 
 def test_an_interrupted_preparation_cleans_up(tmp_path):
     big = encoded(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8), "PNG", compress_level=1)
-    source = write_folder(tmp_path / "source", {f"class{i % 8}/{i}.png": big for i in range(160)})
+    source = write_folder(tmp_path / "source", {f"class{i % 20}/{i}.png": big for i in range(200)})
     process = start(source, tmp_path / "data" / "mine")
     wait_for(lambda: list((tmp_path / "data").glob(".mine.preparing-*/images.npy")), process)
     process.send_signal(signal.SIGINT)
@@ -214,11 +215,11 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path):
-    """1,600 images take 315 MB prepared; the peak stays where 100 images, 20 MB, have it."""
+    """1,600 images take 315 MB prepared; the peak stays where 200 images, 39 MB, have it."""
     tiny = [photo(i) for i in range(10)]
     peaks = []
-    for n in (100, 1600):
-        source = write_folder(tmp_path / str(n), {f"class{i % 10}/{i}.jpg": tiny[i % 10] for i in range(n)})
+    for n in (200, 1600):
+        source = write_folder(tmp_path / str(n), {f"class{i % 20}/{i}.jpg": tiny[i % 10] for i in range(n)})
         command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "data" / f"of{n}")]
         answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(int(answer.stdout.split()[-1]) / 1024)
@@ -245,7 +246,7 @@ def test_list_says_what_there_is_and_where_to_get_the_rest(tmp_path, capsys):
     blocks = {block.partition(":")[0]: block for block in text.split("\n\n")}
     assert list(blocks) == ["glyphs", "cub", "sop", "cuhk03", "market1501", "folder", "mine"]
     assert "not prepared" in blocks["cub"]
-    assert "mine: 18 images (0.0 GB), classes: train 1, val 2, test 3" in blocks["mine"]
+    assert "mine: 200 images (0.0 GB), classes: train 5, val 5, test 10" in blocks["mine"]
     assert "1,150,585,339 bytes" in blocks["cub"]
     assert "7f73d41a2f44250d4779881525aea32e" in blocks["sop"]
     assert "23.6 GB prepared" in blocks["sop"]
@@ -282,8 +283,8 @@ def test_the_module_is_a_command(tmp_path):
         "folder", "--source", str(write_folder(tmp_path / "source", images())), "--out", str(tmp_path / "mine")
     )
     assert answer.returncode == 0, answer.stderr
-    assert "18 images of 6 classes" in answer.stdout
-    assert json.loads((tmp_path / "mine" / "card.json").read_text())["images"] == 18
+    assert "200 images of 20 classes" in answer.stdout
+    assert json.loads((tmp_path / "mine" / "card.json").read_text())["images"] == N
     answer = run("folder", "--source", str(tmp_path / "source" / "class0"), "--out", str(tmp_path / "other"))
     assert answer.returncode == 1
     assert answer.stderr.startswith("data_prep folder: ")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hloss import HistogramLoss
 from hloss.losses.baselines import (
@@ -17,7 +18,11 @@ from hloss.losses.baselines import (
     Quadruplet,
     SemiHardTriplet,
     Triplet,
+    all_hinges,
+    listed_hinges,
+    true_places,
 )
+from tests.helpers.gpu_waits import counted_waits
 
 
 def batch(n=14, d=5, classes=4, seed=0, scale=1.0):
@@ -245,7 +250,7 @@ def test_unusable_input_is_refused_by_name(name):
         loss(embeddings, labels[:-1])
     with pytest.raises(ValueError, match="embeddings must be floating"):
         loss(labels, labels)
-    with pytest.raises(ValueError, match=r"rows \[3\] \(1 in all\)"):
+    with pytest.raises(ValueError, match=r"embeddings rows \[3\] hold NaN or infinity"):
         loss(embeddings.detach().index_fill(0, torch.tensor([3]), math.nan), labels)
 
 
@@ -281,3 +286,66 @@ def test_an_impossible_option_is_refused_with_its_name_and_value(loss, options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name} must be .*{value!r}"):
         loss(**options)
+
+
+def test_the_forms_without_a_wait_equal_those_with_one():
+    """What lifted structure and quadruplet compute on CUDA in place of `nonzero` and boolean indexing."""
+    distance = torch.rand(40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = batch(n=40, classes=7)[1]
+    same, nearest = labels[:, None] == labels, distance[0] - 1
+    everything, listed = all_hinges(nearest, distance, same), listed_hinges(nearest, distance, same)
+    torch.testing.assert_close(everything[same.triu(1)], listed)
+    assert everything.count_nonzero() == listed.count_nonzero() > 30
+    mask = same.triu(1)
+    assert torch.equal(true_places(mask, int(mask.sum())), mask.flatten().nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_call_reads_from_the_device_once(name, monkeypatch):
+    """On an imitation of a GPU, whose tensors hold no data: whatever depended on data but the one read would fail."""
+    n, reads = 64, []
+    counts = [0.0, float(n * 8)]  # the sum of the embeddings, and the pairs of one class
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self.device.type) or counts)
+    monkeypatch.setattr(FakeTensor, "item", lambda self: reads.append(self.device.type) or counts[0], raising=False)
+    with FakeTensorMode():
+        embeddings = torch.randn(n, 32, device="cuda", requires_grad=True)
+        value = BASELINES[name]()(embeddings, torch.zeros(n, dtype=torch.int64))
+    assert value.device.type == "cuda"
+    assert value.requires_grad
+    assert reads == ["cuda"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
+def test_on_a_gpu_as_on_the_cpu_with_one_wait_and_always_the_same(name, options, labels_on):
+    embeddings, labels = batch(n=96, d=16, classes=12)
+    loss = BASELINES[name](**options)
+    expected = loss(embeddings, labels)
+    (expected_gradient,) = torch.autograd.grad(expected, embeddings)
+    there, labels = embeddings.detach().cuda().requires_grad_(), labels.to(labels_on)
+    found = []
+    for _ in range(2):
+        with counted_waits() as waits:
+            value = loss(there, labels)
+            (gradient,) = torch.autograd.grad(value, there)
+        found.append((value, gradient))
+    assert len(waits) == 1, waits
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient.cpu(), expected_gradient, rtol=1e-7, atol=1e-9 * expected_gradient.abs().max())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BASELINES)
+def test_float32_on_a_gpu_is_close_to_float64(name):
+    embeddings, labels = batch(n=96, d=16, classes=12)
+    narrow = embeddings.detach().float().cuda().requires_grad_()
+    value, expected = BASELINES[name]()(narrow, labels), BASELINES[name]()(embeddings, labels)
+    (gradient,) = torch.autograd.grad(value, narrow)
+    (expected_gradient,) = torch.autograd.grad(expected, embeddings)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert (gradient.cpu() - expected_gradient).norm() <= 1e-3 * expected_gradient.norm()

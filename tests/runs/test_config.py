@@ -1,20 +1,19 @@
 """Losses, miners, samplers and metrics as settings of a run: checked before training, and carried out."""
 
-import itertools
+import dataclasses
+import inspect
 import json
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from data_prep.prepared import create_images, finish, new_folder
 from hloss.losses.baselines import BASELINES
-from hloss.losses.pml import PMLLoss
-from hloss.retrieval.protocols import PROTOCOLS, evaluate
-from hloss.runs.config import RunConfig, config_from_notebook, parse_config
+from hloss.losses.histogram import HistogramLoss
+from hloss.losses.pml import PMLLoss, available, pml_metric
+from hloss.runs.config import LOSS_SETTINGS, LOSSES, PML_SETTINGS, RunConfig, config_from_notebook, parse_config
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
 from hloss.samplers import SAMPLERS
@@ -51,6 +50,50 @@ def test_every_option_of_a_loss_is_a_setting(loss):
     assert set(options) == set(BASELINES[loss]().__dict__) & set(RunConfig.model_fields)
 
 
+def test_every_argument_of_the_histogram_loss_is_a_setting_and_has_its_default():
+    arguments = {name: p.default for name, p in inspect.signature(HistogramLoss).parameters.items()}
+    assert set(arguments) == {field.name for field in dataclasses.fields(HistogramLoss().settings)}
+    assert RunConfig().loss_settings() == dataclasses.asdict(HistogramLoss().settings) == arguments
+
+
+def test_every_setting_has_a_description_and_those_of_a_loss_have_no_default_of_their_own():
+    assert all(field.description for field in RunConfig.model_fields.values())
+    assert {RunConfig.model_fields[name].default for name in LOSS_SETTINGS + PML_SETTINGS} == {None}
+    taken = [set(inspect.signature(loss).parameters) for loss in LOSSES.values()]
+    assert set(LOSS_SETTINGS) == set().union(*taken)
+
+
+@pytest.mark.parametrize("normalize", [None, True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_metric_of_a_run_is_that_of_its_loss(loss, normalize):
+    if normalize is None or "normalize" in inspect.signature(LOSSES[loss]).parameters:
+        config = parse_config({"loss": loss, "normalize": normalize})
+        assert config.trained_metric == getattr(config.build_loss(), "metric", "cosine")
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # LargeMarginSoftmaxLoss
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_the_metric_of_a_loss_of_pytorch_metric_learning_is_known_from_its_options(normalize):
+    options = {} if normalize is None else {"distance": {"LpDistance": {"normalize_embeddings": normalize}}}
+    metrics = set()
+    for name in available("losses"):
+        try:
+            built = PMLLoss(name, options)
+        except ValueError:  # it needs other options, or takes no such distance
+            continue
+        assert pml_metric(options) == built.metric, name
+        metrics.add(built.metric)
+    assert metrics == {"euclidean" if normalize is False else "cosine"}
+
+
+@pytest.mark.parametrize("loss", ["histogram", "lifted", "pml:MultiSimilarityLoss"])
+def test_the_id_and_the_folder_of_a_run_build_no_loss(monkeypatch, loss):
+    config = parse_config({"loss": loss})
+    monkeypatch.setattr(nn.Module, "__init__", lambda self: pytest.fail("a loss was built"))
+    assert config.folder.name == config.run_id
+    assert config.resolved()["metric"] == ("euclidean" if loss == "lifted" else "cosine")
+
+
 @pytest.mark.parametrize("loss", ["histogram", *BASELINES])
 def test_every_loss_trains(settings, loss):
     result = run(parse_config({**settings, "loss": loss}), quiet)
@@ -68,21 +111,6 @@ def test_every_sampler_trains(settings, sampler):
     assert (
         len(pd.read_parquet(next(parse_config({**settings, "sampler": sampler, **own}).folder.glob("*.parquet")))) == 6
     )
-
-
-def test_a_run_is_measured_by_the_metric_its_loss_trains_unless_told_otherwise(settings, tiny_data):
-    config = parse_config({**settings, "loss": "lifted"})
-    result = run(config, quiet)
-    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
-    index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
-    labels = torch.tensor(index[index.split == "test"].label.to_numpy())
-    assert embeddings.norm(dim=1).std() > 1e-3
-    expected = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "euclidean")
-    assert result["metrics"] == expected.metrics
-    told = parse_config({**settings, "loss": "lifted", "metric": "cosine"})
-    assert told.run_id != config.run_id
-    cosine = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "cosine")
-    assert run(told, quiet)["metrics"] == cosine.metrics != expected.metrics
 
 
 def test_losses_and_miners_of_pytorch_metric_learning_train(settings):
@@ -196,34 +224,42 @@ def test_checking_a_run_leaves_the_generators_alone():
     assert not torch.equal(one.loss.W, two.loss.W)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_path, protocol):
-    rng = np.random.default_rng(0)
-    identity, view, shot = (axis.ravel() for axis in np.mgrid[0:30, 0:2, 0:4])
-    split = np.where(identity < 16, "train", np.where(identity < 22, "val", "test"))
-    names = np.where(shot == 0, "query", np.where(shot == 1, "pool", "gallery"))
-    role = np.where(split == "test", names, "both") if "single-shot" not in protocol else "both"
-    pixels = rng.uniform(0, 255, (30, 16, 16))[identity] + rng.normal(0, 60, (240, 16, 16))
-    with new_folder(tmp_path / "data" / "street") as folder:
-        images = create_images(folder, 240, 16, 16, 1)
-        images[:] = pixels.clip(0, 255).astype(np.uint8)[..., None]
-        images.flush()
-        index = {"label": identity, "split": split, "role": role, "camera": view, "source": "noise"}
-        finish(folder, pd.DataFrame(index), {"name": "street", "protocol": protocol, "recall_at": [1, 5]})
-    places = {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "device": "cpu"}
-    config = parse_config({"dataset": "street", "network": "pixels", "loss": "none", "iterations": 0, **places})
-    result = run(config, quiet)
-    assert result["protocol"] == protocol
-    test = split == "test"
-    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
-    cameras, roles = torch.tensor(view[test]), np.broadcast_to(role, 240)[test].tolist()
-    expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
-    assert result["metrics"] == expected.metrics
-    assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
-    assert np.load(config.folder / "queries.npy").tolist() == expected.query_index.tolist()
-    shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbors"])]
-    assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}
-
-
 def test_modules_of_losses_hold_no_weights_but_those_of_proxies():
     assert not any(isinstance(p, nn.Parameter) for loss in BASELINES.values() for p in loss().parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_bin": 50}, r"n_bin=50 is no setting of a run \(did you mean n_bins\?\)"),
+        ({"n_bins": 0}, "n_bins must be a whole number of at least 1, got 0"),
+        ({"n_bins": "fifty"}, "n_bins='fifty': Input should be a valid integer"),
+        (
+            {"loss": "histogramm"},
+            r"loss='histogramm' is unknown, allowed are .*\(did you mean histogram\?\)",
+        ),
+        ({"loss": "binomial", "n_bins": 50}, "loss 'binomial' takes no n_bins, it takes alpha, beta, C"),
+        ({"iterations": 0}, "go together"),
+        ({"network": "pixels"}, "nothing to train"),
+        ({"batch_size": 1}, "batch_size=1"),
+        ({"study": "../escape"}, "study='../escape' must be a name"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_no_run_can_have_is_refused_by_name(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(wrong)
+
+
+def test_a_notebook_variable_that_is_no_setting_is_refused():
+    assert config_from_notebook({"loss": "binomial", "_hidden": 1, "json": json}).loss == "binomial"
+    with pytest.raises(ConfigError, match="bins=5 is no setting"):
+        config_from_notebook({"loss": "histogram", "bins": 5})
+
+
+def test_run_id_names_what_decides_the_result():
+    default = parse_config({})
+    assert parse_config({"n_bins": 200, "kernel": "triangular"}).run_id == default.run_id
+    assert parse_config({"device": "cpu", "study": "other", "threads": 2}).run_id == default.run_id
+    assert parse_config({"n_bins": 100}).run_id != default.run_id
+    assert parse_config({"seed": 1}).run_id != default.run_id

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.prepared import create_images, finish, new_folder
-from hloss.runs.datasets import open_dataset
+from hloss.retrieval.protocols import evaluate
+from hloss.runs.datasets import COLUMNS, ROLES, open_dataset, query_counts
 from hloss.runs.errors import DatasetError
 from hloss.runs.images import augment, center_crop, stripes
 
@@ -52,7 +53,7 @@ def test_labels_cameras_and_roles_go_by_row(tmp_path):
             (2, "test", "query", 3, "c"),
             (-1, "test", "junk", 4, "d"),
         ]
-        index = pd.DataFrame(rows, columns=["label", "split", "role", "camera", "source"])
+        index = pd.DataFrame(rows, columns=list(COLUMNS))
         finish(folder, index, {"name": "people", "protocol": "market1501", "recall_at": [1], "published": published})
     dataset = open_dataset(tmp_path / "people")
     test = dataset.rows("test")
@@ -71,6 +72,39 @@ def test_labels_cameras_and_roles_go_by_row(tmp_path):
         "query and junk images": {"published": 3, "here": 2},
         "test classes": {"published": 1, "here": 1},
     }
+
+
+@given(
+    st.sampled_from(
+        ["all-vs-rest", "market1501", "cuhk03-767-700", "cuhk03-single-shot", "cuhk03-single-shot-two-way"]
+    ),
+    st.lists(st.tuples(st.integers(0, 4), st.sampled_from(ROLES[:4]), st.integers(0, 2)), min_size=1, max_size=30),
+)
+def test_matches_and_rivals_are_those_of_the_protocol(protocol, images):
+    """Of equal embeddings every rival stands before the match: its rank is the number of rivals plus one."""
+    two_views = "single-shot" in protocol
+    if two_views:
+        images = [(label, "both", camera % 2) for label, _, camera in images]
+    index = pd.DataFrame(images, columns=["label", "role", "camera"])
+    index.loc[index.role.isin(["junk", "distractor"]) & (protocol != "all-vs-rest"), "label"] = -1
+    counts = query_counts(index, protocol)
+    try:
+        found = evaluate(
+            protocol,
+            torch.ones(len(index), 2),
+            torch.tensor(index.label.to_numpy()),
+            cameras=torch.tensor(index.camera.to_numpy()),
+            roles=index.role.tolist(),
+        )
+    except ValueError:
+        no_gallery = not index.role.isin(["gallery", "both"]).any()
+        assert not len(counts) or (no_gallery and not counts.matches.any())
+        return
+    drawings = 100 if two_views else 1
+    expected = np.where(counts.matches > 0, counts.rivals + 1, 0)
+    assert found.n_queries == len(counts) * drawings
+    assert found.n_unmatched == (counts.matches == 0).sum() * drawings
+    assert sorted(found.ranks.tolist()) == sorted(expected.tolist() * drawings)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every kind of image comes out as data_prep.decoding says."""
+"""Every kind of image is decoded and resized as hloss.runs.images says."""
 
 import struct
 import zlib
@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import decoding
-from hloss.runs.images import BadImage, ImageSettings, decode, fit
+from hloss.runs.images import FILTERS, BadImage, ImageSettings, decode, fit
 from tests.helpers.miniatures import encoded
 
 RNG = np.random.default_rng(0)
@@ -193,6 +192,6 @@ def test_an_image_of_the_right_size_is_not_resampled():
 def test_shrinking_averages():
     """No pattern of single pixels survives: what a resampling without a filter would leave of it."""
     board = np.indices((64, 64)).sum(0) % 2 * 255
-    for how in decoding.FILTERS:
+    for how in FILTERS:
         out = fit(Image.fromarray(board.astype(np.uint8)).convert("RGB"), 16, 16, how)
         assert np.abs(out.astype(int) - 127).max() <= 8

@@ -18,7 +18,9 @@ from hloss.runs.checkpoints import StopSignals, read_status
 from hloss.runs.config import parse_config
 from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import ConfigError, RunError, RunStopped
+from hloss.runs.evaluation import weights_sha256
 from hloss.runs.files import run_lock
+from hloss.runs.load import load_run
 from hloss.runs.loop import Loop, RunContext
 from hloss.runs.models import batchnorms, build_network
 from hloss.runs.run import run
@@ -137,7 +139,7 @@ from hloss.runs import __main__, run
 class Leaving(run.Loop):
     def train(self):
         super().train()
-        progress = self.work.progress
+        progress = self.context.progress
         own = {"loss": self.loss.state_dict(), "losses": progress["losses"], "threads": torch.get_num_threads()}
         torch.save(own, Path(__file__).with_name(f"{os.environ['RANK']}.pt"))
 
@@ -170,9 +172,9 @@ import os, signal
 from hloss.runs import __main__, run
 
 class Stopping(run.Loop):
-    def _step(self):
-        super()._step()
-        progress = self.work.progress
+    def step(self):
+        super().step()
+        progress = self.context.progress
         stage, iteration, name = os.environ["STOP"].split() or ("", 0, "")
         if os.environ["RANK"] == "1" and (progress["stage"], progress["iteration"]) == (stage, int(iteration)):
             os.kill(os.getpid(), signal.Signals[name])
@@ -212,10 +214,10 @@ def test_live_batchnorm_is_synchronised_over_devices(settings):
     config = parse_config({**settings, "batchnorm": "live", "devices": 2})
     fabric = SimpleNamespace(world_size=2, global_rank=0, device=torch.device("cpu"), setup=lambda *made: made)
     dataset = open_dataset(config.data_folder)
-    work = RunContext(config, dataset, {}, fabric, StopSignals(False), print)
+    context = RunContext(config, dataset, {}, fabric, StopSignals(False), print)
     network = build_network("glyphnet", dataset.images.shape[1:], 10)
     layers = len(batchnorms(network))
-    loop = Loop(work, network, dataset.rows("train"), 1, None)
+    loop = Loop(context, network, dataset.rows("train"), 1, None)
     loop.batches.close()
     kinds = {type(layer) for layer in batchnorms(loop.network)}
     assert (len(batchnorms(loop.network)), kinds) == (layers, {torch.nn.SyncBatchNorm})
@@ -245,6 +247,7 @@ def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):
     assert result["config"]["devices"] == 2
     assert read_status(config.folder)["state"] == "complete"
     assert run(config, print) == result
+    assert weights_sha256(load_run(config.folder).network) == result["network_sha256"]
 
 
 def test_a_signal_to_the_starter_stops_all_processes_at_one_iteration(settings):

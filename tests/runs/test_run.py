@@ -2,38 +2,18 @@
 
 import json
 import shutil
-import subprocess
 import sys
-import time
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torchvision import models
 
-from hloss.retrieval.ranks import first_match_ranks
-from hloss.runs import loop
 from hloss.runs.checkpoints import read_status, write_status
-from hloss.runs.config import PRECISIONS, RunConfig, config_from_notebook, parse_config
-from hloss.runs.errors import ConfigError, DatasetError, RunError
+from hloss.runs.config import PRECISIONS, parse_config
+from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.files import run_lock
 from hloss.runs.run import run
-
-
-@pytest.fixture
-def settings(tiny_data, tmp_path):
-    return {
-        "dataset": "tiny",
-        "batch_size": 24,
-        "images_per_class": 4,
-        "iterations": 12,
-        "validate_every": 4,
-        "data_dir": str(tiny_data),
-        "runs_dir": str(tmp_path / "runs"),
-        "device": "cpu",
-        "checkpoint_seconds": 0.0,
-    }
 
 
 def quiet(line):
@@ -50,26 +30,6 @@ def test_the_same_config_gives_the_same_result_bit_for_bit(settings, tmp_path):
     other_seed = run(parse_config({**settings, "seed": 1}), quiet)
     assert outcome(first) == outcome(second)
     assert outcome(first) != outcome(other_seed)
-
-
-def test_the_files_agree_with_the_result(settings, tiny_data):
-    config = parse_config(settings)
-    result = run(config, quiet)
-    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
-    index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
-    labels = torch.tensor(index[index.split == "test"].label.to_numpy())
-    ranks = np.load(config.folder / "ranks.npy")
-    assert ranks.tolist() == first_match_ranks(embeddings, labels).tolist()
-    assert result["metrics"]["recall@1"] == np.mean(ranks == 1)
-    history = pd.read_parquet(config.folder / "history.parquet")
-    validated = history.dropna()
-    assert validated["iteration"].tolist() == [4, 8, 12]
-    best = validated["validation_recall@1"].idxmax()
-    assert result["chosen"]["iteration"] == validated["iteration"][best]
-    assert result["validation_recall@1"] == validated["validation_recall@1"][best]
-    for query, neighbors, hits in zip(*result["panel"].values(), strict=True):
-        assert hits == (index.label[neighbors] == index.label[query]).tolist()
-    assert sum(result["similarity_density"]["after"]["positive"]) == pytest.approx(1)
 
 
 def test_a_killed_run_continues_to_the_same_result(settings, tmp_path):
@@ -184,31 +144,6 @@ def test_training_beats_no_training(settings):
     assert untrained["metrics"]["recall@1"] < trained["metrics"]["recall@1"]
 
 
-class NotANumber(torch.nn.Module):
-    def forward(self, embeddings, labels):
-        return embeddings.sum() * float("nan")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
-    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
-    with pytest.raises(RunError, match="nan at iteration 1"):
-        run(parse_config(settings), quiet)
-
-
-def test_a_full_disk_does_not_hide_that_the_loss_is_not_finite(settings, monkeypatch):
-    def full(state, file):
-        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
-
-    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
-    monkeypatch.setattr(torch, "save", full)
-    config = parse_config(settings)
-    with pytest.raises(RunError, match=r"nan at iteration 1; .* lost: .*failed\.pt could not be written"):
-        run(config, quiet)
-    status = read_status(config.folder)
-    assert (status["state"], status["retry"]) == ("failed", False)
-    assert "nan at iteration 1" in status["message"]
-
-
 def test_refit_trains_again_on_all_classes_for_the_chosen_iterations(settings, tiny_data):
     config = parse_config({**settings, "refit": True})
     lines = []
@@ -226,15 +161,6 @@ def test_refit_trains_again_on_all_classes_for_the_chosen_iterations(settings, t
     refit = [line for line in lines if line.startswith("refit iteration")]
     assert len(refit) == result["chosen"]["iteration"] // config.validate_every
     assert all("images/s" in line and "s left" in line and "validation" not in line for line in refit)
-
-
-def test_a_refit_tells_its_own_rate(settings, monkeypatch):
-    """Without the seconds of the first training, here those of its validations."""
-    monkeypatch.setattr(loop, "validation_recall", lambda *arguments: time.sleep(0.5) or 0.5)
-    lines = []
-    run(parse_config({**settings, "refit": True}), lines.append)
-    rates = {line.split()[0]: int(line.split(" images/s")[0].split()[-1]) for line in lines if "images/s" in line}
-    assert rates["refit"] > 2 * rates["iteration"]
 
 
 def test_refit_is_refused_where_validation_was_never_part_of_training(settings, tiny_data, tmp_path):
@@ -299,53 +225,3 @@ def test_settings_that_do_not_fit_the_data_are_refused_before_training(wrong, me
     with pytest.raises(ConfigError, match=message):
         run(parse_config({**settings, **wrong}), lines.append)
     assert lines == []
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"n_bin": 50}, r"n_bin=50 is no setting of a run \(did you mean n_bins\?\)"),
-        ({"n_bins": 0}, "n_bins must be a whole number of at least 1, got 0"),
-        ({"n_bins": "fifty"}, "n_bins='fifty': Input should be a valid integer"),
-        (
-            {"loss": "histogramm"},
-            r"loss='histogramm' is unknown, allowed are .*\(did you mean histogram\?\)",
-        ),
-        ({"loss": "binomial", "n_bins": 50}, "loss 'binomial' takes no n_bins, it takes alpha, beta, C"),
-        ({"iterations": 0}, "go together"),
-        ({"network": "pixels"}, "nothing to train"),
-        ({"batch_size": 1}, "batch_size=1"),
-        ({"study": "../escape"}, "study='../escape' must be a name"),
-    ],
-    ids=str,
-)
-def test_a_wrong_setting_is_refused_by_name(wrong, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_config(wrong)
-
-
-def test_a_notebook_variable_that_is_no_setting_is_refused():
-    assert config_from_notebook({"loss": "binomial", "_hidden": 1, "json": json}).loss == "binomial"
-    with pytest.raises(ConfigError, match="bins=5 is no setting"):
-        config_from_notebook({"loss": "histogram", "bins": 5})
-
-
-def test_run_id_names_what_decides_the_result():
-    default = parse_config({})
-    assert parse_config({"n_bins": 200, "kernel": "triangular"}).run_id == default.run_id
-    assert parse_config({"device": "cpu", "study": "other", "threads": 2}).run_id == default.run_id
-    assert parse_config({"n_bins": 100}).run_id != default.run_id
-    assert parse_config({"seed": 1}).run_id != default.run_id
-
-
-def test_the_command_line_is_a_door(settings, tmp_path):
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**settings, "dataset": "tinny"}))
-    command = [sys.executable, "-m", "hloss.runs", str(file)]
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "dataset 'tinny' is not prepared" in refused.stderr
-    file.write_text(json.dumps(settings))
-    subprocess.run(command, check=True, capture_output=True)
-    result = json.loads((parse_config(settings).folder / "result.json").read_text())
-    assert outcome(result) == outcome(run(parse_config({**settings, "runs_dir": str(tmp_path / "b")}), quiet))

@@ -251,3 +251,9 @@ def test_what_is_equal_is_mostly_called_equivalent_at_five_seeds():
     verdicts = [equivalence(over_seeds(*rng.normal(42, 0.8, 5)), over_seeds(*[42] * 5)).verdict for _ in range(500)]
     assert verdicts.count("equivalent") > 0.8 * len(verdicts)
     assert verdicts.count("different") == 0
+
+
+def test_t_interval_is_the_textbook_one():
+    mean, low, high = t_interval([1.0, 2.0, 3.0, 4.0])
+    half = 3.182446 * 1.290994 / 2  # t quantile for 3 degrees of freedom, standard deviation, root of n
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-5)

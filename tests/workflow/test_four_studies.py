@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from hloss.runs.run import run as carry_out
-from hloss.study.results import collect, read_results
+from hloss.study.results import chosen_settings, collect, read_results
 from hloss.study.spec import STUDIES, load_study
-from hloss.study.tuning import chosen_settings
+from hloss.study.tuning import resolve_tuning
 from tests.data_prep.test_four_datasets import PROTOCOLS, cub_dataset, cuhk03_dataset, market1501_dataset, sop_dataset
 from tests.helpers.copied_project import projects
 
@@ -126,7 +126,7 @@ def test_the_ablations_of_a_dataset_of_splits_go_from_choosing_settings_to_one_t
     for _ in range(2):
         for run in study.runs:
             carry_out(run.config, lambda line: None)
-        study = load_study("cuhk03-ablations", tmp_path)
+        study = resolve_tuning(study)
     assert study.waiting == ()
     collect(study).to_parquet(tmp_path / "results.parquet")
     results = read_results(tmp_path / "results.parquet")

@@ -1,0 +1,155 @@
+"""Checks of a machine with GPUs: the tests marked `cuda`, a short run on one GPU and on all, the losses' benchmarks."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import psutil
+import torch
+
+from hloss.runs.config import parse_config
+from hloss.runs.files import read_result
+from hloss.study.processes import prepare
+
+NO_CUDA = 3
+TESTS_SECONDS, NCCL_SECONDS, RUN_SECONDS, BENCHMARK_SECONDS = 80, 50, 40, 60  # two runs
+STOP_SECONDS = 5  # after each of these five; together below 300
+NCCL = "tests/losses/test_nccl.py"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row of the table. `outcome` is passed, failed, skipped or not finished."""
+
+    name: str
+    outcome: str
+    seconds: float
+    remark: str = ""
+
+
+def check_gpus() -> int:
+    """Check the GPUs of this machine and print what passed.
+
+    Returns the exit status: 0 all passed, 1 not all, NO_CUDA: torch finds no CUDA device and nothing was checked.
+    """
+    if not torch.cuda.is_available():
+        built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or 'none'}"
+        print(f"check-gpu: torch finds no CUDA device here ({built}); nothing was checked", flush=True)
+        return NO_CUDA
+    gpus = torch.cuda.device_count()
+    for number in range(gpus):
+        memory = torch.cuda.get_device_properties(number).total_memory / 2**30
+        print(f"GPU {number}: {torch.cuda.get_device_name(number)}, {memory:.0f} GiB", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        checks = marked_tests("cuda", Path(folder), TESTS_SECONDS, "tests", f"--ignore={NCCL}")
+        checks += marked_tests("cuda", Path(folder), NCCL_SECONDS, NCCL)  # separately, as GPUs wait for each other
+        checks += [smoke_run("cuda", devices, Path(folder)) for devices in sorted({1, gpus})]
+        checks.append(benchmarks("not memory"))  # main memory is measured on the CPU
+    print(check_table(checks, gpus))
+    return int(any(check.outcome not in ("passed", "skipped") for check in checks))
+
+
+def marked_tests(mark: str, folder: Path, most_seconds: float, *which: str) -> list[Check]:
+    """A row per test with this mark, and one for pytest itself if it does not finish."""
+    report = folder / f"tests-{which[0].replace('/', '-')}.xml"
+    command = [sys.executable, "-m", "pytest", "-q", *which, "-m", mark, "--ignore=tests/benchmarks"]
+    outcome, seconds, output = run_command([*command, f"--junitxml={report}"], most_seconds)
+    checks = [check_from_case(case) for case in ElementTree.parse(report).iter("testcase")] if report.exists() else []
+    if outcome == "not finished" or not checks:
+        name = f"tests marked {mark} in {which[0]}"
+        checks.append(Check(name, "failed" if outcome == "passed" else outcome, seconds, output[-1] if output else ""))
+    return checks
+
+
+def check_from_case(case: ElementTree.Element) -> Check:
+    """The row of a test case of pytest's report."""
+    name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name')}"
+    for tag, outcome in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+        if (found := case.find(tag)) is not None:
+            remark = (found.get("message") or "").strip().partition("\n")[0]
+            return Check(name, outcome, float(case.get("time", 0)), remark)
+    return Check(name, "passed", float(case.get("time", 0)))
+
+
+def smoke_run(device: str, devices: int, folder: Path) -> Check:
+    """The smoke run, started from the command line."""
+    settings = {"device": device, "devices": devices, "runs_dir": str(folder / f"runs-{devices}")}
+    file = folder / f"config-{devices}.json"
+    file.write_text(json.dumps(settings))
+    name = f"smoke run on {devices} {'GPU' if devices == 1 else 'GPUs'}"
+    outcome, seconds, output = run_command([sys.executable, "-m", "hloss.runs", str(file)], RUN_SECONDS)
+    result = read_result(parse_config(settings).folder)
+    if outcome != "passed" or result is None:
+        return Check(name, "failed" if outcome == "passed" else outcome, seconds, output[-1] if output else "")
+    return Check(name, "passed", seconds, f"test Recall@1 {100 * result['metrics']['recall@1']:.1f} %")
+
+
+def benchmarks(which: str) -> Check:
+    """Print the benchmark table of the losses, of the tests that match pytest's -k `which`."""
+    files = [f"tests/benchmarks/test_{name}_speed.py" for name in ("histogram", "baselines")]
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", which, "--benchmark-quiet"]
+    outcome, seconds, output = run_command(command, BENCHMARK_SECONDS)
+    print("\n".join(output), flush=True)
+    return Check("benchmarks of the losses", outcome, seconds)
+
+
+def run_command(command: list[str], most_seconds: float) -> tuple[str, float, list[str]]:
+    """The outcome of a command (passed, failed, not finished), its seconds, and the lines it printed."""
+    print(f"... {' '.join(command[1:5])} (at most {most_seconds} s)", flush=True)
+    started = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=prepare,
+    ) as process:
+        try:
+            output = process.communicate(timeout=most_seconds)[0]
+            outcome = "failed" if process.returncode else "passed"
+        except subprocess.TimeoutExpired:
+            outcome, output = "not finished", stop_command(process)
+        except KeyboardInterrupt:
+            stop_command(process)
+            raise
+    return outcome, time.monotonic() - started, output.splitlines()
+
+
+def stop_command(process: subprocess.Popen[str]) -> str:
+    """End a command and all processes that it started, which would keep the GPUs. Returns what it printed.
+
+    It gets SIGINT first, so that pytest still reports the tests that have finished. The processes of torchrun have
+    sessions of their own and are killed one by one.
+    """
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=STOP_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    return process.communicate()[0]
+
+
+def check_table(checks: list[Check], gpus: int) -> str:
+    """A line per check, and a summary. gpus: number of GPUs that torch finds."""
+    width = max(len(check.name) for check in checks)
+    rows = [f"{c.outcome:>12}  {c.name:<{width}}  {c.seconds:6.1f} s  {c.remark}".rstrip() for c in checks]
+    passed = sum(check.outcome == "passed" for check in checks)
+    seen = f"on {gpus} GPUs" if gpus > 1 else "on one GPU: multi-GPU tests were skipped"
+    return "\n".join(["", *rows, "", f"{passed} of {len(checks)} passed, {seen}"])

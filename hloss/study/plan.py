@@ -1,0 +1,212 @@
+"""What a study still has to run, and the time, memory and disk that takes.
+
+Costs are measured: on complete runs in `runs/` of the same dataset, network, batch and kind of device, whatever their
+loss, and else those of `workflow/measured.csv`. Where neither has a run of that kind, the plan shows what the study
+file asks for, says so, and adds it up separately.
+"""
+
+import re
+import shutil
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hloss.runs.checkpoints import read_status
+from hloss.runs.files import NETWORK_FILE, read_result
+from hloss.study.devices import CPU_NAMES
+from hloss.study.results import card_hashes, stale_runs
+from hloss.study.spec import Study, StudyRun
+
+MEASURED = Path("workflow/measured.csv")
+COST_SETTINGS = ("dataset", "network", "batch_size", "micro_batch", "devices")  # runs that agree in these cost the same
+COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
+STALE = "to redo"  # the state of a run whose result is stale
+CostKey = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a run: seconds per iteration with its validations, peak memory (of the GPU, on one), disk; its source.
+
+    `network_mib`, the disk of the network, is not part of `disk_mib`: `keep_network` decides.
+    """
+
+    seconds: float
+    memory_mib: float
+    disk_mib: float
+    source: str
+    network_mib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run still needs, in hours and GiB: measured (the memory of the GPU, on one) or as the study asks for."""
+
+    hours: float
+    memory: float
+    disk: float
+    on_gpu: bool
+    source: str
+    measured: bool = True
+    remark: str = ""
+
+    def shown(self) -> tuple[str, str, str, str]:
+        """The last columns of the run's line."""
+        memory = f"{self.memory:.1f}{' of the GPU' * (self.on_gpu and self.measured)}"
+        disk = f"{self.disk:.3f}" if self.measured else ""
+        return f"{self.hours:.2f}", memory, disk, self.source + self.remark
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a plan: its state, and what it still needs (None: it is done)."""
+
+    run: StudyRun
+    state: str
+    need: Need | None
+
+    def line(self) -> tuple[str, ...]:
+        """Its line in the plan, by COLUMNS."""
+        shown = self.need.shown() if self.need else ("",) * 4
+        return self.run.dataset, self.run.name, self.state, *shown
+
+
+def plan_runs(study: Study, gpus: int | None, costs: dict[CostKey, Cost]) -> list[PlannedRun]:
+    """The plan of each known run of a study.
+
+    Args:
+        study: with its tuning resolved.
+        gpus: number of GPUs of this machine; None: a cluster provides what the study asks for.
+        costs: of `measured_costs` and `read_costs`.
+    """
+    stale = {run.config.run_id for run in stale_runs(study, card_hashes(study, skip_missing=True))}
+    planned = []
+    for run in study.runs:
+        state, left = run_state(run, run.config.run_id in stale)
+        planned.append(PlannedRun(run, state, None if left is None else need_of_run(run, left, gpus, costs)))
+    return planned
+
+
+def plan_text(study: Study, planned: list[PlannedRun]) -> str:
+    """The plan of a study: a line per run, and the totals."""
+    needs = [entry.need for entry in planned if entry.need]
+    stale = sum(entry.state == STALE for entry in planned)
+    lines = [entry.line() for entry in planned]
+    table = pd.DataFrame(lines, columns=list(COLUMNS)).to_string(index=False, justify="left")
+    done = f"{len(planned) - len(needs)} of {len(planned)} runs are done"
+    paragraphs = [f"study {study.name}: {study.title}", table, f"{done}. {total_text(needs)}"]
+    if stale:
+        paragraphs.append(f"Other code or data made {stale} results: these runs are redone, unless KEEP=1 keeps them.")
+    if study.waiting:
+        paragraphs.append(
+            f"{len(study.waiting)} more runs wait for settings that these choose; they are not in these sums."
+        )
+    return "\n\n".join(paragraphs)
+
+
+def need_of_run(run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey, Cost]) -> Need:
+    """What a run needs for the iterations left. A run without training has the memory and disk of one that trains."""
+    key = cost_key(run, gpus)
+    *settings, _, device = key
+    cost = costs.get(key) or costs.get((*settings, "trained", device))
+    on_gpu = device == "cuda"
+    if cost is None:
+        asked_for = "on a GPU" if run.resources.gpus and not on_gpu else ""  # on a CPU it takes longer
+        source = f"not measured on {device}: what the study asks for {asked_for}".rstrip()
+        hours = run.resources.hours if left else 0.0
+        return Need(hours, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
+    hours, memory = left * cost.seconds / 3600, cost.memory_mib / 1024
+    disk = cost.disk_mib + (cost.network_mib if run.config.keep_network else 0.0)
+    remark = resource_warnings(run, hours, 0.0 if on_gpu else memory)
+    return Need(hours, memory, disk / 1024, on_gpu, cost.source, remark=remark)
+
+
+def total_text(needs: list[Need]) -> str:
+    """The sums over measured runs and, separately, over the runs that were never measured."""
+    free = shutil.disk_usage(".").free / 2**30
+    measured = [need for need in needs if need.measured]
+    lines = [
+        f"Of the other {len(needs)}, {len(measured)} are measured: {_hours_and_memory(measured)}, "
+        f"{sum(need.disk for need in measured):.2f} GiB of disk ({free:.0f} GiB free), without checkpoints at work."
+    ]
+    guesses = defaultdict(list)
+    for need in needs:
+        if not need.measured:
+            guesses[need.source].append(need)
+    lines += [f"{len(asked)} runs {source}, at most {_hours_and_memory(asked)}." for source, asked in guesses.items()]
+    if guesses:
+        lines.append("One short run of each kind measures it.")
+    return "\n\n".join(lines)
+
+
+def _hours_and_memory(needs: list[Need]) -> str:
+    hours, memory = sum(need.hours for need in needs), max((need.memory for need in needs), default=0.0)
+    return f"{hours:.2f} h of training, one after the other, {memory:.1f} GiB of memory for the largest"
+
+
+def run_state(run: StudyRun, stale: bool) -> tuple[str, int | None]:
+    """The state of a run, and the most iterations it still needs (None: it is done); `refit` can repeat all of them."""
+    trainings = 2 if run.config.refit else 1
+    if stale:
+        return STALE, trainings * run.config.iterations
+    if (run.config.folder / "result.json").exists():
+        return "done", None
+    iteration = (read_status(run.config.folder) or {"iteration": 0})["iteration"]
+    left = max(trainings * run.config.iterations - iteration, 0)
+    return (f"at iteration {iteration}" if iteration else "to do"), left
+
+
+def cost_key(run: StudyRun, gpus: int | None) -> CostKey:
+    """What the cost of a run depends on. gpus: as in `plan_runs`."""
+    return _cost_key(run.config.resolved(), "cuda" if run.resources.gpus > 0 and gpus != 0 else "cpu")
+
+
+def _cost_key(config: dict[str, Any], device: str) -> CostKey:
+    trained = "trained" if config["iterations"] else "untrained"
+    dataset = re.sub(r"-\d+$", "", config["dataset"])  # all splits of a dataset cost the same
+    return (dataset, *(str(config[name]) for name in COST_SETTINGS[1:]), trained, device)
+
+
+def resource_warnings(run: StudyRun, hours: float, main_memory: float) -> str:
+    """Warnings about insufficient resources."""
+    short = [f"hours={run.resources.hours:g} is short"] * (hours > run.resources.hours)
+    short += [f"memory_gb={run.resources.memory_gb:g} is little"] * (main_memory > run.resources.memory_gb)
+    return f" ({', '.join(short)})" if short else ""
+
+
+def read_costs(file: Path = MEASURED) -> dict[CostKey, Cost]:
+    """The costs in the table that comes with the project."""
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    return {
+        (*row[list(COST_SETTINGS)], "trained", row.device): Cost(
+            float(row.seconds_per_iteration),
+            float(row.memory_mib),
+            float(row.disk_mib),
+            f"table: {row.machine}",
+            float(row.network_mib),
+        )
+        for _, row in table.iterrows()
+    }
+
+
+def measured_costs(folder: Path) -> dict[CostKey, Cost]:
+    """Medians over the complete runs in `folder`."""
+    by_key: dict[CostKey, list[tuple[float, ...]]] = defaultdict(list)
+    for file in folder.glob("*/*/result.json"):
+        result = read_result(file.parent)
+        assert result is not None
+        key = _cost_key(result["config"], "cpu" if result["provenance"]["device"] in CPU_NAMES else "cuda")
+        trained = result["config"]["iterations"] + result["config"]["refit"] * result["chosen"]["iteration"]
+        seconds = result["training_seconds"] / max(trained, 1)
+        disk = sum(f.stat().st_size for f in file.parent.iterdir() if f.name != NETWORK_FILE) / 2**20
+        by_key[key].append((seconds, result["peak_memory_mib"], disk, result.get("network_mib", 0.0)))
+    return {key: _median_cost(costs) for key, costs in by_key.items()}
+
+
+def _median_cost(costs: list[tuple[float, ...]]) -> Cost:
+    seconds, memory_mib, disk_mib, network_mib = map(statistics.median, zip(*costs, strict=True))
+    return Cost(seconds, memory_mib, disk_mib, f"{len(costs)} runs here", network_mib)

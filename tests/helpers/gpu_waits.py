@@ -1,0 +1,21 @@
+"""How often the host waits for the GPU."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def counted_waits() -> Iterator[list[str]]:
+    """A list that holds one message per synchronisation of the host with the GPU, once the block has ended."""
+    waits: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits += [str(w.message) for w in caught if "synchronizing" in str(w.message)]

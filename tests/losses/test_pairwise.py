@@ -1,0 +1,52 @@
+"""The forms for CUDA, computed on the CPU, against the CPU's own."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hloss.losses.pairwise import FusedSquaredDistances, fused_normalize, plain_squared_distances, root
+
+
+def embeddings(n=9, d=5, dtype=torch.float64):
+    y = torch.randn(n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return y.to(dtype).requires_grad_()
+
+
+def assert_same(form, expected_form, y, atol=1e-12):
+    weight = torch.randn(len(y), 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    value, expected = form(y), expected_form(y)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=atol)
+    gradients = [torch.autograd.grad((weight * v).square().sum(), y)[0] for v in (value, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5 if y.dtype == torch.float32 else 1e-10, atol=atol)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_normalize_is_normalize(dtype, scale):
+    y = (scale * embeddings(dtype=dtype).detach()).requires_grad_()
+    assert_same(fused_normalize, F.normalize, y, atol=1e-6 / scale if dtype == torch.float32 else 1e-12 / scale)
+
+
+def test_a_zero_row_stays_zero():
+    y = torch.zeros(2, 3, requires_grad=True)
+    fused_normalize(y).sum().backward()
+    assert not fused_normalize(y).any()
+    assert y.grad.isfinite().all()
+
+
+def test_fused_distances_are_the_plain_ones():
+    assert_same(FusedSquaredDistances.apply, plain_squared_distances, embeddings())
+
+
+def test_first_and_second_derivatives():
+    y = embeddings(n=4, d=3)
+    assert torch.autograd.gradcheck(FusedSquaredDistances.apply, y)
+    assert torch.autograd.gradgradcheck(FusedSquaredDistances.apply, y)
+    assert torch.autograd.gradgradcheck(fused_normalize, y)
+
+
+def test_the_root_has_no_gradient_at_zero():
+    squared = torch.tensor([0.0, 4.0], requires_grad=True)
+    root(squared).sum().backward()
+    assert root(squared).tolist() == [0, 2]
+    assert squared.grad.tolist() == [0, 0.25]

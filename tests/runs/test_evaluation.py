@@ -1,0 +1,82 @@
+"""Evaluation of a run: its files agree with its result, metric and protocol are those of the loss and the dataset."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_prep.prepared import create_images, finish, new_folder
+from hloss.retrieval.protocols import PROTOCOLS, evaluate
+from hloss.retrieval.ranks import first_match_ranks
+from hloss.runs.config import parse_config
+from hloss.runs.run import run
+
+
+def quiet(line):
+    pass
+
+
+def test_the_files_agree_with_the_result(settings, tiny_data):
+    config = parse_config(settings)
+    result = run(config, quiet)
+    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
+    index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
+    labels = torch.tensor(index[index.split == "test"].label.to_numpy())
+    ranks = np.load(config.folder / "ranks.npy")
+    assert ranks.tolist() == first_match_ranks(embeddings, labels).tolist()
+    assert result["metrics"]["recall@1"] == np.mean(ranks == 1)
+    history = pd.read_parquet(config.folder / "history.parquet")
+    validated = history.dropna()
+    assert validated["iteration"].tolist() == [4, 8, 12]
+    best = validated["validation_recall@1"].idxmax()
+    assert result["chosen"]["iteration"] == validated["iteration"][best]
+    assert result["validation_recall@1"] == validated["validation_recall@1"][best]
+    for query, neighbors, hits in zip(*result["panel"].values(), strict=True):
+        assert hits == (index.label[neighbors] == index.label[query]).tolist()
+    assert sum(result["similarity_density"]["after"]["positive"]) == pytest.approx(1)
+
+
+def test_a_run_is_measured_by_the_metric_its_loss_trains_unless_told_otherwise(settings, tiny_data):
+    config = parse_config({**settings, "loss": "lifted"})
+    result = run(config, quiet)
+    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
+    index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
+    labels = torch.tensor(index[index.split == "test"].label.to_numpy())
+    assert embeddings.norm(dim=1).std() > 1e-3
+    expected = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "euclidean")
+    assert result["metrics"] == expected.metrics
+    told = parse_config({**settings, "loss": "lifted", "metric": "cosine"})
+    assert told.run_id != config.run_id
+    cosine = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "cosine")
+    assert run(told, quiet)["metrics"] == cosine.metrics != expected.metrics
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_path, protocol):
+    rng = np.random.default_rng(0)
+    identity, view, shot = (axis.ravel() for axis in np.mgrid[0:30, 0:2, 0:4])
+    split = np.where(identity < 16, "train", np.where(identity < 22, "val", "test"))
+    names = np.where(shot == 0, "query", np.where(shot == 1, "pool", "gallery"))
+    role = np.where(split == "test", names, "both") if "single-shot" not in protocol else "both"
+    pixels = rng.uniform(0, 255, (30, 16, 16))[identity] + rng.normal(0, 60, (240, 16, 16))
+    with new_folder(tmp_path / "data" / "street") as folder:
+        images = create_images(folder, 240, 16, 16, 1)
+        images[:] = pixels.clip(0, 255).astype(np.uint8)[..., None]
+        images.flush()
+        index = {"label": identity, "split": split, "role": role, "camera": view, "source": "noise"}
+        finish(folder, pd.DataFrame(index), {"name": "street", "protocol": protocol, "recall_at": [1, 5]})
+    places = {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs"), "device": "cpu"}
+    config = parse_config({"dataset": "street", "network": "pixels", "loss": "none", "iterations": 0, **places})
+    result = run(config, quiet)
+    assert result["protocol"] == protocol
+    test = split == "test"
+    embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
+    cameras, roles = torch.tensor(view[test]), np.broadcast_to(role, 240)[test].tolist()
+    expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
+    assert result["metrics"] == expected.metrics
+    assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
+    assert np.load(config.folder / "queries.npy").tolist() == expected.query_index.tolist()
+    shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbors"])]
+    assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}

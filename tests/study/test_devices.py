@@ -1,0 +1,57 @@
+"""GPUs of this machine, locked by the runs that use them."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from hloss.study import devices
+from hloss.study.devices import own_devices, visible_devices
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "visible_devices", lambda: ["0", "1"])
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+
+
+def test_the_gpus_of_a_study_are_those_it_was_given(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert visible_devices() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_devices() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_devices() == [str(n) for n in range(torch.cuda.device_count())]
+
+
+def test_each_run_sees_gpus_of_its_own(monkeypatch, two_gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with own_devices(1) as first, own_devices(1) as second:
+        assert (first, second) == (["0"], ["1"])
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    with own_devices(0) as none:
+        assert none == []
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_run_on_two_gpus_waits_for_both_and_keeps_neither_meanwhile(two_gpus):
+    got = threading.Event()
+
+    def wait_for_two():
+        with own_devices(2) as both:
+            assert both == ["0", "1"]
+            got.set()
+
+    with own_devices(1):
+        waiting = threading.Thread(target=wait_for_two)
+        waiting.start()
+        assert not got.wait(0.2)
+        held = own_devices(1)
+        with held as other:  # the one that waits lets go of it between two looks
+            assert other == ["1"]
+    waiting.join(10)
+    assert got.is_set()

@@ -1,0 +1,81 @@
+"""Checks of a machine with GPUs."""
+
+import sys
+from xml.etree import ElementTree
+
+import psutil
+import pytest
+import torch
+
+from hloss.study import gpu_check
+from hloss.study.gpu_check import (
+    NCCL,
+    NO_CUDA,
+    benchmarks,
+    check_from_case,
+    check_gpus,
+    check_table,
+    marked_tests,
+    run_command,
+    smoke_run,
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_check_without_cuda_says_so_and_exits_with_a_status_of_its_own(capsys):
+    assert check_gpus() == NO_CUDA == 3
+    assert "no CUDA device here" in capsys.readouterr().out
+
+
+def test_the_table_of_checks_counts_what_passed():
+    cases = """<testsuite><testcase classname="tests.test_x" name="test_a" time="0.5"/>
+    <testcase classname="tests.test_x" name="test_b" time="1"><failure message="far off&#10;more"/></testcase>
+    <testcase classname="tests.test_x" name="test_c" time="0"><skipped message="one GPU"/></testcase></testsuite>"""
+    checks = [check_from_case(case) for case in ElementTree.fromstring(cases)]
+    assert [(c.name, c.outcome, c.remark) for c in checks] == [
+        ("test_x: test_a", "passed", ""),
+        ("test_x: test_b", "failed", "far off"),
+        ("test_x: test_c", "skipped", "one GPU"),
+    ]
+    assert check_table(checks, 2).endswith("1 of 3 passed, on 2 GPUs")
+    assert check_table(checks, 1).endswith("1 of 3 passed, on one GPU: multi-GPU tests were skipped")
+
+
+def test_a_check_that_takes_too_long_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "STOP_SECONDS", 0.5)
+    last = "import time; time.sleep(60)"
+    code = f"""import signal, subprocess, sys, time
+for own in (False, True):
+    child = subprocess.Popen([sys.executable, '-c', {last!r}], start_new_session=own)
+    print(child.pid, flush=True)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print('begun', flush=True)
+{last}"""
+    ended, _, output = run_command([sys.executable, "-c", code], 3)
+    assert (ended, output[2:]) == ("not finished", ["begun"])
+    for pid in output[:2]:
+        psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=5)
+        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_what_was_tested_before_a_check_took_too_long_is_told(tmp_path):
+    file = tmp_path / "test_some.py"
+    file.write_text("import time\n\ndef test_quick(): pass\n\ndef test_hangs(): time.sleep(90)\n")
+    quick, *_, last = marked_tests("not slow", tmp_path, 30, str(file))
+    assert (quick.name, quick.outcome) == ("test_some: test_quick", "passed")
+    assert (last.name, last.outcome) == (f"tests marked not slow in {file}", "not finished")
+
+
+@pytest.mark.slow
+def test_the_checks_run_to_their_end_on_a_cpu(tmp_path, capsys):
+    tests = marked_tests("cuda", tmp_path, 300, "tests", f"--ignore={NCCL}")
+    tests += marked_tests("cuda", tmp_path, 300, NCCL)
+    assert {check.name.partition(":")[0] for check in tests} == {"test_cuda", "test_nccl"}
+    assert all(check.outcome in ("passed", "skipped") for check in tests), check_table(tests, 0)
+    run = smoke_run("cpu", 1, tmp_path)
+    assert run.outcome == "passed", run.remark
+    assert benchmarks("product and (64 or 128)").outcome == "passed"
+    printed = capsys.readouterr().out
+    assert "| N = 64 | HistogramLoss |" in printed
+    assert "| N = 128 | quadruplet |" in printed

@@ -1,0 +1,81 @@
+"""Runs and reports executed by papermill."""
+
+import contextlib
+import json
+import logging
+
+import nbformat
+import pytest
+import torch
+
+from hloss.runs.checkpoints import read_status, write_status
+from hloss.study import notebooks
+from hloss.study.notebooks import execute_run
+from tests.helpers.studies import study_of
+
+
+@pytest.fixture
+def attempt(config, monkeypatch, tmp_path, capsys):
+    """`attempt(number, code)`: what an attempt at a run prints whose notebook is this code; it fails."""
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
+
+    def carry_out_attempt(number, code):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        nbformat.write(notebook, "notebooks/20_train.ipynb")
+        # stderr is pointed to the run's log
+        with open("stderr", "w") as file, contextlib.redirect_stderr(file), pytest.raises(SystemExit, match="1"):
+            execute_run(study_of(config), config.run_id, number, own_gpus=True)
+        return capsys.readouterr().out
+
+    return carry_out_attempt
+
+
+def test_a_refused_run_is_not_tried_again(attempt, config):
+    refusal = "class DatasetError(ValueError): pass\nraise DatasetError('tiny is not prepared')"
+    assert "DatasetError: tiny is not prepared" in attempt(1, refusal)
+    assert read_status(config.folder)["message"] == "DatasetError: tiny is not prepared"
+    assert "is not tried again: DatasetError: tiny is not prepared" in attempt(2, refusal)
+
+
+def test_a_kernel_is_reached_by_files_and_not_by_ports_that_another_may_take(attempt):
+    told = "import ipykernel, json; raise ValueError(json.loads(ipykernel.get_connection_info())['transport'])"
+    assert "ValueError: ipc" in attempt(1, told)
+
+
+def test_what_an_earlier_start_left_does_not_decide_about_the_attempts_of_this_one(attempt, config):
+    write_status(config.folder, "failed", 3, "RunError: the loss is not finite")
+    error = "raise OSError('the file system is away')"
+    assert "the file system is away" in attempt(1, error)
+    assert "the file system is away" in attempt(2, error)
+
+
+def test_a_run_that_failed_for_good_in_this_start_is_not_tried_again(attempt, config):
+    failed = json.dumps({"state": "failed", "iteration": 3, "message": "RunError: not finite", "retry": False})
+    code = f"open({str(config.folder / 'status.json')!r}, 'w').write({failed!r})\nraise RuntimeError('not finite')"
+    attempt(1, code)
+    assert "is not tried again: RunError: not finite" in attempt(2, code)
+
+
+@pytest.mark.parametrize(("usable", "counted"), [(False, 0), (False, 2), (True, 1)])
+def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(
+    usable, counted, config, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
+    monkeypatch.setattr(notebooks, "execute", lambda *given: pytest.fail("it began"))
+    with pytest.raises(SystemExit):
+        execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
+    assert "but torch" in capsys.readouterr().out
+    status = read_status(config.folder)  # another attempt may find another node
+    assert (status["state"], status["retry"]) == ("failed", True)
+    assert "but torch" in status["message"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    began = []
+    monkeypatch.setattr(notebooks, "execute", lambda *given: began.append(given[0]))
+    with pytest.raises(SystemExit):  # there is no result
+        execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
+    assert began == ["20_train"]

@@ -1,0 +1,102 @@
+"""Plans of studies, from measured costs."""
+
+import json
+
+import pytest
+
+from hloss.runs.config import parse_config
+from hloss.runs.run import run
+from hloss.study.plan import (
+    STALE,
+    Cost,
+    Need,
+    cost_key,
+    measured_costs,
+    plan_runs,
+    plan_text,
+    read_costs,
+    run_state,
+)
+from hloss.study.spec import load_study
+from tests.helpers.studies import study_of
+
+
+def test_a_plan_says_what_is_done_measured_and_not_measured(config, tmp_path):
+    longer = parse_config({**config.model_dump(), "iterations": 3_600_000})
+    twice = parse_config({**config.model_dump(), "iterations": 1_800_000, "refit": True})
+    other = parse_config({**longer.model_dump(), "batch_size": 25})
+    result = run(config, lambda line: None)
+    result["training_seconds"] = 4 * 0.5
+    (config.folder / "result.json").write_text(json.dumps(result))
+    costs = measured_costs(tmp_path / "runs")
+    study = study_of(config, longer, other, twice, hours=400.0)
+    done, measured, unmeasured, repeated = plan_runs(study, 0, costs)
+    assert (done.state, done.need) == ("done", None)
+    assert {entry.state for entry in (measured, unmeasured, repeated)} == {"to do"}
+    assert (measured.need.hours, measured.need.measured) == (500.0, True)
+    assert repeated.need.hours == 500.0
+    assert (unmeasured.need.hours, unmeasured.need.memory, unmeasured.need.measured) == (400.0, 8.0, False)
+    text = plan_text(study, [done, measured, unmeasured, repeated])
+    assert "1 of 4 runs are done. Of the other 3, 2 are measured: 1000.00 h" in text
+    assert "at most 400.00 h of training" in text
+
+
+@pytest.mark.parametrize(("gpus", "measured"), [(0, 185), (1, 0), (None, 0)])
+def test_the_plan_of_the_paper_has_hours_and_memory_of_every_run(gpus, measured, monkeypatch, tmp_path):
+    study, costs = load_study("paper"), read_costs()
+    monkeypatch.chdir(tmp_path)  # where nothing is done
+    needs = [planned.need for planned in plan_runs(study, gpus, costs)]
+    assert len(needs) == 191
+    assert all(need.memory > 0 for need in needs)
+    assert sum(need.measured for need in needs) == measured
+
+
+def test_the_hours_asked_for_with_a_gpu_are_named_where_there_is_none(config):
+    (planned,) = plan_runs(study_of(config, gpus=1, hours=7.0), 0, {})
+    assert (planned.need.hours, planned.need.on_gpu, planned.need.measured) == (7.0, False, False)
+    assert planned.need.source.endswith("on a GPU")
+
+
+def test_a_run_without_training_has_the_memory_and_disk_of_one_that_trains(config):
+    untrained = parse_config({**config.model_dump(), "loss": "none", "iterations": 0})
+    trained = cost_key(study_of(config).runs[0], 0)
+    (planned,) = plan_runs(study_of(untrained), 0, {trained: Cost(3600.0, 2048.0, 512.0, "somebody")})
+    assert planned.need == Need(0.0, 2.0, 0.5, on_gpu=False, source="somebody")
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_plan_compares_only_main_memory_with_the_memory_asked_for(config, gpus):
+    study = study_of(config, gpus=gpus)
+    cost = Cost(0.1, 1000 * 1024.0, 1.0, "somebody")
+    (planned,) = plan_runs(study, gpus, {cost_key(study.runs[0], gpus): cost})
+    assert (planned.need.memory, planned.need.on_gpu) == (1000.0, bool(gpus))
+    assert ("memory_gb=8" in planned.need.remark) == (not gpus)
+
+
+def test_a_plan_warns_of_too_few_hours(config):
+    study = study_of(config, hours=1.0)
+    for seconds, warned in ((3600.0, True), (600.0, False)):  # of each of 4 iterations
+        (planned,) = plan_runs(study, 0, {cost_key(study.runs[0], 0): Cost(seconds, 1.0, 1.0, "somebody")})
+        assert ("hours=1" in planned.need.remark) == warned
+
+
+def test_a_plan_counts_what_is_left_of_a_run(config):
+    config.folder.mkdir(parents=True)
+    (config.folder / "status.json").write_text(json.dumps({"state": "stopped", "iteration": 3}))
+    assert run_state(study_of(config).runs[0], stale=False) == ("at iteration 3", 1)
+
+
+def test_a_stale_run_is_to_be_run_again(config, monkeypatch):
+    study = study_of(config)
+    run(config, lambda line: None)
+    assert [planned.state for planned in plan_runs(study, 0, {})] == ["done"]
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
+    (planned,) = plan_runs(study, 0, {})
+    assert (planned.state, planned.need.hours) == (STALE, 4.0)
+    assert "0 of 1 runs are done" in plan_text(study, [planned])
+
+
+def test_the_table_of_measurements_is_of_the_quick_studys_runs():
+    costs = read_costs()
+    quick = load_study("quick").runs[0]
+    assert costs[cost_key(quick, 0)].seconds < 1

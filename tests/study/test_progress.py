@@ -1,0 +1,34 @@
+"""Progress of a study, read from the folders of its runs."""
+
+import json
+import os
+import re
+
+from hloss.runs.run import run
+from hloss.study.progress import Progress
+from tests.helpers.studies import study_of
+
+
+def test_progress_tells_a_change_once_and_old_news_never(config, capsys):
+    progress = Progress(study_of(config))
+    status = config.folder / "status.json"
+    config.folder.mkdir(parents=True)
+
+    def says(state, message=""):
+        status.write_text(json.dumps({"state": state, "iteration": 1, "message": message, "retry": True}))
+        os.utime(status, ns=(0, status.stat().st_mtime_ns + 1))
+        progress()
+        progress()
+        return capsys.readouterr().out.split("\n")[:-1]
+
+    assert says("running") == [" started  method 0, seed 0"]
+    assert says("running") == []
+    assert says("stopped", "out of time") == [" stopped  method 0, seed 0: out of time"]
+    assert Progress(study_of(config))() is None
+    assert capsys.readouterr().out == ""
+    run(config, lambda line: None)
+    progress()
+    progress()
+    assert re.fullmatch(
+        r"   \[1/1\]  method 0, seed 0: test Recall@1 [\d.]+ % \(about 0.0 min left\)\n", capsys.readouterr().out
+    )

@@ -1,0 +1,243 @@
+"""Tables of results: what they hold, and what they refuse to mix."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hloss.retrieval.ranks import first_match_ranks
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import ConfigError
+from hloss.runs.provenance import NAMED_PACKAGES
+from hloss.runs.run import run
+from hloss.study.results import chosen_settings, collect, read_results, select_results, stale_runs
+from hloss.study.spec import load_study
+from hloss.study.statistics import bootstrap_over_classes, summary
+from hloss.study.tuning import resolve_tuning
+
+
+def test_results_of_different_code_are_never_mixed_silently(study, monkeypatch):
+    loaded = study.load()
+    for r in loaded.runs[1:]:
+        run(r.config, lambda line: None)
+    assert collect(loaded)["complete"].tolist() == [False, True, True, True, True]
+    with monkeypatch.context() as context:
+        context.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
+        made = run(loaded.runs[0].config, lambda line: None)
+    card = made["fingerprint"]["card_sha256"]
+    assert stale_runs(loaded, {"tiny": card}) == stale_runs(loaded, {}) == [loaded.runs[0]]
+    assert stale_runs(loaded, {"tiny": "other"}) == list(loaded.runs)
+    with pytest.raises(ConfigError, match="2 versions of the code"):
+        collect(loaded)
+    file = loaded.runs[0].config.folder / "result.json"
+    told = json.loads(file.read_text())
+    told["provenance"] |= {"git_commit": "abc", "git_dirty": True}
+    del told["provenance"]["processor"]
+    file.write_text(json.dumps(told))
+    mixed = collect(loaded, keep=True)
+    assert mixed["code_sha256"].nunique() == 2
+    assert (mixed["git_commit"][0], mixed["processor"][0]) == ("abc with changes", "")
+    assert mixed["processor"][1].endswith("cores")
+    assert mixed["method"].tolist()[-1] == ["raw pixels"]
+
+
+def test_a_result_of_another_version_of_a_package_that_its_settings_name_is_stale(study, monkeypatch):
+    study.content["runs"] = [{"name": "multi-similarity", "set": {"loss": "pml:MultiSimilarityLoss"}}]
+    loaded = study.load()
+    (package,) = (name for name in NAMED_PACKAGES if name != "torchvision")
+    with monkeypatch.context() as context:
+        context.setattr("hloss.runs.provenance.version", lambda name: "0.0")
+        made = run(loaded.runs[0].config, lambda line: None)
+        assert stale_runs(loaded, {}) == []
+    assert made["fingerprint"][package] == "0.0"
+    assert stale_runs(loaded, {}) == [loaded.runs[0]]
+    run(loaded.runs[1].config, lambda line: None)
+    assert collect(loaded, keep=True)[package].nunique() == 2
+    with pytest.raises(ConfigError, match=f"2 versions of {package}"):
+        collect(loaded)
+    made = run(loaded.runs[0].config, lambda line: None)
+    assert made["fingerprint"][package] != "0.0", "a stale run is made anew"
+    assert stale_runs(loaded, {}) == []
+
+
+def test_a_result_made_before_packages_counted_is_stale_if_its_settings_name_one(study):
+    study.content["runs"] = [{"name": "multi-similarity", "set": {"loss": "pml:MultiSimilarityLoss"}}]
+    loaded = study.load()
+    run(loaded.runs[0].config, lambda line: None)
+    file = loaded.runs[0].config.folder / "result.json"
+    told = json.loads(file.read_text())
+    told["fingerprint"] = {name: told["fingerprint"][name] for name in ("code_sha256", "card_sha256")}
+    file.write_text(json.dumps(told))
+    assert stale_runs(loaded, {}) == [loaded.runs[0]]
+
+
+def test_results_of_different_data_are_refused_even_when_kept(study):
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    file = loaded.runs[0].config.folder / "result.json"
+    card = run(loaded.runs[0].config)["fingerprint"]["card_sha256"]
+    file.write_text(file.read_text().replace(card, "other"))
+    with pytest.raises(ConfigError, match=f"run {loaded.runs[0].config.run_id} .* has card_sha256='other'"):
+        collect(loaded, keep=True)
+
+
+def test_the_table_holds_every_run_and_its_summary(study):
+    loaded = study.load()
+    results = {r.config.run_id: run(r.config, lambda line: None) for r in loaded.runs}
+    table = collect(loaded).explode(["comparison", "method"])
+    for row in table.itertuples():
+        assert row.chosen_iteration == results[row.run_id]["chosen"]["iteration"]
+    means = summary(table, ["recall@1"]).set_index("method")
+    values = table[table.method == "histogram, n_bins 20"]["recall@1"]
+    assert means.loc["histogram, n_bins 20", "recall@1"] == pytest.approx(values.mean())
+    assert means.loc["histogram, n_bins 20", "n"] == 2
+    assert means["recall@1 low"].isna().tolist() == [False, False, True]
+
+
+def test_the_committed_sample_is_the_glyphs_study_and_learned():
+    table = read_results(Path("reports/sample/results.parquet"))
+    runs = load_study("glyphs").runs  # recorded run ids are those of earlier names of settings
+    known = {(*names, r.config.seed) for r in runs for names in r.methods.items()}
+    assert known <= set(table[["comparison", "method", "seed"]].itertuples(index=False, name=None))
+    assert table["complete"].all()
+    tuned_runs = table[table["comparison"] == "tuned losses"].groupby("loss")["seed"].nunique()
+    assert tuned_runs.tolist() == [5] * 7
+    assert sum(file.stat().st_size for file in Path("reports/sample").iterdir()) < 5e6
+    assert table["code_sha256"].nunique() == 1
+    recall = table[table["comparison"] == "losses"].groupby("method")["recall@1"].agg(["min", "max"])
+    assert recall.loc["untrained network", "max"] < 5
+    assert recall.loc["histogram", "min"] > 5 * recall.loc["untrained network", "max"]
+
+
+def test_results_that_must_not_be_compared_are_refused_by_name(tmp_path):
+    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    row = table.index[table["complete"] & (table["iterations"] > 0)][3]
+    for name, value in {
+        "protocol": "market1501",
+        "card_sha256": "another split",
+        "prepared": '{"boxes": "detected"}',
+        "network": "googlenet",
+        "weights": "imagenet",
+        "embedding_dim": 64,
+        "chosen_how": "best Recall@1 on test classes",
+        "trained_on": "training and validation classes (refit)",
+    }.items():
+        planted = table.copy()
+        planted.loc[row, name] = value
+        planted.to_parquet(tmp_path / "results.parquet")
+        with pytest.raises(
+            ConfigError, match=f"run {table.loc[row, 'run_id']} .* has {name}={re.escape(repr(str(value)))}"
+        ):
+            read_results(tmp_path / "results.parquet")
+
+
+def test_splits_are_alike_but_for_their_test_set_and_each_is_another(tmp_path):
+    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    table = table[table["seed"].isin([0, 1])].assign(dataset="cuhk03", split=lambda t: "cuhk03-" + t["seed"].map(str))
+    second = table["seed"] == 1
+
+    def written_with(*prepared, card="second"):
+        for rows, settings in zip((~second, second), prepared, strict=True):
+            table.loc[rows, "prepared"] = json.dumps(settings)
+        table.loc[second, "card_sha256"] = card
+        table.to_parquet(tmp_path / "results.parquet")
+        return tmp_path / "results.parquet"
+
+    first_set = {"boxes": "labeled", "test_set": 1}
+    assert len(read_results(written_with(first_set, {"boxes": "labeled", "test_set": 2})))
+    with pytest.raises(ConfigError, match="detected"):
+        read_results(written_with(first_set, {"boxes": "detected", "test_set": 2}))
+    with pytest.raises(ConfigError, match="cuhk03-0 and cuhk03-1 are the same split of cuhk03"):
+        read_results(written_with(first_set, first_set, card=table["card_sha256"].iloc[0]))
+
+
+def test_a_run_that_chooses_is_of_the_same_data_and_protocol(tmp_path):
+    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    row = table.index[table["comparison"].map(lambda names: names[0].endswith(": choice"))][3]
+    for name in ("protocol", "card_sha256"):
+        table.assign(**{name: table[name].where(table.index != row, "another")}).to_parquet(tmp_path / "r.parquet")
+        with pytest.raises(ConfigError, match=f"run {table.loc[row, 'run_id']} .* has {name}='another'"):
+            read_results(tmp_path / "r.parquet")
+
+
+def test_each_seed_of_a_split_dataset_has_its_own_and_results_are_of_one_dataset(study, tiny_data):
+    text, folder = study
+    for seed in (1, 2):
+        shutil.copytree(tiny_data / "tiny", folder / "data" / f"tiny-{seed}")
+    card = folder / "data" / "tiny-2" / "card.json"
+    card.write_text(card.read_text() + " ")  # another split has another card
+    text["fixed"] |= {"dataset": "tiny-{seed}", "data_dir": str(folder / "data")}
+    text["seeds"], text["runs"][1]["seeds"] = [1, 2], [1]
+    loaded = study.load()
+    assert [r.config.dataset for r in loaded.runs] == ["tiny-1", "tiny-2", "tiny-1", "tiny-2", "tiny-1"]
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    collect(loaded).to_parquet(folder / "results.parquet")
+    results = read_results(folder / "results.parquet")
+    assert set(results["dataset"]) == {"tiny"}
+    assert set(results["split"]) == {"tiny-1", "tiny-2"}
+    assert summary(results, ["recall@1"])["n"].tolist() == [2, 2, 1]
+    assert results["reverse_probability"].notna().tolist() == [True, False, True, False, True]
+
+
+def test_the_interval_over_classes_is_of_the_runs_own_queries(study):
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    table = collect(loaded).set_index("run_id")
+    config = loaded.runs[0].config
+    dataset = open_dataset(Path(config.data_dir) / config.dataset)
+    labels = dataset.labels(dataset.rows("test")).numpy()
+    hits = first_match_ranks(torch.from_numpy(np.load(config.folder / "embeddings.npy")), torch.tensor(labels)) == 1
+    mean, low, high = bootstrap_over_classes(hits.numpy(), labels, np.random.default_rng(0))
+    row = table.loc[config.run_id]
+    assert (row["recall@1"], row["classes_low"], row["classes_high"]) == pytest.approx((mean, low, high))
+    assert low < mean < high
+
+
+def test_a_part_that_is_not_there_is_refused_with_what_is():
+    results = read_results(Path("reports/sample/results.parquet"))
+    assert set(select_results(results, comparison="bins", seed=1)["seed"]) == {1}
+    with pytest.raises(
+        ConfigError, match=r"comparison='bin' is none of these results', which have losses, tuned losses"
+    ):
+        select_results(results, dataset="glyphs", comparison="bin")
+
+
+def test_results_stand_in_the_order_of_the_study(study):
+    text, folder = study
+    text["runs"].append(
+        {"name": "histogram", "comparison": "bins", "set": {"loss": "histogram"}, "cross": {"n_bins": [10, 20]}}
+    )
+    loaded = study.load()  # its first run, with 20 bins, stands in both
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    collect(loaded).to_parquet(folder / "results.parquet")
+    results = read_results(folder / "results.parquet")
+    assert select_results(results, comparison="bins")["n_bins"].tolist() == [10, 10, 20, 20]
+    assert results["comparison"].unique().tolist() == ["losses", "bins"]
+
+
+def test_runs_that_choose_are_not_trained_again_on_all_classes(study):
+    text = study.tune()
+    text["fixed"]["refit"] = True
+    text["runs"][1]["set"]["refit"] = False
+    loaded = study.load()
+    assert {r.config.refit for r in loaded.runs if r.config.seed == 9} == {False}
+    assert {r.config.refit for r in loaded.waiting} == {True}
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    for r in (known := resolve_tuning(loaded)).runs:
+        run(r.config, lambda line: None)
+    table = collect(known)  # trained on other classes than those that choose, and not refused for it
+    assert table[table["seed"] == 9]["trained_on"].unique().tolist() == ["training classes"]
+    table.to_parquet(study[1] / "results.parquet")
+    (chosen,) = chosen_settings(read_results(study[1] / "results.parquet")).to_dict("records")
+    assert re.fullmatch(r"n_bins (20|50)", chosen["chosen"])
+    assert chosen["at an edge of its grid"] == "n_bins"  # of two values both are

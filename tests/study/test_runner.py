@@ -1,0 +1,60 @@
+"""Starts of a study: what is refused, what is run again, and what is printed at the end."""
+
+import pandas as pd
+import pytest
+
+from hloss.runs.config import parse_config
+from hloss.runs.errors import ConfigError
+from hloss.runs.run import run
+from hloss.study import runner
+from hloss.study.profiles import profile_folder, uses_slurm
+from hloss.study.runner import available_gpus, print_headline, set_aside_stale
+from tests.helpers.studies import study_of
+
+
+def test_an_unknown_profile_is_refused_and_slurm_is_one():
+    assert [uses_slurm(profile_folder(name)) for name in ("local", "slurm")] == [False, True]
+    with pytest.raises(ConfigError, match="PROFILE=slrum is unknown, allowed are local, slurm"):
+        profile_folder("slrum")
+
+
+@pytest.mark.parametrize("offered", [0, 1, 2])
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_run_that_needs_more_gpus_than_there_are_is_refused(config, monkeypatch, offered, device):
+    monkeypatch.setattr(runner, "visible_devices", lambda: ["0", "1"][:offered])
+    study = study_of(parse_config(config.model_dump() | {"device": device, "devices": 2}), gpus=2)
+    if offered == 2 or (offered == 0 and device == "auto"):  # without any GPU it runs on the CPU
+        assert available_gpus(study) == offered
+    else:
+        with pytest.raises(ConfigError, match=f"method 0, seed 0 needs 2 GPUs, this machine offers {offered}"):
+            available_gpus(study)
+
+
+def test_stale_results_are_set_aside_with_what_they_chose(study, monkeypatch):
+    study.tune()
+    loaded = study.load()
+    monkeypatch.setattr(runner, "load_study", lambda name: study.load())
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    grid = [r.config.folder for r in loaded.runs[:2]]
+    assert set_aside_stale(loaded, keep=False).waiting == ()
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
+    assert set_aside_stale(loaded, keep=True).waiting == ()
+    assert all((folder / "result.json").exists() for folder in grid)
+    assert len(set_aside_stale(loaded, keep=False).waiting) == 2
+    assert [sorted(file.name for file in folder.glob("result.*")) for folder in grid] == [["result.previous.json"]] * 2
+
+
+def test_the_headline_is_that_of_the_report(config, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "reports" / "some"
+    folder.mkdir(parents=True)
+    rows = [("losses", "histogram", 2, 3), ("losses", "triplet", 0, 3), ("bins", "n_bins 50", 3, 3)]
+    table = pd.DataFrame(rows, columns=["comparison", "method", "n", "of"]).assign(dataset="tiny")
+    recall = {"recall@1": 41.26, "recall@1 low": 40.0, "recall@1 high": 42.52}
+    table.assign(**recall).to_csv(folder / "summary.csv", index=False)
+    pd.DataFrame({"verdict": ["reproduced", "not run", "reproduced"]}).to_csv(folder / "claims.csv", index=False)
+    print_headline(study_of(config))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[1] == ["tiny", "losses", "histogram", "2", "of", "3", "41.3", "40.0", "to", "42.5"]
+    assert [line[0] for line in lines] == ["dataset", "tiny", "claims", "reports/some/report.html"]

@@ -1,0 +1,113 @@
+"""The committed studies: their runs and settings are those of the paper."""
+
+import pytest
+import yaml
+
+from hloss.study.spec import STUDIES, load_study
+
+
+def test_every_committed_study_loads():
+    for file in STUDIES.glob("*.yaml"):
+        assert load_study(file.stem).runs
+
+
+DATASETS = ("cub", "sop", "cuhk03", "market1501")
+
+
+def tuned_grids(name):
+    """What each loss of a study is tuned over, but for the rates, which are the dataset's own."""
+    entries = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())["runs"]
+    crosses = {entry["name"]: dict(entry["cross"]) for entry in entries if entry.get("tune")}
+    return {loss: (len(cross.pop("learning_rate")), cross) for loss, cross in crosses.items()}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_ablations_of_every_dataset_tune_the_same_losses_and_see_as_many_images(name):
+    assert tuned_grids(f"{name}-ablations") == tuned_grids("glyphs")
+    runs = load_study(f"{name}-ablations").runs
+    equal = [run.config for run in runs if "batch at equal images" in run.methods]
+    assert {c.batch_size for c in equal} == {32, 64, 128, 256}
+    for setting in ("iterations", "validate_every", "lr_step"):
+        assert len({c.batch_size * (getattr(c, setting) or 0) for c in equal}) == 1, setting
+
+
+def test_the_papers_studies_with_their_ablations_hold_all_of_its_runs():
+    everything, paper = load_study("paper-ablations"), load_study("paper")
+    assert {run.config.folder for run in paper.runs} < {run.config.folder for run in everything.runs}
+    assert {run.dataset for run in everything.waiting} == set(DATASETS)
+
+
+HISTOGRAM = {"kernel": "triangular", "margin": 0.0, "order_cost": "step", "density": "histogram", "metric": "cosine"}
+
+
+ADAPTED = {  # the paper's: layers that come trained at a tenth of the rate; the rest is Song et al.'s (2016)
+    "network": "googlenet",
+    "weights": "imagenet",
+    "embedding_dim": 512,
+    "pretrained_lr_factor": 0.1,
+    "lr_step": None,
+    "dropout": 0.4,
+    "weight_decay": 2e-4,
+    "crop": 227,
+    "horizontal_flip": True,
+    "iterations": 20_000,
+    "sampler": "class-shuffle",
+}
+
+
+REIDENTIFIED = {  # the authors' network and solver for CUHK03
+    "network": "parts",
+    "embedding_dim": 500,
+    "learning_rate": 1e-4,
+    "lr_step": 100_000,
+    "lr_step_factor": 0.1,
+    "dropout": 0.5,
+    "weight_decay": 5e-4,
+    "crop": None,
+    "horizontal_flip": False,
+    "iterations": 150_000,
+    "images_per_class": 10,  # no cap on CUHK03, where nobody has more
+    "sampler": "class-shuffle",
+}
+
+
+PAPER = {
+    "cub": ADAPTED | {"learning_rate": 1e-5, "images_per_class": 10},
+    "sop": ADAPTED | {"learning_rate": 1e-4},
+    "cuhk03": REIDENTIFIED,
+    "market1501": REIDENTIFIED,
+}
+
+
+def configs_of(name, comparison, loss):
+    """The resolved settings of one loss's runs in a comparison of a study."""
+    runs = [run.config for run in load_study(name).runs if comparison in run.methods]
+    return [config.resolved() for config in runs if config.loss == loss]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_paper_studies_train_the_histogram_loss_as_the_paper_does(name):
+    expected = HISTOGRAM | PAPER[name]
+    for made in load_study(name).runs:
+        if made.config.loss == "histogram":
+            config = made.config.resolved()
+            assert {setting: config[setting] for setting in expected} == expected
+    for config in configs_of(name, "losses", "histogram"):
+        assert (config["batch_size"], config["n_bins"]) == (128, 200)
+
+
+def test_the_paper_studies_cross_what_the_papers_figures_and_table_1_do():
+    assert {c["n_bins"] for c in configs_of("cub", "bins", "histogram")} == {50, 100, 200, 400}
+    for name in ("cuhk03", "market1501"):
+        assert {128, 256} <= {c["batch_size"] for c in configs_of(name, "batch", "histogram")}
+    splits = {(c["seed"], c["dataset"]) for c in configs_of("cuhk03", "losses", "histogram")}
+    assert splits == {(n, f"cuhk03-{n}") for n in (1, 2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize(("name", "slope"), [("cub", 25.0), ("sop", 25.0), ("cuhk03", 10.0), ("market1501", 25.0)])
+def test_the_paper_studies_hold_the_rivals_settings(name, slope):
+    deviances = configs_of(name, "losses", "binomial")
+    assert slope in {c["C"] for c in deviances}
+    assert {(c["alpha"], c["beta"]) for c in deviances} == {(2.0, 0.5)}
+    lifted = configs_of(name, "losses", "lifted")
+    assert {(c["margin"], c["normalize"], c["metric"]) for c in lifted} == {(1.0, False, "euclidean")}
