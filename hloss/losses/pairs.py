@@ -27,13 +27,13 @@ class PairBlock(NamedTuple):
 
 
 class Buffers:
-    """Memory for the blocks of one pass, taken once: memory that is new to the process costs time."""
+    """Memory that the blocks of one pass share: memory that is new to the process costs time."""
 
     def __init__(self) -> None:
         self.taken: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: torch.Size | tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with anything in it, in the memory of the name's last."""
+        """An uninitialised tensor that reuses the buffer `name`."""
         n = shape[0] * shape[1]
         if name not in self.taken or len(self.taken[name]) < n:
             self.taken[name] = torch.empty(n, dtype=dtype, device=device)
