@@ -22,9 +22,9 @@ from hloss.runs.run import run
 from hloss.study.devices import CPU_NAMES
 from hloss.study.results import MADE_BY, result_columns
 
-# Processors round differently, and training amplifies that. 25 runs of the glyphs study (200 iterations each, most of
-# them) were repeated on another processor: Recall@1 moved by 0.7 points (root mean square), no fraction by more than
-# 2.0. For comparison, another seed moves Recall@1 by 1.8 points (root mean square).
+# Processors round differently, and training amplifies that. 25 runs of the glyphs study (200 iterations, one 800) were
+# repeated on another processor: Recall@1 changed by 0.7 points (root mean square), and no fraction by more than 2.0.
+# Another seed changes Recall@1 by 1.8 points (root mean square).
 TOLERANCE_POINTS = 4.0
 EXACT, CLOSE, DIFFERENT = "bit for bit", f"within {TOLERANCE_POINTS:g} points", "different"
 OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split"}
