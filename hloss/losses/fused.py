@@ -145,9 +145,7 @@ def _operator(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; for the backward pass units and scales of both sides, slopes, places; empty tensors stand for None."""
-    s = LossSettings(
-        n_bins, kernel, bandwidth, order_cost, margin, alpha, normalize=normalize, on_degenerate=on_degenerate
-    )
+    s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
     loss, (rows, columns, slopes, places) = forward_pass(embeddings, references, labels, reference_labels, s, precision)
     empty = partial(torch.empty, 0, device=embeddings.device)
     copied = is_copied(embeddings, normalize)  # else the units are the embeddings: no operator returns its input
@@ -200,7 +198,7 @@ def _backward_operator(
     if references is not None:
         columns = Side(column_units if copied else references.contiguous(), column_scales)
     kept = Kept(rows, columns, slopes, places if places.numel() else None)
-    s = LossSettings(n_bins, normalize=normalize)
+    s = LossSettings(n_bins, "triangular", None, "step", 0.0, 1.0, "histogram", normalize, "raise")
     both = backward_pass(
         upstream, kept, labels, reference_labels, embeddings.dtype, (wanted[0], wanted[1]), s, precision
     )
