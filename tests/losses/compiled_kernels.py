@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hloss import HistogramLoss
 from hloss.losses import fused, kernels, passes
 from hloss.losses.checks import deferred_checks
-from hloss.losses.settings import LossSettings
 
 CAPABILITIES = (80, 90)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
@@ -70,7 +70,7 @@ def both_passes(n, d, m=None, dtype=torch.float32, matrix=False, **options):
     if matrix:
         labels, reference_labels = torch.zeros(n, m or n, dtype=torch.int8), None
     with deferred_checks() as checks:
-        fused.loss(embeddings, labels, references, reference_labels, LossSettings(**options)).backward()
+        fused.loss(embeddings, labels, references, reference_labels, HistogramLoss(**options).settings).backward()
         checks.pending.clear()
 
 

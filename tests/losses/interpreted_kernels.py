@@ -6,7 +6,6 @@ import torch
 from hloss import HistogramLoss, global_batch
 from hloss.losses import fused, passes
 from hloss.losses.checks import deferred_checks
-from hloss.losses.settings import LossSettings
 
 VARIANTS = [
     {},
@@ -78,7 +77,7 @@ def outcome(options, x, labels, z=None, reference_labels=None):
 
 def naive(options, x, labels, z=None, reference_labels=None):
     """Equations 2, 4 and 6 as dense float64 tensors of all pairs by all nodes, differentiated by autograd."""
-    s = LossSettings(**options)
+    s = HistogramLoss(**options).settings
     leaves = [t.double().requires_grad_() for t in (x, z) if t is not None]
     sides = [torch.nn.functional.normalize(t) if s.normalize else t for t in leaves]
     similarity = sides[0] @ sides[-1].T
@@ -118,7 +117,7 @@ def in_float64(options, x, labels, z=None, reference_labels=None):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_every_variant_against_the_plain_path_in_float64(options):
-    s = LossSettings(**options)
+    s = HistogramLoss(**options).settings
     x, _ = batch(45 if s.n_bins > 200 else 75, n_bins=s.n_bins, normalize=s.normalize)
     agree(outcome(options, x, classes(len(x))), in_float64(options, x, classes(len(x))))
 
@@ -363,7 +362,7 @@ LABELS = classes(40)
 def test_the_operator_passes_torchs_checks(monkeypatch, options, m, kept):
     if not kept:
         monkeypatch.setattr(passes, "KEPT_PAIRS", 0)
-    s = LossSettings(**options)
+    s = HistogramLoss(**options).settings
     x = rows(20, 8, 0, s.normalize).requires_grad_()
     z = None if m is None else rows(m, 8, 1, s.normalize).requires_grad_()
     costs = s.n_bins, s.kernel, s.bandwidth, s.order_cost, s.margin, s.alpha, s.normalize, s.on_degenerate

@@ -10,7 +10,6 @@ import torch
 
 from hloss import HistogramLoss
 from hloss.losses import densities, fused, pairs
-from hloss.losses.settings import LossSettings
 
 HERE = Path(__file__).parent
 NEEDS_TRITON = pytest.mark.skipif(not fused.TRITON, reason="needs Triton")
@@ -40,7 +39,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_there(tmp_path):
 
 def test_the_cpu_does_not_use_them():
     embeddings = torch.randn(8, 4)
-    assert not fused.serves(embeddings, torch.arange(8) // 2, None, None, LossSettings())
+    assert not fused.serves(embeddings, torch.arange(8) // 2, None, None, HistogramLoss().settings)
     code = "import sys, hloss; print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
     assert run(["-c", code]).strip() == "[]"
 
