@@ -114,7 +114,7 @@ def forward_pass(
             MATRIX=pairs.is_matrix,
             KEEP=places is not None,
             TILES_TO_FLUSH=max(1, LANE_PAIRS // tile.rows**2),
-            CHUNK=_chunk(2 * nodes),
+            CHUNK=max(512, _chunk(2 * nodes)),  # no two threads hold the same number
             **_product_constants(tile, given[0].shape[1], precision),
         )
         loss, slopes, checks = _finish(table, s)
