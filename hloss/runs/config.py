@@ -54,11 +54,15 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     dataset: str = Field("glyphs", description="name of a prepared dataset in data_dir")
+    crop: int | None = Field(
+        None, ge=1, description="side in pixels of the crop: random in training, central in testing"
+    )
+    horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
     network: str = Field(
         "glyphnet", description="glyphnet, parts, googlenet, torchvision:NAME, or pixels for the raw-pixels baseline"
     )
-    weights: str = Field("none", description="of the backbone: none, imagenet, or a file with torchvision's state dict")
     embedding_dim: int | None = Field(None, ge=1, description="dimensions of the embedding")
+    weights: str = Field("none", description="of the backbone: none, imagenet, or a file with torchvision's state dict")
     dropout: float | None = Field(None, ge=0, lt=1, description="share of the features dropped before the embedding")
     batchnorm: str | None = Field(None, description="statistics of BatchNorm: live, frozen or slices")
     normalize_embeddings: bool | None = Field(None, description="to L2 norm 1; None: unless the loss takes them raw")
@@ -67,14 +71,14 @@ class RunConfig(BaseModel):
         description="histogram, a baseline (binomial, lifted, triplet, ...), pml:NAME, or none (with 0 iterations)",
     )
     n_bins: int | None = LossField(None, description="intervals of [-1, 1] (histogram)")
-    kernel: str | None = LossField(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
-    bandwidth: float | None = LossField(None, description="standard deviation of the kernel in nodes (histogram)")
-    order_cost: str | None = LossField(None, description="step, linear or softplus (histogram)")
-    density: str | None = LossField(None, description="histogram or beta (histogram)")
     margin: float | None = LossField(None, description="in units of similarity or distance (all but binomial and pml)")
     alpha: float | None = LossField(None, description="steepness (binomial; histogram with order_cost softplus)")
     beta: float | None = LossField(None, description="similarity between positives and negatives (binomial)")
     C: float | None = LossField(None, description="slope for negatives (binomial)")
+    kernel: str | None = LossField(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
+    bandwidth: float | None = LossField(None, description="standard deviation of the kernel in nodes (histogram)")
+    order_cost: str | None = LossField(None, description="step, linear or softplus (histogram)")
+    density: str | None = LossField(None, description="histogram or beta (histogram)")
     normalize: bool | None = LossField(
         None, description="the embeddings within the loss (histogram, lifted, contrastive)"
     )
@@ -83,34 +87,30 @@ class RunConfig(BaseModel):
     miner: str | None = PMLField(None, description="name of a miner of pytorch-metric-learning (pml)")
     miner_options: dict[str, Any] | None = PMLField(None, description="options of the miner, as a mapping or as JSON")
     metric: str | None = Field(None, description="of retrieval: cosine or euclidean; None: the one the loss trains")
-    sampler: str = Field("class-shuffle", description="how a batch is drawn: class-shuffle, balanced or random-class")
     batch_size: int = Field(128, ge=2, description="images per iteration")
-    micro_batch: int | None = Field(None, ge=1, description="images embedded at once, for the whole batch's gradient")
     images_per_class: int = Field(10, ge=2, description="most images of a class drawn in one visit")
+    sampler: str = Field("class-shuffle", description="how a batch is drawn: class-shuffle, balanced or random-class")
     min_images_per_class: int | None = SamplerField(
         None, ge=2, description="least number of images of a class in a batch (random-class)"
     )
-    crop: int | None = Field(
-        None, ge=1, description="side in pixels of the crop: random in training, central in testing"
-    )
-    horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
+    micro_batch: int | None = Field(None, ge=1, description="images embedded at once, for the whole batch's gradient")
+    devices: int = Field(1, ge=1, description="processes, each with a share of every batch")
+    iterations: int = Field(60, ge=0, description="batches trained on")
+    validate_every: int = Field(20, ge=1, description="iterations between two validations")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
-    pretrained_lr_factor: float | None = Field(None, gt=0, description="times learning_rate for the backbone")
+    seed: int = Field(0, ge=0, description="of initialisation and batches")
     weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
     decay_exempt: str = Field("biases", description="what weight_decay spares: biases (and BatchNorm), or none")
     lr_step: int | None = Field(None, ge=1, description="iterations between two steps of the learning rate")
     lr_step_factor: float = Field(0.1, gt=0, description="times the learning rate at each step")
-    iterations: int = Field(60, ge=0, description="batches trained on")
-    validate_every: int = Field(20, ge=1, description="iterations between two validations")
+    pretrained_lr_factor: float | None = Field(None, gt=0, description="times learning_rate for the backbone")
     refit: bool = Field(False, description="train again with the validation classes, for the chosen iterations")
     precision: str = Field("32-true", description="32-true, bf16-mixed or 64-true")
-    devices: int = Field(1, ge=1, description="processes, each with a share of every batch")
-    seed: int = Field(0, ge=0, description="of initialisation and batches")
     study: str = ExecutionField("notebook", description="folder in runs_dir that the run is written to")
-    data_dir: str = ExecutionField("data", description="folder of the prepared datasets")
-    runs_dir: str = ExecutionField("runs", description="folder of the studies' runs")
     device: str = ExecutionField("auto", description="auto, cpu or cuda")
     threads: int = ExecutionField(1, ge=1, description="CPU threads of torch, per process")
+    data_dir: str = ExecutionField("data", description="folder of the prepared datasets")
+    runs_dir: str = ExecutionField("runs", description="folder of the studies' runs")
     checkpoint_seconds: float = ExecutionField(60.0, ge=0, description="seconds of training between two checkpoints")
     keep_network: bool = ExecutionField(True, description="write the trained network's state dict to network.pt")
 
