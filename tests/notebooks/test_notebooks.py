@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -42,6 +43,11 @@ def test_notebook_is_committed_as_a_clean_run_of_its_defaults(file):
     assert any(c.outputs for c in code)
     times = [datetime.fromisoformat(time) for c in code for time in c.metadata["execution"].values()]
     assert max(times) - min(times) < timedelta(minutes=1)
+
+
+def test_readme_lists_every_notebook():
+    listed = re.findall(r"\]\((\w+)\.ipynb\)", (ROOT / "notebooks" / "README.md").read_text())
+    assert listed == [file.stem for file in NOTEBOOKS]
 
 
 def test_parameters_cell_equals_run_config():
