@@ -109,7 +109,11 @@ def descriptions() -> dict[str, list[str]]:
     """Return the lines that `list` prints about each dataset, by name."""
     published = {name: module.ORIGINAL.describe() for name, module in PUBLISHED.items()}
     own = ["your own images", "prepare  python -m data_prep folder --source DIR_or_CSV --out data/NAME"]
-    return {"glyphs": ["built-in, needs no download", "prepare  python -m data_prep glyphs"], **published, "folder": own}
+    return {
+        "glyphs": ["built-in, needs no download", "prepare  python -m data_prep glyphs"],
+        **published,
+        "folder": own,
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,7 +121,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__, formatter_class=RAW)
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     command = commands.add_parser("list", help="show all datasets: which are prepared, where to download the others")
-    command.add_argument("--data", type=Path, default=Path("data"), help="folder of the prepared datasets (default: data)")
+    command.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder of the prepared datasets (default: data)"
+    )
     command = commands.add_parser("check", help="describe a prepared dataset, warnings first")
     command.add_argument("folder", type=Path, help="folder of the prepared dataset, for example data/glyphs")
     command = commands.add_parser("glyphs", help="the built-in dataset of drawn characters")
@@ -132,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--crop", choices=["bbox250"], help=help)
         if name == "cuhk03":
             _add_cuhk03(command)
-    command = commands.add_parser("folder", help="your own images: one folder per class, or a CSV file", **_described(folder))
+    command = commands.add_parser(
+        "folder", help="your own images: one folder per class, or a CSV file", **_described(folder)
+    )
     _add_common(command, "folder", folder.OPTIONS)
     help = "allow nested folders; the innermost folder of an image is its class"
     command.add_argument("--last-folder", action="store_true", help=help)
@@ -146,11 +154,13 @@ def _described(module: ModuleType) -> dict[str, Any]:
 def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) -> None:
     default, share = defaults.image_settings, defaults.val_fraction
     source = "folder of class folders, or CSV file" if name == "folder" else "original archive, or its extracted folder"
-    command.add_argument(
-        "--source", type=Path, required=True, help=source
-    )
+    command.add_argument("--source", type=Path, required=True, help=source)
     command.add_argument("--out", type=Path, help=f"folder to write (default: data/{name})")
-    command.add_argument("--size", type=_size, help=f"HEIGHTxWIDTH of the prepared images in pixels (default: {default.height}x{default.width})")
+    command.add_argument(
+        "--size",
+        type=_size,
+        help=f"HEIGHTxWIDTH of the prepared images in pixels (default: {default.height}x{default.width})",
+    )
     help = f"pad: keep the aspect ratio and add white borders; stretch: ignore it (default: {default.fit})"
     command.add_argument("--fit", choices=list(FILTERS), help=help)
     help = f"training classes moved to validation: a fraction below 1, or a number of classes (default: {share:g})"
@@ -162,10 +172,17 @@ def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) 
 
 
 def _add_cuhk03(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--boxes", choices=list(cuhk03.PUBLISHED), default="labeled", help="pedestrian boxes: drawn by people, or detected by an algorithm (default: labeled)")
+    command.add_argument(
+        "--boxes",
+        choices=list(cuhk03.PUBLISHED),
+        default="labeled",
+        help="pedestrian boxes: drawn by people, or detected by an algorithm (default: labeled)",
+    )
     help = "3: camera pairs 1-3, as in the paper; 5: all camera pairs (default: 3)"
     command.add_argument("--camera-pairs", type=int, choices=[3, 5], default=3, help=help)
-    command.add_argument("--test-set", type=int, default=1, help="number of the test set in the file, 1 to 20 (default: 1)")
+    command.add_argument(
+        "--test-set", type=int, default=1, help="number of the test set in the file, 1 to 20 (default: 1)"
+    )
     help = "use the 767/700 protocol of Zhong et al. (2017): cuhk03_new_protocol_config_labeled.mat or ..._detected.mat"
     command.add_argument("--index-file", type=Path, help=help)
 
@@ -173,7 +190,9 @@ def _add_cuhk03(command: argparse.ArgumentParser) -> None:
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH, each from 1 to 9999 pixels, such as 256x256: got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be HEIGHTxWIDTH, each from 1 to 9999 pixels, such as 256x256: got {text!r}"
+        )
     return int(found[1]), int(found[2])
 
 

@@ -322,7 +322,9 @@ def _open_folder(path: Path, texts: Collection[str], wanted: Collection[str] | N
 
     def refuse(error: OSError) -> None:
         if is_used(Path(error.filename).relative_to(root).as_posix()):
-            raise PreparationError(f"{error.filename} cannot be read ({error.strerror}); change its permissions or remove it")
+            raise PreparationError(
+                f"{error.filename} cannot be read ({error.strerror}); change its permissions or remove it"
+            )
 
     for folder, folders, files in os.walk(root, onerror=refuse):
         for entry in [*folders, *files]:
@@ -351,7 +353,9 @@ def _open_zip(path: Path, texts: Collection[str]) -> Source:
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise PreparationError(f"{path}: member {name} is a link or a device; {UNSAFE}")
             if member.flag_bits & 1:
-                raise PreparationError(f"{path}: member {name} is encrypted; unpack the archive and pass its folder as --source")
+                raise PreparationError(
+                    f"{path}: member {name} is encrypted; unpack the archive and pass its folder as --source"
+                )
             if not member.is_dir():
                 _add(path, sizes, name, member.file_size)
     _check_ratio(path, sum(sizes.values()))
@@ -415,7 +419,7 @@ def _check_ratio(path: Path, unpacked: int) -> None:
     packed = path.stat().st_size
     if unpacked > max(FREE_BYTES, MAX_RATIO * packed):
         raise PreparationError(
-            f"{path} is a decompression bomb: its {packed:,} bytes unpack to {unpacked:,} or more; do not use this archive"
+            f"{path} is a decompression bomb: its {packed:,} bytes unpack to {unpacked:,} or more; do not use it"
         )
 
 

@@ -95,7 +95,9 @@ def convert(out: Path, source: Source, index: pd.DataFrame, options: Options, ca
     rows = {name: row for row, name in enumerate(index.source)}
     if len(rows) < len(index):
         twice = index.source[index.source.duplicated()].iloc[0]
-        raise PreparationError(f"{source.path}: {twice} is listed twice; each image must be listed once; {DOWNLOAD_AGAIN}")
+        raise PreparationError(
+            f"{source.path}: {twice} is listed twice; each image must be listed once; {DOWNLOAD_AGAIN}"
+        )
     lacking = [name for name in index.source if name not in source.files]
     if lacking:
         raise PreparationError(

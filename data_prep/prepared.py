@@ -315,8 +315,12 @@ def _check(index: pd.DataFrame, images: np.ndarray) -> None:
     for column, allowed in (("split", SPLITS), ("role", ROLES)):
         unknown = sorted(set(index[column]) - set(allowed))
         if unknown:
-            raise PreparationError(f"index column {column} has unknown values: got {unknown}; allowed are {list(allowed)}")
+            raise PreparationError(
+                f"index column {column} has unknown values: got {unknown}; allowed are {list(allowed)}"
+            )
     known = index[index.label >= 0]
     splits = known.groupby("label").split.nunique()
     if (splits > 1).any():
-        raise PreparationError(f"classes must be in one split each: got classes {list(splits[splits > 1].index[:5])} in several")
+        raise PreparationError(
+            f"classes must be in one split each: got classes {list(splits[splits > 1].index[:5])} in several"
+        )
