@@ -165,7 +165,7 @@ def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) 
     command.add_argument("--fit", choices=list(FILTERS), help=help)
     help = f"training classes moved to validation: a fraction below 1, or a number of classes (default: {share:g})"
     command.add_argument("--val-fraction", type=_class_share, help=help)
-    help = f"seed of the random choice of classes, from 0 (default: {defaults.seed})"
+    help = f"seed of the random choice of classes, 0 or more (default: {defaults.seed})"
     command.add_argument("--seed", type=_seed, help=help)
     help = "leave out images that cannot be decoded; card.json lists them"
     command.add_argument("--skip-bad", action="store_true", default=None, help=help)

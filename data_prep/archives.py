@@ -195,7 +195,7 @@ def read_table(
     rows = [line.split() for line in lines[int(header) :]]
     for row in rows:
         if len(row) != columns or not all(row[i].isdigit() for i in numbers):
-            form = f"{columns} columns, with whole numbers in {', '.join(str(i + 1) for i in numbers)}"
+            form = f"{columns} columns, with whole numbers in columns {', '.join(str(i + 1) for i in numbers)}"
             raise PreparationError(
                 f"{source.path}: {name} has a line of another form: got {' '.join(row)!r}; expected {form}; "
                 f"{DOWNLOAD_AGAIN}"
@@ -334,7 +334,9 @@ def _open_folder(path: Path, texts: Collection[str], wanted: Collection[str] | N
                 if not place.is_dir():
                     sizes[name] = place.stat().st_size
             elif is_used(name):
-                raise PreparationError(f"{place} is {_link_kind(place, path)}; replace the link with its files")
+                raise PreparationError(
+                    f"{place} is {_link_kind(place, path)}; replace the link with a copy of its target"
+                )
     source = _source(root, "folder", dict(sorted(sizes.items())), wanted)
     return replace(source, texts=dict(read_files(source, _with_name(source.files, texts))))
 

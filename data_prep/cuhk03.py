@@ -130,7 +130,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, variant: Varian
             if isinstance(error, OSError) and error.errno:  # an error of the disk, not of HDF5
                 raise
             raise PreparationError(
-                f"{opened.path}: {MAT} is damaged or of another form ({error}); get it again"
+                f"{opened.path}: {MAT} is damaged or of another form ({error}); {DOWNLOAD_AGAIN}"
             ) from error
         finally:
             if file.parent == folder:

@@ -33,7 +33,7 @@ def read_csv(file: Path) -> pd.DataFrame:
     separated = f"separated by {SEPARATORS.get(separator, repr(separator))}"
     if problem := _column_problem(columns):
         raise PreparationError(
-            f"{file}: {problem}: got {', '.join(columns) or 'an empty file'} ({separated}); "
+            f"{file}: {problem}: got {', '.join(columns) or 'none'} ({separated}); "
             f"required columns are {', '.join(REQUIRED)}, optional ones {', '.join(OPTIONAL)}"
         )
     if not rows:

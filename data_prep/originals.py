@@ -64,7 +64,7 @@ def status(folder: Path) -> str:
         return "not prepared"
     size = (folder / "images.npy").stat().st_size if (folder / "images.npy").exists() else 0
     try:
-        return f"prepared in {folder}: {card_summary(json.loads(file.read_text()))}, {size / 1e9:.1f} GB"
+        return f"prepared in {folder}: {card_summary(json.loads(file.read_text()))}, {size / 1e9:.2f} GB"
     except (ValueError, KeyError):
         return f"damaged: {file} is not a valid card; prepare the dataset again"
 
