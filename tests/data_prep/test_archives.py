@@ -220,7 +220,7 @@ def test_refuses_other_files_and_archives(tmp_path):
         PreparationError, match=r"--source must be a folder, a zip archive or a tgz archive: got .*a\.rar"
     ):
         open_source(tmp_path / "a.rar")
-    with pytest.raises(PreparationError, match="must be an existing file or folder: got .*nothing"):
+    with pytest.raises(PreparationError, match=r"must be an existing file or folder: got .*nothing"):
         open_source(tmp_path / "nothing")
     with pytest.raises(PreparationError, match=r"does not contain images\.txt; give the original archive"):
         open_source(write_folder(tmp_path / "f", FILES)).relative_to("images.txt")

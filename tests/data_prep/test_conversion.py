@@ -98,7 +98,7 @@ def test_refuses_to_overwrite_other_files(tmp_path):
     with pytest.raises(PreparationError, match=r"mine/card\.json is not valid JSON; choose another --out"):
         folder.prepare(source, tmp_path / "mine", SMALL)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PreparationError, match="--out must be a folder: got the file .*file"):
+    with pytest.raises(PreparationError, match=r"--out must be a folder: got the file .*file"):
         folder.prepare(source, tmp_path / "file", SMALL)
 
 
