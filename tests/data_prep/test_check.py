@@ -144,5 +144,5 @@ def test_refuses_a_missing_or_damaged_dataset(tmp_path):
     content = bytearray((folder / "images.npy").read_bytes())
     content[-1] ^= 1
     (folder / "images.npy").write_bytes(content)
-    with pytest.raises(SystemExit, match=r"images\.npy is not the one its card describes"):
+    with pytest.raises(SystemExit, match=r"data_prep check: .*images\.npy.* card.*; prepare"):
         command_line.main(["check", str(folder)])
