@@ -1,4 +1,4 @@
-"""Settings of torch that a run changes for its own duration, and the peak memory of its process."""
+"""Temporary changes of torch's global settings, and the peak memory of this process."""
 
 import resource
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch use `number` CPU threads."""
+    """Let torch use `number` CPU threads within a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -22,7 +22,10 @@ def torch_threads(number: int) -> Iterator[None]:
 
 @contextmanager
 def default_dtype(precision: str) -> Iterator[None]:
-    """Set torch's default dtype to that of a precision: embeddings from Fabric and the loss have it."""
+    """Set torch's default dtype within a `with` block: float64 for precision "64-true", else no change.
+
+    Fabric converts the outputs of a network to the default dtype, and the loss has the dtype of the embeddings.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if precision == "64-true" else before)
     try:
@@ -33,14 +36,15 @@ def default_dtype(precision: str) -> Iterator[None]:
 
 @contextmanager
 def gpu_arithmetic(device: torch.device, tf32: str) -> Iterator[None]:
-    """Let convolutions and matrix products on a GPU use TensorFloat-32 as `tf32` says, and repeat a result bit for bit.
+    """Set how a GPU computes a float32 network, within a context. A CPU's arithmetic does not change.
 
-    TensorFloat-32 multiplies float32 numbers of 10 fraction bits instead of 23, on matrix units. Losses and retrieval
-    never use it. Without effect on a CPU.
+    TensorFloat-32 rounds the factors of float32 products to 10 bits of fraction and is several times faster. Losses and
+    retrieval never use it. cuDNN is limited to algorithms that return the same bits every time.
 
     Args:
         device: the device of the run.
-        tf32: "none", "convolutions" (torch's default) or "all", which adds matrix products.
+        tf32: operations that use TensorFloat-32: "none", "convolutions" (torch's default) or "all" (also matrix
+            products).
     """
     if device.type != "cuda":
         yield
@@ -48,7 +52,7 @@ def gpu_arithmetic(device: torch.device, tf32: str) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     convolutions, products = _float32_settings()
     before = cudnn.deterministic, getattr(*convolutions), getattr(*products)
-    cudnn.deterministic = True  # a run that is continued ends in the same weights
+    cudnn.deterministic = True  # A resumed run must end in the same weights.
     setattr(*convolutions, _tf32_value(tf32 != "none", before[1]))
     setattr(*products, _tf32_value(tf32 == "all", before[2]))
     try:
@@ -73,11 +77,11 @@ def _tf32_value(allowed: bool, like: bool | str) -> bool | str:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory in use so far: of the GPU, or of this process."""
+    """Peak memory so far in MiB: GPU memory that torch allocated if `device` is a GPU, else memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the peak of the process that started this one
+    if status.exists():  # getrusage would include the peak of the process that started this one.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,4 +1,4 @@
-"""Images of a dataset on the device of a run, so that a training step copies no pixels from main memory."""
+"""Datasets whose images are in the memory of the device, so that a training step copies no pixels from the host."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from hloss.runs.datasets import Dataset
 from hloss.runs.images import Views
 
-COPIED_BYTES = 2**26  # copied to the device at once
-FREE_SHARE = 0.5  # of the GPU's free memory: the most that images="auto" takes
+CHUNK_BYTES = 2**26  # size of one copy to the device
+FREE_SHARE = 0.5  # largest share of a GPU's free memory that images="auto" uses
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,31 @@ class ResidentDataset(Dataset):
     resident: Tensor
 
     def pixels(self, rows: np.ndarray) -> Tensor:
-        """Images of the given rows, uint8 (n, channels, height, width), on the device, channels last."""
+        """Return the images of the given rows.
+
+        Args:
+            rows: row numbers of the index, int64 (n,).
+
+        Returns:
+            uint8 (n, channels, height, width) on the device, channels last.
+        """
         (index,) = send(np.asarray(rows)[None], self.resident.device)
         return self.resident[index].permute(0, 3, 1, 2)
 
     def batch(self, rows: np.ndarray, labels: np.ndarray, views: Views | None) -> tuple[Tensor, Tensor]:
-        """A batch of training images and its labels on the device, with one copy to it, which the host does not await.
+        """Cut a batch of training images on the device.
+
+        All indices are sent in one copy, for which the host does not wait. The pixels equal those of
+        `hloss.runs.images.augment` with the same draws.
 
         Args:
-            rows: of the dataset's index, int64 (n,).
-            labels: int64 (n,).
-            views: the crops and flips of these images; None for whole images.
+            rows: row numbers of the index, int64 (n,).
+            labels: class numbers, int64 (n,).
+            views: crops and flips of these images; None for whole images.
 
         Returns:
-            uint8 (n, channels, rows, columns), channels last, equal to `augment`'s; and int64 (n,).
+            Images, uint8 (n, channels, height, width) of the crops, channels last, and labels, int64 (n,), on the
+            device.
         """
         if views is None:
             index, found = send(np.stack([rows, labels]), self.resident.device)
@@ -51,28 +62,47 @@ class ResidentDataset(Dataset):
 
 
 def send(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """A small array as a tensor on a device; the host does not wait for a GPU."""
+    """Copy a small array to a device; the host does not wait for a GPU.
+
+    Args:
+        numbers: the array.
+        device: the device. On the CPU the tensor shares the array's memory.
+
+    Returns:
+        A tensor of the array's shape and dtype.
+    """
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def place_images(dataset: Dataset, where: str, device: torch.device) -> Dataset:
-    """The dataset with its images where the setting `images` wants them.
+    """Copy the images of a dataset to the device if the setting `images` asks for it.
 
     Args:
         dataset: the prepared dataset.
-        where: "device", "host", or "auto": on a GPU if they take at most FREE_SHARE of its free memory.
+        where: "device"; "host"; or "auto", which is "device" if `fits`, else "host".
         device: the device of the run.
+
+    Returns:
+        A ResidentDataset, or `dataset` itself if its images stay on the host.
     """
     if where == "host" or (where == "auto" and not fits(dataset.images.nbytes, device)):
         return dataset
     resident = torch.empty(dataset.images.shape, dtype=torch.uint8, device=device)
-    step = max(COPIED_BYTES // max(dataset.images[:1].nbytes, 1), 1)
+    step = max(CHUNK_BYTES // max(dataset.images[:1].nbytes, 1), 1)
     for start in range(0, len(resident), step):
         resident[start : start + step] = torch.from_numpy(np.array(dataset.images[start : start + step])).to(device)
     return ResidentDataset(**vars(dataset), resident=resident)
 
 
 def fits(n_bytes: int, device: torch.device) -> bool:
-    """Whether the images take at most FREE_SHARE of the free memory of a GPU."""
+    """Return whether images are kept on a device by default.
+
+    Args:
+        n_bytes: size of the images.
+        device: the device.
+
+    Returns:
+        True if the device is a GPU and the images take at most FREE_SHARE of its free memory.
+    """
     return device.type == "cuda" and n_bytes <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""Losses that a GPU has computed and the host has not read, so that no iteration waits for the GPU."""
+"""Losses that the host reads from a GPU every few iterations, so that no iteration waits for the GPU."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class UnreadLoss:
     """The loss of one iteration.
 
     Attributes:
-        iteration: its number, from 1.
-        batch: its images, as `Batches.current`.
-        loss: scalar on the device.
-        checks: of the embeddings, which the loss postponed.
+        iteration: the number of the iteration, from 1.
+        batch: the images of the batch, as in `Batches.current`.
+        loss: a scalar on the device.
+        checks: the checks of the embeddings that the loss postponed.
     """
 
     iteration: int
@@ -27,10 +27,10 @@ class UnreadLoss:
 
 
 class UnreadLosses:
-    """The losses since the last reading.
+    """The losses that have not been read yet.
 
     Args:
-        every: number of losses after which they must be read, at least 1.
+        every: largest number of unread losses, at least 1.
     """
 
     def __init__(self, every: int) -> None:
@@ -38,15 +38,24 @@ class UnreadLosses:
         self._unread: list[UnreadLoss] = []
 
     def add(self, loss: UnreadLoss) -> None:
+        """Add the loss of the next iteration.
+
+        Args:
+            loss: the loss.
+        """
         self._unread.append(loss)
 
     @property
     def is_full(self) -> bool:
-        """Whether the losses must be read now."""
+        """Whether there are `every` unread losses, so that they must be read now."""
         return len(self._unread) >= self.every
 
     def read(self) -> Iterator[tuple[UnreadLoss, float, list[list[int]]]]:
-        """Each loss since the last reading, its value and the numbers of its checks; one read from the device each."""
+        """Read all unread losses, in the order of their iterations.
+
+        Yields:
+            The loss, its value, and for each of its checks the numbers that decide it.
+        """
         unread, self._unread = self._unread, []
         values = _read([loss.loss for loss in unread])
         numbers = iter(_read([check for loss in unread for check, _ in loss.checks]))
@@ -55,4 +64,5 @@ class UnreadLosses:
 
 
 def _read(tensors: list[Tensor]) -> list:
+    """Copy tensors of one shape to the host at once."""
     return torch.stack(tensors).tolist() if tensors else []

@@ -123,7 +123,7 @@ def test_a_refusal_is_noted_in_a_folder_that_exists_and_makes_none(settings, tmp
 def test_devices_that_are_not_there_are_noted_too(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     config = parse_config({**settings, "device": "cuda"})
-    with pytest.raises(ConfigError, match="torch finds 0 CUDA devices here"):
+    with pytest.raises(ConfigError, match="torch finds too few CUDA devices: got 0"):
         run(config, quiet)
     assert read_status(config.folder)["state"] == "failed"
     assert read_status(config.folder)["retry"] is False

@@ -102,7 +102,7 @@ def test_a_stale_run_is_to_be_run_again(config, monkeypatch):
     study = study_of(config)
     run(config, lambda line: None)
     assert [planned.state for planned in plan_runs(study, 0, {})] == ["done"]
-    monkeypatch.setattr("hloss.study.results.code_sha256", lambda: "other")
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
     (planned,) = plan_runs(study, 0, {})
     assert (planned.state, planned.need.hours) == (STALE, 4.0)
     assert "0 of 1 runs are done" in plan_text(study, [planned])

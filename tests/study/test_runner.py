@@ -49,7 +49,7 @@ def test_stale_results_are_set_aside_with_what_they_chose(study, monkeypatch):
         run(r.config, lambda line: None)
     grid = [r.config.folder for r in loaded.runs[:2]]
     assert set_aside_stale(loaded, keep=False).waiting == ()
-    monkeypatch.setattr("hloss.study.results.code_sha256", lambda: "other")
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
     assert set_aside_stale(loaded, keep=True).waiting == ()
     assert all((folder / "result.json").exists() for folder in grid)
     assert len(set_aside_stale(loaded, keep=False).waiting) == 2
