@@ -1,4 +1,4 @@
-"""Settings of torch that a run changes for its own duration, and the peak memory of its process."""
+"""Temporary changes of torch's global settings, and the peak memory of this process."""
 
 import resource
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch use `number` CPU threads."""
+    """Let torch use `number` CPU threads within a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -21,7 +21,10 @@ def torch_threads(number: int) -> Iterator[None]:
 
 @contextmanager
 def default_dtype(precision: str) -> Iterator[None]:
-    """Set torch's default dtype to that of a precision: embeddings from Fabric and the loss have it."""
+    """Set torch's default dtype within a `with` block: float64 for precision "64-true", else no change.
+
+    Fabric converts the outputs of a network to the default dtype, and the loss has the dtype of the embeddings.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if precision == "64-true" else before)
     try:
@@ -31,11 +34,11 @@ def default_dtype(precision: str) -> Iterator[None]:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory in use so far: of the GPU, or of this process."""
+    """Peak memory so far in MiB: GPU memory that torch allocated if `device` is a GPU, else memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the peak of the process that started this one
+    if status.exists():  # getrusage would include the peak of the process that started this one.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,4 +1,4 @@
-"""Hashes of the code and the data that a result depends on, and where a result came from."""
+"""Hashes of the code and the data that a result depends on, and the origin of a result."""
 
 import ast
 import json
@@ -107,7 +107,16 @@ def _is_text(statement: object) -> bool:
 
 
 def provenance(device: torch.device, threads: int) -> dict[str, Any]:
-    """Where a result came from, for the reader; nothing is decided by it."""
+    """Describe how a result was made; for information only, no code depends on it.
+
+    Args:
+        device: the device of the run.
+        threads: CPU threads of torch.
+
+    Returns:
+        Git commit, whether the working tree was changed, versions of Python and packages, device, processor and
+        threads; the commit is None outside a repository.
+    """
     packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas", "pytorch-metric-learning", "faiss-cpu")
     return {
         "git_commit": _git("rev-parse", "HEAD"),
@@ -121,9 +130,9 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of this machine's CPU and its cores; where only Linux tells the name, its architecture."""
-    told = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", told.read_text()) if told.exists() else []
+    """Name and number of cores of the CPU; the architecture replaces the name where Linux does not give it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 

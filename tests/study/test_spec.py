@@ -74,7 +74,7 @@ def test_wrong_resources_are_refused_by_name(study, resources, device, message):
         (lambda t: t.update(seed=[1]), r"has the unknown \['seed'\]"),
         (lambda t: t["runs"][0].pop("set"), r"run 'histogram' lacks \['set'\]"),
         (lambda t: t["runs"][0]["cross"].update(n_bins=[0]), "histogram, n_bins 0: n_bins must be a whole number"),
-        (lambda t: t["fixed"].update(lr=1.0), "lr=1.0 is no setting"),
+        (lambda t: t["fixed"].update(lr=1.0), "lr=1.0 is not a setting"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(study, change, message):
