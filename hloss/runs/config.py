@@ -165,7 +165,9 @@ class RunConfig(BaseModel):
     validate_every: int = Field(20, ge=1, description="iterations between two validations, at least 1")
     learning_rate: float = Field(1e-3, gt=0, description="initial learning rate of Adam, above 0")
     seed: int = Field(0, ge=0, description="seed of initial weights, batches, augmentation and dropout, at least 0")
-    weight_decay: float = Field(0.0, ge=0, description="L2 penalty: gradient added per unit of a weight, at least 0")
+    weight_decay: float = Field(
+        0.0, ge=0, description="L2 penalty: adds weight_decay times a weight to its gradient, at least 0"
+    )
     decay_exempt: str = Field(
         "biases", description="parameters without weight decay: biases (with BatchNorm's scale and shift) or none"
     )
