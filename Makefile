@@ -1,6 +1,7 @@
 # make study [STUDY=quick] [PROFILE=local] [CORES=2] [KEEP=1]   run a study and write its report
 # make plan [STUDY=quick] [PROFILE=local]   what a study still has to run, and the time, memory and disk it will take
 # make report [STUDY=quick]  the report of a study that is not complete: it says what is missing
+# make verify [RESULTS=reports/sample] [RUNS=5] [SEED=0]   repeat a few runs of given results and compare them
 # make lab                  JupyterLab on the notebooks
 # make test                 every test and notebook but the slow ones
 # make test-all             the slow ones: studies killed and continued, a Slurm of one node, a browser
@@ -9,6 +10,9 @@
 
 STUDY ?= quick
 PROFILE ?= local
+RESULTS ?= reports/sample
+RUNS ?= 5
+SEED ?= 0
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 KEEP ?=
 PYTHON ?= python3
@@ -26,7 +30,7 @@ SLURM_INSTALLED := $(VENV)/.installed-slurm
 BROWSER_INSTALLED := $(VENV)/.installed-browser
 endif
 
-.PHONY: study plan report lab test test-all check-gpu
+.PHONY: study plan report verify lab test test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
 	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
@@ -37,11 +41,14 @@ report: $(STUDY_INSTALLED) data/glyphs/card.json
 	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
 	@$(BIN)/python workflow/scripts/run_notebook.py report $(STUDY)
 
+verify: $(STUDY_INSTALLED) data/glyphs/card.json
+	@$(BIN)/python workflow/scripts/verify_results.py $(RESULTS) --runs $(RUNS) --seed $(SEED)
+
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 test: $(TEST_INSTALLED) data/glyphs/card.json
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
 test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) data/glyphs/card.json

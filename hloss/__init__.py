@@ -1,5 +1,7 @@
 """The histogram loss of Ustinova & Lempitsky (2016) and what it is compared with; needs torch alone."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from hloss.losses.baselines import BinomialDeviance, Contrastive, LiftedStructure, Quadruplet, SemiHardTriplet, Triplet
 from hloss.losses.distributed import global_batch
 from hloss.losses.histogram import HistogramLoss, histogram_loss, pair_histograms, pair_slopes, reverse_probability
@@ -26,3 +28,8 @@ __all__ = [
     "recall_at_k",
     "reverse_probability",
 ]
+
+try:
+    __version__ = version("hloss")
+except PackageNotFoundError:  # imported from its folder without having been installed
+    __version__ = "unknown"

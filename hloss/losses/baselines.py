@@ -232,21 +232,21 @@ def all_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:
 
 
 def listed(matrix: Tensor, mask: Tensor, n: int) -> Tensor:
-    """The n numbers of a matrix where the mask is true, row by row."""
+    """The n entries of a matrix where the mask is true, row by row."""
     if not matrix.is_cuda:
         return matrix[mask]
     return matrix.flatten().gather(0, true_places(mask, n))
 
 
 def true_places(mask: Tensor, n: int) -> Tensor:
-    """Indices into the flat mask of its n true numbers, in order. Unlike `nonzero` it does not wait for the device."""
+    """Flat indices of the n true entries of a mask, in order. Unlike `nonzero` it does not wait for the device."""
     return mask.flatten().byte().sort(descending=True, stable=True).indices[:n]
 
 
 def _memberships(distance: Tensor, same: Tensor, margins: tuple[float, ...]) -> Tensor:
     """Number of triplets with d_an < d_ap + margin that each (anchor, other) is in: (n, n), negated for negatives.
 
-    With a second margin, without those of the second margin.
+    With two margins, the number by the first minus the number by the second.
     """
     reach = torch.stack([distance + margin for margin in margins])
     negatives = distance.masked_fill(same, torch.inf).sort(1).values.expand_as(reach)

@@ -13,7 +13,8 @@ from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock
 from hloss.losses.settings import LossSettings
 
 CPU_LANES = 16
-ONE_PAIR = 2**42  # above the sum of 2^18 fractions of 24 bits
+ONE_PAIR = 2**42  # above the sum of LANE_PAIRS fractions of 24 bits
+LANE_PAIRS = 2**18  # most pairs that one packed number, or one int64 sum of fractions of 44 bits, holds
 BETA_ENDS = (1e-5, 0.999)  # where the authors' layer evaluates the Beta density in place of 0 and 1
 
 
@@ -36,12 +37,14 @@ class HistogramDensity:
         number = buffers.take("number", code.shape, torch.int64, code.device)
         if fraction.dtype == torch.float32:  # its 24 bits leave room for the count: one number a pair, one pass
             number.copy_(fraction.mul_(2.0**24)).add_(ONE_PAIR)
-            both = table.scatter_add_(1, code, number).sum(0)
-            counts, sums = both // ONE_PAIR, (both % ONE_PAIR).double() / 2.0**24
+            counts, sums = _unpack(table.scatter_add_(1, code, number), code.numel())
+            sums = sums.double() / 2.0**24
         else:
             counts = table.scatter_add_(1, code, number.fill_(1)).sum(0)
             number.copy_(fraction.mul_(2.0**44))
-            sums = table.zero_().scatter_add_(1, code, number).sum(0).double() / 2.0**44
+            table.zero_().scatter_add_(1, code, number)
+            sums = table.double().sum(0) if code.numel() > LANE_PAIRS else table.sum(0).double()
+            sums /= 2.0**44
         self.counts[:n] += counts.view(n, -1)
         self.fractions[:n] += sums.view(n, -1)
         return places
@@ -63,11 +66,11 @@ class HistogramDensity:
         mass = self.counts[:2].double() - self.fractions[:2]
         mass[:, 1:] += self.fractions[:2, :-1]
         h = mass / self.totals[:, None].double()
-        return h if self.s.kernel == "triangular" else h @ _kernel_matrix(self.s, h.device).T
+        return h if self.s.kernel == "triangular" else h @ kernel_matrix(self.s, h.device).T
 
     def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
         loss, by_density = expected_cost(self.densities(), self.s)
-        by_mass = by_density if self.s.kernel == "triangular" else by_density @ _kernel_matrix(self.s, loss.device)
+        by_mass = by_density if self.s.kernel == "triangular" else by_density @ kernel_matrix(self.s, loss.device)
         slopes = by_mass.new_zeros(3, self.size)
         torch.div(by_mass.diff(dim=1), self.s.delta * self.totals[:, None].double(), out=slopes[:2, :-1])
         slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval
@@ -77,6 +80,14 @@ class HistogramDensity:
         """dL/ds of the pairs at `places`, from the (3, n_bins + 1) table of slopes."""
         found = buffers.take("slope", places.shape, slopes.dtype, slopes.device)
         return torch.gather(slopes.view(1, -1).expand(len(places), -1), 1, places, out=found)
+
+
+def _unpack(table: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Counts and sums of 24-bit fractions over all lanes of packed numbers."""
+    if pairs <= LANE_PAIRS:
+        both = table.sum(0)
+        return both // ONE_PAIR, both % ONE_PAIR
+    return (table // ONE_PAIR).sum(0), (table % ONE_PAIR).sum(0)
 
 
 class BetaDensity:
@@ -174,15 +185,18 @@ def expected_cost(densities: Tensor, s: LossSettings) -> tuple[Tensor, Tensor]:
             by_negative = by_negative[(r + s.margin_nodes).clamp(max=s.n_bins)]
             by_positive = by_positive[(r - s.margin_nodes).clamp(min=0)]
     else:
-        cost = _cost_matrix(s, negative.device)
+        cost = cost_matrix(s, negative.device)
         by_negative, by_positive = cost @ positive, negative @ cost
     return negative @ by_negative, torch.stack([by_negative, by_positive])
 
 
 @lru_cache(maxsize=8)
-def _cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
+def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
     """C[r, q], the cost of a negative at t_r with a positive at t_q."""
     nodes = grid_nodes(s.n_bins, device)
+    if s.order_cost == "step":
+        r = torch.arange(len(nodes), device=device)
+        return (r <= r[:, None] + s.margin_nodes).double()
     reach = s.margin + nodes[:, None] - nodes
     if s.order_cost == "linear":
         return reach.clamp(min=0)
@@ -190,7 +204,7 @@ def _cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
+def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
     """K[r, b]: the kernel's mass in the cell r +- 1/2 around node b, reflected at both ends; columns sum to 1."""
     assert s.bandwidth is not None
     half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel] * s.bandwidth

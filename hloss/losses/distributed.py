@@ -1,4 +1,4 @@
-"""The whole batch of several processes: every pair counts, also between two devices."""
+"""A loss over the batches of all processes, pairs between processes included. Nothing to read before."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,13 @@ from torch import distributed as dist
 def global_batch(loss: nn.Module) -> nn.Module:
     """Wrap a loss so that it sees the embeddings and labels of all processes of `torch.distributed`.
 
-    The wrapped loss is called as `loss(embeddings, labels)` with this process's share: embeddings (n, d) and integer
-    labels (n,). The shares may differ in size; one may be empty. It returns, on every process, the loss of the whole
-    batch. Its gradient is scaled by the number of processes, so that the average DistributedDataParallel takes of the
-    parameters' gradients is the gradient of one process with the whole batch, exactly. Without `torch.distributed`, or
-    with one process, it is the loss itself.
+    Call the result as `loss(embeddings, labels)` with this process's share: embeddings (n, d) and integer labels (n,).
+    Shares may differ in size; one may be empty. Every process gets the loss of the whole batch. The gradient is scaled
+    by the number of processes, so that DistributedDataParallel's average is exactly the gradient of one process with
+    the whole batch. Without `torch.distributed`, or with one process, it is the loss itself.
 
-    ValueError for what cannot be exact over several processes: reference embeddings, a matrix of pairs, and shares of
-    different width or dtype.
+    ValueError for reference embeddings and for a matrix of pairs, which cannot be exact over several processes, and for
+    shares of different width or dtype.
     """
     return _GlobalBatch(loss)
 
@@ -30,8 +29,8 @@ class _GlobalBatch(nn.Module):
             return self.loss(embeddings, labels, *references)
         if any(reference is not None for reference in references):
             raise ValueError(
-                "reference embeddings over several processes are refused: each process would hold other references, "
-                "and their pairs would be counted once per process; gather them yourself and use the loss unwrapped"
+                "reference embeddings are not supported over several processes: each process would hold other "
+                "references; gather them yourself and use the loss unwrapped"
             )
         if labels.ndim != 1 or len(labels) != len(embeddings):
             raise ValueError(
@@ -49,7 +48,7 @@ class _GlobalBatch(nn.Module):
 
 
 def _shares(embeddings: Tensor) -> list[int]:
-    """Number of embeddings of each process, after a look at whether the shares fit together."""
+    """Number of embeddings of each process. ValueError if the shares differ in width or dtype."""
     own = torch.tensor([len(embeddings), embeddings.shape[1], embeddings.element_size()], device=embeddings.device)
     shapes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(shapes, own)
@@ -60,7 +59,7 @@ def _shares(embeddings: Tensor) -> list[int]:
 
 
 def _gathered(share: Tensor, sizes: list[int]) -> Tensor:
-    """The shares of all processes, in the order of their ranks; padded on the way, since gloo wants equal shapes."""
+    """The shares of all processes in the order of their ranks, padded in transit because gloo needs equal shapes."""
     padded = share.new_zeros((max(sizes), *share.shape[1:]))
     padded[: len(share)] = share
     parts = [torch.empty_like(padded) for _ in sizes]

@@ -1,5 +1,8 @@
 """The histogram loss, equations 1-6 of Ustinova & Lempitsky (2016), exact and streaming.
 
+Read `hloss.losses.reference` first: the same loss in dense form. The parts of this one are, in the order to read them,
+`settings`, `pairs`, `densities` and `streaming`.
+
 The similarities s of the positive and of the negative pairs of a batch are binned into two histograms on the nodes
 t_r = -1 + r Delta, r = 0 ... n_bins, Delta = 2 / n_bins (`n_bins` intervals, n_bins + 1 nodes). The loss is the
 probability that a random negative pair is more similar than a random positive one: p_neg' C p_pos.
@@ -17,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hloss.losses import fused
 from hloss.losses.densities import BetaDensity, HistogramDensity, grid_nodes, missing_pairs
 from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, LabelPairs, MatrixPairs, PairBlock, find_pairs
 from hloss.losses.settings import LossSettings
@@ -80,6 +84,8 @@ class HistogramLoss(nn.Module):
         the rows, for NaN, infinite or zero embeddings. Second derivatives are refused.
         """
         s = self.settings
+        if fused.serves(embeddings, labels, reference_embeddings, reference_labels, s):
+            return fused.loss(embeddings, labels, reference_embeddings, reference_labels, s)
         norms, reference_norms = checked_sides(embeddings, reference_embeddings, s.normalize)
         pairs = find_pairs(embeddings, labels, reference_embeddings, reference_labels)
         return StreamedLoss.apply(embeddings, reference_embeddings, norms, reference_norms, pairs, s)

@@ -14,7 +14,8 @@ from torch import Tensor
 from hloss.numerics import rows_where
 
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # the group of a pair
-ROWS, COLUMNS = 256, 1024  # largest block of pairs held at once: 2^18 of them, so that int64 sums cannot overflow
+ROWS, COLUMNS = 256, 1024  # largest block of pairs held at once on a CPU: 2^18 of them fit into its caches
+GPU_ROWS, GPU_COLUMNS = 1024, 4096  # on a GPU: enough work for each of its kernels
 
 
 class PairBlock(NamedTuple):
@@ -27,13 +28,13 @@ class PairBlock(NamedTuple):
 
 
 class Buffers:
-    """Memory for the blocks of one pass, taken once: memory that is new to the process costs time."""
+    """Memory that the blocks of one pass share: memory that is new to the process costs time."""
 
     def __init__(self) -> None:
         self.taken: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: torch.Size | tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with anything in it, in the memory of the name's last."""
+        """An uninitialised tensor that reuses the buffer `name`."""
         n = shape[0] * shape[1]
         if name not in self.taken or len(self.taken[name]) < n:
             self.taken[name] = torch.empty(n, dtype=dtype, device=device)
@@ -53,14 +54,14 @@ class LabelPairs:
         self.column = torch.arange(1, self.n_columns + 1, device=rows.device, dtype=torch.int32)
         self.last = torch.searchsorted(columns, rows, right=True, out_int32=True)
         self.first = self.column if self.within else torch.searchsorted(columns, rows, out_int32=True)
-        self.cuts = _row_cuts(len(rows))
+        self.cuts = _row_cuts(len(rows), rows.device)
         ends = torch.tensor(self.cuts, device=rows.device, dtype=torch.int64)
         self.windows = torch.stack([self.first[ends[:-1]], self.last[ends[1:] - 1]], 1).tolist()  # synchronises, once
 
     def blocks(self) -> Iterator[PairBlock]:
         for top, bottom, (left, right) in zip(self.cuts, self.cuts[1:], self.windows, strict=False):
             rows = slice(top, bottom)
-            for columns in _chunks(top if self.within else 0, self.n_columns):
+            for columns in _chunks(top if self.within else 0, self.n_columns, self.last.device):
                 window = slice(max(top if self.within else left, columns.start), min(right, columns.stop))
                 groups = self._groups(rows, window) if window.start < window.stop else None
                 yield PairBlock(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
@@ -71,7 +72,7 @@ class LabelPairs:
             return groups - (self.column[window] <= self.first[rows, None]).view(torch.int8)
         if window.start == rows.start:
             n = rows.stop - rows.start
-            groups[:, :n] += _lower_triangle(ROWS, groups.device)[:n, :n]
+            groups[:, :n] += _lower_triangle(block_rows(groups.device), groups.device)[:n, :n]
         return groups
 
 
@@ -89,9 +90,9 @@ class MatrixPairs:
 
     def blocks(self) -> Iterator[PairBlock]:
         n, m = self.matrix.shape
-        for top, bottom in itertools.pairwise(_row_cuts(n)):
+        for top, bottom in itertools.pairwise(_row_cuts(n, self.matrix.device)):
             rows = slice(top, bottom)
-            for columns in _chunks(top if self.within else 0, m):
+            for columns in _chunks(top if self.within else 0, m, self.matrix.device):
                 sign = self.matrix[rows, columns]
                 groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
                 if self.within:  # the pairs i < j alone
@@ -135,11 +136,16 @@ def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: in
     return MatrixPairs(matrix, within)
 
 
-def _row_cuts(n: int) -> list[int]:
+def block_rows(device: torch.device) -> int:
+    return GPU_ROWS if device.type == "cuda" else ROWS
+
+
+def _row_cuts(n: int, device: torch.device) -> list[int]:
     """Bounds of the row blocks."""
-    return [*range(0, n, ROWS), n]
+    return [*range(0, n, block_rows(device)), n]
 
 
-def _chunks(start: int, stop: int) -> Iterator[slice]:
-    for left in range(start, stop, COLUMNS):
-        yield slice(left, min(left + COLUMNS, stop))
+def _chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
+    columns = GPU_COLUMNS if device.type == "cuda" else COLUMNS
+    for left in range(start, stop, columns):
+        yield slice(left, min(left + columns, stop))

@@ -1,9 +1,9 @@
-"""Any loss and any miner of pytorch-metric-learning by name, called as the other losses are.
+"""Losses and miners of pytorch-metric-learning by name, called like the other losses. Nothing to read before.
 
-`PMLLoss("MultiSimilarityLoss", {"alpha": 2.0}, miner="MultiSimilarityMiner")`. An option that is an object there is
-named here, with its own options: `{"distance": "CosineSimilarity"}`, `{"distance": {"LpDistance": {"power": 2}}}`.
-Losses with proxies or class weights learn them with the network's optimiser; labels must then count from 0. What is no
-loss of one batch and its labels, or is made around another loss, is left out (`LEFT_OUT`).
+`PMLLoss("MultiSimilarityLoss", {"alpha": 2.0}, miner="MultiSimilarityMiner")`. An option that takes an object is given
+by its name, with its options: `{"distance": "CosineSimilarity"}`, `{"distance": {"LpDistance": {"power": 2}}}`.
+Losses with proxies or class weights need labels that count from 0, and their parameters belong to the optimiser.
+Losses that need more than one batch and its labels, or that wrap another loss, are left out (`LEFT_OUT`).
 """
 
 import inspect
@@ -37,21 +37,21 @@ LEFT_OUT = (
     "SelfSupervisedLoss",
     "VICRegLoss",
 )
-PROVIDED = ("num_classes", "embedding_size", "descriptors_dim")  # by the data and the network
+PROVIDED = ("num_classes", "embedding_size", "descriptors_dim")  # from the data and the network, never an option
 
 
 class PMLLoss(nn.Module):
-    """A loss of pytorch-metric-learning on the pairs, triplets or weights of a miner, or on all of the batch.
+    """A loss of pytorch-metric-learning, on a miner's pairs, triplets or weights, or on the whole batch.
 
     Args:
         name: a class of `pytorch_metric_learning.losses`.
         options: its arguments; an unknown one is refused.
         miner: a class of `pytorch_metric_learning.miners`, or None.
         miner_options: the miner's arguments.
-        n_classes: number of training classes, for losses that hold weights for each.
-        embedding_dim: dimensions of the embeddings, for the same.
+        n_classes: number of training classes, for losses with class weights or proxies.
+        embedding_dim: dimensions of the embeddings, for the same losses.
 
-    ValueError for an unknown name or option, naming it, and ImportError where pytorch-metric-learning is missing.
+    ValueError that names an unknown loss, miner or option. ImportError without pytorch-metric-learning.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ def _built(module: str, name: str, options: Mapping[str, Any], provided: Mapping
 
 
 def _part(module: str, value: str | Mapping[str, Any]) -> nn.Module:
-    """A distance, reducer or regulariser: its name, or its name with its options."""
+    """A distance, reducer or regulariser, from its name or `{name: options}`."""
     named = {value: {}} if isinstance(value, str) else value
     if not isinstance(named, Mapping) or len(named) != 1:
         raise ValueError(f"one of pytorch_metric_learning.{module} must be a name or {{name: options}}, got {value!r}")
@@ -128,9 +128,9 @@ def _part(module: str, value: str | Mapping[str, Any]) -> nn.Module:
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of a class, and its bases' as far as it passes on what it does not know.
+    """The named arguments of a class, and those of its bases that its **kwargs pass on.
 
-    What a base requires, the class gives it itself, but for what it passes on by position.
+    A base's required arguments are left out, since the class sets them, unless its *args pass them on.
     """
     taken: dict[str, inspect.Parameter] = {}
     needed = True

@@ -1,7 +1,7 @@
 """The histogram loss as the paper states it: equations 1-6 over all pairs of a batch, differentiated by autograd.
 
-Read this module first. It is written to be read and compared with: it stores a weight for every pair and node, memory
-O(n^2 n_bins). `hloss.losses.histogram` computes the same loss without storing any of them.
+Read this module first. It is for reading and for comparison, since it stores a weight for every pair and node: memory
+O(n^2 n_bins). `hloss.losses.histogram` computes the same loss without storing them.
 
 The symbols are those of Ustinova & Lempitsky (2016), https://arxiv.org/abs/1611.00822: embeddings y_i; similarities
 s_ij = <y_i, y_j>, those of positive pairs in S+ and of negative pairs in S-; nodes t_r = -1 + r Delta for r = 0 ...
@@ -53,7 +53,7 @@ def pair_similarities(embeddings: Tensor, labels: Tensor, normalize: bool = True
 
 def nodes(n_bins: int) -> Tensor:
     """t_r = -1 + r Delta, float64 (n_bins + 1,)."""
-    return torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64)
+    return 2 * torch.arange(n_bins + 1, dtype=torch.float64) / n_bins - 1
 
 
 def node_weights(s: Tensor, n_bins: int) -> Tensor:
@@ -68,7 +68,7 @@ def node_weights(s: Tensor, n_bins: int) -> Tensor:
 
 
 def histogram(s: Tensor, n_bins: int, kernel: str = "triangular", bandwidth: float | None = None) -> Tensor:
-    """h, equation 1, (n_bins + 1,): the mean weight of each node; any other kernel spreads it to nodes further off."""
+    """h, equation 1, (n_bins + 1,): the mean weight of each node, smoothed by a kernel other than the triangular."""
     h = node_weights(s, n_bins).mean(0)
     return h if kernel == "triangular" else kernel_weights(n_bins, kernel, bandwidth).to(h) @ h
 

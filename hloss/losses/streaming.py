@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hloss.losses.densities import DENSITY_CLASSES, BetaDensity, HistogramDensity
-from hloss.losses.pairs import ROWS, Buffers, LabelPairs, MatrixPairs, PairBlock
+from hloss.losses.pairs import Buffers, LabelPairs, MatrixPairs, PairBlock, block_rows
 from hloss.losses.settings import LossSettings
 from hloss.numerics import checked_norms, exact_products, full_precision
 
@@ -116,7 +116,8 @@ def arrange(embeddings: Tensor, norms: Tensor | None, order: Tensor) -> Tensor:
 def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tensor, like: Tensor) -> Tensor:
     """From the gradient by arranged embeddings (used up) to the one by the embeddings given."""
     if norms is not None:
-        for g, u in zip(grad.split(ROWS), unit.split(ROWS), strict=True):
+        rows = block_rows(grad.device)
+        for g, u in zip(grad.split(rows), unit.split(rows), strict=True):
             g.addcmul_(u, torch.linalg.vecdot(g, u)[:, None], value=-1)
         grad.div_(norms.index_select(0, order))
     return torch.index_select(grad, 0, order.argsort(), out=unit).to(like.dtype)  # no longer needed: `unit`

@@ -56,26 +56,29 @@ class LoadedRun:
             ValueError: there are no images, or the array has another shape or dtype.
             BadImage: a file is no image that can be used; the message names it.
         """
-        if not isinstance(images, np.ndarray):
-            files = [Path(file) for file in ([images] if isinstance(images, str | Path) else images)]
-        elif images.dtype != np.uint8 or images.shape[1:] != tuple(self.card["image_shape"]):
-            height, width, channels = self.card["image_shape"]
+        chosen: Any = [images] if isinstance(images, str | Path) else images
+        if not len(chosen):
+            raise ValueError("images is empty: there is nothing to embed")
+        read = self._copy if isinstance(chosen, np.ndarray) else self._read
+
+        def batch(part: slice) -> Tensor:
+            pixels = torch.from_numpy(read(chosen[part])).permute(0, 3, 1, 2)
+            return center_crop(pixels, self.config.crop).to(self.device)
+
+        with torch_threads(self.config.threads):  # the number of threads may change the last bits
+            return embed(self.network, batch, len(chosen))
+
+    def _copy(self, images: np.ndarray) -> np.ndarray:
+        """The images, which may be read-only, as a new array. ValueError if they are not like those of the dataset."""
+        height, width, channels = self.card["image_shape"]
+        if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
             raise ValueError(
                 f"images must be uint8 of shape (n, {height}, {width}, {channels}): got {images.dtype} {images.shape}; "
                 "give image files to have them resized"
             )
-        n = len(images) if isinstance(images, np.ndarray) else len(files)
-        if not n:
-            raise ValueError("images is empty: there is nothing to embed")
+        return images.copy()
 
-        def batch(part: slice) -> Tensor:
-            pixels = images[part].copy() if isinstance(images, np.ndarray) else self._read(files[part])
-            return center_crop(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.config.crop).to(self.device)
-
-        with torch_threads(self.config.threads):  # the number of threads may change the last bits
-            return embed(self.network, batch, n)
-
-    def _read(self, files: list[Path]) -> np.ndarray:
+    def _read(self, files: Sequence[str | Path]) -> np.ndarray:
         """The pixels of image files as the dataset would hold them, uint8 (n, h, w, c)."""
         height, width, channels = self.card["image_shape"]
         given = self.card.get("settings", {})
@@ -83,7 +86,7 @@ class LoadedRun:
         pixels = []
         for file in files:
             try:
-                pixels.append(prepare(file.read_bytes()))
+                pixels.append(prepare(Path(file).read_bytes()))
             except BadImage as error:
                 raise BadImage(f"{file}: {error}") from error
         if channels == 1:

@@ -120,12 +120,12 @@ def _write_refused_status(folder: Path, error: Exception) -> None:
 
 
 def _identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What a result and a checkpoint must share: settings, code, data and the file of the pretrained weights."""
+    """What a result and a checkpoint must share: settings, fingerprint and the file of the pretrained weights."""
     weights = config.weights_file
     if weights and not weights.is_file():
         raise ConfigError(f'weights={config.weights!r} is neither "none" nor "imagenet" nor a file that exists')
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None
-    made_by = fingerprint(dataset.card_sha256)
+    made_by = fingerprint(config, dataset.card_sha256)
     return {"config": config.resolved(), "fingerprint": made_by, "pretrained_sha256": sha256}
 
 

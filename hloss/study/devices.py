@@ -13,6 +13,8 @@ import torch
 from hloss.runs.errors import LockedError
 from hloss.runs.files import file_lock
 
+CPU_NAMES = ("x86_64", "AMD64", "aarch64", "arm64")  # devices of results that were not made on a GPU
+
 
 def visible_devices() -> list[str]:
     """Names of the GPUs that a study may use: those of CUDA_VISIBLE_DEVICES, all of the machine if it is not set."""

@@ -17,11 +17,11 @@ import pandas as pd
 
 from hloss.runs.checkpoints import read_status
 from hloss.runs.files import NETWORK_FILE, read_result
+from hloss.study.devices import CPU_NAMES
 from hloss.study.results import card_hashes, stale_runs
 from hloss.study.spec import Study, StudyRun
 
 MEASURED = Path("workflow/measured.csv")
-CPUS = ("x86_64", "AMD64", "aarch64", "arm64")  # devices of results that were not made on a GPU
 COST_SETTINGS = ("dataset", "network", "batch_size", "micro_batch", "devices")  # runs that agree in these cost the same
 COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
 STALE = "to redo"  # the state of a run whose result is stale
@@ -199,7 +199,7 @@ def measured_costs(folder: Path) -> dict[CostKey, Cost]:
     for file in folder.glob("*/*/result.json"):
         result = read_result(file.parent)
         assert result is not None
-        key = _cost_key(result["config"], "cpu" if result["provenance"]["device"] in CPUS else "cuda")
+        key = _cost_key(result["config"], "cpu" if result["provenance"]["device"] in CPU_NAMES else "cuda")
         trained = result["config"]["iterations"] + result["config"]["refit"] * result["chosen"]["iteration"]
         seconds = result["training_seconds"] / max(trained, 1)
         disk = sum(f.stat().st_size for f in file.parent.iterdir() if f.name != NETWORK_FILE) / 2**20

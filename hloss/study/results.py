@@ -18,22 +18,23 @@ from hloss.runs.datasets import Dataset, open_dataset
 from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, read_result
-from hloss.runs.provenance import code_sha256
+from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
 SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # of a dataset; the card: of a split
+MADE_BY = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
 SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # of a dataset
 
 
 def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
-    """Runs with a result of other code, or of other data than `cards` says (dataset -> hash of its card, if known)."""
-    code, stale = code_sha256(), []
+    """Runs whose result has not the fingerprint of a new one. cards: dataset -> hash of its card, if known."""
+    stale = []
     for run in study.runs:
         if result := read_result(run.config.folder):
             made_by = result["fingerprint"]
             known_card = cards.get(run.config.dataset, made_by["card_sha256"])
-            if made_by != {"code_sha256": code, "card_sha256": known_card}:
+            if made_by != fingerprint(run.config, known_card):
                 stale.append(run)
     return stale
 
@@ -76,8 +77,8 @@ def measured_loss_cost() -> pd.DataFrame:
 def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     """The results of a study, one row per run; `complete` is False for a run without a result.
 
-    ConfigError if there is no result, if several versions of the code made them (unless `keep`), or if they must not
-    be compared (`refuse_mixed`).
+    ConfigError if there is no result, if several versions of the code or of a package that settings name made them
+    (unless `keep`), or if they must not be compared (`refuse_mixed`).
     """
     rows, first = [], {run.dataset: run.config.seed for run in sorted(study.runs, key=lambda r: -r.config.seed)}
     opened = functools.cache(open_dataset)
@@ -85,19 +86,28 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         row: dict[str, Any] = {"complete": False}
         if result := read_result(run.config.folder):
             dataset = opened(run.config.data_folder)
-            row = _result_columns(run, result, dataset, run.config.seed == first[run.dataset])
+            exact = run.config.seed == first[run.dataset] and bool(set(LOSS_COMPARISONS) & set(run.methods))
+            row = result_columns(run.config, result, dataset, exact)
         rows.append(_study_columns(study, run) | row)
     rows += [_study_columns(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result yet; run it first")
-    if table.code_sha256.nunique() > 1 and not keep:
-        raise ConfigError(
-            f"the runs of study {study.name!r} were made by {table.code_sha256.nunique()} versions of the code; "
-            "run the study again, or mix them knowingly with KEEP=1"
-        )
+    if not keep:
+        _refuse_versions(study.name, table)
     refuse_mixed(table)
     return table
+
+
+def _refuse_versions(study: str, table: pd.DataFrame) -> None:
+    """ConfigError if several versions of the code or of a package that settings name made the results."""
+    for column in ("code_sha256", *NAMED_PACKAGES):
+        if column in table and (versions := table[column].nunique()) > 1:
+            what = "the code" if column == "code_sha256" else column
+            raise ConfigError(
+                f"the runs of study {study!r} were made by {versions} versions of {what}; "
+                "run the study again, or mix them knowingly with KEEP=1"
+            )
 
 
 def _study_columns(study: Study, run: StudyRun) -> dict[str, Any]:
@@ -115,16 +125,16 @@ def _study_columns(study: Study, run: StudyRun) -> dict[str, Any]:
     }
 
 
-def _result_columns(run: StudyRun, result: dict[str, Any], dataset: Dataset, first: bool) -> dict[str, Any]:
-    """The columns of the table that the result decides. first: whether the run has the dataset's first seed."""
-    history = pd.read_parquet(run.config.folder / "history.parquet")
+def result_columns(config: RunConfig, result: dict[str, Any], dataset: Dataset, exact: bool) -> dict[str, Any]:
+    """The columns of the table that the result decides. exact: with the exact probability of reverse, which is slow."""
+    history = pd.read_parquet(config.folder / "history.parquet")
     validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
     density = result["similarity_density"]
     return {
         "complete": True,
         "network": result["config"]["network"],
         **result["metrics"],
-        **_class_interval(run, dataset),
+        **_class_interval(config.folder, dataset),
         "validation_recall@1": result["validation_recall@1"],
         "chosen_iteration": result["chosen"]["iteration"],
         "chosen_how": result["chosen"]["how"],
@@ -138,7 +148,7 @@ def _result_columns(run: StudyRun, result: dict[str, Any], dataset: Dataset, fir
         "history_recall": validated["validation_recall@1"].tolist(),
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
-        "reverse_probability": _reverse_probability(run, dataset) if first else math.nan,
+        "reverse_probability": _reverse_probability(config.folder, dataset) if exact else math.nan,
         "panel": json.dumps(result["panel"]),
         **result["fingerprint"],
         **_provenance_columns(result["provenance"]),
@@ -155,25 +165,20 @@ def _provenance_columns(provenance: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _class_interval(run: StudyRun, dataset: Dataset) -> dict[str, float]:
+def _class_interval(folder: Path, dataset: Dataset) -> dict[str, float]:
     """The 95 % interval of a run's Recall@1 over its test classes, by bootstrap."""
-    ranks, queries = (np.load(run.config.folder / f"{name}.npy") for name in ("ranks", "queries"))
+    ranks, queries = (np.load(folder / f"{name}.npy") for name in ("ranks", "queries"))
     classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries]
     matched = ranks > 0
     _, low, high = bootstrap_over_classes(ranks[matched] == 1, classes[matched], np.random.default_rng(0))
     return {"classes_low": low, "classes_high": high}
 
 
-def _reverse_probability(run: StudyRun, dataset: Dataset) -> float:
-    """The exact probability of reverse of the query and gallery images of a run that compares losses, in [0, 1].
-
-    NaN for other runs.
-    """
-    if not set(LOSS_COMPARISONS) & set(run.methods):
-        return math.nan
+def _reverse_probability(folder: Path, dataset: Dataset) -> float:
+    """The exact probability of reverse of a run's query and gallery images, in [0, 1]."""
     known = identified_rows(dataset)
     labels = dataset.labels(dataset.rows("test"))[known]
-    return reverse_probability(torch.from_numpy(np.load(run.config.folder / "embeddings.npy")[known]), labels)
+    return reverse_probability(torch.from_numpy(np.load(folder / "embeddings.npy")[known]), labels)
 
 
 def refuse_mixed(table: pd.DataFrame) -> None:

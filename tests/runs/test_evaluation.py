@@ -39,6 +39,7 @@ def test_the_files_agree_with_the_result(settings, tiny_data):
 
 
 def test_a_run_is_measured_by_the_metric_its_loss_trains_unless_told_otherwise(settings, tiny_data):
+    settings["validate_every"] = settings["iterations"]  # one validation, so that both metrics choose it
     config = parse_config({**settings, "loss": "lifted"})
     result = run(config, quiet)
     embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))

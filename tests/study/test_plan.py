@@ -80,6 +80,18 @@ def test_a_plan_warns_of_too_few_hours(config):
         assert ("hours=1" in planned.need.remark) == warned
 
 
+def test_a_plan_counts_the_disk_of_a_network_that_is_kept(config, tmp_path):
+    without = parse_config({**config.model_dump(), "keep_network": False})
+    run(without, lambda line: None)
+    disk = sum(file.stat().st_size for file in without.folder.iterdir()) / 2**30
+    keeping, other = parse_config({**config.model_dump(), "seed": 1}), parse_config({**without.model_dump(), "seed": 2})
+    kept, not_kept = plan_runs(study_of(keeping, other), 0, measured_costs(tmp_path / "runs"))
+    assert not_kept.need.disk == pytest.approx(disk)
+    run(keeping, lambda line: None)
+    size = (keeping.folder / "network.pt").stat().st_size / 2**30
+    assert kept.need.disk - not_kept.need.disk == pytest.approx(size, rel=0.05)
+
+
 def test_a_plan_counts_what_is_left_of_a_run(config):
     config.folder.mkdir(parents=True)
     (config.folder / "status.json").write_text(json.dumps({"state": "stopped", "iteration": 3}))
@@ -90,7 +102,7 @@ def test_a_stale_run_is_to_be_run_again(config, monkeypatch):
     study = study_of(config)
     run(config, lambda line: None)
     assert [planned.state for planned in plan_runs(study, 0, {})] == ["done"]
-    monkeypatch.setattr("hloss.study.results.code_sha256", lambda: "other")
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
     (planned,) = plan_runs(study, 0, {})
     assert (planned.state, planned.need.hours) == (STALE, 4.0)
     assert "0 of 1 runs are done" in plan_text(study, [planned])

@@ -13,6 +13,7 @@ import torch
 from hloss.retrieval.ranks import first_match_ranks
 from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import ConfigError
+from hloss.runs.provenance import NAMED_PACKAGES
 from hloss.runs.run import run
 from hloss.study.results import chosen_settings, collect, read_results, select_results, stale_runs
 from hloss.study.spec import load_study
@@ -43,6 +44,36 @@ def test_results_of_different_code_are_never_mixed_silently(study, monkeypatch):
     assert (mixed["git_commit"][0], mixed["processor"][0]) == ("abc with changes", "")
     assert mixed["processor"][1].endswith("cores")
     assert mixed["method"].tolist()[-1] == ["raw pixels"]
+
+
+def test_a_result_of_another_version_of_a_package_that_its_settings_name_is_stale(study, monkeypatch):
+    study.content["runs"] = [{"name": "multi-similarity", "set": {"loss": "pml:MultiSimilarityLoss"}}]
+    loaded = study.load()
+    (package,) = (name for name in NAMED_PACKAGES if name != "torchvision")
+    with monkeypatch.context() as context:
+        context.setattr("hloss.runs.provenance.version", lambda name: "0.0")
+        made = run(loaded.runs[0].config, lambda line: None)
+        assert stale_runs(loaded, {}) == []
+    assert made["fingerprint"][package] == "0.0"
+    assert stale_runs(loaded, {}) == [loaded.runs[0]]
+    run(loaded.runs[1].config, lambda line: None)
+    assert collect(loaded, keep=True)[package].nunique() == 2
+    with pytest.raises(ConfigError, match=f"2 versions of {package}"):
+        collect(loaded)
+    made = run(loaded.runs[0].config, lambda line: None)
+    assert made["fingerprint"][package] != "0.0", "a stale run is made anew"
+    assert stale_runs(loaded, {}) == []
+
+
+def test_a_result_made_before_packages_counted_is_stale_if_its_settings_name_one(study):
+    study.content["runs"] = [{"name": "multi-similarity", "set": {"loss": "pml:MultiSimilarityLoss"}}]
+    loaded = study.load()
+    run(loaded.runs[0].config, lambda line: None)
+    file = loaded.runs[0].config.folder / "result.json"
+    told = json.loads(file.read_text())
+    told["fingerprint"] = {name: told["fingerprint"][name] for name in ("code_sha256", "card_sha256")}
+    file.write_text(json.dumps(told))
+    assert stale_runs(loaded, {}) == [loaded.runs[0]]
 
 
 def test_results_of_different_data_are_refused_even_when_kept(study):

@@ -4,11 +4,11 @@ import pandas as pd
 import pytest
 
 from hloss.runs.config import parse_config
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, LockedError
 from hloss.runs.run import run
 from hloss.study import runner
 from hloss.study.profiles import profile_folder, uses_slurm
-from hloss.study.runner import available_gpus, print_headline, set_aside_stale
+from hloss.study.runner import available_gpus, print_headline, project_lock, set_aside_stale
 from tests.helpers.studies import study_of
 
 
@@ -16,6 +16,17 @@ def test_an_unknown_profile_is_refused_and_slurm_is_one():
     assert [uses_slurm(profile_folder(name)) for name in ("local", "slurm")] == [False, True]
     with pytest.raises(ConfigError, match="PROFILE=slrum is unknown, allowed are local, slurm"):
         profile_folder("slrum")
+
+
+def test_one_study_runs_at_a_time(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    message = "another process is running a study in this folder"
+    with project_lock():
+        with pytest.raises(LockedError, match=f"{message}; wait for it or end it"), project_lock(0.1):
+            pass
+        assert capsys.readouterr().out == f"{message}; waiting for at most 0 s\n"
+    with project_lock(0.0):
+        pass
 
 
 @pytest.mark.parametrize("offered", [0, 1, 2])
@@ -38,7 +49,7 @@ def test_stale_results_are_set_aside_with_what_they_chose(study, monkeypatch):
         run(r.config, lambda line: None)
     grid = [r.config.folder for r in loaded.runs[:2]]
     assert set_aside_stale(loaded, keep=False).waiting == ()
-    monkeypatch.setattr("hloss.study.results.code_sha256", lambda: "other")
+    monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
     assert set_aside_stale(loaded, keep=True).waiting == ()
     assert all((folder / "result.json").exists() for folder in grid)
     assert len(set_aside_stale(loaded, keep=False).waiting) == 2

@@ -1,0 +1,186 @@
+"""Repeat runs of a table of results and compare what they measure."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hloss.runs.config import OLD_NAMES, RunConfig, parse_config
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import ConfigError
+from hloss.runs.files import atomic_write
+from hloss.runs.models import has_pretrained_part
+from hloss.runs.provenance import code_sha256
+from hloss.runs.run import run
+from hloss.study.devices import CPU_NAMES
+from hloss.study.results import MADE_BY, result_columns
+
+# Processors round differently, and training amplifies that. 25 runs of the glyphs study (200 iterations, one 800) were
+# repeated on another processor: Recall@1 changed by 0.7 points (root mean square), and no fraction by more than 2.0.
+# Another seed changes Recall@1 by 1.8 points (root mean square).
+TOLERANCE_POINTS = 4.0
+EXACT, CLOSE, DIFFERENT = "bit for bit", f"within {TOLERANCE_POINTS:g} points", "different"
+OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split"}
+NOT_COMPARED = {*MADE_BY, *RunConfig.model_fields, *OF_THE_STUDY, "training_seconds"}
+ROUNDING_DECIDES = ("chosen_iteration", "panel")  # beside columns of several numbers
+
+
+def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Repeat `n` runs of a table of results, drawn by `seed`, and write `verified.json` beside the table.
+
+    On a machine of the same kind (processor or GPU, and version of torch), all that was measured must be equal bit by
+    bit. On another, every fraction must lie within `TOLERANCE_POINTS`: see `differing_columns`.
+
+    Args:
+        results: a study's `results.parquet`.
+        n: number of runs to repeat; all if there are fewer.
+        seed: of the draw.
+        report: gets a line per run.
+
+    Returns:
+        The content of `verified.json`: `runs` gives each repeated run's outcome and the columns that differ.
+
+    Raises:
+        ConfigError: the table has settings under old names, other data, or runs of a GPU that is not here.
+    """
+    table = pd.read_parquet(results)
+    if old := sorted(set(OLD_NAMES) & set(table.columns)):
+        raise ConfigError(
+            f"{results} has settings under old names: got {', '.join(old)}; "
+            "`python workflow/scripts/rename_results.py` renames them"
+        )
+    complete = table[table["complete"]]
+    drawn = complete.sample(min(n, len(complete)), random_state=seed)
+    runs: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="hloss-verify-") as folder:
+        for number, (_, row) in enumerate(drawn.iterrows(), 1):
+            again = repeated(row, folder)
+            runs[row["run_id"]] = outcome = compared(row, again)
+            told = " ".join([outcome["outcome"], *outcome["columns"]])
+            report(f"{number} of {len(drawn)}: run {row['run_id']} ({row['method'][0]}, seed {row['seed']}): {told}")
+    verified = {
+        "results_sha256": sha256(results.read_bytes()).hexdigest(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "code_sha256": code_sha256(),
+        **{name: again[name] for name in ("git_commit", "device", "processor", "torch")},
+        "seed": seed,
+        "tolerance_points": TOLERANCE_POINTS,
+        "runs": runs,
+    }
+    text = json.dumps(verified, indent=1) + "\n"
+    atomic_write(results.with_name("verified.json"), lambda part: part.write_text(text))
+    return verified
+
+
+def repeated(row: pd.Series, folder: str) -> dict[str, Any]:
+    """The row of a table of results that its run gives here and now; the run writes into `folder`."""
+    config = config_of(row, folder)
+    dataset = open_dataset(config.data_folder)
+    if dataset.card_sha256 != row["card_sha256"]:
+        raise ConfigError(
+            f"run {row['run_id']}: dataset {config.dataset} here is not the one of the results: got card "
+            f"{dataset.card_sha256[:8]}, the results have {row['card_sha256'][:8]}; prepare the dataset again"
+        )
+    result = run(config, lambda line: None)
+    return result_columns(config, result, dataset, exact=bool(pd.notna(row["reverse_probability"])))
+
+
+def config_of(row: pd.Series, runs_dir: str) -> RunConfig:
+    """The config of a run from its row in a table of results, to be carried out in another folder."""
+    on_gpu = row["device"] not in CPU_NAMES
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError(f"run {row['run_id']} was made on {row['device']}, and torch finds no GPU here")
+    names = [name for name in RunConfig.model_fields if name in row and not _is_missing(row[name])]
+    settings = {name: _plain(name, row[name]) for name in names}
+    if not has_pretrained_part(row["network"]):
+        settings.pop("pretrained_lr_factor", None)  # the row has its default, which such a network cannot be given
+    where = {"dataset": row["split"], "device": "cuda" if on_gpu else "cpu", "study": "verify", "runs_dir": runs_dir}
+    return parse_config(settings | where)
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value is pd.NA or value != value
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value of a table as the setting of that name takes it."""
+    if isinstance(value, dict):  # with the keys of all rows
+        return {key: _plain("", inner) for key, inner in value.items() if not _is_missing(inner)}
+    if name and RunConfig.model_fields[name].annotation in (int, int | None):
+        return int(value)  # 1.0 beside rows without a value
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def compared(row: pd.Series, again: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a repeated run, the columns that differ in a way they must not, and the largest difference."""
+    bits = differing_columns(row, again)
+    columns = bits if machine_kind(row) == machine_kind(again) else differing_columns(row, again, exactly=False)
+    fractions = (name for name in bits if isinstance(row[name], float) and name not in ROUNDING_DECIDES)
+    points = max((100 * abs(row[name] - again.get(name, np.nan)) for name in fractions), default=0.0)
+    outcome = DIFFERENT if columns else CLOSE if bits else EXACT
+    return {"outcome": outcome, "columns": columns, "largest_difference_points": points}
+
+
+def machine_kind(made: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Device, name of the processor and version of torch; the processor is empty where it was not recorded."""
+    return made["device"], str(made.get("processor", "")).rpartition(", ")[0], made["torch"]
+
+
+def differing_columns(row: pd.Series, again: dict[str, Any], exactly: bool = True) -> list[str]:
+    """The columns of a row, of all that the run measured, in which it differs from its repetition.
+
+    exactly: bit by bit. Otherwise fractions may differ by `TOLERANCE_POINTS`; densities, histories, the chosen
+    iteration and the panel are not compared.
+    """
+    same = _is_same if exactly else _is_close
+    return [name for name in row.index if name not in NOT_COMPARED and not same(name, row[name], again.get(name))]
+
+
+def _is_same(name: str, a: Any, b: Any) -> bool:
+    if np.ndim(a) or np.ndim(b):
+        return np.array_equal(a, b)
+    return bool(a == b) or (_is_missing(a) and _is_missing(b))
+
+
+def _is_close(name: str, a: Any, b: Any) -> bool:
+    if np.ndim(a) or name in ROUNDING_DECIDES:
+        return True
+    if isinstance(a, float) and isinstance(b, float) and a == a:
+        return abs(a - b) <= TOLERANCE_POINTS / 100
+    return _is_same(name, a, b)
+
+
+def read_verified(results: Path) -> dict[str, Any] | None:
+    """`verified.json` beside a table of results; None if there is none, or if it is of another table."""
+    file = results.with_name("verified.json")
+    verified = json.loads(file.read_text()) if file.exists() else None
+    return verified if verified and verified["results_sha256"] == sha256(results.read_bytes()).hexdigest() else None
+
+
+def origin(runs: pd.DataFrame, results: Path) -> str:
+    """A sentence on the code that made the runs of a table of results, and on the code that verified them."""
+    versions = [_version(*made) for made in runs[["code_sha256", "git_commit"]].drop_duplicates().to_numpy()]
+    made = f"Made by {' and '.join(versions)}"
+    if len(versions) > 1:
+        made = f"**Made by {len(versions)} versions of the code**: {', '.join(versions)}"
+    verified = read_verified(results)
+    if verified is None:
+        return f"{made}."
+    outcomes = pd.Series([run["outcome"] for run in verified["runs"].values()]).value_counts()
+    told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+    by = _version(verified["code_sha256"], verified["git_commit"])
+    is_good = DIFFERENT not in outcomes
+    word = "verified" if is_good else "**not confirmed**"
+    return f"{made}; {word} at {by} by {len(verified['runs'])} runs repeated on {verified['date']}: {told}."
+
+
+def _version(code_sha256: str, git_commit: str) -> str:
+    commit, _, state = git_commit.partition(" ")
+    return f"code `{code_sha256[:8]}` (commit {commit[:8]}{' ' * bool(state)}{state})"
