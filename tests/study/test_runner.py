@@ -14,7 +14,7 @@ from tests.helpers.studies import study_of
 
 def test_an_unknown_profile_is_refused_and_slurm_is_one():
     assert [uses_slurm(profile_folder(name)) for name in ("local", "slurm")] == [False, True]
-    with pytest.raises(ConfigError, match="PROFILE=slrum is unknown, allowed are local, slurm"):
+    with pytest.raises(ConfigError, match="PROFILE is unknown: got 'slrum'; allowed are local, slurm"):
         profile_folder("slrum")
 
 
