@@ -112,9 +112,9 @@ def test_class_shuffle_lets_a_class_straddle_two_batches():
     [
         ((5, 5), {"batch_size": 20}, "batch_size 20 cannot be filled"),
         ((1,) * 40, {}, "none of the 40 classes has two images"),
-        (SIZES, {"batch_size": 1}, "batch_size must be an integer of at least 2, got 1"),
-        (SIZES, {"images_per_class": 1}, "images_per_class must be an integer of at least 2, got 1"),
-        (SIZES, {"images_per_class": 2.5}, "images_per_class must be an integer of at least 2, got 2.5"),
+        (SIZES, {"batch_size": 1}, "batch_size must be an integer of at least 2: got 1"),
+        (SIZES, {"images_per_class": 1}, "images_per_class must be an integer of at least 2: got 1"),
+        (SIZES, {"images_per_class": 2.5}, "images_per_class must be an integer of at least 2: got 2.5"),
     ],
 )
 def test_class_shuffle_refuses_what_cannot_make_batches(sizes, options, message):
@@ -158,8 +158,8 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
 @pytest.mark.parametrize(
     ("name", "sizes", "options", "message"),
     [
-        ("balanced", (8,) * 5, {"batch_size": 9}, "batch_size 9 is no multiple of images_per_class 2"),
-        ("balanced", (8,) * 3, {}, "needs 4 classes, there are 3"),
+        ("balanced", (8,) * 5, {"batch_size": 9}, "batch_size 9 is not a multiple of images_per_class 2"),
+        ("balanced", (8,) * 3, {}, "needs 4 classes: got 3"),
         ("balanced", SIZES, {"images_per_class": 4}, r"2 of 10 classes have fewer than .* 4 images \(the smallest 2\)"),
         ("balanced", (1,) * 20, {}, "none of the 20 classes has two images"),
         ("balanced", (1, *SIZES), {}, "1 of 11 classes have fewer than images_per_class 2 images"),
@@ -169,7 +169,7 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
             "random-class",
             SIZES,
             {"min_images_per_class": 1},
-            "min_images_per_class must be an integer of at least 2, got 1",
+            "min_images_per_class must be an integer of at least 2: got 1",
         ),
         ("random-class", (1,) * 40, {}, "none of the 40 classes has two images"),
     ],
