@@ -53,7 +53,7 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
 def whole_number(name: str, value: int, least: int) -> int:
     """Return `value`; raise ValueError unless it is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}: got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least {least}: got {value!r}")
     return value
 
 

@@ -212,7 +212,7 @@ def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
-    """Return K[r, b], the mass in the cell r +- 1/2 of the kernel around b, reflected at both ends; columns sum to 1."""
+    """Return K[r, b], the mass in the cell r +- 1/2 of the kernel at b, reflected at both ends; columns sum to 1."""
     assert s.bandwidth is not None
     half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel] * s.bandwidth
     reach = math.ceil(half_width)
