@@ -113,7 +113,7 @@ class ClassShuffleSampler(ClassSampler):
         >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
         >>> sampler = ClassShuffleSampler(labels, 4, 2, torch.Generator().manual_seed(0))
         >>> next(iter(sampler))
-        [4]
+        [5, 4, 0, 1]
     """
 
     kept_lists = ("order", "pending", "pending_class")
@@ -156,7 +156,7 @@ class BalancedSampler(ClassSampler):
         >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
         >>> sampler = BalancedSampler(labels, 4, 2, torch.Generator().manual_seed(0))
         >>> next(iter(sampler))
-        [4]
+        [5, 4, 0, 1]
     """
 
     kept_lists = ("order",)
@@ -204,7 +204,7 @@ class RandomClassSampler(ClassSampler):
         >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
         >>> sampler = RandomClassSampler(labels, 4, 2, torch.Generator().manual_seed(0), min_images_per_class=2)
         >>> next(iter(sampler))
-        [4]
+        [4, 5, 1, 0]
     """
 
     def __init__(

@@ -116,7 +116,7 @@ class LiftedStructure(BaselineLoss):
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> LiftedStructure()(embeddings, torch.tensor([0, 0, 1]))
-        tensor(0.8)
+        tensor(0.7256)
     """
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
@@ -144,7 +144,7 @@ class Triplet(BaselineLoss):
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> Triplet(margin=1.0)(embeddings, torch.tensor([0, 0, 1]))
-        tensor(0.6)
+        tensor(0.6000)
     """
 
     semi_hard = False
@@ -170,7 +170,7 @@ class SemiHardTriplet(Triplet):
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> SemiHardTriplet(margin=1.0)(embeddings, torch.tensor([0, 0, 1]))
-        tensor(0.6)
+        tensor(0.6000)
     """
 
     semi_hard = True
@@ -189,7 +189,7 @@ class Contrastive(BaselineLoss):
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> Contrastive(normalize=True)(embeddings, torch.tensor([0, 0, 1]))
-        tensor(0.6)
+        tensor(0.0685)
     """
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
@@ -219,7 +219,7 @@ class Quadruplet(BaselineLoss):
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> Quadruplet()(embeddings, torch.tensor([0, 0, 1]))
-        tensor(0.0)
+        tensor(0.)
     """
 
     def __init__(self, margin: float = 0.1, on_degenerate: str = "raise") -> None:

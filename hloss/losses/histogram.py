@@ -146,7 +146,7 @@ def pair_histograms(
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> pair_histograms(embeddings, torch.tensor([0, 0, 1]), n_bins=4).positive
-        tensor(0.)
+        tensor([0.0000, 0.0000, 0.0000, 0.4000, 0.6000], dtype=torch.float64)
     """
     density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
     negative, positive = density.densities()
@@ -178,7 +178,7 @@ def pair_slopes(
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> pair_slopes(embeddings, torch.tensor([0, 0, 1]), n_bins=4).positive
-        tensor(0.)
+        tensor([ 0.0000,  0.0000, -1.0000, -0.8000], dtype=torch.float64)
     """
     density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
     n_bins, slopes = density.s.n_bins, density.loss_and_slopes()[1]

@@ -80,7 +80,7 @@ def evaluate(
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> evaluate("all-vs-rest", embeddings, torch.tensor([0, 0, 1]), k=(1, 2)).metrics["recall@1"]
-        0.5
+        1.0
     """
     one_of("protocol", protocol, PROTOCOLS)
     embeddings, labels = checked_embeddings(embeddings, labels)

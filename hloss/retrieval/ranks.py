@@ -38,7 +38,7 @@ def recall_at_k(
 
     Example:
         >>> recall_at_k(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), k=(1, 2))
-        {1: 0.5}
+        {1: 1.0, 2: 1.0}
     """
     return recall_fractions(first_match_ranks(embeddings, labels, metric), k)
 
