@@ -60,9 +60,7 @@ def whole_number(name: str, value: int, least: int) -> int:
 def check_embeddings(name: str, embeddings: Tensor) -> None:
     """Raise ValueError unless embeddings are floating-point of shape (n, d)."""
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating-point of shape (n, d): got {embeddings.dtype} {tuple(embeddings.shape)}"
-        )
+        raise ValueError(f"{name} must be floating-point (n, d): got {embeddings.dtype} {tuple(embeddings.shape)}")
 
 
 def check_labels(name: str, labels: Tensor, n: int) -> None:

@@ -9,9 +9,8 @@ twice in one visit, and a class of n images is seen within ceil(n / images per v
 shuffles after every visit, so an image of a large class may never be drawn.)
 """
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +46,14 @@ class ClassSampler:
 
     def _draw_batch(self) -> list[int]:
         raise NotImplementedError
+
+    def _check_filled(self, **images_per_class: int) -> None:
+        """Raise ValueError if all classes together, with so many images of each, do not fill a batch."""
+        ((name, n),) = images_per_class.items()
+        most = sum(min(size, n) for size in self.sizes)
+        if most < self.batch_size:
+            classes = f"{len(self.sizes)} classes with {name}={n}"
+            raise ValueError(f"batch_size must be at most {most} for {classes}: got {self.batch_size}")
 
     def _visit(self, label: int, n: int) -> list[int]:
         """Draw the next n distinct images of a class, or all of them if it has fewer."""
@@ -120,12 +127,7 @@ class ClassShuffleSampler(ClassSampler):
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
         super().__init__(labels, batch_size, images_per_class, generator)
-        walk = sum(min(size, images_per_class) for size in self.sizes)
-        if walk < batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} cannot be filled: {len(self.sizes)} classes with at most {images_per_class} "
-                f"images each yield {walk} in a pass; lower batch_size or raise images_per_class"
-            )
+        self._check_filled(images_per_class=images_per_class)
         self._pending: list[int] = []  # Images that were drawn and are in no batch yet.
         self._pending_class = [-1]  # The class of these images.
 
@@ -167,10 +169,8 @@ class BalancedSampler(ClassSampler):
         if rest:
             raise ValueError(f"batch_size {batch_size} is not a multiple of images_per_class {images_per_class}")
         if self.classes_per_batch > len(self.sizes):
-            raise ValueError(
-                f"batch_size {batch_size} with {images_per_class} images per class needs {self.classes_per_batch} "
-                f"classes: got {len(self.sizes)}; lower batch_size or raise images_per_class"
-            )
+            needed = f"batch_size {batch_size} with images_per_class {images_per_class} needs {self.classes_per_batch}"
+            raise ValueError(f"{needed} classes: got {len(self.sizes)}")
         small = sum(size < images_per_class for size in self.sizes)
         if small:
             raise ValueError(
@@ -218,15 +218,8 @@ class RandomClassSampler(ClassSampler):
         super().__init__(labels, batch_size, images_per_class, generator)
         self.min_images_per_class = whole_number("min_images_per_class", min_images_per_class, 2)
         if min_images_per_class > images_per_class:
-            raise ValueError(
-                f"min_images_per_class {min_images_per_class} is above images_per_class {images_per_class}"
-            )
-        certain = sum(min(size, min_images_per_class) for size in self.sizes)
-        if certain < batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} may not be filled: {len(self.sizes)} classes with {min_images_per_class} "
-                f"images each yield {certain}; lower batch_size or raise min_images_per_class"
-            )
+            raise ValueError(f"min_images_per_class must be at most {images_per_class}: got {min_images_per_class}")
+        self._check_filled(min_images_per_class=min_images_per_class)
 
     def _draw_batch(self) -> list[int]:
         batch: list[int] = []
@@ -236,47 +229,6 @@ class RandomClassSampler(ClassSampler):
             if len(batch) == self.batch_size:
                 break
         return batch
-
-
-class Coverage(NamedTuple):
-    """Statistics of the drawn batches."""
-
-    batches: int
-    classes_seen: float  # Fraction of the classes, in [0, 1].
-    images_seen: float  # Fraction of the images, in [0, 1].
-    classes_per_batch: float  # Mean.
-    min_positives: int  # Positive pairs i < j in the batch with the fewest.
-    mean_positives: float
-
-
-def coverage(labels: Tensor, batches: Iterable[list[int]]) -> Coverage:
-    """Return the fractions of classes and images that batches contain, and their numbers of positive pairs.
-
-    Args:
-        labels: integer class labels of all images, (n,).
-        batches: image indices, for example of one epoch: `itertools.islice(sampler, len(labels) // batch_size)`.
-
-    Raises:
-        ValueError: there is no batch.
-    """
-    labels = torch.as_tensor(labels)
-    seen = torch.zeros(len(labels), dtype=torch.bool)
-    classes, positives = [], []
-    for batch in batches:
-        seen[batch] = True
-        _, counts = labels[batch].unique(return_counts=True)
-        classes.append(len(counts))
-        positives.append(int((counts * (counts - 1) // 2).sum()))
-    if not positives:
-        raise ValueError("batches contains no batch")
-    return Coverage(
-        len(positives),
-        len(labels[seen].unique()) / len(labels.unique()),
-        seen.double().mean().item(),
-        sum(classes) / len(classes),
-        min(positives),
-        sum(positives) / len(positives),
-    )
 
 
 SAMPLERS: dict[str, type[ClassSampler]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hloss.losses.pairwise import cosine_similarities, root, squared_distances
-from hloss.losses.settings import ON_DEGENERATE, above_zero, at_least_zero, finite, switch
+from hloss.losses.settings import ON_DEGENERATE, number
 from hloss.numerics import check_embeddings, check_finite, check_labels, full_precision, one_of
 
 ROUNDING = 1e-12  # Closer squared distances of unit vectors count as equal: their float64 error is about 1e-15.
@@ -28,7 +28,9 @@ class BaselineLoss(nn.Module):
     def __init__(self, on_degenerate: str, normalize: bool = True) -> None:
         super().__init__()
         self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
-        self.normalize = switch("normalize", normalize)
+        if not isinstance(normalize, bool):
+            raise ValueError(f"normalize must be True or False: got {normalize!r}")
+        self.normalize = normalize
 
     @property
     def metric(self) -> str:
@@ -83,16 +85,15 @@ class BinomialDeviance(BaselineLoss):
         on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> BinomialDeviance(C=25)(embeddings, torch.tensor([0, 0, 1]))
+        >>> BinomialDeviance(C=25)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
         tensor(2.9408)
     """
 
     def __init__(self, alpha: float = 2.0, beta: float = 0.5, C: float = 10.0, on_degenerate: str = "raise") -> None:
         super().__init__(on_degenerate)
-        self.alpha = above_zero("alpha", alpha)
-        self.beta = finite("beta", beta)
-        self.C = above_zero("C", C)
+        self.alpha = number("alpha", alpha, above=0)
+        self.beta = number("beta", beta)
+        self.C = number("C", C, above=0)
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         slope = self.alpha * embeddings.new_full(same.shape, self.C).masked_fill_(same, -1)
@@ -114,14 +115,13 @@ class LiftedStructure(BaselineLoss):
         on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> LiftedStructure()(embeddings, torch.tensor([0, 0, 1]))
+        >>> LiftedStructure()(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
         tensor(0.7256)
     """
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
         super().__init__(on_degenerate, normalize)
-        self.margin = finite("margin", margin)
+        self.margin = number("margin", margin)
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         distance = root(squared_distances(embeddings, self.normalize))
@@ -142,8 +142,7 @@ class Triplet(BaselineLoss):
         on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> Triplet(margin=1.0)(embeddings, torch.tensor([0, 0, 1]))
+        >>> Triplet(margin=1.0)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
         tensor(0.6000)
     """
 
@@ -151,7 +150,7 @@ class Triplet(BaselineLoss):
 
     def __init__(self, margin: float = 0.2, on_degenerate: str = "raise") -> None:
         super().__init__(on_degenerate)
-        self.margin = above_zero("margin", margin)
+        self.margin = number("margin", margin, above=0)
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         distance = squared_distances(embeddings, normalize=True)
@@ -168,8 +167,7 @@ class SemiHardTriplet(Triplet):
     FaceNet samples semi-hard negatives instead. TensorFlow Addons takes one negative per positive pair.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> SemiHardTriplet(margin=1.0)(embeddings, torch.tensor([0, 0, 1]))
+        >>> SemiHardTriplet(margin=1.0)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
         tensor(0.6000)
     """
 
@@ -187,14 +185,13 @@ class Contrastive(BaselineLoss):
         on_degenerate: "raise" or "zero", for a batch of one embedding.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> Contrastive(normalize=True)(embeddings, torch.tensor([0, 0, 1]))
+        >>> Contrastive(normalize=True)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
         tensor(0.0685)
     """
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
         super().__init__(on_degenerate, normalize)
-        self.margin = above_zero("margin", margin)
+        self.margin = number("margin", margin, above=0)
 
     def _is_defined(self, n_positive: int, n_negative: int) -> bool:
         return n_positive + n_negative > 0
@@ -217,14 +214,13 @@ class Quadruplet(BaselineLoss):
         on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> Quadruplet()(embeddings, torch.tensor([0, 0, 1]))
+        >>> Quadruplet()(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
         tensor(0.)
     """
 
     def __init__(self, margin: float = 0.1, on_degenerate: str = "raise") -> None:
         super().__init__(on_degenerate)
-        self.margin = at_least_zero("margin", margin)
+        self.margin = number("margin", margin, least=0)
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         similarity = cosine_similarities(embeddings.double())

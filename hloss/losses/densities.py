@@ -37,8 +37,10 @@ class HistogramDensity:
         number = buffers.take("number", code.shape, torch.int64, code.device)
         if fraction.dtype == torch.float32:  # With its 24 bits the count fits into the same number.
             number.copy_(fraction.mul_(2.0**24)).add_(ONE_PAIR)
-            counts, sums = _unpack(table.scatter_add_(1, code, number), code.numel())
-            sums = sums.double() / 2.0**24
+            table.scatter_add_(1, code, number)
+            if code.numel() <= LANE_PAIRS:  # The sum over lanes fits as well.
+                table = table.sum(0, keepdim=True)
+            counts, sums = (table // ONE_PAIR).sum(0), (table % ONE_PAIR).sum(0).double() / 2.0**24
         else:
             counts = table.scatter_add_(1, code, number.fill_(1)).sum(0)
             number.copy_(fraction.mul_(2.0**44))
@@ -82,14 +84,6 @@ class HistogramDensity:
         """Return dL/ds of the pairs at `places`."""
         found = buffers.take("slope", places.shape, slopes.dtype, slopes.device)
         return torch.gather(slopes.view(1, -1).expand(len(places), -1), 1, places, out=found)
-
-
-def _unpack(table: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """Return counts and sums of 24-bit fractions over all lanes of packed numbers."""
-    if pairs <= LANE_PAIRS:
-        both = table.sum(0)
-        return both // ONE_PAIR, both % ONE_PAIR
-    return (table // ONE_PAIR).sum(0), (table % ONE_PAIR).sum(0)
 
 
 class BetaDensity:
@@ -137,11 +131,9 @@ class BetaDensity:
                 f"no Beta density fits the similarities of the {group} pairs: they have no variance in (-1, 1)"
             )
 
-    def densities(self) -> Tensor:
+    def densities(self, mean_variance: Tensor | None = None) -> Tensor:
         """Return p_neg and p_pos, (2, n_bins + 1)."""
-        return self._densities(self.mean_variance)
-
-    def _densities(self, mean_variance: Tensor) -> Tensor:
+        mean_variance = self.mean_variance if mean_variance is None else mean_variance
         mean, variance = mean_variance[:, :1], mean_variance[:, 1:]
         total = mean * (1 - mean) / variance - 1
         a, b = mean * total, (1 - mean) * total
@@ -154,7 +146,7 @@ class BetaDensity:
         """Return the loss and the table (3, 2) of the constant and factor of dL/ds by group."""
         with torch.enable_grad():
             moments = self.mean_variance.detach().requires_grad_()
-            densities = self._densities(moments)
+            densities = self.densities(moments)
             loss, by_density = expected_cost(densities.detach(), self.s)
             by_mean, by_variance = torch.autograd.grad(densities, moments, by_density)[0].unbind(1)
         n = self.counts[:2].double()

@@ -37,14 +37,10 @@ class _GlobalBatch(nn.Module):
             return self.loss(embeddings, labels, *references)
         if any(reference is not None for reference in references):
             raise ValueError(
-                "reference embeddings are not supported with several processes; gather embeddings and references first "
-                "and call the loss without global_batch"
+                "reference embeddings are not supported with several processes; gather them before the loss"
             )
         if labels.ndim != 1 or len(labels) != len(embeddings):
-            raise ValueError(
-                f"labels must have shape ({len(embeddings)},) with several processes: got {tuple(labels.shape)}; "
-                "a matrix of pairs is not supported"
-            )
+            raise ValueError(f"labels must have shape ({len(embeddings)},) on every process: got {tuple(labels.shape)}")
         sizes = _shares(embeddings)
         start = sum(sizes[: dist.get_rank()])
         others = _gathered(embeddings.detach(), sizes)
@@ -62,9 +58,7 @@ def _shares(embeddings: Tensor) -> list[int]:
     dist.all_gather(shapes, own)
     sizes, widths, bytes_ = torch.stack(shapes, dim=1).tolist()
     if len(set(widths)) > 1 or len(set(bytes_)) > 1:
-        raise ValueError(
-            f"embeddings must have the same width and dtype on all processes: got {widths} and {bytes_} bytes"
-        )
+        raise ValueError(f"embeddings must have one width and dtype: got widths {widths} and item sizes {bytes_}")
     return sizes
 
 

@@ -132,23 +132,16 @@ class PairHistograms(NamedTuple):
 
 
 def pair_histograms(
-    embeddings: Tensor,
-    labels: Tensor,
-    reference_embeddings: Tensor | None = None,
-    reference_labels: Tensor | None = None,
-    **settings: object,
+    embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: object
 ) -> PairHistograms:
-    """Return the densities of positive and negative similarities, equation 1. Arguments as for `histogram_loss`.
-
-    Raises:
-        ValueError: an argument is wrong, or there is no positive or no negative pair.
+    """Return the densities of positive and negative similarities, equation 1. Arguments and errors as for `histogram_loss`.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> pair_histograms(embeddings, torch.tensor([0, 0, 1]), n_bins=4).positive
         tensor([0.0000, 0.0000, 0.0000, 0.4000, 0.6000], dtype=torch.float64)
     """
-    density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
+    density = _density_of(embeddings, labels, *references, **settings)  # type: ignore[arg-type]
     negative, positive = density.densities()
     return PairHistograms(grid_nodes(density.s.n_bins, positive.device), positive, negative)
 
@@ -161,26 +154,18 @@ class PairSlopes(NamedTuple):
     negative: Tensor
 
 
-def pair_slopes(
-    embeddings: Tensor,
-    labels: Tensor,
-    reference_embeddings: Tensor | None = None,
-    reference_labels: Tensor | None = None,
-    **settings: object,
-) -> PairSlopes:
+def pair_slopes(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: object) -> PairSlopes:
     """Return dL/ds of a pair as a function of s, times the number of pairs of its group (equation 5).
 
-    For histograms, positive slopes are at most 0 and negative slopes at least 0. Arguments as for `histogram_loss`.
-
-    Raises:
-        ValueError: an argument is wrong, or there is no positive or no negative pair.
+    For histograms, positive slopes are at most 0 and negative slopes at least 0. Arguments and errors as for
+    `histogram_loss`.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> pair_slopes(embeddings, torch.tensor([0, 0, 1]), n_bins=4).positive
         tensor([ 0.0000,  0.0000, -1.0000, -0.8000], dtype=torch.float64)
     """
-    density = _density_of(embeddings, labels, reference_embeddings, reference_labels, settings)
+    density = _density_of(embeddings, labels, *references, **settings)  # type: ignore[arg-type]
     n_bins, slopes = density.s.n_bins, density.loss_and_slopes()[1]
     position = torch.arange(n_bins, device=slopes.device)[None] + slopes.new_tensor(0.5)
     everything = slice(0, n_bins)
@@ -197,15 +182,15 @@ def pair_slopes(
 def _density_of(
     embeddings: Tensor,
     labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    settings: dict[str, object],
+    reference_embeddings: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    **settings: object,
 ) -> Density:
     s = HistogramLoss(**settings).settings  # type: ignore[arg-type]
-    norms = checked_sides(embeddings, references, s.normalize)
-    pairs = find_pairs(embeddings, labels, references, reference_labels)
+    norms = checked_sides(embeddings, reference_embeddings, s.normalize)
+    pairs = find_pairs(embeddings, labels, reference_embeddings, reference_labels)
     with exact_products(embeddings.device):
-        density, _ = collect_density(Sides(embeddings, references, norms, pairs, s.n_bins), pairs, s)
+        density, _ = collect_density(Sides(embeddings, reference_embeddings, norms, pairs, s.n_bins), pairs, s)
     if density.undefined:
         raise ValueError(density.undefined)
     return density

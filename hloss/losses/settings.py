@@ -36,12 +36,8 @@ class LossSettings:
         one_of("order_cost", self.order_cost, ORDER_COSTS)
         one_of("density", self.density, DENSITIES)
         one_of("on_degenerate", self.on_degenerate, ON_DEGENERATE)
-        at_least_zero("margin", self.margin)
-        above_zero("alpha", self.alpha)
-        self._check_order_cost()
-        self._check_density()
-
-    def _check_order_cost(self) -> None:
+        number("margin", self.margin, least=0)
+        number("alpha", self.alpha, above=0)
         if self.alpha != 1 and self.order_cost != "softplus":
             raise ValueError(f'alpha is only for order_cost "softplus": got {self.alpha!r} with {self.order_cost!r}')
         if self.order_cost == "step" and abs(self.margin / self.delta - self.margin_nodes) > 1e-6:
@@ -49,12 +45,10 @@ class LossSettings:
                 f"margin of the step cost must be a multiple of the bin width {self.delta:g} (n_bins={self.n_bins}): "
                 f"got {self.margin!r}"
             )
-
-    def _check_density(self) -> None:
         if self.density == "beta" and self.kernel != "triangular":
             raise ValueError(f"kernel is only for the histogram density: got {self.kernel!r} with the beta density")
         if self.kernel != "triangular":
-            above_zero(f"bandwidth of the {self.kernel} kernel (standard deviation in nodes)", self.bandwidth)
+            number(f"bandwidth of the {self.kernel} kernel (standard deviation in nodes)", self.bandwidth, above=0)
         elif self.bandwidth is not None:
             raise ValueError(f"bandwidth is not for the triangular kernel: got {self.bandwidth!r}")
 
@@ -69,32 +63,13 @@ class LossSettings:
         return round(self.margin / self.delta)
 
 
-def finite(name: str, value: object) -> float:
-    """Check that `value` is a finite number."""
-    return _number(name, value, -math.inf, "")
-
-
-def above_zero(name: str, value: object) -> float:
-    """Check that `value` is a finite number above 0."""
-    return _number(name, value, math.nextafter(0, 1), " above 0")
-
-
-def at_least_zero(name: str, value: object) -> float:
-    """Check that `value` is a finite number of at least 0."""
-    return _number(name, value, 0, " of at least 0")
-
-
-def _number(name: str, value: object, least: float, bound: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < least:
+def number(name: str, value: object, least: float = -math.inf, above: float = -math.inf) -> float:
+    """Check that `value` is a finite number of at least `least` and above `above`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and least <= value > above):  # type: ignore[operator]
+        bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
         raise ValueError(f"{name} must be a finite number{bound}: got {value!r}")
-    return float(value)
-
-
-def switch(name: str, value: bool) -> bool:
-    """Check that `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False: got {value!r}")
-    return value
+    return float(value)  # type: ignore[arg-type]
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

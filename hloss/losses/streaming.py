@@ -67,10 +67,7 @@ class StreamedLoss(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         """Return the gradients of embeddings and references."""
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "the histogram loss has no second derivatives (its gradient is piecewise constant in the "
-                "similarities); call backward without create_graph=True"
-            )
+            raise RuntimeError("the histogram loss has no second derivatives; call backward without create_graph=True")
         embeddings, references, *norms = ctx.saved_tensors
         if ctx.density.undefined:
             return (*(x if x is None else torch.zeros_like(x) for x in (embeddings, references)), *(None,) * 3)

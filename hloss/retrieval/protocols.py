@@ -104,7 +104,7 @@ class _Rows:
     @property
     def cameras(self) -> Tensor:
         if self.given_cameras is None:
-            raise ValueError(f"protocol {self.protocol!r} needs cameras: got None; give one integer per embedding")
+            raise ValueError(f"cameras must be given for protocol {self.protocol!r}: got None")
         cameras = torch.as_tensor(self.given_cameras, device=self.labels.device)
         check_labels("cameras", cameras, len(self.labels))
         return cameras
@@ -113,9 +113,7 @@ class _Rows:
     def role_codes(self) -> Tensor:
         """Index of each row's role in `ROLES`."""
         if self.given_roles is None:
-            raise ValueError(
-                f"protocol {self.protocol!r} needs roles: got None; give one of {', '.join(ROLES)} per embedding"
-            )
+            raise ValueError(f"roles must be given for protocol {self.protocol!r}: got None")
         if len(self.given_roles) != len(self.labels) or not set(self.given_roles) <= set(ROLES):
             raise ValueError(
                 f"roles must be {len(self.labels)} of {', '.join(ROLES)}: "
@@ -230,19 +228,19 @@ class _SingleShot:
     """Queries of view a against one image per identity of view b."""
 
     def __init__(self, rows: _Rows, a: int, b: int) -> None:
-        self.queries, self.query_label, self.query_size = self._sorted(rows, a)
-        self.gallery, self.gallery_label, self.gallery_size = self._sorted(rows, b)
+        self.queries, query_label, self.query_identity, self.query_size = self._sorted(rows, a)
+        self.gallery, gallery_label, self.gallery_identity, self.gallery_size = self._sorted(rows, b)
         self.similarity = rows.space.exact(self.queries, self.gallery)
         self.tie = rows.space.tie
-        self.same = self.query_label[:, None] == self.gallery_label
+        self.same = query_label[:, None] == gallery_label
         self.pairs = GPU_PAIRS if self.same.is_cuda else PAIRS
 
     @staticmethod
-    def _sorted(rows: _Rows, view: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the view's images sorted by identity, the identities, and their numbers of images."""
+    def _sorted(rows: _Rows, view: int) -> tuple[Tensor, ...]:
+        """Return the view's images by identity, the identities, that of each image, and their numbers of images."""
         images = (rows.cameras == view).nonzero().flatten()
         images = images[rows.labels[images].argsort(stable=True)]
-        return images, *rows.labels[images].unique_consecutive(return_counts=True)
+        return images, *rows.labels[images].unique_consecutive(return_inverse=True, return_counts=True)
 
     def drawings(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return the ranks of the matches, and the queries, of `DRAWS` drawings."""
@@ -250,7 +248,8 @@ class _SingleShot:
         sizes = torch.cat([self.query_size, self.gallery_size])
         uniform = torch.rand(DRAWS, len(sizes), generator=generator, dtype=torch.float64).to(sizes.device)
         drawn = (uniform * sizes).long().split([len(self.query_size), len(self.gallery_size)], dim=1)
-        queries, gallery = drawn[0] + _starts(self.query_size), drawn[1] + _starts(self.gallery_size)
+        sides = zip(drawn, (self.query_size, self.gallery_size), strict=True)
+        queries, gallery = (of_side + size.cumsum(0) - size for of_side, size in sides)
         at_once = max(self.pairs // self.same.numel(), 1)
         ranks = [self._ranks(*block) for block in zip(queries.split(at_once), gallery.split(at_once), strict=True)]
         return torch.cat(ranks).flatten(), self.queries[queries].flatten()
@@ -268,15 +267,14 @@ class _SingleShot:
         Given the query and its match, each other identity precedes the match with the fraction of its images that do,
         independently of the others. Their number is Poisson-binomial, computed by convolution up to the largest K.
         """
-        query_identity, gallery_identity = _runs(self.query_size), _runs(self.gallery_size)
-        cases = self.same[query_identity][:, gallery_identity].nonzero()  # Queries and matches, by query.
+        cases = self.same[self.query_identity][:, self.gallery_identity].nonzero()  # Queries and matches, by query.
         parts = []
         for query, match in (block.unbind(1) for block in cases.split(max(self.pairs // len(self.gallery), 1))):
             similarity = self.similarity[query]
             ahead = similarity >= similarity.gather(1, match[:, None]) - self.tie
             share = similarity.new_zeros(len(query), len(self.gallery_size))
-            share.index_add_(1, gallery_identity, ahead.double()).div_(self.gallery_size)
-            share.scatter_(1, gallery_identity[match, None], 0)
+            share.index_add_(1, self.gallery_identity, ahead.double()).div_(self.gallery_size)
+            share.scatter_(1, self.gallery_identity[match, None], 0)
             parts.append(_at_most(share, [at - 1 for at in k]))
         cmc = torch.cat(parts).cpu()
         n_cases = self.query_size * (self.same * self.gallery_size).sum(1)
@@ -284,18 +282,8 @@ class _SingleShot:
         return torch.stack(means) if means else cmc
 
 
-def _starts(sizes: Tensor) -> Tensor:
-    """Return the start of each run of the given sizes."""
-    return sizes.cumsum(0) - sizes
-
-
-def _runs(sizes: Tensor) -> Tensor:
-    """Return the index of the run at each position, for runs of the given sizes."""
-    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-
-
 def _at_most(probability: Tensor, counts: list[int]) -> Tensor:
-    """Return P(number of successes <= count), (cases, counts), of independent trials with `probability` (cases, trials)."""
+    """Return P(successes <= count), (cases, counts), of independent trials with `probability` (cases, trials)."""
     trials = probability.shape[1]
     number = probability.new_zeros(len(probability), min(max(counts), trials) + 1)
     number[:, 0] = 1

@@ -7,7 +7,8 @@ Ranks are those of float64 similarities. Similarities within `TIE`, far above th
 products decide where they differ by more than their error; the few closer pairs are computed again in float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class SimilaritySpace:
         return similarity
 
     def doubt(self, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two thresholds of the approximate similarity: below the first it is less than `best`, from the second not."""
+        """Return the bounds between which an approximate similarity may be less than `best` or not."""
         edge = best - self.tie
         working = self.vectors.dtype
         return (edge - self.slack).to(working), (edge + self.slack).to(working)
@@ -183,7 +184,7 @@ def _rivals_by_blocks(space: SimilaritySpace, labels: Tensor, best: Tensor) -> T
     low, high = space.doubt(best)
     rivals = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
     similarities, reached = space.vectors.new_empty(2, BLOCK * BLOCK)  # New memory takes time.
-    for rows, columns in _upper_blocks(len(labels)):
+    for rows, columns in combinations_with_replacement(_slices(len(labels), BLOCK), 2):
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         similarity = similarities[: shape[0] * shape[1]].view(shape)
         space.approximate(rows, columns, similarity)
@@ -200,11 +201,6 @@ def _rivals_by_blocks(space: SimilaritySpace, labels: Tensor, best: Tensor) -> T
                     doubtful = (near >= low[unsure, None]) & (near < high[unsure, None])
                     rivals[unsure] += _count_again(space, best, unsure, others, doubtful)
     return rivals
-
-
-def _upper_blocks(n: int) -> Iterator[tuple[slice, slice]]:
-    blocks = _slices(n, BLOCK)
-    return ((rows, columns) for i, rows in enumerate(blocks) for columns in blocks[i:])
 
 
 def _count(similarity: Tensor, threshold: Tensor, dim: int, memory: Tensor) -> Tensor:
