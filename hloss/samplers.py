@@ -1,8 +1,8 @@
 """Endless batch samplers for `DataLoader(batch_sampler=...)`.
 
 A sampler yields lists of exactly `batch_size` image indices without end: iterations, not epochs, drive training. The
-given generator is the only source of randomness, so the same seed gives the same batches. Labels that cannot fill the
-batches raise ValueError.
+generator is the only source of randomness: the same seed gives the same batches. Labels that cannot fill the batches
+raise ValueError.
 
 Within a class, every sampler draws the images in a shuffled order and shuffles again at its end. No image is drawn
 twice in one visit, and a class of n images is seen within ceil(n / images per visit) visits. (The authors' code
@@ -31,7 +31,7 @@ class ClassSampler:
         self.images_per_class = whole_number("images_per_class", images_per_class, 2)
         self.generator = generator
         self.labels = labels
-        _, counts = labels.unique(return_counts=True)
+        counts = labels.unique(return_counts=True)[1]
         if counts.max() < 2:
             raise ValueError(f"none of the {len(counts)} classes has two images: no batch can have a positive pair")
         self.sizes: list[int] = counts.tolist()
@@ -76,10 +76,7 @@ class ClassSampler:
         return self._shuffled(list(range(len(self.sizes))), last)
 
     def state_dict(self) -> dict[str, Tensor | list[int]]:
-        """Return the state right after the last batch; `torch.load(weights_only=True)` reads it.
-
-        With DataLoader workers, which fetch ahead, take it when no batch is in flight.
-        """
+        """Return the state after the last batch, in tensors and lists. No DataLoader worker may be ahead of it."""
         return {
             "generator": self.generator.get_state(),
             "images": torch.tensor(list(chain.from_iterable(self._images))),
@@ -87,11 +84,7 @@ class ClassSampler:
         } | {name: list(getattr(self, f"_{name}")) for name in self.kept_lists}
 
     def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
-        """Continue after the batch at which `state` was taken.
-
-        Raises:
-            ValueError: the state is of a sampler with other labels.
-        """
+        """Continue after the batch at which `state` was taken; raise ValueError if it is for other labels."""
         images = torch.as_tensor(state["images"])
         own = torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):

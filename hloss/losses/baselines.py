@@ -25,6 +25,8 @@ class BaselineLoss(nn.Module):
         normalize: whether the loss L2-normalises the embeddings.
     """
 
+    needs_both_groups = True
+
     def __init__(self, on_degenerate: str, normalize: bool = True) -> None:
         super().__init__()
         self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
@@ -54,8 +56,11 @@ class BaselineLoss(nn.Module):
         check_labels("labels", labels, len(embeddings))
         embeddings, labels = full_precision(embeddings), labels.to(embeddings.device, non_blocking=embeddings.is_cuda)
         same = labels[:, None] == labels
-        n_positive, n_negative = _pair_counts(embeddings, same)
-        if self._is_defined(n_positive, n_negative):
+        total, n_same = torch.stack([embeddings.detach().sum(dtype=torch.float64), same.sum()]).tolist()
+        if not math.isfinite(total):
+            check_finite(embeddings)
+        n_positive, n_negative = int(n_same) - len(same), len(same) ** 2 - int(n_same)
+        if (n_positive and n_negative) or (len(same) > 1 and not self.needs_both_groups):
             return self._loss(embeddings, same, n_positive, n_negative).to(embeddings.dtype)
         if self.on_degenerate == "zero":
             return embeddings.sum() * 0
@@ -63,9 +68,6 @@ class BaselineLoss(nn.Module):
             f"a batch of {len(embeddings)} with {n_positive // 2} positive and {n_negative // 2} negative pairs leaves "
             'this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
         )
-
-    def _is_defined(self, n_positive: int, n_negative: int) -> bool:
-        return bool(n_positive and n_negative)
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         """Compute the loss from the mask (n, n) of equal labels and the numbers of ordered pairs."""
@@ -164,7 +166,7 @@ class Triplet(BaselineLoss):
 class SemiHardTriplet(Triplet):
     """`Triplet` over all semi-hard triplets of the batch: those with d_ap < d_an < d_ap + margin.
 
-    FaceNet samples semi-hard negatives instead. TensorFlow Addons takes one negative per positive pair.
+    FaceNet samples semi-hard negatives instead; TensorFlow Addons takes one negative per positive pair.
 
     Example:
         >>> SemiHardTriplet(margin=1.0)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
@@ -189,12 +191,11 @@ class Contrastive(BaselineLoss):
         tensor(0.0685)
     """
 
+    needs_both_groups = False
+
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
         super().__init__(on_degenerate, normalize)
         self.margin = number("margin", margin, above=0)
-
-    def _is_defined(self, n_positive: int, n_negative: int) -> bool:
-        return n_positive + n_negative > 0
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         negative, positive = ~same, same.fill_diagonal_(False)
@@ -233,14 +234,6 @@ class Quadruplet(BaselineLoss):
         by_negative = torch.searchsorted(below, reach)
         total = by_negative.double() @ (negatives + self.margin) - by_positive.double() @ positives
         return total / (len(positives) * len(negatives))
-
-
-def _pair_counts(embeddings: Tensor, same: Tensor) -> tuple[int, int]:
-    """Return the numbers of ordered positive and negative pairs; raise NotFiniteError for NaN and infinity."""
-    total, n_same = torch.stack([embeddings.detach().sum(dtype=torch.float64), same.sum()]).tolist()
-    if not math.isfinite(total):
-        check_finite(embeddings)
-    return int(n_same) - len(same), len(same) ** 2 - int(n_same)
 
 
 def listed_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:

@@ -127,9 +127,7 @@ class BetaDensity:
         self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
         if not self.undefined and not (negative_fits and positive_fits):
             group = "negative" if positive_fits else "positive"
-            self.undefined = (
-                f"no Beta density fits the similarities of the {group} pairs: they have no variance in (-1, 1)"
-            )
+            self.undefined = f"the similarities of the {group} pairs have no variance that a Beta density fits"
 
     def densities(self, mean_variance: Tensor | None = None) -> Tensor:
         """Return p_neg and p_pos, (2, n_bins + 1)."""

@@ -1,20 +1,14 @@
 """The histogram loss of Ustinova & Lempitsky (2016), equations 1-6, exact and streaming.
 
-Read `hloss.losses.reference` first: the same loss in dense form. Then read `settings`, `pairs`, `densities`,
-`streaming`.
+Read `reference` first (the same loss in dense form), then `settings`, `pairs`, `densities` and `streaming`.
 
-Two histograms of the similarities s, of positive and of negative pairs, have the nodes t_r = -1 + r Delta, r = 0 ...
-n_bins, Delta = 2 / n_bins. The loss p_neg' C p_pos estimates the probability that a random negative pair is more
-similar than a random positive pair.
-
-A pair between nodes b and b + 1 adds 1 - f to the first and f to the second (equation 2). The forward pass therefore
-sums the number of pairs and f per interval, and dL/ds is constant within an interval: the backward pass looks it up
-(equation 5). Counts and sums are integers, so they do not depend on the order of the pairs. Memory is O(block), not
-O(n^2).
+A pair between nodes b and b + 1 adds 1 - f to the first and f to the second (equation 2). The forward pass sums the
+numbers of pairs and f per interval. dL/ds is constant within an interval, and the backward pass looks it up (equation
+5). Counts and sums are integers: they do not depend on the order of the pairs. Memory is O(block), not O(n^2).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +29,18 @@ class HistogramLoss(nn.Module):
         kernel: how a pair spreads over the nodes: "triangular" (equation 2), "gaussian", "epanechnikov" or "uniform".
         bandwidth: standard deviation of the kernel in nodes, above 0; None for the triangular kernel.
         order_cost: cost C of a negative pair at t_r and a positive pair at t_q. "step" is 1 if t_q <= t_r + margin
-            (equations 4 and 6); "linear" is max(0, margin + t_r - t_q); "softplus" is ln(1 + exp(alpha (margin + t_r -
-            t_q))).
+            (equations 4, 6), "linear" max(0, margin + t_r - t_q), "softplus" ln(1 + exp(alpha (margin + t_r - t_q))).
         margin: margin of the similarities, at least 0; a multiple of Delta for the step cost.
         alpha: steepness of the softplus cost, above 0; 1 for other costs.
         density: "histogram", or "beta": the authors' Beta density with the mean and variance of each group of pairs.
         normalize: L2-normalise the embeddings. If False, their norms must be at most 1 (+ 1e-4).
-        on_degenerate: "raise" a ValueError, or return "zero" with a zero gradient, if there is no positive or no
-            negative pair, or no variance for a Beta density.
+        on_degenerate: "raise" or return "zero", if there is no positive or negative pair, or a Beta density cannot fit.
 
     Raises:
         ValueError: a setting is out of range.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> HistogramLoss(n_bins=10)(embeddings, torch.tensor([0, 0, 1]))
+        >>> HistogramLoss(n_bins=10)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
         tensor(0.)
     """
 
@@ -112,7 +103,7 @@ def histogram_loss(
     labels: Tensor,
     reference_embeddings: Tensor | None = None,
     reference_labels: Tensor | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> Tensor:
     """Return `HistogramLoss(**settings)(embeddings, labels, reference_embeddings, reference_labels)`.
 
@@ -120,7 +111,7 @@ def histogram_loss(
         >>> histogram_loss(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), n_bins=10)
         tensor(0.)
     """
-    return HistogramLoss(**settings)(embeddings, labels, reference_embeddings, reference_labels)  # type: ignore[arg-type]
+    return HistogramLoss(**settings)(embeddings, labels, reference_embeddings, reference_labels)
 
 
 class PairHistograms(NamedTuple):
@@ -131,17 +122,14 @@ class PairHistograms(NamedTuple):
     negative: Tensor
 
 
-def pair_histograms(
-    embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: object
-) -> PairHistograms:
-    """Return the densities of positive and negative similarities, equation 1. Arguments and errors as for `histogram_loss`.
+def pair_histograms(embeddings: Tensor, labels: Tensor, *reference: Tensor | None, **settings: Any) -> PairHistograms:
+    """Return the densities of the similarities, equation 1. Arguments and errors as for `histogram_loss`.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> pair_histograms(embeddings, torch.tensor([0, 0, 1]), n_bins=4).positive
+        >>> pair_histograms(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), n_bins=4).positive
         tensor([0.0000, 0.0000, 0.0000, 0.4000, 0.6000], dtype=torch.float64)
     """
-    density = _density_of(embeddings, labels, *references, **settings)  # type: ignore[arg-type]
+    density = _density_of(embeddings, labels, *reference, **settings)
     negative, positive = density.densities()
     return PairHistograms(grid_nodes(density.s.n_bins, positive.device), positive, negative)
 
@@ -154,18 +142,14 @@ class PairSlopes(NamedTuple):
     negative: Tensor
 
 
-def pair_slopes(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: object) -> PairSlopes:
-    """Return dL/ds of a pair as a function of s, times the number of pairs of its group (equation 5).
-
-    For histograms, positive slopes are at most 0 and negative slopes at least 0. Arguments and errors as for
-    `histogram_loss`.
+def pair_slopes(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: Any) -> PairSlopes:
+    """Return dL/ds of a pair by its s, times the number of pairs of its group: equation 5, as for `histogram_loss`.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> pair_slopes(embeddings, torch.tensor([0, 0, 1]), n_bins=4).positive
+        >>> pair_slopes(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), n_bins=4).positive
         tensor([ 0.0000,  0.0000, -1.0000, -0.8000], dtype=torch.float64)
     """
-    density = _density_of(embeddings, labels, *references, **settings)  # type: ignore[arg-type]
+    density = _density_of(embeddings, labels, *references, **settings)
     n_bins, slopes = density.s.n_bins, density.loss_and_slopes()[1]
     position = torch.arange(n_bins, device=slopes.device)[None] + slopes.new_tensor(0.5)
     everything = slice(0, n_bins)
@@ -184,9 +168,9 @@ def _density_of(
     labels: Tensor,
     reference_embeddings: Tensor | None = None,
     reference_labels: Tensor | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> Density:
-    s = HistogramLoss(**settings).settings  # type: ignore[arg-type]
+    s = HistogramLoss(**settings).settings
     norms = checked_sides(embeddings, reference_embeddings, s.normalize)
     pairs = find_pairs(embeddings, labels, reference_embeddings, reference_labels)
     with exact_products(embeddings.device):
@@ -204,9 +188,7 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
     Args:
         embeddings: floating-point (n, d); they are L2-normalised.
         labels: integer class labels (n,), or a matrix of pairs as for `HistogramLoss`.
-        ties: weight of equal similarities: "half" gives 1 - ROC AUC of the pairs; "count" counts them fully,
-            which is the
-            limit of equation 4 for many bins.
+        ties: weight of equal similarities: "half" gives 1 - ROC AUC of the pairs, "count" the limit for many bins.
 
     Raises:
         ValueError: an argument is wrong, or there is no positive or no negative pair.

@@ -1,4 +1,4 @@
-"""Losses and miners of pytorch-metric-learning by name.
+"""Losses and miners of pytorch-metric-learning by name: `PMLLoss("TripletMarginLoss", miner="TripletMarginMiner")`.
 
 An option that takes an object is given by its name, or by its name with options: `{"distance": "CosineSimilarity"}`,
 `{"distance": {"LpDistance": {"power": 2}}}`. Losses with proxies or class weights need labels that count from 0, and
@@ -36,18 +36,15 @@ class PMLLoss(nn.Module):
 
     Args:
         name: a class of `pytorch_metric_learning.losses`.
-        options: its arguments.
+        options: arguments of the loss.
         miner: a class of `pytorch_metric_learning.miners`, or None.
-        miner_options: its arguments.
+        miner_options: arguments of the miner.
         n_classes: number of training classes, for losses with class weights or proxies.
         embedding_dim: dimensions of the embeddings, for the same losses.
 
     Raises:
         ValueError: a loss, miner or option is unknown or unusable.
         ImportError: pytorch-metric-learning is not installed.
-
-    Example:
-        PMLLoss("MultiSimilarityLoss", {"alpha": 2.0}, miner="MultiSimilarityMiner")(embeddings, labels)
     """
 
     def __init__(

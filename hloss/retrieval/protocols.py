@@ -58,11 +58,12 @@ def evaluate(
         protocol: "all-vs-rest": every image queries all others (CUB-200-2011, Online Products).
             "cuhk03-single-shot": the old protocol of CUHK03. For each identity, one image of the first view (the lower
             camera) queries one image per identity of the second view: the mean over 100 drawings, and
-            `expected_recall@K`, the exact expectation. "cuhk03-single-shot-two-way" adds queries of the second view.
+            `expected_recall@K`, the exact expectation.
+            "cuhk03-single-shot-two-way": the same, plus queries of the second view.
             "cuhk03-767-700": the new protocol of CUHK03. Images of the query's identity and camera are ignored.
-            "market1501": the same; junk is ignored and distractors never match. "market1501-multi-query": the query is
-            the mean of the pool images of its identity and camera, normalised for the cosine; metrics `max_...` use
-            their maximum.
+            "market1501": the same. Junk is ignored, and distractors never match.
+            "market1501-multi-query": the same for the mean of the pool images of the query's identity and camera,
+            normalised for the cosine. Metrics `max_...` are for their maximum.
         embeddings: floating-point (n, d).
         labels: integer identities or classes (n,).
         k: the values of K in `recall@K`.
@@ -71,15 +72,11 @@ def evaluate(
         roles: n of query, gallery, both, junk, distractor, pool; for 767-700 and Market-1501.
         seed: seed of the drawings.
 
-    Returns:
-        Ranks and metrics.
-
     Raises:
         ValueError: an argument is unknown, missing or wrong, or there is no query.
 
     Example:
-        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> evaluate("all-vs-rest", embeddings, torch.tensor([0, 0, 1]), k=(1, 2)).metrics["recall@1"]
+        >>> evaluate("all-vs-rest", torch.eye(4), torch.tensor([0, 0, 0, 1])).metrics["recall@4"]
         1.0
     """
     one_of("protocol", protocol, PROTOCOLS)

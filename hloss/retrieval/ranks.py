@@ -21,6 +21,7 @@ STRIP = 2**27  # Pairs of a strip on these devices: large enough that launching 
 STRIP_DEVICES = ("cuda",)
 TIE = 1e-13  # Relative to the largest squared norm (1 for cosines).
 METRICS = ("cosine", "euclidean")
+Strips = list[tuple[slice, slice]]  # Rows, and the columns of their classes.
 
 
 def recall_at_k(
@@ -126,7 +127,7 @@ def _strip_height(columns: int) -> int:
     return height - height % 128 if height > 128 else height
 
 
-def _strips(labels: Tensor, height: int) -> list[tuple[slice, slice]]:
+def _strips(labels: Tensor, height: int) -> Strips:
     """Return slices of `height` rows, each with the window of columns of its classes. Labels are sorted."""
     rows = _slices(len(labels), height)
     last = torch.cat([labels[height - 1 :: height], labels[-1:]])[: len(rows)]
@@ -136,7 +137,7 @@ def _strips(labels: Tensor, height: int) -> list[tuple[slice, slice]]:
     return [(strip, slice(*window)) for strip, window in zip(rows, windows, strict=True)]
 
 
-def _best_matches(space: SimilaritySpace, labels: Tensor, strips: list[tuple[slice, slice]]) -> Tensor:
+def _best_matches(space: SimilaritySpace, labels: Tensor, strips: Strips) -> Tensor:
     """Return the float64 similarity of each image's nearest match, infinity if it has none."""
     parts = []
     for rows, window in strips:
@@ -150,9 +151,7 @@ def _best_matches(space: SimilaritySpace, labels: Tensor, strips: list[tuple[sli
     return best.masked_fill(best == -torch.inf, torch.inf)
 
 
-def _rivals_by_strips(
-    space: SimilaritySpace, labels: Tensor, best: Tensor, strips: list[tuple[slice, slice]]
-) -> Tensor:
+def _rivals_by_strips(space: SimilaritySpace, labels: Tensor, best: Tensor, strips: Strips) -> Tensor:
     """Count the rivals at least as similar as the best match, by strips of rows and the columns from there on.
 
     Nothing is read from the device until all strips are counted. Queries with uncertain pairs are then counted again.
@@ -161,9 +160,8 @@ def _rivals_by_strips(
     low, high = space.doubt(best)
     sure, possible = torch.zeros(2, n, dtype=torch.int64, device=labels.device)
     similarities = space.vectors.new_empty(height * n)
-    reached = torch.empty(
-        height * n, dtype=torch.float16, device=labels.device
-    )  # Zeros and ones: float16 is the fastest to sum.
+    # Zeros and ones are summed fastest as float16.
+    reached = torch.empty(height * n, dtype=torch.float16, device=labels.device)
     for rows, window in strips:
         similarity = similarities[: (rows.stop - rows.start) * (n - rows.start)].view(-1, n - rows.start)
         space.approximate(rows, slice(rows.start, n), similarity)
