@@ -110,9 +110,8 @@ class ClassShuffleSampler(ClassSampler):
         generator: the source of randomness.
 
     Example:
-        >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
-        >>> sampler = ClassShuffleSampler(labels, 4, 2, torch.Generator().manual_seed(0))
-        >>> next(iter(sampler))
+        >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
+        >>> next(iter(ClassShuffleSampler(labels, 4, 2, generator)))
         [5, 4, 0, 1]
     """
 
@@ -148,9 +147,8 @@ class BalancedSampler(ClassSampler):
         generator: the source of randomness.
 
     Example:
-        >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
-        >>> sampler = BalancedSampler(labels, 4, 2, torch.Generator().manual_seed(0))
-        >>> next(iter(sampler))
+        >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
+        >>> next(iter(BalancedSampler(labels, 4, 2, generator)))
         [5, 4, 0, 1]
     """
 
@@ -194,9 +192,8 @@ class RandomClassSampler(ClassSampler):
         min_images_per_class: fewest images of a class in a batch, at least 2, at most `images_per_class`.
 
     Example:
-        >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
-        >>> sampler = RandomClassSampler(labels, 4, 2, torch.Generator().manual_seed(0), min_images_per_class=2)
-        >>> next(iter(sampler))
+        >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
+        >>> next(iter(RandomClassSampler(labels, 4, 2, generator, min_images_per_class=2)))
         [4, 5, 1, 0]
     """
 

@@ -122,14 +122,15 @@ class PairHistograms(NamedTuple):
     negative: Tensor
 
 
-def pair_histograms(embeddings: Tensor, labels: Tensor, *reference: Tensor | None, **settings: Any) -> PairHistograms:
+def pair_histograms(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: Any) -> PairHistograms:
     """Return the densities of the similarities, equation 1. Arguments and errors as for `histogram_loss`.
 
     Example:
-        >>> pair_histograms(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), n_bins=4).positive
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> pair_histograms(embeddings, torch.tensor([0, 0, 1]), n_bins=4).positive
         tensor([0.0000, 0.0000, 0.0000, 0.4000, 0.6000], dtype=torch.float64)
     """
-    density = _density_of(embeddings, labels, *reference, **settings)
+    density = _density_of(embeddings, labels, *references, **settings)
     negative, positive = density.densities()
     return PairHistograms(grid_nodes(density.s.n_bins, positive.device), positive, negative)
 

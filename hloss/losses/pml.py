@@ -18,12 +18,8 @@ from hloss.losses.settings import did_you_mean
 from hloss.numerics import full_precision
 
 PREFIX = "pml:"
-NAMED_PARTS = {
-    "distance": "distances",
-    "reducer": "reducers",
-    "embedding_regularizer": "regularizers",
-    "weight_regularizer": "regularizers",
-}
+NAMED_PARTS = {"distance": "distances", "reducer": "reducers"}
+NAMED_PARTS |= dict.fromkeys(("embedding_regularizer", "weight_regularizer"), "regularizers")
 LEFT_OUT = (
     *("BaseLossWrapper", "BaseMetricLossFunction", "BaseMiner", "CrossBatchMemory", "GenericPairLoss", "ManifoldLoss"),
     *("EmbeddingsAlreadyPackagedAsTriplets", "MultipleLosses", "SelfSupervisedLoss", "VICRegLoss"),

@@ -5,7 +5,7 @@ Similarity, ties and exactness are those of `hloss.retrieval.ranks`. Queries wit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -106,22 +106,15 @@ class _Rows:
         check_labels("cameras", cameras, len(self.labels))
         return cameras
 
-    @cached_property
-    def role_codes(self) -> Tensor:
-        """Index of each row's role in `ROLES`."""
-        if self.given_roles is None:
-            raise ValueError(f"roles must be given for protocol {self.protocol!r}: got None")
-        if len(self.given_roles) != len(self.labels) or not set(self.given_roles) <= set(ROLES):
-            raise ValueError(
-                f"roles must be {len(self.labels)} of {', '.join(ROLES)}: "
-                f"got {len(self.given_roles)} of {', '.join(sorted(set(self.given_roles)))}"
-            )
-        return torch.tensor([ROLES.index(role) for role in self.given_roles])
-
     def of_role(self, *roles: str) -> Tensor:
         """Return the indices of the rows with these roles."""
-        wanted = torch.tensor([ROLES.index(role) for role in roles])
-        found = torch.isin(self.role_codes, wanted).nonzero().flatten()
+        given = self.given_roles
+        if given is None:
+            raise ValueError(f"roles must be given for protocol {self.protocol!r}: got None")
+        if len(given) != len(self.labels) or not set(given) <= set(ROLES):
+            got = f"{len(given)} of {', '.join(sorted(set(given)))}"
+            raise ValueError(f"roles must be {len(self.labels)} of {', '.join(ROLES)}: got {got}")
+        found = torch.tensor([role in roles for role in given]).nonzero().flatten()
         if not len(found):
             raise ValueError(f"protocol {self.protocol!r} needs rows of role {' or '.join(roles)}: got none")
         return found.to(self.labels.device)
@@ -208,13 +201,9 @@ def _single_shot(rows: _Rows, both_ways: bool) -> Retrieval:
     views = rows.cameras.unique().tolist()
     if len(views) != 2:
         raise ValueError(f"protocol {rows.protocol!r} needs cameras of exactly two views: got {views}")
-    ranks, query_index, expected = [], [], []
-    for a, b in [views, views[::-1]] if both_ways else [views]:
-        shot = _SingleShot(rows, a, b)
-        drawn_ranks, drawn_queries = shot.drawings(rows.seed)
-        ranks.append(drawn_ranks)
-        query_index.append(drawn_queries)
-        expected.append(shot.expected_cmc(rows.k))
+    shots = [_SingleShot(rows, a, b) for a, b in ([views, views[::-1]] if both_ways else [views])]
+    ranks, query_index = zip(*(shot.drawings(rows.seed) for shot in shots), strict=True)
+    expected = [shot.expected_cmc(rows.k) for shot in shots]
     measured = _measured(rows, torch.cat(query_index), {"first": torch.cat(ranks).cpu()})
     means = torch.cat(expected).mean(0).tolist()
     measured.metrics.update({f"expected_recall@{at}": value for at, value in zip(rows.k, means, strict=True)})

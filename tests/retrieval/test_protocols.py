@@ -191,7 +191,7 @@ def test_a_drawing_ranks_as_brute_force_does(monkeypatch):
 
 def test_unusable_input_is_refused_by_name():
     embeddings, labels = gallery_with_ties(10, seed=0)
-    with pytest.raises(ValueError, match="protocol must be one of all-vs-rest, cuhk03-single-shot, .*: got 'cub'"):
+    with pytest.raises(ValueError, match=r"protocol must be one of all-vs-rest, cuhk03-single-shot, .*: got 'cub'"):
         evaluate("cub", embeddings, labels)
     with pytest.raises(ValueError, match="metric must be one of cosine, euclidean: got 'cosin'"):
         evaluate("all-vs-rest", embeddings, labels, metric="cosin")
