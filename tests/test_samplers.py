@@ -169,7 +169,7 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
             {},
             "batch_size must be at most 20 for 5 classes with min_images_per_class=5: got 24",
         ),
-        ("random-class", SIZES, {"images_per_class": 4}, "min_images_per_class must be at most 4: got 5"),
+        ("random-class", SIZES, {"images_per_class": 4}, "min_images_per_class 5 is above images_per_class 4"),
         (
             "random-class",
             SIZES,
