@@ -208,7 +208,9 @@ class RandomClassSampler(ClassSampler):
         super().__init__(labels, batch_size, images_per_class, generator)
         self.min_images_per_class = whole_number("min_images_per_class", min_images_per_class, 2)
         if min_images_per_class > images_per_class:
-            raise ValueError(f"min_images_per_class {min_images_per_class} is above images_per_class {images_per_class}")
+            raise ValueError(
+                f"min_images_per_class {min_images_per_class} is above images_per_class {images_per_class}"
+            )
         self._check_filled(min_images_per_class=min_images_per_class)
 
     def _draw_batch(self) -> list[int]:

@@ -1,6 +1,7 @@
 """The histogram loss of Ustinova & Lempitsky (2016), equations 1-6, exact and streaming.
 
-Read `reference` first (the same loss in dense form), then `settings`, `pairs`, `densities` and `streaming`.
+Read `reference` first (the same loss in dense form), then `settings`, `pairs`, `densities` and `streaming`. On CUDA the
+kernels of `fused` replace the last three.
 
 A pair between nodes b and b + 1 adds 1 - f to the first and f to the second (equation 2). The forward pass sums the
 numbers of pairs and f per interval. dL/ds is constant within an interval, and the backward pass looks it up (equation
