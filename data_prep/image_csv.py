@@ -13,7 +13,7 @@ from hloss.runs.datasets import ROLES, SPLITS
 
 REQUIRED, OPTIONAL = ("path", "label"), ("split", "camera", "role")
 UNLABELED_ROLES = ("junk", "distractor")  # images of no class
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 def read_csv(file: Path) -> pd.DataFrame:
@@ -119,7 +119,7 @@ def _check_values(file: Path, listed: pd.DataFrame) -> None:
     }
     for column, (is_allowed, meaning) in rules.items():
         if column in listed:
-            wrong = listed[~listed[column].map(is_allowed).astype(bool)]
+            wrong = listed[[not is_allowed(value) for value in listed[column]]]
             if len(wrong):
                 path, value = wrong.path.iloc[0], wrong[column].iloc[0]
                 raise PreparationError(f"{file}: {column} of {path} must be {meaning}: got {value!r}")

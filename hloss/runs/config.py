@@ -34,6 +34,9 @@ from hloss.samplers import SAMPLERS, ClassSampler
 LOSSES: dict[str, Callable[..., nn.Module]] = {"histogram": HistogramLoss, **BASELINES}
 NO_LOSS = "none"  # no training: the untrained-network and the raw-pixels baseline
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+TF32_DEFAULT = "convolutions"
+TF32 = ("none", TF32_DEFAULT, "all")
+IMAGES = ("auto", "device", "host")
 OLD_NAMES = {
     "fewest_images": "min_images_per_class",
     "mirror": "horizontal_flip",
@@ -191,10 +194,24 @@ class RunConfig(BaseModel):
     precision: str = Field(
         "32-true", description="32-true (float32), bf16-mixed (bfloat16 autocast) or 64-true (float64)"
     )
+    tf32: str = Field(
+        TF32_DEFAULT,
+        description=(
+            "TensorFloat-32 of a float32 network on a GPU: none, convolutions (torch's default) or all (also matrix "
+            "products); without effect on a CPU"
+        ),
+    )
     study: str = ExecutionField(
         "notebook", description="name of the study, the folder in runs_dir for the run's folder"
     )
     device: str = ExecutionField("auto", description="auto (a GPU if torch finds one), cpu or cuda")
+    images: str = ExecutionField(
+        "auto",
+        description=(
+            "where images are kept: device (all in its memory), host (read batch by batch), or auto (device if it is a GPU "
+            "and they take at most half of its free memory)"
+        ),
+    )
     threads: int = ExecutionField(1, ge=1, description="CPU threads of torch per process, at least 1")
     data_dir: str = ExecutionField("data", description="folder of the prepared datasets")
     runs_dir: str = ExecutionField("runs", description="folder of all studies' runs")
@@ -214,6 +231,8 @@ class RunConfig(BaseModel):
         _check_name("sampler", self.sampler, tuple(SAMPLERS))
         _check_name("device", self.device, ("auto", "cpu", "cuda"))
         _check_name("precision", self.precision, PRECISIONS)
+        _check_name("tf32", self.tf32, TF32)
+        _check_name("images", self.images, IMAGES)
         _check_name("decay_exempt", self.decay_exempt, ("biases", "none"))
         if self.metric is not None:
             _check_name("metric", self.metric, METRICS)
@@ -376,8 +395,13 @@ class RunConfig(BaseModel):
             raise ConfigError(f"sampler={self.sampler!r}: {error}") from None
 
     def resolved(self) -> dict[str, Any]:
-        """All settings that affect the result, with None replaced by the defaults; execution settings are left out."""
+        """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
+
+        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it.
+        """
         general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
+        if self.tf32 == TF32_DEFAULT:
+            del general["tf32"]
         general["metric"] = self.metric or self.trained_metric
         return general | self.network_settings() | self.loss_settings() | self.sampler_settings()
 

@@ -21,5 +21,9 @@ class LockedError(RunError):
     """Another process has the lock of a file or folder; the message says what that process does."""
 
 
+class GPUMemoryError(RunError):
+    """The memory of a GPU does not suffice for a run; the message names the settings that need less."""
+
+
 class NetworkError(RunError):
     """The trained network of a run cannot be loaded; the message gives file and remedy."""

@@ -36,11 +36,11 @@ def split_embeddings(
         device: the device that embeds.
 
     Returns:
-        Embeddings, float32 (n, d) on the CPU, and labels, int64 (n,).
+        Embeddings, float32 (n, d), and labels, int64 (n,), both on `device`.
     """
     rows = dataset.rows(split)
     found = embed(network, lambda part: center_crop(dataset.pixels(rows[part]), config.crop).to(device), len(rows))
-    return found, dataset.labels(rows)
+    return found, dataset.labels(rows).to(device)
 
 
 def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
@@ -105,7 +105,7 @@ def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> 
     Returns:
         `nodes`, `positive` and `negative`, each with SIMILARITY_BINS + 1 values; the densities sum to 1.
     """
-    known = identified_rows(dataset)
+    known = torch.from_numpy(identified_rows(dataset))
     histograms = pair_histograms(embeddings[known], labels[known], n_bins=SIMILARITY_BINS)
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
 
@@ -123,8 +123,8 @@ def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric
         `queries`, PANEL_QUERIES rows of the dataset's index; `neighbors`, the rows of the nearest images of each query,
         at most PANEL_NEIGHBORS; `hits`, whether these images have the class of the query.
     """
-    known = identified_rows(dataset)
-    rows, embeddings, labels = dataset.rows("test")[known], embeddings[known], labels[known]
+    known = torch.from_numpy(identified_rows(dataset))
+    rows, embeddings, labels = dataset.rows("test")[known.numpy()], embeddings[known], labels[known].cpu()
     queries = torch.linspace(0, len(rows) - 1, PANEL_QUERIES + 2).long()[1:-1]
     k = min(PANEL_NEIGHBORS, len(rows) - 1)
     _, nearest = neighbors(embeddings[queries], embeddings, k, metric, own=queries)
@@ -188,7 +188,7 @@ def write_run_files(
     atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
     arrays = {"ranks": retrieval.ranks.to(torch.int32), "queries": retrieval.query_index.to(torch.int32)}
     for name, array in (arrays | {"embeddings": embeddings}).items():
-        atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.numpy()))  # type: ignore[misc]
+        atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.cpu().numpy()))  # type: ignore[misc]
     if network is not None:
         atomic_save(folder / NETWORK_FILE, {name: value.cpu() for name, value in network.state_dict().items()})
     atomic_write(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))

@@ -15,6 +15,7 @@ decoded to 8-bit RGB:
 
 import io
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -201,17 +202,73 @@ def augment(images: Tensor, crop: int | None, horizontal_flip: bool, generator: 
     """
     from torchvision.transforms.v2 import functional as transforms  # Imported here because the import takes a second.
 
-    n, _, height, width = images.shape
-    rows, columns = _crop_size(images, crop)
-    draws = torch.rand((3, n), generator=generator, dtype=torch.float64)
-    tops = (draws[0] * (height - rows + 1)).long().tolist()
-    lefts = (draws[1] * (width - columns + 1)).long().tolist()
-    flips = (draws[2] < 0.5).logical_and(torch.tensor(horizontal_flip)).tolist()
-    views = images.new_empty((n, images.shape[1], rows, columns))
-    for i, (top, left, flip) in enumerate(zip(tops, lefts, flips, strict=True)):
-        view = transforms.crop(images[i], top, left, rows, columns)
+    n, channels, height, width = images.shape
+    drawn = draw_views(n, (height, width), crop, horizontal_flip, generator)
+    views = images.new_empty((n, channels, drawn.rows, drawn.columns))
+    for i, (top, left, flip) in enumerate(zip(*(part.tolist() for part in drawn[:3]), strict=True)):
+        view = transforms.crop(images[i], top, left, drawn.rows, drawn.columns)
         views[i] = transforms.horizontal_flip(view) if flip else view
     return views
+
+
+class Views(NamedTuple):
+    """Crops and horizontal flips of n images.
+
+    Attributes:
+        tops, lefts: int64 (n,), the first row and column of each crop.
+        flips: bool (n,), whether the crop is flipped.
+        rows, columns: height and width of all crops in pixels.
+    """
+
+    tops: Tensor
+    lefts: Tensor
+    flips: Tensor
+    rows: int
+    columns: int
+
+    def share(self, own: slice) -> "Views":
+        """The crops and flips of a slice of the images."""
+        return self._replace(tops=self.tops[own], lefts=self.lefts[own], flips=self.flips[own])
+
+
+def draw_views(
+    n: int, size: tuple[int, int], crop: int | None, horizontal_flip: bool, generator: torch.Generator
+) -> Views:
+    """Draw random crops and horizontal flips.
+
+    Args:
+        n: number of images.
+        size: their height and width in pixels.
+        crop: side of the square crop in pixels; None for the whole image.
+        horizontal_flip: flip each image with probability 1/2.
+        generator: advanced by 3 n draws, also if nothing is cropped or flipped.
+
+    Returns:
+        The crops and flips, on the CPU.
+
+    Raises:
+        ValueError: the crop is larger than the images or smaller than 1.
+    """
+    rows, columns = _crop_size(size, crop)
+    draws = torch.rand((3, n), generator=generator, dtype=torch.float64)
+    tops = (draws[0] * (size[0] - rows + 1)).long()
+    lefts = (draws[1] * (size[1] - columns + 1)).long()
+    return Views(tops, lefts, (draws[2] < 0.5).logical_and(torch.tensor(horizontal_flip)), rows, columns)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Copy images to torch's channels-last memory layout.
+
+    Unlike `Tensor.contiguous`, this gives images of one channel the strides of the layout, too.
+
+    Args:
+        images: (n, c, h, w).
+
+    Returns:
+        A copy of the same shape, dtype and device.
+    """
+    n, channels, height, width = images.shape
+    return images.new_empty((n, height, width, channels)).permute(0, 3, 1, 2).copy_(images)
 
 
 def center_crop(images: Tensor, crop: int | None) -> Tensor:
@@ -231,7 +288,7 @@ def center_crop(images: Tensor, crop: int | None) -> Tensor:
         return images
     from torchvision.transforms.v2 import functional as transforms
 
-    return transforms.center_crop(images, list(_crop_size(images, crop)))
+    return transforms.center_crop(images, list(_crop_size((images.shape[-2], images.shape[-1]), crop)))
 
 
 def stripes(images: Tensor) -> Tensor:
@@ -253,8 +310,8 @@ def stripes(images: Tensor) -> Tensor:
     return torch.cat([images[:, :, start : start + STRIPE_ROWS] for start in STRIPE_STARTS], 1)
 
 
-def _crop_size(images: Tensor, crop: int | None) -> tuple[int, int]:
-    height, width = images.shape[-2:]
+def _crop_size(size: tuple[int, int], crop: int | None) -> tuple[int, int]:
+    height, width = size
     if crop is None:
         return height, width
     smaller = min(height, width)

@@ -43,12 +43,7 @@ def build_fabric(config: RunConfig) -> Fabric:
             f"devices={config.devices} differs from the number of processes: got {processes}; "
             "start one process per device"
         )
-    found = torch.cuda.device_count()
-    if config.device == "cuda" and found < config.devices:
-        raise ConfigError(
-            f'device="cuda" with devices={config.devices}: torch finds too few CUDA devices: got {found}; '
-            'lower devices or set device to "cpu"'
-        )
+    check_devices(config)
     # Processes may have different numbers of slices, so a forward pass must not communicate.
     name = max({"forward_sync_buffers", "broadcast_buffers"} & set(signature(DistributedDataParallel).parameters))
     exchange: dict[str, Any] = {name: False}
@@ -60,6 +55,23 @@ def build_fabric(config: RunConfig) -> Fabric:
         fabric = Fabric(devices=config.devices, strategy=strategy, **kind)
         fabric.launch()
     return fabric
+
+
+def check_devices(config: RunConfig) -> None:
+    """Refuse a run with more processes than GPUs; each process needs its own.
+
+    Args:
+        config: the settings of the run.
+
+    Raises:
+        ConfigError: `device` is "cuda", or "auto" on a machine with GPUs, and there are fewer GPUs than `devices`.
+    """
+    found = torch.cuda.device_count()
+    if found < config.devices and (config.device == "cuda" or (config.device == "auto" and found)):
+        raise ConfigError(
+            f'device="{config.device}" with devices={config.devices}: torch finds too few CUDA devices: got {found}; '
+            'lower devices or set device to "cpu"'
+        )
 
 
 def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str, Any]:

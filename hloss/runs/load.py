@@ -16,7 +16,7 @@ from hloss.runs.evaluation import weights_sha256
 from hloss.runs.files import NETWORK_FILE, read_result
 from hloss.runs.images import BadImage, ImageSettings, center_crop
 from hloss.runs.models import NO_WEIGHTS, embed, has_pretrained_part
-from hloss.runs.process import default_dtype, torch_threads
+from hloss.runs.process import default_dtype, gpu_arithmetic, torch_threads
 from hloss.runs.run import network_for
 
 REMEDY = "delete the run's folder and run it again with keep_network=True"
@@ -66,8 +66,9 @@ class LoadedRun:
             pixels = torch.from_numpy(read(chosen[part])).permute(0, 3, 1, 2)
             return center_crop(pixels, self.config.crop).to(self.device)
 
-        with torch_threads(self.config.threads):  # The number of threads may change the last bits.
-            return embed(self.network, batch, len(chosen))
+        # The number of threads and the precision of matrix products may change the last bits.
+        with torch_threads(self.config.threads), gpu_arithmetic(self.device, self.config.tf32):
+            return embed(self.network, batch, len(chosen)).cpu()
 
     def _copy(self, images: np.ndarray) -> np.ndarray:
         """Check shape and dtype of images, and copy them because they may be read-only."""

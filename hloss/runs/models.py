@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hloss.runs.images import stripes
+from hloss.runs.images import channels_last, stripes
 
 NETWORKS = ("glyphnet", "parts", "googlenet", "pixels")
 TORCHVISION = "torchvision:"
@@ -397,6 +397,11 @@ def training_mode(network: nn.Module, batchnorm: str) -> None:
             layer.eval()
 
 
+def _for_gpu(images: Tensor) -> Tensor:
+    """Copy images on a GPU to one memory layout, by which cuDNN chooses its algorithms; a CPU's are returned as is."""
+    return channels_last(images) if images.is_cuda else images
+
+
 def embed(network: nn.Module, images: Callable[[slice], Tensor], n: int, batch: int = 128) -> Tensor:
     """Embed images in evaluation mode, batch by batch; the modes of the network's modules are restored afterwards.
 
@@ -407,12 +412,12 @@ def embed(network: nn.Module, images: Callable[[slice], Tensor], n: int, batch: 
         batch: images per batch.
 
     Returns:
-        Embeddings, float32 (n, d) on the CPU.
+        Embeddings, float32 (n, d) on the network's device.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     with torch.no_grad():
-        found = [network(images(slice(i, min(i + batch, n)))).float().cpu() for i in range(0, n, batch)]
+        found = [network(_for_gpu(images(slice(i, min(i + batch, n))))).float() for i in range(0, n, batch)]
     for module, mode in modes:
         module.training = mode
     return torch.cat(found)

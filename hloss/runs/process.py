@@ -4,6 +4,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,48 @@ def default_dtype(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def gpu_arithmetic(device: torch.device, tf32: str) -> Iterator[None]:
+    """Set how a GPU computes a float32 network, within a context. A CPU's arithmetic does not change.
+
+    TensorFloat-32 rounds the factors of float32 products to 10 bits of fraction and is several times faster. Losses and
+    retrieval never use it. cuDNN is limited to algorithms that return the same bits every time.
+
+    Args:
+        device: the device of the run.
+        tf32: operations that use TensorFloat-32: "none", "convolutions" (torch's default) or "all" (also matrix
+            products).
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    convolutions, products = _float32_settings()
+    before = cudnn.deterministic, getattr(*convolutions), getattr(*products)
+    cudnn.deterministic = True  # A resumed run must end in the same weights.
+    setattr(*convolutions, _tf32_value(tf32 != "none", before[1]))
+    setattr(*products, _tf32_value(tf32 == "all", before[2]))
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before[0]
+        setattr(*convolutions, before[1])
+        setattr(*products, before[2])
+
+
+def _float32_settings() -> tuple[tuple[Any, str], tuple[Any, str]]:
+    """Object and attribute of torch's settings for convolutions and for matrix products."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(products, "fp32_precision"):
+        return (cudnn.conv, "fp32_precision"), (products, "fp32_precision")  # type: ignore[attr-defined]
+    return (cudnn, "allow_tf32"), (products, "allow_tf32")  # torch before 2.9
+
+
+def _tf32_value(allowed: bool, like: bool | str) -> bool | str:
+    """The value of a torch setting that allows or forbids TensorFloat-32, of the type of its value `like`."""
+    return allowed if isinstance(like, bool) else ("tf32" if allowed else "ieee")
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, one lock file per device: a run holds its own for as long as it lasts."""
+"""GPUs of this machine, and locks that give each GPU to one run at a time."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ CPU_NAMES = ("x86_64", "AMD64", "aarch64", "arm64")  # devices of results that w
 
 
 def visible_devices() -> list[str]:
-    """Names of the GPUs that a study may use: those of CUDA_VISIBLE_DEVICES, all of the machine if it is not set."""
+    """Names of the GPUs that a study may use: those in CUDA_VISIBLE_DEVICES, or all of the machine if it is not set."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [str(number) for number in range(torch.cuda.device_count())]
@@ -26,15 +26,21 @@ def visible_devices() -> list[str]:
 
 @contextmanager
 def own_devices(count: int) -> Iterator[list[str]]:
-    """Hold `count` GPUs (none where the machine has none), waiting for them; the kernel shall see no others.
+    """Wait for GPUs, lock them, and set CUDA_VISIBLE_DEVICES to them.
 
-    The locks are the user's, for all clones on this machine, and end with the process, however it ends.
+    The lock files belong to the user and are shared by all clones on this machine. A lock ends with its process.
+
+    Args:
+        count: number of GPUs; at most as many as the machine has are locked.
+
+    Yields:
+        Names of the locked GPUs.
     """
     devices = visible_devices()
     count = min(count, len(devices))
     with contextlib.ExitStack() as held:
         while len(mine := _lock_free(devices, count, held)) < count:
-            held.close()  # all or nothing: two runs that wait for each other's second device would wait for ever
+            held.close()  # keep none while waiting: two runs could wait for each other's devices forever
             time.sleep(1)
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)

@@ -1,4 +1,4 @@
-"""Checks of a machine with GPUs: the tests marked `cuda`, a short run on one GPU and on all, the losses' benchmarks."""
+"""Check a machine with GPUs: tests marked `cuda`, a short run on one GPU and on all, benchmarks of the losses."""
 
 import contextlib
 import json
@@ -20,14 +20,21 @@ from hloss.runs.files import read_result
 from hloss.study.processes import prepare
 
 NO_CUDA = 3
-TESTS_SECONDS, NCCL_SECONDS, RUN_SECONDS, BENCHMARK_SECONDS = 80, 50, 40, 60  # two runs
-STOP_SECONDS = 5  # after each of these five; together below 300
+TESTS_SECONDS, NCCL_SECONDS, RUN_SECONDS, BENCHMARK_SECONDS = 80, 50, 40, 60  # RUN_SECONDS for each of two runs
+STOP_SECONDS = 5  # for each of the five commands; all limits together are below 300 s
 NCCL = "tests/losses/test_nccl.py"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A row of the table. `outcome` is passed, failed, skipped or not finished."""
+    """A row of the table of checks.
+
+    Attributes:
+        name: name of the check.
+        outcome: "passed", "failed", "skipped" or "not finished".
+        seconds: duration.
+        remark: reason or result, in one line.
+    """
 
     name: str
     outcome: str
@@ -36,13 +43,14 @@ class Check:
 
 
 def check_gpus() -> int:
-    """Check the GPUs of this machine and print what passed.
+    """Check the GPUs of this machine and print a table of the checks.
 
-    Returns the exit status: 0 all passed, 1 not all, NO_CUDA: torch finds no CUDA device and nothing was checked.
+    Returns:
+        Exit status: 0 if all checks passed, 1 if not, `NO_CUDA` if torch finds no CUDA device.
     """
     if not torch.cuda.is_available():
         built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or 'none'}"
-        print(f"check-gpu: torch finds no CUDA device here ({built}); nothing was checked", flush=True)
+        print(f"check-gpu: torch finds no CUDA device ({built}); nothing was checked", flush=True)
         return NO_CUDA
     gpus = torch.cuda.device_count()
     for number in range(gpus):
@@ -50,7 +58,7 @@ def check_gpus() -> int:
         print(f"GPU {number}: {torch.cuda.get_device_name(number)}, {memory:.0f} GiB", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         checks = marked_tests("cuda", Path(folder), TESTS_SECONDS, "tests", f"--ignore={NCCL}")
-        checks += marked_tests("cuda", Path(folder), NCCL_SECONDS, NCCL)  # separately, as GPUs wait for each other
+        checks += marked_tests("cuda", Path(folder), NCCL_SECONDS, NCCL)  # separately, as its tests can hang
         checks += [smoke_run("cuda", devices, Path(folder)) for devices in sorted({1, gpus})]
         checks.append(benchmarks("not memory"))  # main memory is measured on the CPU
     print(check_table(checks, gpus))
@@ -58,7 +66,17 @@ def check_gpus() -> int:
 
 
 def marked_tests(mark: str, folder: Path, most_seconds: float, *which: str) -> list[Check]:
-    """A row per test with this mark, and one for pytest itself if it does not finish."""
+    """Run the tests with a mark.
+
+    Args:
+        mark: mark of pytest.
+        folder: folder for the report of pytest.
+        most_seconds: time limit.
+        *which: paths and options of pytest, a path first.
+
+    Returns:
+        One row per test, and one for pytest if it does not finish or finds no test.
+    """
     report = folder / f"tests-{which[0].replace('/', '-')}.xml"
     command = [sys.executable, "-m", "pytest", "-q", *which, "-m", mark, "--ignore=tests/benchmarks"]
     outcome, seconds, output = run_command([*command, f"--junitxml={report}"], most_seconds)
@@ -70,7 +88,11 @@ def marked_tests(mark: str, folder: Path, most_seconds: float, *which: str) -> l
 
 
 def check_from_case(case: ElementTree.Element) -> Check:
-    """The row of a test case of pytest's report."""
+    """The row of a test case.
+
+    Args:
+        case: element of pytest's JUnit report.
+    """
     name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name')}"
     for tag, outcome in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
         if (found := case.find(tag)) is not None:
@@ -80,7 +102,13 @@ def check_from_case(case: ElementTree.Element) -> Check:
 
 
 def smoke_run(device: str, devices: int, folder: Path) -> Check:
-    """The smoke run, started from the command line."""
+    """Train with default settings from the command line.
+
+    Args:
+        device: "cuda" or "cpu".
+        devices: number of devices.
+        folder: folder for the config and the run.
+    """
     settings = {"device": device, "devices": devices, "runs_dir": str(folder / f"runs-{devices}")}
     file = folder / f"config-{devices}.json"
     file.write_text(json.dumps(settings))
@@ -93,7 +121,11 @@ def smoke_run(device: str, devices: int, folder: Path) -> Check:
 
 
 def benchmarks(which: str) -> Check:
-    """Print the benchmark table of the losses, of the tests that match pytest's -k `which`."""
+    """Run the benchmarks of the losses and print their table.
+
+    Args:
+        which: expression for pytest's option -k.
+    """
     files = [f"tests/benchmarks/test_{name}_speed.py" for name in ("histogram", "baselines")]
     command = [sys.executable, "-m", "pytest", "-q", *files, "-k", which, "--benchmark-quiet"]
     outcome, seconds, output = run_command(command, BENCHMARK_SECONDS)
@@ -102,7 +134,15 @@ def benchmarks(which: str) -> Check:
 
 
 def run_command(command: list[str], most_seconds: float) -> tuple[str, float, list[str]]:
-    """The outcome of a command (passed, failed, not finished), its seconds, and the lines it printed."""
+    """Run a command with a time limit.
+
+    Args:
+        command: program and arguments.
+        most_seconds: time limit.
+
+    Returns:
+        Outcome ("passed", "failed" or "not finished"), seconds, and the printed lines.
+    """
     print(f"... {' '.join(command[1:5])} (at most {most_seconds} s)", flush=True)
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
@@ -127,10 +167,16 @@ def run_command(command: list[str], most_seconds: float) -> tuple[str, float, li
 
 
 def stop_command(process: subprocess.Popen[str]) -> str:
-    """End a command and all processes that it started, which would keep the GPUs. Returns what it printed.
+    """End a command and all processes that it started, which would otherwise keep using the GPUs.
 
-    It gets SIGINT first, so that pytest still reports the tests that have finished. The processes of torchrun have
-    sessions of their own and are killed one by one.
+    The command gets SIGINT first, so that pytest reports the finished tests. The processes of torchrun run in other
+    sessions and are killed one by one.
+
+    Args:
+        process: the command.
+
+    Returns:
+        The output of the command.
     """
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
@@ -147,7 +193,12 @@ def stop_command(process: subprocess.Popen[str]) -> str:
 
 
 def check_table(checks: list[Check], gpus: int) -> str:
-    """A line per check, and a summary. gpus: number of GPUs that torch finds."""
+    """Format checks as one line each, with a summary.
+
+    Args:
+        checks: the checks.
+        gpus: number of GPUs that torch finds.
+    """
     width = max(len(check.name) for check in checks)
     rows = [f"{c.outcome:>12}  {c.name:<{width}}  {c.seconds:6.1f} s  {c.remark}".rstrip() for c in checks]
     passed = sum(check.outcome == "passed" for check in checks)

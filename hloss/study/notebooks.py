@@ -1,4 +1,4 @@
-"""Notebooks of a study executed by papermill: its runs and its report."""
+"""Execute the notebooks of a study with papermill: its runs and its report."""
 
 import base64
 import contextlib
@@ -30,14 +30,16 @@ from hloss.runs.files import atomic_write, read_result
 from hloss.study.devices import own_devices
 from hloss.study.spec import Study, StudyRun
 
-# Settings of HTMLExporter: scripts that a page would load from elsewhere.
+# Settings of HTMLExporter for scripts that a page would load from other hosts.
 SCRIPT_URLS = ("mathjax_url", "require_js_url", "jquery_url", "jupyter_widgets_base_url", "mermaid_js_url")
-REFUSALS = ("ConfigError", "DatasetError")  # errors that another attempt would raise again
+REFUSALS = ("ConfigError", "DatasetError")  # another attempt would raise these errors again
 STOP_SECONDS = 20  # Slurm's KillWait is 30 unless the cluster says otherwise
 
 
 def check_parameters() -> None:
-    """Check that the parameters of 20_train are the settings of a run: papermill only warns about an unknown one.
+    """Check that the parameters of notebooks/20_train.ipynb are the settings of a run.
+
+    papermill only warns about an unknown parameter.
 
     Raises:
         ConfigError: if they differ.
@@ -45,12 +47,13 @@ def check_parameters() -> None:
     parameters = set(papermill.inspect_notebook("notebooks/20_train.ipynb"))
     if parameters != set(RunConfig.model_fields):
         raise ConfigError(
-            f"notebooks/20_train.ipynb and RunConfig differ in {parameters ^ set(RunConfig.model_fields)}"
+            "the parameters of notebooks/20_train.ipynb must be the fields of RunConfig: got differences in "
+            f"{', '.join(sorted(parameters ^ set(RunConfig.model_fields)))}"
         )
 
 
 def stop_on_signals() -> None:
-    """On SIGTERM or SIGINT, let the kernel finish its iteration, save and end; interrupt it after STOP_SECONDS."""
+    """On SIGTERM or SIGINT, let the kernel finish its iteration, save and exit; interrupt it after STOP_SECONDS."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # papermill saves the notebook on KeyboardInterrupt
@@ -65,21 +68,24 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None:
-    """Execute a run: the training notebook with its settings, kept as run.ipynb in its folder. Exits if it fails.
+    """Execute the training notebook with the settings of a run, and save it as run.ipynb in the run's folder.
 
     Args:
         study: with its tuning resolved.
-        run_id: of a run of the study.
-        attempt: from 1; a run that failed for good is not attempted again.
+        run_id: id of a run of the study.
+        attempt: number of the attempt, from 1; a run that failed permanently is not attempted again.
         own_gpus: choose and lock GPUs of this machine; otherwise Slurm names them in CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        SystemExit: if the run fails.
     """
     run = next(r for r in study.runs if r.config.run_id == run_id)
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(folder) or {}
     if attempt > 1 and is_final(status):
-        fail(f"{run.name} is not tried again: {status['message']}")
-    if is_final(status):  # of an earlier start, which does not decide about the attempts of this one
+        fail(f"{run.name} is not attempted again: {status['message']}")
+    if is_final(status):  # an earlier start wrote it; this start attempts the run again
         (folder / "status.json").unlink()
     iteration = status.get("iteration", 0)
     if not own_gpus:
@@ -92,32 +98,43 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
     with own_devices(run.resources.gpus) if own_gpus or not run.resources.gpus else contextlib.nullcontext():
         execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log", on_refusal)
     if read_result(folder) is None:
-        fail(f"{run.name}: the notebook ended without a result, see {folder / 'run.log'}")
+        fail(f"{run.name}: the notebook ended without a result; the log is {folder / 'run.log'}")
 
 
 def _check_given_gpus(run: StudyRun, iteration: int) -> None:
-    """Fail, to be attempted again on another node, if torch cannot use the GPUs that Slurm gave to a run.
+    """Fail if torch cannot use the GPUs that Slurm gave to a run; another attempt may get another node.
 
-    Without this check the run would train on the CPU. torch also counts GPUs that it cannot initialise.
+    Without this check the run would train on the CPU, because torch also counts GPUs that it cannot initialise.
     """
     given = run.resources.gpus
     found = torch.cuda.device_count() if given and torch.cuda.is_available() else 0
     if given > found:
         message = (
-            f"{run.name} was given {given} GPUs on {platform.node()}, but torch {torch.__version__} finds {found}: "
-            "look at the driver and at torch's build there, or say `gpus: 0` in the study"
+            f"{run.name}: torch {torch.__version__} can use too few GPUs on {platform.node()}: got {found}, Slurm "
+            f"assigned {given}; check the driver and the build of torch on that node, or set `gpus: 0` in the study"
         )
         write_status(run.config.folder, "failed", iteration, message, retry=True)
         fail(message)
 
 
 def is_final(status: dict[str, Any]) -> bool:
-    """Whether a run has failed in a way that another attempt would not change."""
+    """Whether a run has failed in a way that another attempt would repeat.
+
+    Args:
+        status: content of the run's status.json; {} without one.
+    """
     return status.get("state") == "failed" and not status["retry"]
 
 
 def execute_report(study: Study) -> None:
-    """Execute the report on the results of a study, and export it as report.html. Exits if it fails."""
+    """Execute the report notebook on the results of a study, and export it as reports/STUDY/report.html.
+
+    Args:
+        study: the study, whose reports/STUDY/results.parquet must exist.
+
+    Raises:
+        SystemExit: if the notebook fails.
+    """
     folder = Path("reports") / study.name
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
     parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
@@ -128,21 +145,33 @@ def execute_report(study: Study) -> None:
 
 
 def report_page(notebook: nbformat.NotebookNode, title: str) -> str:
-    """The HTML of an executed report, without its code, as one file that loads nothing from elsewhere."""
-    from nbconvert import HTMLExporter  # here, because a run does not need it
+    """Convert an executed report to one HTML page without code, which loads nothing from other hosts.
+
+    Args:
+        notebook: the executed notebook; its figures are reduced to 256 colours.
+        title: title of the page.
+    """
+    from nbconvert import HTMLExporter  # imported here because runs do not need it
 
     exporter = HTMLExporter(config=Config({"HTMLExporter": dict.fromkeys(SCRIPT_URLS, "")}))
     exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     html, _ = exporter.from_notebook_node(with_indexed_figures(notebook))
-    # The exporter leaves script tags without a source, and a module that loads mermaid.
+    # The exporter still writes script tags without a source, and a module that loads mermaid.
     html = re.sub(r"<script(?: [^>]*)?>(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>", "", html, flags=re.S)
     html = html.replace('<script src=""></script>', "")
     return re.sub(r"<title>.*?</title>", lambda _: f"<title>{escape(title)}</title>", html, count=1, flags=re.S)
 
 
 def with_indexed_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook with its figures in 256 colours, a third of the size: a report is small enough to be mailed."""
-    from PIL import Image  # here, because a run does not need it
+    """Reduce the figures of a notebook to 256 colours, in place: the report has a third of the size.
+
+    Args:
+        notebook: an executed notebook.
+
+    Returns:
+        The same notebook.
+    """
+    from PIL import Image  # imported here because runs do not need it
 
     for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
         if png := output.get("data", {}).get("image/png"):
@@ -154,15 +183,19 @@ def with_indexed_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNo
 
 
 def fail(message: str) -> NoReturn:
-    """Say why and exit with 1."""
+    """Print why and exit with status 1."""
     print(f"{'failed':>8}  {message}", flush=True)
     sys.exit(1)
 
 
 @contextlib.contextmanager
 def socket_files() -> Iterator[Config]:
-    """Settings of a kernel that is reached by files: over TCP, two kernels that start at once can take one port."""
-    # In /tmp: a socket's path has at most 107 characters, and the run's folder may be on NFS.
+    """Settings of a kernel that uses socket files; over TCP, two kernels that start together can choose one port.
+
+    Yields:
+        The settings; the files are deleted at the end.
+    """
+    # The files are in /tmp because a socket's path has at most 107 characters, and the run's folder may be on NFS.
     with tempfile.TemporaryDirectory(prefix="hloss-", dir="/tmp") as folder:
         yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
 
@@ -174,31 +207,34 @@ def execute(
     log: Path,
     on_refusal: Callable[[str], object] = lambda message: None,
 ) -> None:
-    """Execute a notebook from the project's root; if it fails, print the last line of its error and exit.
+    """Execute a notebook in the project's root; if it fails, print the last line of its error.
 
     Args:
-        notebook: its name in notebooks/, without .ipynb.
-        out: the executed notebook.
-        parameters: of papermill.
-        log: the file that its output is appended to.
-        on_refusal: called with the message of a ConfigError or DatasetError of the notebook.
+        notebook: name in notebooks/, without .ipynb.
+        out: file of the executed notebook.
+        parameters: values of the parameters cell.
+        log: file to which the output is appended.
+        on_refusal: called with the message if the notebook raises a ConfigError or DatasetError.
+
+    Raises:
+        SystemExit: if the notebook fails or is interrupted.
     """
     part = out.with_name(f".{out.name}")
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     with open(log, "a") as stream:
-        os.dup2(stream.fileno(), sys.stderr.fileno())  # the kernel's own messages belong to the log, too
+        os.dup2(stream.fileno(), sys.stderr.fileno())  # the log also gets the kernel's messages
     logging.info("started: %s, GPUs %r", notebook, os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     try:
         _execute(notebook, part, parameters)
     except KeyboardInterrupt:
-        fail(f"{out} was interrupted; its checkpoint is kept")
+        fail(f"{out} was interrupted; the checkpoint is kept")
     except Exception as error:
         if part.exists():
             shutil.copy(part, out)
         if isinstance(error, PapermillExecutionError) and error.ename in REFUSALS:
             on_refusal(f"{error.ename}: {error.evalue}")
         last = str(error).strip().splitlines()[-1:] or [repr(error)]
-        fail(f"{out} failed: {last[0]} (see {log})")
+        fail(f"{out} failed: {last[0]}; the log is {log}")
     part.replace(out)
 
 

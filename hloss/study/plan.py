@@ -1,8 +1,8 @@
-"""What a study still has to run, and the time, memory and disk that takes.
+"""Plan of a study: the runs left, and the time, memory and disk that they need.
 
-Costs are measured: on complete runs in `runs/` of the same dataset, network, batch and kind of device, whatever their
-loss, and else those of `workflow/measured.csv`. Where neither has a run of that kind, the plan shows what the study
-file asks for, says so, and adds it up separately.
+Costs come from complete runs in `runs/` of the same dataset, network, batch and kind of device, with any loss, or else
+from `workflow/measured.csv`. For a run without a measured cost the plan shows the resources that the study requests,
+and adds them up separately.
 """
 
 import re
@@ -22,7 +22,7 @@ from hloss.study.results import card_hashes, stale_runs
 from hloss.study.spec import Study, StudyRun
 
 MEASURED = Path("workflow/measured.csv")
-COST_SETTINGS = ("dataset", "network", "batch_size", "micro_batch", "devices")  # runs that agree in these cost the same
+COST_SETTINGS = ("dataset", "network", "batch_size", "micro_batch", "devices")  # runs with equal values cost the same
 COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
 STALE = "to redo"  # the state of a run whose result is stale
 CostKey = tuple[str, ...]
@@ -30,9 +30,14 @@ CostKey = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a run: seconds per iteration with its validations, peak memory (of the GPU, on one), disk; its source.
+    """Measured cost of a run.
 
-    `network_mib`, the disk of the network, is not part of `disk_mib`: `keep_network` decides.
+    Attributes:
+        seconds: seconds per iteration, including validations.
+        memory_mib: peak memory in MiB: of the GPU for a run on GPUs, else main memory.
+        disk_mib: disk in MiB without the network.
+        source: where it was measured.
+        network_mib: disk of the network in MiB; used if `keep_network` is set.
     """
 
     seconds: float
@@ -44,7 +49,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Need:
-    """What a run still needs, in hours and GiB: measured (the memory of the GPU, on one) or as the study asks for."""
+    """Time, memory and disk that a run still needs.
+
+    Attributes:
+        hours: hours of training left.
+        memory: memory in GiB: of the GPU if measured on one, else main memory.
+        disk: disk in GiB.
+        on_gpu: whether the run uses a GPU.
+        source: where the cost was measured, or that the study requests it.
+        measured: whether the cost was measured.
+        remark: warnings.
+    """
 
     hours: float
     memory: float
@@ -55,7 +70,7 @@ class Need:
     remark: str = ""
 
     def shown(self) -> tuple[str, str, str, str]:
-        """The last columns of the run's line."""
+        """The last four columns of the run's line."""
         memory = f"{self.memory:.1f}{' of the GPU' * (self.on_gpu and self.measured)}"
         disk = f"{self.disk:.3f}" if self.measured else ""
         return f"{self.hours:.2f}", memory, disk, self.source + self.remark
@@ -63,25 +78,34 @@ class Need:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of a plan: its state, and what it still needs (None: it is done)."""
+    """A run of a plan.
+
+    Attributes:
+        run: the run.
+        state: "done", "to do", "to redo" or "at iteration N".
+        need: what the run still needs; None: it is done.
+    """
 
     run: StudyRun
     state: str
     need: Need | None
 
     def line(self) -> tuple[str, ...]:
-        """Its line in the plan, by COLUMNS."""
+        """The values of `COLUMNS` of this run."""
         shown = self.need.shown() if self.need else ("",) * 4
         return self.run.dataset, self.run.name, self.state, *shown
 
 
 def plan_runs(study: Study, gpus: int | None, costs: dict[CostKey, Cost]) -> list[PlannedRun]:
-    """The plan of each known run of a study.
+    """Plan the known runs of a study.
 
     Args:
         study: with its tuning resolved.
-        gpus: number of GPUs of this machine; None: a cluster provides what the study asks for.
-        costs: of `measured_costs` and `read_costs`.
+        gpus: number of GPUs of this machine; None: a cluster provides the requested GPUs.
+        costs: measured costs, from `measured_costs` and `read_costs`.
+
+    Returns:
+        One entry per run, in the order of the study.
     """
     stale = {run.config.run_id for run in stale_runs(study, card_hashes(study, skip_missing=True))}
     planned = []
@@ -92,7 +116,12 @@ def plan_runs(study: Study, gpus: int | None, costs: dict[CostKey, Cost]) -> lis
 
 
 def plan_text(study: Study, planned: list[PlannedRun]) -> str:
-    """The plan of a study: a line per run, and the totals."""
+    """Format a plan: one line per run, and the totals.
+
+    Args:
+        study: with its tuning resolved.
+        planned: the plan of `plan_runs`.
+    """
     needs = [entry.need for entry in planned if entry.need]
     stale = sum(entry.state == STALE for entry in planned)
     lines = [entry.line() for entry in planned]
@@ -100,23 +129,34 @@ def plan_text(study: Study, planned: list[PlannedRun]) -> str:
     done = f"{len(planned) - len(needs)} of {len(planned)} runs are done"
     paragraphs = [f"study {study.name}: {study.title}", table, f"{done}. {total_text(needs)}"]
     if stale:
-        paragraphs.append(f"Other code or data made {stale} results: these runs are redone, unless KEEP=1 keeps them.")
+        paragraphs.append(
+            f"{stale} results were made by other code or data: their runs are redone unless KEEP=1 is set."
+        )
     if study.waiting:
         paragraphs.append(
-            f"{len(study.waiting)} more runs wait for settings that these choose; they are not in these sums."
+            f"{len(study.waiting)} more runs wait for settings that these runs choose; the sums do not include them."
         )
     return "\n\n".join(paragraphs)
 
 
 def need_of_run(run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey, Cost]) -> Need:
-    """What a run needs for the iterations left. A run without training has the memory and disk of one that trains."""
+    """Compute what a run needs for its remaining iterations.
+
+    A run without training needs the memory and disk of a run that trains.
+
+    Args:
+        run: the run.
+        left: number of iterations left.
+        gpus: as in `plan_runs`.
+        costs: as in `plan_runs`.
+    """
     key = cost_key(run, gpus)
     *settings, _, device = key
     cost = costs.get(key) or costs.get((*settings, "trained", device))
     on_gpu = device == "cuda"
     if cost is None:
-        asked_for = "on a GPU" if run.resources.gpus and not on_gpu else ""  # on a CPU it takes longer
-        source = f"not measured on {device}: what the study asks for {asked_for}".rstrip()
+        device_of_request = "for a GPU" if run.resources.gpus and not on_gpu else ""  # on a CPU it takes longer
+        source = f"not measured on {device}: requested by the study {device_of_request}".rstrip()
         hours = run.resources.hours if left else 0.0
         return Need(hours, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
     hours, memory = left * cost.seconds / 3600, cost.memory_mib / 1024
@@ -126,12 +166,16 @@ def need_of_run(run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey,
 
 
 def total_text(needs: list[Need]) -> str:
-    """The sums over measured runs and, separately, over the runs that were never measured."""
+    """Format the sums over measured runs and, separately, over runs without a measured cost.
+
+    Args:
+        needs: needs of the runs that are not done.
+    """
     free = shutil.disk_usage(".").free / 2**30
     measured = [need for need in needs if need.measured]
     lines = [
         f"Of the other {len(needs)}, {len(measured)} are measured: {_hours_and_memory(measured)}, "
-        f"{sum(need.disk for need in measured):.2f} GiB of disk ({free:.0f} GiB free), without checkpoints at work."
+        f"{sum(need.disk for need in measured):.2f} GiB of disk ({free:.0f} GiB free) plus temporary checkpoints."
     ]
     guesses = defaultdict(list)
     for need in needs:
@@ -139,17 +183,26 @@ def total_text(needs: list[Need]) -> str:
             guesses[need.source].append(need)
     lines += [f"{len(asked)} runs {source}, at most {_hours_and_memory(asked)}." for source, asked in guesses.items()]
     if guesses:
-        lines.append("One short run of each kind measures it.")
+        lines.append("One complete run of each kind measures its cost.")
     return "\n\n".join(lines)
 
 
 def _hours_and_memory(needs: list[Need]) -> str:
     hours, memory = sum(need.hours for need in needs), max((need.memory for need in needs), default=0.0)
-    return f"{hours:.2f} h of training, one after the other, {memory:.1f} GiB of memory for the largest"
+    return f"{hours:.2f} h of training in sequence, at most {memory:.1f} GiB of memory per run"
 
 
 def run_state(run: StudyRun, stale: bool) -> tuple[str, int | None]:
-    """The state of a run, and the most iterations it still needs (None: it is done); `refit` can repeat all of them."""
+    """The state of a run and its remaining iterations.
+
+    Args:
+        run: the run.
+        stale: whether its result is stale.
+
+    Returns:
+        The state, and the largest possible number of remaining iterations (`refit` can double it; None: the run is
+        done).
+    """
     trainings = 2 if run.config.refit else 1
     if stale:
         return STALE, trainings * run.config.iterations
@@ -161,7 +214,12 @@ def run_state(run: StudyRun, stale: bool) -> tuple[str, int | None]:
 
 
 def cost_key(run: StudyRun, gpus: int | None) -> CostKey:
-    """What the cost of a run depends on. gpus: as in `plan_runs`."""
+    """The key of a run's cost: its settings of `COST_SETTINGS`, whether it trains, and its device.
+
+    Args:
+        run: the run.
+        gpus: as in `plan_runs`.
+    """
     return _cost_key(run.config.resolved(), "cuda" if run.resources.gpus > 0 and gpus != 0 else "cpu")
 
 
@@ -172,14 +230,27 @@ def _cost_key(config: dict[str, Any], device: str) -> CostKey:
 
 
 def resource_warnings(run: StudyRun, hours: float, main_memory: float) -> str:
-    """Warnings about insufficient resources."""
-    short = [f"hours={run.resources.hours:g} is short"] * (hours > run.resources.hours)
-    short += [f"memory_gb={run.resources.memory_gb:g} is little"] * (main_memory > run.resources.memory_gb)
+    """Warnings about insufficient resources.
+
+    Args:
+        run: the run with its requested resources.
+        hours: measured hours.
+        main_memory: measured main memory in GiB; 0 if unknown.
+
+    Returns:
+        The warnings in parentheses, or "".
+    """
+    short = [f"hours={run.resources.hours:g} is too little"] * (hours > run.resources.hours)
+    short += [f"memory_gb={run.resources.memory_gb:g} is too little"] * (main_memory > run.resources.memory_gb)
     return f" ({', '.join(short)})" if short else ""
 
 
 def read_costs(file: Path = MEASURED) -> dict[CostKey, Cost]:
-    """The costs in the table that comes with the project."""
+    """Read a table of measured costs.
+
+    Args:
+        file: CSV file with the columns of workflow/measured.csv.
+    """
     table = pd.read_csv(file, dtype=str, keep_default_na=False)
     return {
         (*row[list(COST_SETTINGS)], "trained", row.device): Cost(
@@ -194,7 +265,11 @@ def read_costs(file: Path = MEASURED) -> dict[CostKey, Cost]:
 
 
 def measured_costs(folder: Path) -> dict[CostKey, Cost]:
-    """Medians over the complete runs in `folder`."""
+    """Measure costs as medians over complete runs.
+
+    Args:
+        folder: the folder `runs`.
+    """
     by_key: dict[CostKey, list[tuple[float, ...]]] = defaultdict(list)
     for file in folder.glob("*/*/result.json"):
         result = read_result(file.parent)

@@ -1,4 +1,4 @@
-"""The figures. They draw what they are given and compute nothing; each returns its matplotlib Figure."""
+"""Figures of the notebooks. Each function draws the given numbers and returns a matplotlib Figure."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,12 +14,16 @@ HIT, MISS = "#1a7f37", "#cf222e"
 
 def _finish(figure: Figure) -> Figure:
     figure.tight_layout()
-    plt.close(figure)  # a notebook shows the returned figure once
+    plt.close(figure)  # so that a notebook shows the returned figure only once
     return figure
 
 
 def recall_curves(recalls: pd.DataFrame) -> Figure:
-    """Recall@K by method over K, with the range over seeds. Columns: method, seed, K, recall (%)."""
+    """Plot Recall@K of each method over K: mean and range over seeds.
+
+    Args:
+        recalls: one row per run and K, with the columns method, seed, K, recall (%).
+    """
     figure, axes = plt.subplots(figsize=(8, 4.5))
     sns.lineplot(recalls, x="K", y="recall", hue="method", style="method", markers=True, dashes=False, ax=axes,
                  errorbar=("pi", 100))  # fmt: skip
@@ -32,9 +36,12 @@ def recall_curves(recalls: pd.DataFrame) -> Figure:
 
 
 def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Test Recall@1 (%) of the methods of a comparison: a point per seed, the mean with its 95 % interval.
+    """Plot the test Recall@1 of the methods of a comparison: one point per seed, and the mean with its 95 % interval.
 
-    results: of one dataset, of `hloss.study.results.read_results`; table: their `hloss.study.statistics.summary`.
+    Args:
+        name: name of the comparison.
+        results: results on one dataset, from `hloss.study.results.read_results`.
+        table: their `hloss.study.statistics.summary`.
     """
     runs = results[(results["comparison"] == name) & results["complete"]]
     means = table[(table["comparison"] == name) & (table["n"] > 0)]
@@ -53,7 +60,11 @@ def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 
 def similarity_densities(panels: dict[str, pd.DataFrame]) -> Figure:
-    """Densities of positive and negative similarities, a panel per title. Columns: nodes, positive, negative."""
+    """Plot the densities of positive and negative similarities.
+
+    Args:
+        panels: title -> density, with the columns nodes (equally spaced), positive and negative (mass per node).
+    """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows), squeeze=False)
@@ -70,7 +81,11 @@ def similarity_densities(panels: dict[str, pd.DataFrame]) -> Figure:
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Validation Recall@1 over iterations by method and seed. Columns: method, seed, iteration, recall (%)."""
+    """Plot the validation Recall@1 over iterations, one line per method and seed.
+
+    Args:
+        history: one row per validation, with the columns method, seed, iteration, recall (%).
+    """
     figure, axes = plt.subplots(figsize=(8, 4))
     sns.lineplot(history, x="iteration", y="recall", hue="method", units="seed", estimator=None, ax=axes)
     axes.set(xlabel="iteration", ylabel="validation Recall@1 (%)", ylim=(0, None))
@@ -79,7 +94,12 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def loss_curve(loss: np.ndarray, name: str) -> Figure:
-    """The loss of each batch over iterations."""
+    """Plot the loss of each batch over iterations.
+
+    Args:
+        loss: loss per iteration, shape (iterations,).
+        name: name of the loss.
+    """
     figure, axes = plt.subplots(figsize=(6, 3))
     axes.plot(np.arange(1, len(loss) + 1), loss, color="0.3", linewidth=1)
     axes.set(xlabel="iteration", ylabel=f"{name} loss of the batch", ylim=(0, None))
@@ -87,7 +107,12 @@ def loss_curve(loss: np.ndarray, name: str) -> Figure:
 
 
 def retrieval_panel(images: np.ndarray, panel: dict[str, list]) -> Figure:
-    """Queries (left) with their nearest images, nearest first; hits framed green, misses red and crossed out."""
+    """Show queries (left) and their nearest images, nearest first; hits have a green frame, misses a red one and a cross.
+
+    Args:
+        images: images of the dataset, shape (n, height, width, channels), uint8.
+        panel: row numbers of `images` under "queries" (q) and "neighbors" (q, k), and "hits" (q, k, booleans).
+    """
     queries, neighbors, hits = panel["queries"], panel["neighbors"], panel["hits"]
     rows, columns = len(queries), 1 + len(neighbors[0])
     figure, grid = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.0 * rows), squeeze=False)
@@ -107,7 +132,11 @@ def retrieval_panel(images: np.ndarray, panel: dict[str, list]) -> Figure:
 
 
 def images_per_class(sizes: pd.DataFrame) -> Figure:
-    """How many classes have how many images, a panel per split. Columns: split, images (of one class)."""
+    """Plot the distribution of the number of images per class, one panel per split.
+
+    Args:
+        sizes: one row per class, with the columns split and images.
+    """
     splits = list(dict.fromkeys(sizes["split"]))
     figure, grid = plt.subplots(1, len(splits), figsize=(3.6 * len(splits), 3), sharex=True, squeeze=False)
     for axes, split in zip(grid.flat, splits, strict=True):
@@ -118,7 +147,13 @@ def images_per_class(sizes: pd.DataFrame) -> Figure:
 
 
 def contact_sheet(images: np.ndarray, rows: list[list[int]], titles: list[str]) -> Figure:
-    """A line of images per title: row numbers of `images`, lines may differ in length."""
+    """Show one line of images per title.
+
+    Args:
+        images: images of the dataset, shape (n, height, width, channels), uint8.
+        rows: row numbers of `images` for each line; lines may differ in length.
+        titles: titles of the lines.
+    """
     columns = max(map(len, rows))
     height, width = images.shape[1:3]
     size = 0.8 * columns, 0.8 * len(rows) * height / width
@@ -142,7 +177,11 @@ def _show(axes: plt.Axes, image: np.ndarray, frame: str) -> None:
 
 
 def similarity_matrix(similarity: np.ndarray) -> Figure:
-    """Cosine similarities of all pairs of a batch, as an image."""
+    """Plot the cosine similarities of all pairs of a batch.
+
+    Args:
+        similarity: similarities, shape (n, n).
+    """
     figure, axes = plt.subplots(figsize=(4.8, 4))
     shown = axes.imshow(similarity, vmin=-1, vmax=1, cmap="RdBu_r")
     axes.set(xlabel="image j", ylabel="image i")
@@ -151,7 +190,13 @@ def similarity_matrix(similarity: np.ndarray) -> Figure:
 
 
 def linear_binning(nodes: np.ndarray, weights: np.ndarray, similarities: list[float]) -> Figure:
-    """What single similarities add to the nodes. weights: (similarities, nodes)."""
+    """Plot the weights that single similarities add to the nodes.
+
+    Args:
+        nodes: nodes, shape (m,).
+        weights: weights, shape (similarities, m).
+        similarities: the similarities.
+    """
     figure, axes = plt.subplots(figsize=(7, 2.6))
     for row, s, color in zip(weights, similarities, sns.color_palette("dark"), strict=False):
         used = row > 0
@@ -165,7 +210,11 @@ def linear_binning(nodes: np.ndarray, weights: np.ndarray, similarities: list[fl
 
 
 def expected_reversals(histograms: pd.DataFrame) -> Figure:
-    """Equation 4 as a picture. Columns: nodes, positive, negative, cumulative."""
+    """Plot the terms of equation 4: both histograms, and the cumulative histogram of positive pairs.
+
+    Args:
+        histograms: one row per node, with the columns nodes, positive, negative, cumulative.
+    """
     step = histograms["nodes"].iloc[1] - histograms["nodes"].iloc[0]
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for sign, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
@@ -180,7 +229,11 @@ def expected_reversals(histograms: pd.DataFrame) -> Figure:
 
 
 def anatomy(panels: dict[str, tuple[PairHistograms, PairSlopes]]) -> Figure:
-    """Densities above, slopes of the loss below, a column per title."""
+    """Plot densities (above) and slopes of the loss (below), one column per title.
+
+    Args:
+        panels: title -> histograms of the pairs, and slopes of the loss.
+    """
     figure, grid = plt.subplots(
         2, len(panels), figsize=(2.6 + 2.4 * len(panels), 4.6), squeeze=False, sharex=True, sharey="row"
     )
@@ -199,17 +252,28 @@ def anatomy(panels: dict[str, tuple[PairHistograms, PairSlopes]]) -> Figure:
 
 
 def order_costs(reach: np.ndarray, costs: dict[str, np.ndarray]) -> Figure:
-    """Order costs over how much more similar the negative pair is."""
+    """Plot order costs over the difference in similarity between a negative and a positive pair.
+
+    Args:
+        reach: similarity of the negative pair minus that of the positive pair, shape (m,).
+        costs: name of the cost -> values, shape (m,).
+    """
     figure, axes = plt.subplots(figsize=(6, 3))
     for (name, cost), style in zip(costs.items(), ("-", "--", "-.", ":"), strict=False):
         axes.plot(reach, cost, style, label=name, linewidth=2)
-    axes.set(xlabel="similarity of the negative pair less that of the positive", ylabel="cost C", ylim=(-0.05, None))
+    axes.set(
+        xlabel="similarity of the negative pair minus that of the positive pair", ylabel="cost C", ylim=(-0.05, None)
+    )
     axes.legend(frameon=False)
     return _finish(figure)
 
 
 def discretisation(errors: pd.DataFrame) -> Figure:
-    """Distance of the estimates from the exact probability. Columns: n_bins, estimate, error."""
+    """Plot the distance of estimates from the exact probability of reverse.
+
+    Args:
+        errors: one row per estimate, with the columns n_bins, estimate, error.
+    """
     figure, axes = plt.subplots(figsize=(6, 3.4))
     sns.lineplot(errors, x="n_bins", y="error", hue="estimate", style="estimate", markers=True, dashes=False, ax=axes)
     axes.set(

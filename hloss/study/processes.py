@@ -1,4 +1,4 @@
-"""Processes that end with their parent, and commands that are interrupted before they are killed."""
+"""Processes that end with their parent, and commands that receive SIGINT before they are killed."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Send this process SIGTERM when its parent has ended, and end it half a minute later if it still runs."""
+    """When the parent of this process ends, send this process SIGTERM, and exit 30 seconds later if it still runs."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -27,10 +27,20 @@ def end_with_parent() -> None:
 
 
 def call(command: list[str], meanwhile: Callable[[], object]) -> int:
-    """Run a command to its end, calling `meanwhile` every second; returns its exit status.
+    """Run a command and call `meanwhile` every second until it ends.
 
-    SIGINT and SIGTERM are passed on once, as a SIGINT to the command's process group; when the command has ended, this
-    program exits. On Linux the command does not outlive this process.
+    The first SIGINT or SIGTERM is forwarded as SIGINT to the command's process group. On Linux the command is killed if
+    this process ends.
+
+    Args:
+        command: program and arguments.
+        meanwhile: called every second, and once after the end.
+
+    Returns:
+        Exit status of the command.
+
+    Raises:
+        SystemExit: after the end of the command, if a signal was forwarded.
     """
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=prepare)
     interrupted = False
@@ -38,7 +48,7 @@ def call(command: list[str], meanwhile: Callable[[], object]) -> int:
     def interrupt(signum: int, frame: object) -> None:
         nonlocal interrupted
         if not interrupted:
-            print(f"{'stopping':>8}  checkpoints are kept; this takes up to half a minute", flush=True)
+            print(f"{'stopping':>8}  runs save their checkpoints, for up to 30 seconds", flush=True)
             os.killpg(process.pid, signal.SIGINT)
         interrupted = True
 
@@ -60,7 +70,7 @@ def call(command: list[str], meanwhile: Callable[[], object]) -> int:
 
 
 def prepare() -> None:
-    """In the new process, before the command: the default SIGINT handler, and SIGKILL when the parent ends."""
+    """Set up a new process before its command: default SIGINT handler, SIGKILL when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Snakemake profiles: where the runs of a study are executed."""
+"""Snakemake profiles: where a study executes its runs."""
 
 from pathlib import Path
 
@@ -10,13 +10,24 @@ PROFILES = Path("workflow/profiles")
 
 
 def profile_folder(name: str) -> Path:
-    """The folder of a profile. ConfigError if there is none."""
+    """The folder of a profile.
+
+    Args:
+        name: name of a folder in workflow/profiles.
+
+    Raises:
+        ConfigError: if the profile does not exist.
+    """
     known = sorted(path.parent.name for path in PROFILES.glob("*/config.yaml"))
     if name not in known:
-        raise ConfigError(f"PROFILE={name} is unknown, allowed are {', '.join(known)}")
+        raise ConfigError(f"PROFILE is unknown: got {name!r}; allowed are {', '.join(known)}")
     return PROFILES / name
 
 
 def uses_slurm(profile: Path) -> bool:
-    """Whether the profile hands runs to Slurm."""
+    """Whether a profile submits runs to Slurm.
+
+    Args:
+        profile: folder of the profile.
+    """
     return (yaml.safe_load((profile / "config.yaml").read_text()) or {}).get("executor") == "slurm"

@@ -1,4 +1,4 @@
-"""Progress of a study, read from the folders of its runs: on this machine and on a cluster alike."""
+"""Progress of a study, read from the folders of its runs on this machine or a cluster."""
 
 import time
 from contextlib import suppress
@@ -10,7 +10,13 @@ from hloss.study.spec import Study, StudyRun
 
 
 class Progress:
-    """Called every second or so; prints a line when a run starts, stops, fails or is complete."""
+    """Print a line when a run starts, stops, fails or is complete.
+
+    Call the object about every second.
+
+    Args:
+        study: the study with its known runs.
+    """
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -22,10 +28,12 @@ class Progress:
         self.seen = {folder: (_status_time(folder), "") for _, folder in self.todo}
 
     def print_start(self) -> None:
+        """Print how many runs are complete."""
         print(f"study {self.study.name}: {self.total - self.first} of {self.total} runs are complete", flush=True)
 
     def __call__(self) -> None:
-        with suppress(OSError):  # a network file system is away: the next call prints the changes
+        """Print the changes since the last call."""
+        with suppress(OSError):  # if a network file system does not answer, the next call prints the changes
             self._print_changes()
 
     def _print_changes(self) -> None:
@@ -42,7 +50,7 @@ class Progress:
                 )
 
     def _print_state(self, run: StudyRun, folder: Path) -> None:
-        """Print a state once. Ignore statuses from before this start."""
+        """Print a new state once; ignore statuses from before this start."""
         before, state = self.seen[folder]
         if _status_time(folder) == before:
             return

@@ -1,9 +1,15 @@
-"""Published values, and the comparison of a study's results with them.
+"""Published values, and comparison of a study's results with them.
 
-`reports/published_values.csv` has one row per published value: dataset, method (a loss of ours where it is one),
-settings (those stated that make it another method, as `name=value; ...`), network (ours where it is that one), dim,
-protocol (ours, or in words what is different), selection (by what the published iteration was chosen), metric (a name
-of ours), value in %, source, place in the source, url, note.
+`reports/published_values.csv` has one row per published value. Columns:
+
+- dataset: one of `DATASETS`.
+- method: the name of the loss in this package, or the published name if the package lacks it.
+- settings: published settings that define the method, as `name=value; ...`.
+- network, protocol: the name in this package, or a description if the package lacks it.
+- dim: dimensions of the embedding.
+- selection: the data on which the published iteration was chosen; one of `SELECTIONS`.
+- metric, value: "recall@K" or "map", in %.
+- source, place, url, note: publication, place in it, address, remarks.
 """
 
 import json
@@ -26,17 +32,27 @@ COLUMNS = (*NEEDED, "settings", "dim", "note")
 DATASETS = ("cub", "sop", "cuhk03", "market1501")
 SELECTIONS = ("validation classes", "not stated", "test set", "nothing to choose")
 EXACT, NETWORK, PROTOCOL = "exact", "same protocol, another network", "other protocol"
-SHOWN = (*LOSS_COMPARISONS, "batch", "C")  # the comparisons that hold the methods of the publications
-PREPARED = {"cuhk03-single-shot": {"boxes": "labeled", "camera_pairs": 3}}  # other boxes or pairs: another protocol
-SAME_IN_A_METHOD = ("loss", "network", "embedding_dim", "protocol")  # what the runs of one method must share
+SHOWN = (*LOSS_COMPARISONS, "batch", "C")  # comparisons with methods that have published values
+PREPARED = {"cuhk03-single-shot": {"boxes": "labeled", "camera_pairs": 3}}  # preparation that a protocol requires
+SAME_IN_A_METHOD = ("loss", "network", "embedding_dim", "protocol")  # must be equal in the runs of one method
 
 
 def read_published(file: str | Path = PUBLISHED) -> pd.DataFrame:
-    """The published values, `settings` as mappings. ConfigError names the line and what is wrong with it."""
+    """Read the published values.
+
+    Args:
+        file: path from the project's root or from the current folder.
+
+    Returns:
+        One row per value; `settings` are dictionaries, value and dim are floats.
+
+    Raises:
+        ConfigError: if a column or a value is invalid; the message names the line.
+    """
     file = project_path(str(file))
     table = pd.read_csv(file, dtype=str, keep_default_na=False)
     if set(table.columns) != set(COLUMNS):
-        raise ConfigError(f"{file} has the columns {list(table.columns)}, expected are {list(COLUMNS)}")
+        raise ConfigError(f"{file} has wrong columns: got {list(table.columns)}; required are {list(COLUMNS)}")
     rows = [_read_row(f"{file}, line {line}", row) for line, row in enumerate(table.to_dict("records"), start=2)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -47,13 +63,13 @@ def _read_row(where: str, row: dict[Any, str]) -> dict[str, Any]:
             raise ConfigError(f"{where}: {column} is empty")
     for column, allowed in (("dataset", DATASETS), ("selection", SELECTIONS)):
         if row[column] not in allowed:
-            raise ConfigError(f"{where}: {column}={row[column]!r} is unknown, allowed are {', '.join(allowed)}")
+            raise ConfigError(f"{where}: {column} is unknown: got {row[column]!r}; allowed are {', '.join(allowed)}")
     kind, _, k = row["metric"].partition("@")
     if row["metric"] != "map" and not (kind == "recall" and k.isdigit() and int(k) > 0):
-        raise ConfigError(f"{where}: metric={row['metric']!r} is neither recall@K nor map")
+        raise ConfigError(f"{where}: metric must be recall@K or map: got {row['metric']!r}")
     value, dim = _number(where, "value", row["value"]), _number(where, "dim", row["dim"] or "nan")
     if not 0 < value <= 100:
-        raise ConfigError(f"{where}: value={row['value']!r} is not a percentage above 0 and up to 100")
+        raise ConfigError(f"{where}: value must be above 0 and at most 100 (%): got {row['value']!r}")
     return row | {"value": value, "dim": dim, "settings": _settings(where, row["settings"])}
 
 
@@ -61,7 +77,7 @@ def _number(where: str, column: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"{where}: {column}={text!r} is no number") from None
+        raise ConfigError(f"{where}: {column} must be a number: got {text!r}") from None
 
 
 def _settings(where: str, text: str) -> dict[str, Any]:
@@ -69,22 +85,27 @@ def _settings(where: str, text: str) -> dict[str, Any]:
     settings = {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
     unknown = [name for name in settings if name not in RunConfig.model_fields]
     if unknown:
-        raise ConfigError(f"{where}: settings={text!r}: {', '.join(unknown)} is no setting of a run")
+        raise ConfigError(f"{where}: settings={text!r} names unknown settings of a run: {', '.join(unknown)}")
     return settings
 
 
 def compare_with_published(results: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFrame:
-    """A study's methods beside the published values of the same dataset, loss and stated settings.
+    """Compare a study's methods with published values for the same dataset, loss and settings.
 
-    One row per method and published value: dataset, method, metric, ours (mean over runs, %), low and high (95 %
-    interval, %), n, run_ids, published (%), difference (points), match, source, place, url, note. `match` is "exact"
-    (the same protocol, network and dimensions), "same protocol, another network", or "other protocol" (what was chosen
-    on the test set is one): the last is to be shown apart, and has no difference. Nor has a method whose runs are not
-    all complete. Empty where nothing was published.
+    `match` says how close the published experiment is: "exact" (same protocol, network and dimensions), "same protocol,
+    another network" or "other protocol" (also used for values chosen on the test set).
 
-    results: one row per run and comparison, of the comparisons that hold the methods of the publications (SHOWN);
-    metrics in %, as of `hloss.study.results.read_results`. ConfigError where the runs of one method differ in loss,
-    network, dimensions or protocol.
+    Args:
+        results: runs of the comparisons `SHOWN`, from `hloss.study.results.read_results`.
+        published: the table of `read_published`; None: read it.
+
+    Returns:
+        One row per method and published value, none without published values. Columns: dataset, method, metric, ours
+        (mean over runs, %), low and high (95 % interval, %), n, run_ids, published (%), difference (ours minus
+        published, in points; NaN for another protocol or a method with missing runs), match, source, place, url, note.
+
+    Raises:
+        ConfigError: if the runs of one method differ in loss, network, dimensions or protocol.
     """
     published = read_published() if published is None else published
     rows = []
@@ -103,13 +124,13 @@ def _check_one_method(dataset: str, method: str, runs: pd.DataFrame) -> None:
         found = runs[column].unique()
         if len(found) > 1:
             raise ConfigError(
-                f"the runs of {method!r} on {dataset} differ in {column} ({', '.join(map(str, found))}): "
-                "they are not repetitions of one method and cannot be compared with published values"
+                f"the runs of {method!r} on {dataset} differ in {column}: got {', '.join(map(str, found))}; "
+                "repetitions of one method must have one value"
             )
 
 
 def _is_published(run: pd.Series, value: dict[str, Any]) -> bool:
-    """Whether a published value is of this run's loss and settings, and the run measured its metric."""
+    """Whether a published value is for this run's loss and settings, and the run has its metric."""
     same = run["loss"] == value["method"] and all(run.get(k) == v for k, v in value["settings"].items())
     return same and pd.notna(run.get(value["metric"]))
 

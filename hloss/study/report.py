@@ -1,7 +1,7 @@
-"""HTML of a report: sortable tables and links to files, and figures that are saved as files.
+"""HTML of a report: sortable tables, links to files, saved figures.
 
-Display the strings by IPython.display.HTML. Without scripts (on GitHub, in an untrusted notebook) a table does not sort
-and a link is plain text.
+Display the strings with IPython.display.HTML. Without scripts (on GitHub, in an untrusted notebook) tables do not sort
+and links are plain text.
 """
 
 import html
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from hloss.runs.files import atomic_write, project_path
 from hloss.study.statistics import headline
 
-# Works on every <table class="sortable"> above it. A column is one of numbers if most of its cells begin with one
-# ("41.5", "41.5 +- 0.8", "-3 %"); its other cells, and the empty cells of any column, come last in both directions.
+# The script sorts every <table class="sortable"> above it. A column is numeric if most of its cells begin with a number
+# ("41.5", "41.5 +- 0.8", "-3 %"). Its other cells, and empty cells of any column, come last in both directions.
 SORTING = """<style>
 table.sortable th button { all: unset; cursor: pointer; font-weight: bold; }
 table.sortable th button:focus-visible { outline: 2px solid; }
@@ -59,7 +59,7 @@ for (const table of document.querySelectorAll("table.sortable:not([data-sorts])"
   });
 }
 </script>"""
-# The image loads only where the report is in its folder; in a report that was mailed alone, links stay plain text.
+# The image loads only if the report is in its folder. In a report that was sent alone, links stay plain text.
 LINKS = """<script>
 {
   const probe = new Image();
@@ -72,25 +72,37 @@ LINKS = """<script>
 
 
 def relative_link(target: str, text: str) -> str:
-    """A link to a file by its path from the report; plain text until the script of `enable_links` finds the files."""
+    """HTML of a link to a file; it is plain text until the script of `enable_links` finds the files.
+
+    Args:
+        target: path of the file, relative to the report.
+        text: text of the link.
+    """
     return f'<a data-beside="{html.escape(urllib.parse.quote(target))}">{html.escape(text)}</a>'
 
 
 def enable_links(probe: str) -> str:
-    """The script that enables each `relative_link` above it, if the image `probe` (path from the report) exists."""
+    """HTML of the script that enables every `relative_link` above it.
+
+    Args:
+        probe: path of an image, relative to the report; links are enabled if it loads.
+    """
     return LINKS.replace("PROBE", urllib.parse.quote(probe))
 
 
 def sortable_table(frame: pd.DataFrame, html_columns: Collection[str] = ()) -> str:
-    """A frame, without its index, as a table that sorts by a click, Enter or Space on a header.
+    """HTML of a table that sorts by a click, Enter or Space on a header; a second time reverses the order.
 
-    Values are shown as `str` converts them, so round or format them first; missing ones are empty. Cells are escaped,
-    except in `html_columns`, which hold HTML (links). Sorting a second time reverses the order; equal rows keep theirs.
-    ValueError if a name in `html_columns` is not a column.
+    Args:
+        frame: the rows, without the index. Values are converted with `str`; missing ones are empty cells.
+        html_columns: columns whose cells contain HTML; all other cells are escaped.
+
+    Raises:
+        ValueError: if a name in `html_columns` is not a column.
     """
     unknown = sorted(set(html_columns) - set(frame.columns))
     if unknown:
-        raise ValueError(f"html_columns {unknown} are no columns of the table, which has {list(frame.columns)}")
+        raise ValueError(f"html_columns must be columns of the table: got {unknown}; allowed are {list(frame.columns)}")
     header = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
     rows = []
     for values in frame.astype(object).itertuples(index=False, name=None):
@@ -106,7 +118,16 @@ def _cell(value: object, is_html: bool) -> str:
 
 
 def save_figure(figure: Figure, name: str, folder: str) -> Figure:
-    """The figure, written as PNG and SVG into a folder of the project ("": nowhere)."""
+    """Write a figure as PNG and SVG.
+
+    Args:
+        figure: the figure.
+        name: name of the files; spaces become underscores.
+        folder: path from the project's root; "": write nothing.
+
+    Returns:
+        The figure, to be displayed.
+    """
     for kind in ("png", "svg") if folder else ():
         file = project_path(folder) / f"{name.replace(' ', '_')}.{kind}"
         atomic_write(file, lambda part, kind=kind: figure.savefig(part, format=kind, dpi=150))  # type: ignore[misc]
@@ -114,9 +135,14 @@ def save_figure(figure: Figure, name: str, folder: str) -> Figure:
 
 
 def run_links(runs: pd.DataFrame, report_dir: str) -> dict[str, str]:
-    """HTML of each run's id: a link to its notebook, if that exists and the report is written to a folder.
+    """HTML of run ids with links to the notebooks of the runs.
 
-    runs: with the columns study and run_id; report_dir: of the project.
+    Args:
+        runs: runs with the columns study and run_id.
+        report_dir: folder of the report, from the project's root; "": no links.
+
+    Returns:
+        Run id -> HTML; an id without a notebook is plain text.
     """
     links = {}
     for study, run_id in runs[["study", "run_id"]].itertuples(index=False, name=None):
@@ -127,7 +153,15 @@ def run_links(runs: pd.DataFrame, report_dir: str) -> dict[str, str]:
 
 
 def collapsed_runs(run_ids: pd.Series, links: Mapping[str, str]) -> list[str]:
-    """HTML of each "id, id, ...": a collapsed list of the ids. links: of `run_links`."""
+    """HTML of collapsed lists of runs.
+
+    Args:
+        run_ids: cells of the form "id, id, ...".
+        links: run id -> HTML, from `run_links`.
+
+    Returns:
+        One string per cell; empty for an empty cell.
+    """
     cells = (", ".join(links.get(i, html.escape(i)) for i in ids.split(", ")) for ids in run_ids.fillna(""))
     return [f"<details><summary>runs</summary>{cell}</details>" if cell else "" for cell in cells]
 
@@ -135,9 +169,13 @@ def collapsed_runs(run_ids: pd.Series, links: Mapping[str, str]) -> list[str]:
 def headline_table(
     table: pd.DataFrame, comparisons: Collection[str], metrics: list[str], links: Mapping[str, str] | None = None
 ) -> str:
-    """`hloss.study.statistics.headline` as a sortable HTML table, with the runs of each row.
+    """HTML of `hloss.study.statistics.headline` as a sortable table with the runs of each row.
 
-    links: of `run_links`.
+    Args:
+        table: the table of `hloss.study.statistics.summary`.
+        comparisons: comparisons to show.
+        metrics: metrics to show; the interval is that of the first.
+        links: run id -> HTML, from `run_links`.
     """
     shown = headline(table, comparisons, metrics)
     shown["runs"] = collapsed_runs(table.loc[shown.index, "run_ids"], links or {})

@@ -1,4 +1,4 @@
-"""The results of a study as one table."""
+"""Collect the results of a study into one table, read the table, and find stale runs."""
 
 import functools
 import json
@@ -22,13 +22,21 @@ from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
-SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # of a dataset; the card: of a split
+SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # within a dataset; card_sha256 within a split
 MADE_BY = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
-SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # of a dataset
+SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # within a dataset
 
 
 def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
-    """Runs whose result has not the fingerprint of a new one. cards: dataset -> hash of its card, if known."""
+    """Runs with a result whose fingerprint differs from that of a new run.
+
+    Args:
+        study: with its tuning resolved.
+        cards: dataset -> hash of its card; the card of a dataset that is missing here is not compared.
+
+    Returns:
+        The stale runs in the order of the study.
+    """
     stale = []
     for run in study.runs:
         if result := read_result(run.config.folder):
@@ -40,9 +48,17 @@ def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
 
 
 def card_hashes(study: Study, skip_missing: bool = False) -> dict[str, str]:
-    """Dataset -> hash of its card, of the datasets of a study. DatasetError for one that is not prepared here.
+    """Hashes of the cards of a study's datasets.
 
-    skip_missing: leave such datasets out.
+    Args:
+        study: with its tuning resolved.
+        skip_missing: leave out datasets that are not prepared.
+
+    Returns:
+        Dataset -> hash of its card.
+
+    Raises:
+        DatasetError: if a dataset is not prepared, unless `skip_missing`.
     """
     hashes = {}
     for folder in {run.config.data_folder for run in study.runs}:
@@ -52,7 +68,15 @@ def card_hashes(study: Study, skip_missing: bool = False) -> dict[str, str]:
 
 
 def write_results(study: Study, keep: bool) -> None:
-    """Write results.parquet (`collect`) and loss_cost.csv (`measured_loss_cost`) to the folder of a study's report."""
+    """Write results.parquet (`collect`) and loss_cost.csv (`measured_loss_cost`) to reports/STUDY.
+
+    Args:
+        study: with its tuning resolved.
+        keep: as in `collect`.
+
+    Raises:
+        ConfigError: as in `collect`.
+    """
     file = Path("reports") / study.name / "results.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     table, cost = collect(study, keep), measured_loss_cost()
@@ -61,7 +85,11 @@ def write_results(study: Study, keep: bool) -> None:
 
 
 def measured_loss_cost() -> pd.DataFrame:
-    """Seconds of the loss, forward and backward, by batch size: the best of three, D = 128, on this machine's CPU."""
+    """Measure the time of the histogram loss, forward and backward, on this machine's CPU.
+
+    Returns:
+        One row per batch size. Columns: batch_size, seconds (the fastest of three calls, 128 dimensions).
+    """
     rows = []
     for n in (1024, 2048, 4096, 8192):
         embeddings = torch.randn(n, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -75,10 +103,19 @@ def measured_loss_cost() -> pd.DataFrame:
 
 
 def collect(study: Study, keep: bool = False) -> pd.DataFrame:
-    """The results of a study, one row per run; `complete` is False for a run without a result.
+    """Collect the results of a study.
 
-    ConfigError if there is no result, if several versions of the code or of a package that settings name made them
-    (unless `keep`), or if they must not be compared (`refuse_mixed`).
+    Args:
+        study: with its tuning resolved.
+        keep: accept results of several versions of the code or of a package.
+
+    Returns:
+        One row per run; `complete` is False for a run without a result. Columns: those of the study (study, title,
+        comparison, method, place, settings of the run), of the result (metrics as fractions) and of its provenance.
+
+    Raises:
+        ConfigError: if there is no result; if several versions of the code or of a package that settings name made the
+            results, unless `keep`; or if results cannot be compared (`refuse_mixed`).
     """
     rows, first = [], {run.dataset: run.config.seed for run in sorted(study.runs, key=lambda r: -r.config.seed)}
     opened = functools.cache(open_dataset)
@@ -92,7 +129,7 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     rows += [_study_columns(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
     table = pd.DataFrame(rows)
     if not table["complete"].any():
-        raise ConfigError(f"study {study.name!r} has no result yet; run it first")
+        raise ConfigError(f"study {study.name!r} has no result; run `make study STUDY={study.name}` first")
     if not keep:
         _refuse_versions(study.name, table)
     refuse_mixed(table)
@@ -100,18 +137,18 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
 
 
 def _refuse_versions(study: str, table: pd.DataFrame) -> None:
-    """ConfigError if several versions of the code or of a package that settings name made the results."""
+    """Refuse results of several versions of the code, or of a package that settings name."""
     for column in ("code_sha256", *NAMED_PACKAGES):
         if column in table and (versions := table[column].nunique()) > 1:
             what = "the code" if column == "code_sha256" else column
             raise ConfigError(
-                f"the runs of study {study!r} were made by {versions} versions of {what}; "
-                "run the study again, or mix them knowingly with KEEP=1"
+                f"the runs of study {study!r} were made by {versions} versions of {what}; run the study again, or "
+                "accept this with KEEP=1"
             )
 
 
 def _study_columns(study: Study, run: StudyRun) -> dict[str, Any]:
-    """The columns of the table that the study decides."""
+    """The columns of a run that follow from the study."""
     return {
         "study": run.config.study,
         "title": study.title,
@@ -126,7 +163,17 @@ def _study_columns(study: Study, run: StudyRun) -> dict[str, Any]:
 
 
 def result_columns(config: RunConfig, result: dict[str, Any], dataset: Dataset, exact: bool) -> dict[str, Any]:
-    """The columns of the table that the result decides. exact: with the exact probability of reverse, which is slow."""
+    """The columns of a run that follow from its result.
+
+    Args:
+        config: settings of the run.
+        result: content of its result.json.
+        dataset: the dataset of the run.
+        exact: compute the exact probability of reverse, which is slow; otherwise it is NaN.
+
+    Returns:
+        Column -> value; metrics are fractions.
+    """
     history = pd.read_parquet(config.folder / "history.parquet")
     validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
     density = result["similarity_density"]
@@ -159,14 +206,14 @@ def _provenance_columns(provenance: dict[str, Any]) -> dict[str, Any]:
     return {
         "git_commit": f"{provenance['git_commit'] or 'no git'}{' with changes' * provenance['git_dirty']}",
         "device": provenance["device"],
-        "processor": provenance.get("processor", ""),  # older results do not name it
+        "processor": provenance.get("processor", ""),  # older results lack it
         "threads": provenance["threads"],
         "torch": provenance["packages"]["torch"],
     }
 
 
 def _class_interval(folder: Path, dataset: Dataset) -> dict[str, float]:
-    """The 95 % interval of a run's Recall@1 over its test classes, by bootstrap."""
+    """The 95 % bootstrap interval over test classes of a run's Recall@1, as fractions."""
     ranks, queries = (np.load(folder / f"{name}.npy") for name in ("ranks", "queries"))
     classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries]
     matched = ranks > 0
@@ -175,17 +222,24 @@ def _class_interval(folder: Path, dataset: Dataset) -> dict[str, float]:
 
 
 def _reverse_probability(folder: Path, dataset: Dataset) -> float:
-    """The exact probability of reverse of a run's query and gallery images, in [0, 1]."""
+    """The exact probability of reverse over a run's query and gallery images, in [0, 1]."""
     known = identified_rows(dataset)
     labels = dataset.labels(dataset.rows("test"))[known]
     return reverse_probability(torch.from_numpy(np.load(folder / "embeddings.npy")[known]), labels)
 
 
 def refuse_mixed(table: pd.DataFrame) -> None:
-    """ConfigError, naming the run, if results of one dataset differ in protocol, data, network or choice.
+    """Refuse results that cannot be compared with each other.
 
-    Runs without training may have another network: they are the baselines of all others. Runs of a grid are compared
-    with none of the others, but are on the same data.
+    All results of a dataset need the same protocol and data. Trained runs also need the same network and the same way
+    of choosing the iteration. Exempt from the second rule are runs without training, which are baselines, and runs of a
+    grid, which are compared only with each other.
+
+    Args:
+        table: the table of `collect`.
+
+    Raises:
+        ConfigError: if results differ in one of these; the message names the run.
     """
     complete = table[table["complete"]]
     complete = complete.assign(prepared=complete["prepared"].map(_without_test_set))
@@ -200,24 +254,32 @@ def refuse_mixed(table: pd.DataFrame) -> None:
                 run = other.iloc[0]
                 raise ConfigError(
                     f"run {run['run_id']} ({run['method'][0]}) on {dataset} has {name}={short_value(run[name])!r}, the "
-                    f"others {short_value(usual)!r}: such results are not compared; run it again, or take it out of "
-                    "the study"
+                    f"other runs have {short_value(usual)!r}; such results cannot be compared: run it again, or remove "
+                    "it from the study"
                 )
     splits = complete.drop_duplicates("split")
     for (dataset, _), same in splits.groupby(["dataset", "card_sha256"]):
         if len(same) > 1:
-            raise ConfigError(f"{' and '.join(same['split'])} are the same split of {dataset}: prepare each anew")
+            raise ConfigError(f"{' and '.join(same['split'])} are the same split of {dataset}; prepare them again")
 
 
 def _without_test_set(settings: str) -> str:
-    """The settings of a card without `test_set`, in which the splits of a dataset differ."""
+    """The settings of a card without `test_set`, which differs between the splits of a dataset."""
     return json.dumps({name: value for name, value in json.loads(settings).items() if name != "test_set"})
 
 
 def read_results(file: Path) -> pd.DataFrame:
-    """A study's table of results: one row per run and comparison, in the study's order, metrics in %.
+    """Read a study's table of results.
 
-    `complete` is False for runs without a result. ConfigError if results are mixed (`refuse_mixed`).
+    Args:
+        file: a results.parquet.
+
+    Returns:
+        One row per run and comparison in the order of the study, metrics in %. `complete` is False for a run without a
+        result.
+
+    Raises:
+        ConfigError: if results cannot be compared (`refuse_mixed`).
     """
     table = pd.read_parquet(file)
     refuse_mixed(table)
@@ -229,29 +291,61 @@ def read_results(file: Path) -> pd.DataFrame:
 
 
 def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
-    """The rows with these values (dataset, comparison, method, seed). ConfigError if no row has one of them."""
+    """The rows of a table of results that have these values.
+
+    Args:
+        results: the table of `read_results`.
+        **wanted: column -> value, as in `dataset="glyphs", seed=0`.
+
+    Returns:
+        The matching rows.
+
+    Raises:
+        ConfigError: if no row has one of the values.
+    """
     for name, value in wanted.items():
         known = [v for v in results[name].unique() if not str(v).endswith(CHOICE)]
         if value not in results[name].unique():
-            raise ConfigError(f"{name}={value!r} is none of these results', which have {', '.join(map(str, known))}")
+            raise ConfigError(f"{name} is unknown: got {value!r}; allowed are {', '.join(map(str, known))}")
         results = results[results[name] == value]
     return results
 
 
 def recall_names(results: pd.DataFrame) -> list[str]:
-    """The Recall@K that any of these runs has, by K: recall@1, recall@2, ..."""
+    """Names of the Recall@K columns that have a value.
+
+    Args:
+        results: the table of `read_results`.
+
+    Returns:
+        Names such as "recall@1", sorted by K.
+    """
     names = [name for name in results.columns if name.startswith("recall@") and results[name].notna().any()]
     return sorted(names, key=lambda name: int(name.removeprefix("recall@")))
 
 
 def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:
-    """Test Recall@K of complete runs, one row per run and K: method, seed, K, recall (%)."""
+    """Test Recall@K in long form.
+
+    Args:
+        results: complete runs of `read_results`.
+
+    Returns:
+        One row per run and K. Columns: method, seed, K, recall (%).
+    """
     recalls = results.melt(["method", "seed"], recall_names(results), var_name="K", value_name="recall").dropna()
     return recalls.assign(K=recalls["K"].str.removeprefix("recall@").astype(int))
 
 
 def histories(results: pd.DataFrame) -> pd.DataFrame:
-    """Validations of complete runs that trained: method, seed, iteration, recall (%)."""
+    """Validation Recall@1 during training in long form.
+
+    Args:
+        results: complete runs of `read_results`; runs without training are left out.
+
+    Returns:
+        One row per run and validation. Columns: method, seed, iteration, recall (%).
+    """
     trained = results[results["iterations"] > 0]
     validations = trained[["method", "seed", "history_iteration", "history_recall"]].set_axis(
         ["method", "seed", "iteration", "recall"], axis=1
@@ -263,13 +357,14 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
-    """The settings that tuning chose, one row per dataset and method.
-
-    Columns: dataset, method, chosen (the settings that the grid crossed), "at an edge of its grid" (those of them that
-    are), run_ids (of the grid).
+    """The settings that tuning chose.
 
     Args:
-        results: of `read_results`.
+        results: the table of `read_results`.
+
+    Returns:
+        One row per dataset and method. Columns: dataset, method, chosen (values of the settings in the grid), "at an
+        edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the grid).
     """
     rows = []
     tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]

@@ -1,4 +1,4 @@
-"""Run a study: Snakemake executes what is not complete, on this machine or as Slurm jobs."""
+"""Run a study with Snakemake, on this machine or as Slurm jobs."""
 
 import sys
 from contextlib import AbstractContextManager
@@ -21,23 +21,31 @@ from hloss.study.tuning import resolve_tuning
 
 
 def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
-    """Run what is not complete of a study, write its report and print its headline table.
+    """Run the incomplete runs of a study, write its report and print the main results.
 
-    What can be refused is refused before any training. Exits if a run fails for good.
+    Invalid settings and missing data are refused before any training.
 
     Args:
         study: with its tuning resolved.
         profile: name of a folder in workflow/profiles.
-        cores: CPU threads at once, on this machine.
+        cores: number of CPU threads to use at once on this machine.
         keep: keep stale runs instead of running them again.
+
+    Raises:
+        ConfigError: if the profile is unknown, a run needs more GPUs than the machine has, or results cannot be
+            compared.
+        DatasetError: if a dataset is not prepared.
+        LockedError: if another study runs in this clone.
+        SlurmError: if the queue cannot be read.
+        SystemExit: if a run fails in all of its attempts.
     """
     check_parameters()
     folder = profile_folder(profile)
     with project_lock():
-        queue = jobs_in_queue() if uses_slurm(folder) else None  # the lock keeps other starts from submitting
+        queue = jobs_in_queue() if uses_slurm(folder) else None  # inside the lock: no other start submits jobs
         study = set_aside_stale(study, keep)
         while study.waiting:
-            print(f"{len(study.waiting)} more runs wait for settings that these choose", flush=True)
+            print(f"{len(study.waiting)} more runs wait for settings that these runs choose", flush=True)
             _complete("runs", study, folder, cores, keep, queue)
             study = set_aside_stale(resolve_tuning(study), keep)
         _complete("all", study, folder, cores, keep, queue)
@@ -45,11 +53,16 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
 
 
 def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, queue: dict[str, str] | None) -> None:
-    """Make the target of a rule by Snakemake. queue: the jobs in Slurm's queue at the start; None: without Slurm."""
+    """Run a rule with Snakemake. queue: jobs in Slurm's queue at the start; None: run on this machine."""
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile", "--quiet", "all"]
     command += ["--profile", str(profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]
     command += ["--keep-incomplete"]  # every output is written atomically
-    command += ["--nolock", "--config", f"study={study.name}", *(["keep=1"] if keep else [])]  # last: gpus follows
+    command += [
+        "--nolock",
+        "--config",
+        f"study={study.name}",
+        *(["keep=1"] if keep else []),
+    ]  # gpus=N may follow
     progress = Progress(study)
     progress.print_start()
     if queue is not None:
@@ -59,61 +72,90 @@ def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, 
         status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
     if status:
         sys.exit(
-            f"study {study.name} is not complete; run the same command again to redo only what is missing "
-            f"(each run's run.log says what happened, .snakemake/log what the engine did)"
+            f"study {study.name} is not complete; run the same command again to continue "
+            "(logs: run.log in the folder of each run, and .snakemake/log)"
         )
 
 
 def available_gpus(study: Study) -> int:
-    """Number of GPUs that this machine has for the study. ConfigError if a run needs more."""
+    """Number of GPUs that the study may use on this machine.
+
+    Args:
+        study: the study with its known runs.
+
+    Raises:
+        ConfigError: if a run needs more GPUs.
+    """
     count = len(visible_devices())
     for run in study.runs:
         if run.resources.gpus > count and (count or run.config.device == "cuda"):
-            raise ConfigError(f"{run.name} needs {run.resources.gpus} GPUs, this machine offers {count}")
+            raise ConfigError(f"{run.name} needs {run.resources.gpus} GPUs: got {count} on this machine")
     return count
 
 
 def project_lock(patience_seconds: float = 30.0) -> AbstractContextManager[None]:
-    """Hold the lock on `runs`: one study runs at a time. One that was killed needs some seconds to end."""
+    """Lock the folder `runs`, so that one study runs at a time.
+
+    Args:
+        patience_seconds: time to wait for the lock; a study that was killed needs some seconds to end.
+
+    Returns:
+        A context manager that keeps the lock.
+
+    Raises:
+        LockedError: if the folder stays locked.
+    """
     Path("runs").mkdir(exist_ok=True)
     activity = "is running a study in this folder"
     return file_lock(Path("runs/.lock"), activity, patience_seconds, lambda line: print(line, flush=True))
 
 
 def _run_on_slurm(study: Study, command: list[str], progress: Progress, queue: dict[str, str]) -> int:
-    """Run Snakemake with Slurm jobs; the jobs of an earlier start that are in the queue are not submitted again."""
+    """Run Snakemake with Slurm jobs; jobs of an earlier start that are in the queue are not submitted again."""
     prefix = job_prefix(study.name)
     command += ["--slurm-jobname-prefix", prefix]
-    print(f"jobs are named {prefix}_...; `squeue --me` shows them, runs/slurm keeps logs of failed ones", flush=True)
+    print(f"jobs are named {prefix}_...; `squeue --me` shows them; runs/slurm has the logs of failed jobs", flush=True)
     configs = {f"{run.config.study}_{run.config.run_id}": run.config for run in study.runs}
     left = {number: configs[run] for number, run in queue.items() if run in configs}
     if left:
-        print(f"{len(left)} jobs of an earlier start were in the queue: none is submitted again", flush=True)
+        print(f"{len(left)} jobs of an earlier start are in the queue and are not submitted again", flush=True)
         results = (f"runs/{config.study}/{config.run_id}/result.json" for config in left.values())
         call([*command, "--omit-from", *results], progress)
         wait_for_jobs(left, progress)
         for number in left:
-            del queue[number]  # the next stage of a tuned study must not wait for it again
+            del queue[number]  # the next stage of a tuned study does not wait for it again
     return call(command, progress)
 
 
 def set_aside_stale(study: Study, keep: bool) -> Study:
-    """Rename the results of stale runs to result.previous.json, so that they are run again, unless `keep`.
+    """Rename the results of stale runs to result.previous.json, so that these runs are redone.
 
-    Returns the study without the choices that the renamed results made.
+    Args:
+        study: with its tuning resolved.
+        keep: keep stale results.
+
+    Returns:
+        The study, loaded again: choices made by renamed results are open again.
+
+    Raises:
+        DatasetError: if a dataset is not prepared.
     """
     stale = stale_runs(study, card_hashes(study))
     if stale and keep:
-        print(f"KEEP: {len(stale)} runs made by other code or data are kept; the report says so", flush=True)
+        print(f"KEEP=1: {len(stale)} runs made by other code or data are kept; the report says so", flush=True)
     elif stale:
-        print(f"{len(stale)} runs were made by other code or data and are redone (KEEP=1 keeps them)", flush=True)
+        print(f"{len(stale)} runs were made by other code or data and are redone; KEEP=1 would keep them", flush=True)
         for run in stale:
             (run.config.folder / "result.json").replace(run.config.folder / "result.previous.json")
     return resolve_tuning(load_study(study.name))
 
 
 def print_headline(study: Study) -> None:
-    """Print the headline table, the verdicts on the claims, and the path of the report."""
+    """Print the table of losses, the numbers of verdicts and the path of the report.
+
+    Args:
+        study: a study with a written report.
+    """
     folder = Path("reports") / study.name
     table = headline(pd.read_csv(folder / "summary.csv"), LOSS_COMPARISONS, ["recall@1"])
     verdicts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts().items()

@@ -1,4 +1,4 @@
-"""Jobs of a study in Slurm's queue: a start that was killed leaves its jobs there."""
+"""Jobs of a study in Slurm's queue; a start that was killed leaves its jobs there."""
 
 import hashlib
 import math
@@ -8,33 +8,44 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 ATTEMPTS, PATIENCE_SECONDS = 5, 10
-WARNING_SECONDS = 600  # between two warnings that the queue cannot be read
+WARNING_SECONDS = 600  # interval of warnings that the queue cannot be read
 COMMENT = "rule_run_wildcards_"  # prefix of STUDY_RUNID in the comment of a job
 
 
 class SlurmError(RuntimeError):
-    """The queue cannot be read; without it a run might be submitted twice."""
+    """The queue cannot be read, so a run could be submitted twice."""
 
 
 def job_prefix(study: str) -> str:
-    """The prefix of the names of a study's jobs."""
+    """The prefix of the names of a study's jobs.
+
+    Args:
+        study: name of the study.
+    """
     return f"{_clone()}-{study[:25]}"
 
 
 def _clone() -> str:
-    """The prefix of the jobs of this clone: the jobs of all of its studies, which share runs, and of no other clone."""
+    """The prefix of the jobs of all studies of this clone; another clone has another prefix."""
     return f"hloss-{hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:8]}"
 
 
 def jobs_in_queue() -> dict[str, str]:
-    """Slurm's job number -> STUDY_RUNID, of the pending and running jobs of this clone."""
-    jobs = (line.partition("|") for line in _queue().splitlines())  # names and comments of other jobs may hold "|"
+    """Pending and running jobs of this clone.
+
+    Returns:
+        Job number -> "STUDY_RUNID".
+
+    Raises:
+        SlurmError: if squeue fails `ATTEMPTS` times.
+    """
+    jobs = (line.partition("|") for line in _queue().splitlines())  # names and comments of other jobs may contain "|"
     own = ((number, rest.partition("|")) for number, _, rest in jobs if rest.startswith(f"{_clone()}-"))
     return {number: comment.removeprefix(COMMENT) for number, (_, _, comment) in own}
 
 
 def _queue() -> str:
-    """What squeue prints, a line per job. A busy controller is asked up to ATTEMPTS times."""
+    """The output of squeue, one line per job; squeue is called up to ATTEMPTS times."""
     command = ["squeue", "--me", "--noheader", "--format=%i|%j|%k"]
     for attempts_left in reversed(range(ATTEMPTS)):
         try:
@@ -42,15 +53,17 @@ def _queue() -> str:
         except (OSError, subprocess.SubprocessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip()
             if not attempts_left or isinstance(error, FileNotFoundError):
-                raise SlurmError(f"it is not known which runs are in the queue, squeue says: {reason}") from None
+                raise SlurmError(f"the queue cannot be read; squeue says: {reason}") from None
         time.sleep(PATIENCE_SECONDS)
     raise AssertionError("unreachable")
 
 
 def wait_for_jobs(jobs: Collection[str], meanwhile: Callable[[], object]) -> None:
-    """Return when none of these jobs is in the queue, calling `meanwhile` every second.
+    """Wait until none of these jobs is in the queue; continue to wait while the queue cannot be read.
 
-    A queue that cannot be read may hold them: the wait continues.
+    Args:
+        jobs: job numbers.
+        meanwhile: called every second.
     """
     warned = -math.inf
     while True:

@@ -1,25 +1,25 @@
-"""A study: the runs that a YAML file declares.
+"""Load a study: the runs that a YAML file in workflow/studies declares.
 
-title: what is asked
-extends: other                                  # another study, whose runs these join and whose settings are theirs
-include: [one, two]                             # or all runs of other studies, to be reported together
-fixed: {dataset: glyphs, iterations: 600}       # settings of every run; cuhk03-{seed}: each seed has a split of its own
-seeds: [0, 1]
-tuning_seed: 100                                # of the runs that choose settings
-resources: {gpus: 1, memory_gb: 8, hours: 2}    # of each run (Resources)
+title: title of the report
+extends: other                                  # add runs to another study, with its fixed settings and seeds
+include: [one, two]                             # or report all runs of other studies together
+fixed: {dataset: glyphs, iterations: 600}       # settings of every run; dataset: cuhk03-{seed} is one split per seed
+seeds: [0, 1]                                   # one run per seed
+tuning_seed: 100                                # seed of the runs that choose settings
+resources: {gpus: 1, memory_gb: 8, hours: 2}    # resources of each run (Resources)
 runs:
-  - name: histogram                             # the method's name in tables and figures
-    comparison: bins                            # the comparison that its runs belong to (default: losses)
+  - name: histogram                             # name of the method in tables and figures
+    comparison: bins                            # comparison of the method (default: losses)
     set: {loss: histogram}                      # settings of its runs
     cross: {n_bins: [50, 200]}                  # one run per combination and seed
-    seeds: [0]                                  # instead of the study's
-    resources: {hours: 6}                       # over the study's
-    tune: true                                  # the cross is a grid on tuning_seed; its best setting on validation
-                                                # is run with every seed
+    seeds: [0]                                  # replaces the seeds of the study
+    resources: {hours: 6}                       # replaces resources of the study
+    tune: true                                  # the combinations are a grid that is run with tuning_seed; the best
+                                                # on the validation classes is run with every seed
 
-A run that several comparisons share is run once and belongs to each of them. A run that several studies share is
-written to the folder of the study that the others extend or include. `load_study` reads YAML alone; which setting a
-grid chose is read from results by `hloss.study.tuning.resolve_tuning`.
+A run that belongs to several comparisons is run once. A run of several studies is written to the folder of the study
+that the others extend or include. `load_study` reads only the YAML files; `hloss.study.tuning.resolve_tuning` reads
+from results which settings a grid chose.
 """
 
 import itertools
@@ -38,13 +38,13 @@ from hloss.runs.config import RunConfig, parse_config
 from hloss.runs.errors import ConfigError
 
 STUDIES = Path("workflow/studies")
-LOSS_COMPARISONS = ("losses", "tuned losses")  # the comparisons of losses with each other
-CHOICE = ": choice"  # suffix of the comparison of the runs of a grid
-SPLIT = "-{seed}"  # suffix of the name of a dataset with a split per seed
+LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
+CHOICE = ": choice"  # suffix of the comparison that contains the runs of a grid
+SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 
 
 class Resources(BaseModel):
-    """Resources of one run. On this machine only `gpus` is used; a cluster is asked for all of them."""
+    """Resources of one run. A cluster uses all of them, this machine only `gpus`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -57,11 +57,19 @@ class Resources(BaseModel):
     max_hours: float = Field(24.0, gt=0, description="the partition's time limit: no retry asks for more")
 
     def memory_mib(self, attempt: int) -> int:
-        """Main memory of an attempt (from 1), in MiB: memory_gb × attempt, at most what a node has."""
+        """Main memory of an attempt in MiB: memory_gb × attempt, at most max_memory_gb.
+
+        Args:
+            attempt: number of the attempt, from 1.
+        """
         return math.ceil(1024 * min(self.memory_gb * attempt, max(self.memory_gb, self.max_memory_gb)))
 
     def minutes(self, attempt: int) -> int:
-        """Time limit of an attempt (from 1), in minutes: hours × attempt, at most the partition's limit."""
+        """Time limit of an attempt in minutes: hours × attempt, at most max_hours.
+
+        Args:
+            attempt: number of the attempt, from 1.
+        """
         return math.ceil(60 * min(self.hours * attempt, max(self.hours, self.max_hours)))
 
 
@@ -70,10 +78,10 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
-        config: its settings.
-        resources: what it may use.
-        methods: comparison -> the method it is a run of, as in {"bins": "histogram, n_bins 50"}.
-        dataset: the dataset of its results: "cuhk03" for cuhk03-1, cuhk03-2, ...
+        config: settings.
+        resources: requested resources.
+        methods: comparison -> method, as in {"bins": "histogram, n_bins 50"}.
+        dataset: name of the dataset in results: "cuhk03" for cuhk03-1, cuhk03-2, ...
     """
 
     config: RunConfig
@@ -97,9 +105,9 @@ class Entry:
     """The runs of an entry of a study's file.
 
     Attributes:
-        runs: the known runs. Of an entry with `tune`: its grid and, once that has chosen, the runs of every seed.
-        waiting: the runs whose settings are not chosen yet, with those of the grid's first run in their place.
-        runs_with: the runs of every seed with the settings of a run of the grid; None: there is nothing to choose.
+        runs: known runs. An entry with `tune` has the runs of its grid and, after the choice, those of every seed.
+        waiting: runs whose settings are not chosen; they have the settings of the grid's first run as placeholders.
+        runs_with: returns the runs of every seed for the config of a run of the grid; None: nothing to choose.
     """
 
     runs: tuple[StudyRun, ...]
@@ -109,7 +117,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Study:
-    """A study: its title, the files that declare it (its own first) and their entries."""
+    """A study.
+
+    Attributes:
+        name: name of its file without .yaml.
+        title: title of its report.
+        files: files that declare it, its own first.
+        entries: entries of these files.
+    """
 
     name: str
     title: str
@@ -118,12 +133,12 @@ class Study:
 
     @cached_property
     def runs(self) -> tuple[StudyRun, ...]:
-        """The known runs, each once."""
+        """The known runs without repetitions."""
         return _merged(run for entry in self.entries for run in entry.runs)
 
     @cached_property
     def waiting(self) -> tuple[StudyRun, ...]:
-        """The runs whose settings are not chosen yet."""
+        """The runs whose settings are not chosen."""
         return tuple(run for entry in self.entries for run in entry.waiting)
 
     @cached_property
@@ -151,8 +166,8 @@ class StudyFile:
 
     Attributes:
         path: the file.
-        folder: name of the study in whose folder its runs are written: the one that it extends, or its own.
-        content: its YAML, with that of the study that it extends.
+        folder: name of the study whose folder gets the runs: the extended study, or the study itself.
+        content: content of the file, merged with that of the extended study.
     """
 
     path: Path
@@ -161,13 +176,24 @@ class StudyFile:
 
 
 def load_study(name: str, folder: Path = STUDIES) -> Study:
-    """A study as its YAML files declare it. ConfigError names what is unknown or out of range in them."""
+    """Load a study from its YAML files.
+
+    Args:
+        name: name of the file without .yaml.
+        folder: folder with the files of all studies.
+
+    Returns:
+        The study; settings to be chosen by a grid are open.
+
+    Raises:
+        ConfigError: if the study or a setting is unknown or out of range; the message names the file and the run.
+    """
     content, files = _read_yaml(name, folder)
     file = StudyFile(files[0], files[-1].stem, content)
     entries: list[Entry] = []
     for included in content.get("include", ()):
         if included == name:
-            raise ConfigError(f"{file.path}: a study cannot include itself")
+            raise ConfigError(f"{file.path}: include must not contain the study itself: got {included!r}")
         study = load_study(included, folder)
         files += [path for path in study.files if path not in files]
         entries += study.entries
@@ -176,20 +202,20 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
 
 
 def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[dict[str, Any], list[Path]]:
-    """The content of a study's file merged with that of the study it extends, and the paths of both, its own first.
+    """The content of a study's file, merged with that of the extended study, and the paths of both, its own first.
 
-    may_be_combined: whether the study itself may include or extend others.
+    may_be_combined: whether the study may include or extend others.
     """
     file = folder / f"{name}.yaml"
     if not file.exists():
         known = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(
-            f"study={name!r} is unknown, allowed are {', '.join(known) or 'none'}{did_you_mean(name, known)}"
+            f"study is unknown: got {name!r}; allowed are {', '.join(known) or 'none'}{did_you_mean(name, known)}"
         )
     content = yaml.safe_load(file.read_text())
     if not may_be_combined and isinstance(content, dict) and {"include", "extends"} & content.keys():
         raise ConfigError(
-            f"{file}: made of other studies itself, it cannot be extended; extend one with runs of its own"
+            f"{file}: a study that includes or extends others cannot be extended; extend a study with only its own runs"
         )
     if isinstance(content, dict) and "include" in content:
         _check_keys(file, "a study that includes others", content, {"title", "include"}, set())
@@ -210,14 +236,14 @@ def _load_entry(file: StudyFile, entry: dict[str, Any]) -> Entry:
 
 
 def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> Entry:
-    """The grid of an entry on the tuning seed, and its runs with a setting of the grid.
+    """The grid of an entry with the tuning seed, and its runs with a chosen setting.
 
-    The runs of the grid choose on validation classes, so that they never train on those (`refit`).
+    The runs of the grid choose on the validation classes, so they never train on them: `refit` is False.
     """
     tuning_seed = file.content.get("tuning_seed")
     if tuning_seed is None or tuning_seed in file.content["seeds"]:
         raise ConfigError(
-            f"{file.path}, run {entry['name']!r}: tune needs a tuning_seed of the study that is none of seeds"
+            f"{file.path}, run {entry['name']!r}: tune needs a tuning_seed that is not one of seeds: got {tuning_seed}"
         )
     comparison = entry.get("comparison", LOSS_COMPARISONS[0])
     choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}
@@ -254,7 +280,7 @@ def _study_run(file: StudyFile, entry: dict[str, Any], combination: dict[str, An
 
 
 def _checked_resources(file: Path, method: str, config: RunConfig, *mappings: dict[str, Any] | None) -> Resources:
-    """The resources of a run, later mappings over earlier ones."""
+    """The resources of a run; later mappings replace values of earlier ones."""
     settings: dict[str, Any] = {"gpus": 0 if config.device == "cpu" else config.devices}
     for mapping in mappings:
         _check_keys(file, "resources", mapping or {}, set(), set(Resources.model_fields))
@@ -267,23 +293,27 @@ def _checked_resources(file: Path, method: str, config: RunConfig, *mappings: di
     allowed = {"cpu": (0,), "cuda": (config.devices,), "auto": (0, config.devices)}[config.device]
     if resources.gpus not in allowed:
         raise ConfigError(
-            f"{file}, {method}: resources gpus={resources.gpus}, but a run with device={config.device!r} and "
-            f"devices={config.devices} takes {' or '.join(map(str, allowed))}"
+            f"{file}, {method}: resources gpus does not fit the run: got {resources.gpus}; with "
+            f"device={config.device!r} and devices={config.devices} allowed are {' or '.join(map(str, allowed))}"
         )
     return resources
 
 
 def short_value(value: object) -> str:
-    """A value as the names of methods show it: 50 for 50.0."""
+    """A value as text for names of methods: 50 for 50.0.
+
+    Args:
+        value: value of a setting.
+    """
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_keys(file: Path, what: str, mapping: object, needed: set[str], optional: set[str]) -> None:
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{file}: {what} must be a mapping of {', '.join(sorted(needed | optional))}")
+        raise ConfigError(f"{file}: {what} must be a mapping with the keys {', '.join(sorted(needed | optional))}")
     missing, unknown = needed - mapping.keys(), mapping.keys() - needed - optional
     if missing or unknown:
         raise ConfigError(
-            f"{file}: {what} lacks {sorted(missing)} and has the unknown {sorted(unknown)}; "
-            f"it takes {', '.join(sorted(needed | optional))}"
+            f"{file}: {what} has wrong keys: got unknown {sorted(unknown)} and missing {sorted(missing)}; "
+            f"allowed are {', '.join(sorted(needed | optional))}"
         )

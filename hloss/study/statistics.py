@@ -1,4 +1,4 @@
-"""Intervals over seeds and over classes, paired differences and equivalence."""
+"""Confidence intervals over seeds and classes, paired differences, equivalence tests and summary tables."""
 
 from collections.abc import Collection
 from typing import Literal, NamedTuple
@@ -11,7 +11,14 @@ EQUIVALENCE_MARGIN = 2.0  # points of Recall@1; fixed before any run
 
 
 class Difference(NamedTuple):
-    """Mean of a - b over n common seeds and its interval, in the unit of a and b."""
+    """Mean of a minus b over n common seeds, with its confidence interval, in the unit of a and b.
+
+    Attributes:
+        mean: mean difference; NaN without a common seed.
+        low: lower bound; NaN with fewer than two common seeds.
+        high: upper bound; NaN with fewer than two common seeds.
+        n: number of common seeds.
+    """
 
     mean: float
     low: float
@@ -20,7 +27,15 @@ class Difference(NamedTuple):
 
 
 class Equivalence(NamedTuple):
-    """The verdict on a - b, and the interval of the two one-sided tests, in the unit of a and b."""
+    """Verdict on a minus b, with the interval of the two one-sided tests, in the unit of a and b.
+
+    Attributes:
+        verdict: "equivalent", "different" or "undecided".
+        mean: mean difference over the common seeds.
+        low: lower bound.
+        high: upper bound.
+        n: number of common seeds.
+    """
 
     verdict: Literal["equivalent", "different", "undecided"]
     mean: float
@@ -30,7 +45,15 @@ class Equivalence(NamedTuple):
 
 
 def t_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean, lower and upper bound of Student's t interval; the bounds are NaN for a single value."""
+    """Mean and Student's t confidence interval.
+
+    Args:
+        values: at least one value, shape (n,).
+        confidence: confidence level in (0, 1).
+
+    Returns:
+        Mean, lower bound and upper bound; the bounds are NaN for a single value.
+    """
     values = np.asarray(values, dtype=float)
     mean = values.mean()
     if len(values) < 2:
@@ -40,11 +63,20 @@ def t_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, flo
 
 
 def paired_difference(a: pd.Series, b: pd.Series, confidence: float = 0.95) -> Difference:
-    """Mean of a - b over the seeds that both have, with Student's t interval (Student, Biometrika 1908).
+    """Mean of a minus b over their common seeds, with Student's t interval (Student, Biometrika 1908).
 
-    `a` and `b` are indexed by seed, in one unit. Runs of one seed share classes, batches and initial weights, so
-    their difference varies less than either. With one common seed the bounds are NaN, with none the mean is, too.
-    Raises ValueError for a seed that stands twice and for a value that is not finite.
+    Runs with the same seed share classes, batches and initial weights, so their difference varies less than the values.
+
+    Args:
+        a: values indexed by seed.
+        b: values indexed by seed, in the unit of `a`.
+        confidence: confidence level in (0, 1).
+
+    Returns:
+        The difference, in the unit of `a` and `b`.
+
+    Raises:
+        ValueError: if a seed occurs twice or a value is not finite.
     """
     differences = _differences(a, b)
     if not len(differences):
@@ -53,14 +85,25 @@ def paired_difference(a: pd.Series, b: pd.Series, confidence: float = 0.95) -> D
 
 
 def equivalence(a: pd.Series, b: pd.Series, margin: float = EQUIVALENCE_MARGIN, level: float = 0.05) -> Equivalence:
-    """Whether a - b is negligible: two one-sided t tests at `level` each (Schuirmann 1987), paired by seed.
+    """Test whether a minus b is negligible: two one-sided t tests, paired by seed (Schuirmann 1987).
 
-    equivalent: both tests reject, that is the 1 - 2 level interval lies inside +-margin. different: the 1 - level
-    interval lies wholly outside +-margin. undecided: neither, or fewer than two common seeds. `a`, `b` as in
-    `paired_difference`; `margin` in their unit (points of Recall@1 if they are in %).
+    Equivalent: both tests reject, so the 1 - 2 level interval lies within ±margin. Different: the 1 - level interval
+    lies outside ±margin. Undecided: neither, or fewer than two common seeds.
+
+    Args:
+        a: values indexed by seed.
+        b: values indexed by seed, in the unit of `a`.
+        margin: largest negligible difference, in the unit of `a`; above 0.
+        level: significance level of each test, in (0, 0.5).
+
+    Returns:
+        The verdict, and the mean with its 1 - 2 level interval.
+
+    Raises:
+        ValueError: if `margin` or `level` is out of range, a seed occurs twice or a value is not finite.
     """
     if not (margin > 0 and 0 < level < 0.5):
-        raise ValueError(f"margin={margin} and level={level}: margin must be above 0, level between 0 and 0.5")
+        raise ValueError(f"margin must be above 0 and level between 0 and 0.5: got margin={margin}, level={level}")
     tests, wide = paired_difference(a, b, 1 - 2 * level), paired_difference(a, b, 1 - level)
     if -margin < tests.low and tests.high < margin:
         return Equivalence("equivalent", *tests)
@@ -76,18 +119,30 @@ def bootstrap_over_classes(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> tuple[float, float, float]:
-    """Mean of `hits` over the queries of one run, lower and upper bound of its percentile interval over classes.
+    """Mean of `hits` over the queries of one run, with its percentile bootstrap interval over classes.
 
-    `hits` (n,) is what each query scored (True and False for Recall@K; any finite number), `classes` (n,) its class.
-    Queries of one class stand and fall together, so whole classes are drawn with replacement, and each draw is a
-    ratio of sums: the mean over its queries (Davison & Hinkley 1997, 3.8). The interval is about other test classes,
-    not about other seeds. With a single class the bounds are NaN. The same generator state gives the same bounds,
-    in whatever order the queries stand.
+    Queries of one class depend on each other, so each resample draws whole classes with replacement. Its value is a
+    ratio of sums, the mean over the queries drawn (Davison & Hinkley 1997, 3.8). The interval describes variation over
+    test classes, not over seeds. The same generator state gives the same bounds for any order of the queries.
+
+    Args:
+        hits: score of each query, shape (n,): True or False for Recall@K, or any finite number.
+        classes: class of each query, shape (n,).
+        generator: source of the resamples.
+        confidence: confidence level in (0, 1).
+        resamples: number of resamples.
+
+    Returns:
+        Mean, lower bound and upper bound; the bounds are NaN for a single class.
+
+    Raises:
+        ValueError: if `hits` and `classes` are empty or differ in length, or a value is not finite.
     """
     hits, classes = np.asarray(hits, dtype=float), np.asarray(classes)
     if hits.ndim != 1 or hits.shape != classes.shape or not len(hits) or not np.isfinite(hits).all():
         raise ValueError(
-            f"hits {hits.shape} and classes {classes.shape} must be two equally long rows, not empty, and hits finite"
+            "hits must be finite, and hits and classes must have one dimension and the same length of at least 1: "
+            f"got hits {hits.shape} and classes {classes.shape}"
         )
     _, index, sizes = np.unique(classes, return_inverse=True, return_counts=True)
     scores = np.bincount(index, hits)
@@ -102,17 +157,22 @@ def bootstrap_over_classes(
         method="percentile",
         confidence_level=confidence,
         n_resamples=resamples,
-        batch=max(1, 2**22 // len(sizes)),  # draws at a time: some 100 MB whatever the number of classes
+        batch=max(1, 2**22 // len(sizes)),  # limits memory to about 100 MB for any number of classes
         rng=generator,
     )
     return mean, float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """One row per dataset, comparison and method: mean, 95 % interval over seeds of each metric, n, and the runs.
+    """Means over seeds of the complete runs.
 
-    results: of `hloss.study.results.read_results`. Runs that are not complete are left out, `of` says how many there
-    are.
+    Args:
+        results: the table of `hloss.study.results.read_results`.
+        metrics: columns of `results` to average, in %.
+
+    Returns:
+        One row per dataset, comparison and method. Columns: dataset, comparison, method, n (complete runs), of (all
+        runs), for each metric its mean and the bounds "METRIC low" and "METRIC high" of its 95 % interval, run_ids.
     """
     rows = []
     for key, runs in results.groupby(["dataset", "comparison", "method"], sort=False):
@@ -127,9 +187,16 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[str]) -> pd.DataFrame:
-    """The rows of these comparisons with complete runs, as text: means in %, and the interval of the first metric.
+    """Format the means of some comparisons as text.
 
-    table: of `summary`. The index is that of its rows.
+    Args:
+        table: the table of `summary`.
+        comparisons: comparisons to show.
+        metrics: metrics to show; the interval is that of the first.
+
+    Returns:
+        One row per method with complete runs, indexed as in `table`. Columns: dataset, comparison, method, n, a mean in
+        % per metric, and "95 % interval".
     """
     rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
     shown = rows[["dataset", "comparison", "method", "n"]].copy()
@@ -142,29 +209,38 @@ def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[st
 
 
 def differences_from(results: pd.DataFrame, method: str) -> pd.DataFrame:
-    """Recall@1 of every other method of a comparison less that of `method`, in points: mean, 95 % interval, n, verdict.
+    """Paired differences in Recall@1 from one method of a comparison, in points.
 
-    results: runs of one comparison, of `hloss.study.results.read_results`. Where runs of a method or of `method` are
-    not complete, the difference is that of the others and the verdict "not run". ValueError if `method` is unknown.
+    Args:
+        results: runs of one comparison, from `hloss.study.results.read_results`.
+        method: the method that is subtracted.
+
+    Returns:
+        One row per other method. Columns: method, "minus METHOD" (mean difference), low and high (95 % interval), n
+        (common seeds) and verdict ("equivalent", "different" or "undecided"; "not run" while runs of the pair are
+        missing).
+
+    Raises:
+        ValueError: if no run has the method `method`.
     """
     methods = dict(list(results.groupby("method", sort=False)))
     whole = {name: runs["complete"].all() for name, runs in methods.items()}
     by_seed = {name: runs[runs["complete"]].set_index("seed")["recall@1"] for name, runs in methods.items()}
     if method not in by_seed:
-        raise ValueError(f"method={method!r} is none of {', '.join(by_seed)}")
+        raise ValueError(f"method is unknown: got {method!r}; allowed are {', '.join(by_seed)}")
     rows = []
     for other, recalls in by_seed.items():
         if other != method:
             found = paired_difference(recalls, by_seed[method])
             judged = whole[other] and whole[method]
             verdict = equivalence(recalls, by_seed[method]).verdict if judged else "not run"
-            rows.append({"method": other, f"less {method}": found.mean, "low": found.low, "high": found.high,
+            rows.append({"method": other, f"minus {method}": found.mean, "low": found.low, "high": found.high,
                          "n": found.n, "verdict": verdict})  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def shown_interval(low: float, high: float) -> str:
-    """An interval in words: "41.0 to 43.2", or that there is none."""
+    """An interval as text: "41.0 to 43.2", or "no interval" if `low` is NaN."""
     return "no interval" if pd.isna(low) else f"{low:.1f} to {high:.1f}"
 
 
@@ -172,8 +248,8 @@ def _differences(a: pd.Series, b: pd.Series) -> np.ndarray:
     for name, values in (("a", a), ("b", b)):
         if not values.index.is_unique:
             twice = sorted(set(values.index[values.index.duplicated()]))
-            raise ValueError(f"{name} has more than one value for seed {twice}; give one value per seed")
+            raise ValueError(f"{name} must have one value per seed: got several for {twice}")
         if not np.isfinite(values.to_numpy(dtype=float)).all():
-            raise ValueError(f"{name} has a value that is not finite: {values.to_dict()}; leave that seed out")
+            raise ValueError(f"{name} must be finite: got {values.to_dict()}; leave out the seeds whose value is not")
     seeds = a.index.intersection(b.index)
     return (a.loc[seeds] - b.loc[seeds]).to_numpy(dtype=float)

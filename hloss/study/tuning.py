@@ -1,4 +1,4 @@
-"""Settings that a study's grids choose, read from the results of their runs."""
+"""Read the settings that a study's grids choose from the results of their runs."""
 
 from dataclasses import replace
 
@@ -7,9 +7,16 @@ from hloss.study.spec import Entry, Study
 
 
 def resolve_tuning(study: Study) -> Study:
-    """The study with the runs whose settings are chosen: those of each grid that has the results of all of its runs.
+    """Add the runs whose settings a complete grid has chosen.
 
-    A grid chooses the settings of its run with the highest validation Recall@1 (the first of equal ones).
+    A grid chooses the settings of the run with the highest validation Recall@1, the first of equal ones. It chooses
+    only when all of its runs have results.
+
+    Args:
+        study: as `hloss.study.spec.load_study` returns it.
+
+    Returns:
+        The study with the chosen runs; grids without all results stay as they are.
     """
     return replace(study, entries=tuple(map(_resolved, study.entries)))
 

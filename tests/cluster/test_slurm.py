@@ -163,7 +163,7 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
     kill_tree(first)
 
     assert project.finish(project.start("PROFILE=slurm", **slurm)) == 0, project.printed()
-    assert "3 jobs of an earlier start were in the queue" in project.printed()
+    assert "3 jobs of an earlier start are in the queue" in project.printed()
     submitted = [run_id for run_id, *_ in jobs().values()]
     assert sorted(submitted) == sorted(run.name for run in folder.iterdir())
     assert len(submitted) == 4

@@ -149,8 +149,8 @@ def test_report_of_incomplete_study_lists_missing_runs_and_gives_no_verdict_on_t
     said = report(tmp_path, sample.assign(threads=sample["complete"].map({True: 1.0, False: math.nan})))
     assert "This study is not complete" in said
     shown = tables(tmp_path)
-    (gaps,) = (rows for rows in shown if "seeds to come" in rows[0])
-    to_come = {(row["comparison"], row["method"]): row["seeds to come"] for row in gaps}
+    (gaps,) = (rows for rows in shown if "missing seeds" in rows[0])
+    to_come = {(row["comparison"], row["method"]): row["missing seeds"] for row in gaps}
     assert len(to_come) == len(gaps)
     bins = {method: seeds for (comparison, method), seeds in to_come.items() if comparison == "bins"}
     assert bins == {f"histogram, n_bins {n}": "3, 4" for n in (25, 50, 100, 200, 400)}

@@ -266,3 +266,13 @@ def test_run_id_changes_only_with_settings_that_affect_the_result():
     assert parse_config({"device": "cpu", "study": "other", "threads": 2}).run_id == default.run_id
     assert parse_config({"n_bins": 100}).run_id != default.run_id
     assert parse_config({"seed": 1}).run_id != default.run_id
+
+
+def test_only_another_tf32_than_the_default_changes_a_run_id():
+    default = parse_config({})
+    assert "tf32" not in default.resolved()
+    assert parse_config({"tf32": "convolutions", "images": "host"}).run_id == default.run_id
+    changed = {parse_config({"tf32": value}).run_id for value in ("none", "all")}
+    assert len(changed | {default.run_id}) == 3
+    with pytest.raises(ConfigError, match="tf32='yes' is unknown, allowed are none, convolutions, all"):
+        parse_config({"tf32": "yes"})

@@ -321,3 +321,16 @@ def test_refuses_another_number_of_processes(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="devices=1 differs from the number of processes: got 2"):
         run(parse_config(settings), print)
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda", 0), ("cuda", 1)])
+def test_more_processes_than_gpus_are_refused_before_any_starts(device, gpus, settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: pytest.fail("a process was started"))
+    config = parse_config({**settings, "devices": 2, "device": device})
+    with pytest.raises(
+        ConfigError, match=f"with devices=2: torch finds too few CUDA devices: got {gpus}; lower devices"
+    ):
+        run(config)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("failed", False)

@@ -1,7 +1,6 @@
-"""Claims: every committed one reads, and verdicts follow from the runs and from nothing else."""
+"""Verdicts on the claims: criteria, levels of significance, evidence and the committed report."""
 
 import html
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +13,9 @@ from hloss.runs.errors import ConfigError
 from hloss.study.claims import CLAIMS, Claim, judge, overlap, read_claims
 from hloss.study.published import read_published
 from hloss.study.results import read_results, recall_names
-from hloss.study.statistics import equivalence, paired_difference, summary
+from hloss.study.statistics import summary
 
 SEEDS = [0, 1, 2, 3, 4]
-README = {  # the rows of its table of what holds on glyphs: (claim, comparison) of the first column, and of the second
-    "insensitive to the number of bins": ([("bins", "bins")], []),
-    "bins may be set by the batch size": ([("bins by batch", "bins by batch")], []),
-    "larger batches are better": ([("batch", "batch"), ("batch", "batch at equal images")], []),
-    "above lifted structure": ([("lifted structure", "losses")], [("lifted structure", "tuned losses")]),
-    "above the semi-hard triplet": ([("semi-hard triplet", "losses")], [("semi-hard triplet", "tuned losses")]),
-    "above the binomial deviance, C = 10": (
-        [("binomial deviance, C = 10", "losses"), ("binomial deviance, both C", "losses")],
-        [],
-    ),
-    "close to the binomial deviance": ([("close to binomial deviance", "losses")], []),
-    "close to a tuned binomial deviance": ([], [("close to tuned binomial deviance", "tuned losses")]),
-    "tuned binomial deviance above contrastive": ([], [("contrastive", "tuned losses")]),
-    "binomial deviance sensitive to C": ([("C matters", "C")], []),
-    "C = 10 or C = 25 is best for it": ([("C = 10", "C"), ("C = 25", "C")], []),
-    "no benefit from a margin": ([("margin", "margin")], []),
-    "other kernels can be used": ([("kernel", "kernel")], []),
-    "sensitive to the learning rate": ([("learning rate", "learning rate")], []),
-    "less overlap than lifted structure": ([("overlap", "losses")], [("overlap", "tuned losses")]),
-    "cost quadratic in the batch": ([("quadratic cost", "")], []),
-}
 NOISE = [0.1, -0.2, 0.15, 0.05, -0.1]  # of single seeds, in points
 
 
@@ -63,7 +41,7 @@ def verdict(results, asked):
     return row["verdict"]
 
 
-def test_every_committed_claim_reads_and_can_be_judged():
+def test_reads_and_judges_every_committed_claim():
     claims = read_claims()
     assert len({c.name for c in claims}) == len(claims) >= 18
     board = judge(runs({50: 40.0, 100: 40.0, 200: 40.0, 400: 40.0}))
@@ -91,29 +69,29 @@ def test_every_committed_claim_reads_and_can_be_judged():
         ("no_gain", {50: 30.0, 200: 35.0, 400: 38.0}, "not reproduced"),
     ],
 )
-def test_a_verdict_over_levels(check, means, expected):
+def test_verdict_over_levels(check, means, expected):
     assert verdict(runs(means), claim(check, axis="n_bins", reference=200)) == expected
 
 
 @pytest.mark.parametrize(("gap", "expected"), [(3.0, "reproduced"), (-3.0, "not reproduced"), (0.0, "not reproduced")])
-def test_a_verdict_over_methods(gap, expected):
+def test_verdict_over_methods(gap, expected):
     results = pd.concat([runs({200: 40.0 + gap}), runs({0: 40.0}, loss="lifted")], ignore_index=True)
     assert verdict(results, claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])) == expected
 
 
-def test_a_noisy_difference_is_inconclusive():
+def test_noisy_difference_is_inconclusive():
     results = pd.concat([runs({200: 41.0}, spread=20), runs({0: 40.0}, loss="lifted")], ignore_index=True)
     assert verdict(results, claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])) == "inconclusive"
 
 
-def test_nothing_is_concluded_from_half_a_study():
+def test_verdict_needs_every_run():
     results = runs({50: 40.0, 200: 40.3, 400: 39.8})
     results.loc[3, ["complete", "recall@1"]] = False, np.nan
     (row,) = judge(results, claims=[claim(axis="n_bins", reference=200)]).to_dict("records")
     assert (row["verdict"], row["evidence"], row["run_ids"]) == ("not run", "1 of 15 runs are missing", "")
 
 
-def test_a_claim_waits_for_its_own_runs_alone():
+def test_verdict_does_not_need_runs_of_other_losses():
     results = pd.concat(
         [runs({200: 43.0}), runs({0: 40.0}, loss="lifted"), runs({1: 1.0}, loss="triplet")], ignore_index=True
     )
@@ -123,14 +101,15 @@ def test_a_claim_waits_for_its_own_runs_alone():
         assert verdict(half, asked) == expected
 
 
-def test_a_claim_of_one_method_is_not_judged_by_two():
+def test_refuses_two_methods_for_one():
     results = pd.concat([runs({50: 43.0, 200: 43.0}), runs({0: 40.0}, loss="lifted")], ignore_index=True)
     asked = claim("above", method={"loss": "histogram"}, rivals=[{"loss": "lifted"}])
     (row,) = judge(results, claims=[asked]).to_dict("records")
-    assert (row["verdict"], row["evidence"]) == ("not run", "several methods, not one: histogram 50; histogram 200")
+    message = "the settings of one method match several methods: histogram 50; histogram 200"
+    assert (row["verdict"], row["evidence"]) == ("not run", message)
 
 
-def test_levels_within_groups_are_compared_within_them():
+def test_within_compares_levels_inside_each_group():
     results = pd.concat(
         [runs({50: 20.0, 200: 20.2}, batch_size=32), runs({50: 40.0, 200: 40.1}, batch_size=128)], ignore_index=True
     )
@@ -138,27 +117,53 @@ def test_levels_within_groups_are_compared_within_them():
     assert verdict(results, asked) == "reproduced"
     (row,) = judge(results, claims=[claim(axis="n_bins", reference=200)]).to_dict("records")
     assert row["verdict"] == "not run"
-    assert "more than one run of a seed" in row["evidence"]
+    assert "a level has several runs of one seed" in row["evidence"]
 
 
-def test_the_numbers_are_those_of_scipy_and_the_runs_are_named():
+def test_evidence_equals_scipy_and_names_the_runs():
     results = runs({50: 40.0, 200: 41.0})
     (row,) = judge(results, claims=[claim(axis="n_bins", reference=200)]).to_dict("records")
     a, b = (results[results["n_bins"] == level]["recall@1"] for level in (50, 200))
     low, high = stats.ttest_rel(a, b).confidence_interval(0.9)  # two one-sided tests at 5 %
-    assert row["evidence"] == f"50 less 200: {a.mean() - b.mean():+.1f} (90 %: {low:+.1f} to {high:+.1f}, n = 5)"
+    interval = f"(90 % CI {low:+.1f} to {high:+.1f}, n = 5)"
+    assert row["evidence"] == row["decisive"] == f"n_bins 50 minus 200: {a.mean() - b.mean():+.1f} {interval}"
     assert row["run_ids"].split(", ") == sorted(results["run_id"])
     assert row["asked"] == "other data"
 
 
-def test_a_claim_needs_every_level_that_it_names():
+@pytest.mark.parametrize(
+    ("check", "means", "pair"),
+    [
+        ("equivalent", {50: 40.0, 200: 40.3, 400: 40.9}, "400 minus 200"),
+        ("equivalent", {50: 40.1, 200: 40.3, 400: 30.0}, "400 minus 200"),
+        ("equivalent", {50: 50.0, 200: 40.3, 400: 38.3}, "50 minus 200"),
+        ("rising", {50: 30.0, 200: 35.0, 400: 37.0}, "400 minus 200"),
+        ("rising", {50: 35.0, 200: 30.0, 400: 37.0}, "200 minus 50"),
+        ("best", {50: 30.0, 200: 35.0, 400: 31.0}, "200 minus 400"),
+        ("no_gain", {50: 20.0, 200: 35.0, 400: 35.5}, "400 minus 200"),
+    ],
+)
+def test_the_decisive_part_is_the_worst_of_those_that_decide(check, means, pair):
+    (row,) = judge(runs(means), claims=[claim(check, axis="n_bins", reference=200)]).to_dict("records")
+    assert row["decisive"] in row["evidence"].split("; ")
+    assert row["decisive"].startswith(f"n_bins {pair}: ")
+
+
+def test_the_evidence_says_when_two_methods_are_equivalent():
+    results = pd.concat([runs({200: 40.0}), runs({0: 40.0}, loss="lifted")], ignore_index=True)
+    (row,) = judge(results, claims=[claim(**ABOVE)]).to_dict("records")
+    assert row["verdict"] == "not reproduced"
+    assert row["evidence"].endswith(", n = 5, equivalent)")
+
+
+def test_verdict_needs_every_named_level():
     asked = claim(axis="n_bins", levels=[50, 200, 400], reference=200)
     (row,) = judge(runs({50: 40.0, 200: 40.3, 100: 1.0}), claims=[asked]).to_dict("records")
-    assert (row["verdict"], row["evidence"]) == ("not run", "n_bins 50, 200 without 400")
+    assert (row["verdict"], row["evidence"]) == ("not run", "n_bins 400 is missing: got n_bins 50, 200")
 
 
 def paired(differences, base=40.0):
-    """A histogram and a lifted run per seed, this many points apart."""
+    """One histogram run and one lifted run per seed, with these differences in points."""
     rows = [
         {"comparison": "bins", "method": loss, "dataset": "glyphs", "loss": loss, "seed": seed, "complete": True,
          "recall@1": base + (gap if loss == "histogram" else 0.0), "run_id": f"{loss}-{seed}", "n_bins": bins}
@@ -168,7 +173,7 @@ def paired(differences, base=40.0):
 
 
 def with_p(wanted, mean, alternative, against=0.0):
-    """Five differences of this mean, whose one-sample t test against a value has this p."""
+    """Five differences with this mean, whose one-sample t test against a value has this p value."""
     shape = stats.zscore(np.array([-1.0, -0.5, 0.1, 0.5, 1.4]))
 
     def error(spread):
@@ -198,12 +203,12 @@ BINS = {"axis": "n_bins", "reference": 200}
         ({**BINS, "check": "no_gain"}, 0.04, 4.0, "two-sided", 2.0, "not reproduced"),
     ],
 )
-def test_a_verdict_turns_at_its_level(asked, p, mean, alternative, against, expected):
+def test_verdict_changes_at_its_significance_level(asked, p, mean, alternative, against, expected):
     assert verdict(paired(with_p(p, mean, alternative, against)), claim(**asked)) == expected
 
 
 def three_levels(p):
-    """Level 50 below 200 with this p, level 400 far above: one refutation is looked for among two."""
+    """Level 50 is below 200 with this p value, level 400 is far above: two parts, one of which can be refuted."""
     low = paired(with_p(p, -3.0, "two-sided"))
     high = low[low["n_bins"] == 200].assign(n_bins=400, method="high")
     high["recall@1"] += 20
@@ -211,16 +216,16 @@ def three_levels(p):
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
-def test_one_refutation_among_two_is_at_half_the_level(p, expected):
-    """The reference is level 50, and "best" asks it to be above both others; above 400 it is by 20 less."""
+def test_refutation_of_one_of_two_levels_is_tested_at_half_the_level(p, expected):
+    """The reference 50 must be above both others; it is above 400 by a wide margin."""
     results = three_levels(p)
     results.loc[results["n_bins"] == 400, "recall@1"] -= 40
     assert verdict(results, claim("best", axis="n_bins", reference=50)) == expected
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.012, "reproduced"), (0.02, "inconclusive")])
-def test_the_widest_gap_of_three_levels_is_at_a_third_of_the_level(p, expected):
-    """Of three pairs; the middle level lies between, so that the first and the last are the ones furthest apart."""
+def test_widest_of_three_differences_is_tested_at_a_third_of_the_level(p, expected):
+    """The middle level lies between the others, so the first and the last differ most."""
     results = paired(with_p(p, 6.0, "two-sided", 2.0))
     middle = results[results["n_bins"] == 50].assign(n_bins=100, method="middle")
     middle["recall@1"] = (middle["recall@1"].to_numpy() + results[results["n_bins"] == 200]["recall@1"].to_numpy()) / 2
@@ -229,7 +234,7 @@ def test_the_widest_gap_of_three_levels_is_at_a_third_of_the_level(p, expected):
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
-def test_one_refutation_among_two_groups_is_at_half_the_level(p, expected):
+def test_refutation_in_one_of_two_groups_is_tested_at_half_the_level(p, expected):
     apart = paired(with_p(p, 4.0, "two-sided", 2.0)).assign(batch_size=32)
     alike = paired(NOISE).assign(batch_size=128)
     both = pd.concat([apart, alike], ignore_index=True)
@@ -237,7 +242,7 @@ def test_one_refutation_among_two_groups_is_at_half_the_level(p, expected):
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.02, "not reproduced"), (0.03, "inconclusive")])
-def test_one_refutation_among_two_rivals_is_at_half_the_level(p, expected):
+def test_refutation_by_one_of_two_rivals_is_tested_at_half_the_level(p, expected):
     above = paired(with_p(p, -3.0, "two-sided"))
     below = above[above["loss"] == "lifted"].assign(loss="triplet", method="triplet")
     below["recall@1"] -= 20
@@ -263,8 +268,8 @@ C_2, C_10, C_25 = ({"loss": "binomial", "C": c} for c in (2.0, 10.0, 25.0))
         ("C = 10", "C", C_10, [C_2, C_25]),
     ],
 )
-def test_a_committed_claim_says_which_is_above_which(name, comparison, above, others):
-    """Written down a second time: all others below is what it says, and one of them above is what it denies."""
+def test_committed_claim_names_the_better_method(name, comparison, above, others):
+    """The claim holds if all others are below, and is refuted if one of them is above (written a second time here)."""
 
     unrelated = [who for who in (HISTOGRAM, LIFTED, SEMI_HARD) if who not in (above, *others) and comparison != "C"]
 
@@ -296,11 +301,11 @@ def test_a_committed_claim_says_which_is_above_which(name, comparison, above, ot
         ("learning rate", "learning rate", "learning_rate", {0.001: 40.0, 0.01: 20.0}, {0.001: 40.0, 0.01: 40.5}, {}),
     ],
 )  # fmt: skip
-def test_a_committed_claim_says_what_an_axis_does(name, comparison, axis, true, false, settings):
+def test_committed_claim_about_a_setting(name, comparison, axis, true, false, settings):
     (asked,) = (c for c in read_claims() if c.name == name)
     for means, expected in ((true, "reproduced"), (false, "not reproduced")):
         results = runs(means, comparison, axis, **settings)
-        other = results.assign(loss="lifted")  # whose levels say nothing of it
+        other = results.assign(loss="lifted")  # runs of another loss must not matter
         other["recall@1"] = np.arange(len(other)) * 7.0 % 50
         among = {"loss"} & asked.among.keys()
         board = judge(pd.concat([results, other]) if among else results, claims=[asked])
@@ -311,7 +316,7 @@ TABLE = {"check": "table", "comparison": ["batch"], "among": {"loss": "histogram
 
 
 def of_table(dataset, protocol, offsets, splits):
-    """Runs whose Recall@K are those of the paper's Table 1 and so many points more, one offset per run."""
+    """Runs whose Recall@K equals the paper's Table 1 plus an offset in points per run."""
     published = read_published()
     ours = published[(published["dataset"] == dataset) & (published["place"] == "Table 1")]
     rows = [
@@ -335,17 +340,17 @@ def of_table(dataset, protocol, offsets, splits):
         ("cuhk03", [-5.0 + n for n in NOISE], "not reproduced"),
     ],
 )
-def test_table_1_is_compared_with_its_own_values_alone(dataset, offsets, expected):
+def test_compares_table_1_with_its_own_values_only(dataset, offsets, expected):
     protocol = {"cuhk03": "cuhk03-single-shot"}.get(dataset, dataset)
     splits = [f"cuhk03-{i}" for i in range(1, 6)] if dataset == "cuhk03" else [dataset] * 5
     (row,) = judge(of_table(dataset, protocol, offsets, splits), claims=[claim(**TABLE)]).to_dict("records")
     assert row["verdict"] == expected
-    assert row["evidence"].count("less the published") == 5  # and not those of the authors' notebook
+    assert row["evidence"].count("minus the published") == 5  # and not those of the authors' notebook
     other = judge(of_table(dataset, "another protocol", offsets, splits), claims=[claim(**TABLE)])
     assert other["verdict"].tolist() == ["not run"]
 
 
-def test_runs_in_slices_are_no_level_of_the_batch():
+def test_runs_in_slices_are_no_level_of_the_batch_size():
     batch = next(c for c in read_claims() if c.name == "batch")
     results = runs({32: 30.0, 64: 35.0, 128: 40.0}, "batch", "batch_size", micro_batch=None)
     slices = runs({1024: 1.0}, "batch", "batch_size", micro_batch=256)
@@ -353,129 +358,7 @@ def test_runs_in_slices_are_no_level_of_the_batch():
     assert board["verdict"].tolist() == ["reproduced", "not run"]
 
 
-NUMBER = r"[-+]?\d+\.\d+"
-PARAGRAPH = "Beyond the claims"  # how the README's paragraph of what the paper does not ask begins
-
-
-def what_holds():
-    return Path("README.md").read_text().split("## What holds on glyphs")[1].split("\n## ")[0]
-
-
-def signed(text):
-    """Of each number with a decimal point, how it may stand in the evidence."""
-    for found in re.finditer(rf"(costs? )?({NUMBER})( between)?", text):
-        costs, number, between = found.groups()
-        if number[0] in "-+":
-            yield {number}
-        else:
-            yield {f"-{number}"} if costs else {f"+{number}", f"-{number}"} if between else {f"+{number}", number}
-
-
-def beyond_the_claims():
-    """What the README tells besides verdicts, computed from the sample: by row of its table or paragraph."""
-    results = read_results(Path("reports/sample/results.parquet"))
-    rates = results[(results["comparison"] == "learning rate") & (results["loss"] == "binomial")]
-    assert (set(rates["C"]), set(rates["seed"])) == ({10.0}, {0, 1, 2})
-    spread = np.ptp(rates.groupby("learning_rate")["recall@1"].mean())
-    linear, step = (recalls(results, "order cost", f"histogram, {cost} cost") for cost in ("linear", "step"))
-    assert len(linear) == len(step) == 3
-    return {
-        "sensitive to the learning rate": [f"({spread:.1f} of the binomial deviance, C = 10, three seeds)"],
-        PARAGRAPH: [
-            f"the contrastive loss is above the histogram loss by {above(results, 'contrastive', 'losses')} at the "
-            f"fixed setting and by {above(results, 'contrastive', 'tuned losses')} tuned",
-            f"The plain triplet is above it by {above(results, 'triplet', 'losses')} at the fixed setting; "
-            f"tuned, the two are equivalent, {equal(results, 'triplet', 'tuned losses')}",
-            "With C = 5, of four values the best on the test classes, the binomial deviance is equivalent to the "
-            f"histogram loss at the fixed setting, if barely: {best_binomial(results)}",
-            f"A linear order cost reaches {linear.mean():.1f} where the step reaches {step.mean():.1f}",
-            f"A standard deviation of 20 bins costs {cost_of(results, 'gaussian')} with the Gaussian kernel, "
-            f"{cost_of(results, 'epanechnikov')} with Epanechnikov's and {cost_of(results, 'uniform')} with the "
-            "uniform one",
-        ],
-    }
-
-
-def recalls(results, comparison, method):
-    runs = results[(results["comparison"] == comparison) & (results["method"] == method)]
-    return runs.set_index("seed")["recall@1"]
-
-
-def above(results, rival, comparison):
-    difference = paired_difference(recalls(results, comparison, rival), recalls(results, comparison, "histogram"))
-    assert difference.low > 0
-    assert difference.n == 5
-    return f"{difference.mean:.1f} ({difference.low:.1f} to {difference.high:.1f})"
-
-
-def equal(results, rival, comparison, of_rival=None):
-    pair = recalls(results, of_rival or comparison, rival), recalls(results, comparison, "histogram")
-    found = equivalence(*pair)
-    assert (found.verdict, found.n) == ("equivalent", 5)
-    return f"{found.mean:.1f} (90 %: {found.low:.1f} to {found.high:.1f})"
-
-
-def best_binomial(results):
-    """Its best C at the fixed setting stands in the comparison of C alone, with the losses' seeds."""
-    of_c = results[results["comparison"] == "C"]
-    best = of_c.groupby("method")["recall@1"].mean().idxmax()
-    assert (of_c["method"].nunique(), set(of_c.loc[of_c["method"] == best, "C"])) == (4, {5.0})
-    return equal(results, best, "losses", "C")
-
-
-def cost_of(results, kernel):
-    wide = recalls(results, "kernel", f"histogram, kernel {kernel}, bandwidth 20")
-    difference = paired_difference(recalls(results, "kernel", "histogram"), wide)
-    assert difference.n == 3
-    assert (difference.low < 0) == (kernel == "epanechnikov")  # of which the README says so
-    return f"{difference.mean:.1f}"
-
-
-def test_what_the_readme_tells_beyond_the_claims_is_computed_from_the_sample():
-    """Each statement stands in its paragraph, which has no other number with a decimal point."""
-    told = " ".join(what_holds().split(PARAGRAPH)[1].split("\n\n")[0].split())
-    for statement in beyond_the_claims()[PARAGRAPH]:
-        assert statement in told
-        told = told.replace(statement, "")
-    assert not re.findall(NUMBER, told)
-
-
-def test_a_number_of_the_readme_has_the_sign_of_its_evidence():
-    assert list(signed("-0.3 (-1.7 to 1.1): 25 bins cost 1.7 at 32, a margin costs 3.9, 21.0 between two, +2.0")) == [
-        {"-0.3"}, {"-1.7"}, {"+1.1", "1.1"}, {"-1.7"}, {"-3.9"}, {"+21.0", "-21.0"}, {"+2.0"}
-    ]  # fmt: skip
-
-
-def test_the_verdicts_and_numbers_of_the_readme_are_those_of_the_sample():
-    """Its table of what holds on glyphs is written by hand: each verdict, and each number with a decimal point.
-
-    A number has the sign of its evidence, none is plus; what something costs is minus, and a spread between two none.
-    """
-    board = pd.read_csv("reports/sample/claims.csv", keep_default_na=False).set_index(["claim", "comparison"])
-    more = beyond_the_claims()
-    lines = [line for line in what_holds().splitlines() if line[:1] == "|"]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    told = {row[0]: row[1:] for row in rows[2:]}
-    assert len(told) == len(README)
-    assert more.keys() - {PARAGRAPH} <= told.keys()
-    for name, cells in told.items():
-        (columns,) = (columns for start, columns in README.items() if name.startswith(start))
-        for cell, claims in zip(cells, columns, strict=True):
-            found = board.loc[claims] if claims else board.head(0)
-            assert set(re.findall("not reproduced|reproduced|inconclusive", cell)) == set(found["verdict"]), name
-            for statement in more.get(name, ()):
-                if claims:
-                    assert statement in cell
-                cell = cell.replace(statement, "")
-            ours = [evidence.split("published: ")[0] for evidence in found["evidence"]]
-            numbers = {number for evidence in ours for number in re.findall(NUMBER, evidence)}
-            for signs in signed(cell):
-                assert signs & numbers, f"{name}: {' or '.join(signs)}"
-    asked = {claim for columns in README.values() for claims in columns for claim in claims}
-    assert asked == set(board.index[board["verdict"] != "not run"])
-
-
-def test_the_committed_report_is_that_of_the_committed_results():
+def test_committed_report_equals_the_committed_results():
     results = read_results(Path("reports/sample/results.parquet"))
     board = judge(results, pd.read_csv("reports/sample/loss_cost.csv"))
     told = pd.read_csv("reports/sample/claims.csv", keep_default_na=False)
@@ -488,12 +371,12 @@ def test_the_committed_report_is_that_of_the_committed_results():
     assert_frame_equal(means, summary(results, recall_names(results)), check_dtype=False)
 
 
-def test_overlap_is_the_mass_below_both_densities():
+def test_overlap_equals_the_mass_below_both_densities():
     frame = pd.DataFrame({"positive_after": [[0.5, 0.5, 0.0]], "negative_after": [[0.0, 0.25, 0.75]]})
     assert overlap(frame).tolist() == [25.0]
 
 
-def test_less_overlap_is_asked_of_the_densities():
+def test_overlap_claim_compares_the_densities():
     ours, rival = runs({200: 40.0}), runs({0: 40.0}, loss="lifted")
     for frame, share in ((ours, 0.1), (rival, 0.3)):
         frame["positive_after"] = [[1 - share - s / 1000, share + s / 1000] for s in NOISE]
@@ -506,7 +389,7 @@ def test_less_overlap_is_asked_of_the_densities():
 
 
 @pytest.mark.parametrize(("power", "expected"), [(2, "reproduced"), (4, "not reproduced"), (2.8, "inconclusive")])
-def test_the_cost_is_judged_by_its_exponent(power, expected):
+def test_judges_the_cost_by_its_exponent(power, expected):
     sizes = np.array([1024, 2048, 4096])
     cost = pd.DataFrame({"batch_size": sizes, "seconds": 1e-9 * sizes**power})
     (row,) = judge(runs({200: 40.0}), cost, [claim("quadratic", comparison=[])]).to_dict("records")
@@ -514,20 +397,20 @@ def test_the_cost_is_judged_by_its_exponent(power, expected):
     assert f"exponent {power:.2f}" in row["evidence"]
 
 
-def test_a_method_without_a_rival_is_no_claim():
+def test_refuses_a_method_without_rivals():
     with pytest.raises(ValueError, match="method and rivals come together"):
         claim("above", method={"loss": "histogram"})
 
 
-def test_a_table_over_splits_needs_all_of_them():
+def test_table_over_splits_needs_every_split():
     few = of_table("cuhk03", "cuhk03-single-shot", NOISE[:2], ["cuhk03-1", "cuhk03-2"])
     (row,) = judge(few, claims=[claim(**TABLE)]).to_dict("records")
     assert (row["verdict"], row["evidence"]) == (
-        "not run", "the values of Table 1 are means over 5 splits, these runs are of 2"
+        "not run", "the values of Table 1 are means over 5 splits: got runs of 2"
     )  # fmt: skip
 
 
-def test_a_wrong_claim_is_refused_by_name(tmp_path):
+def test_refuses_an_invalid_claim_by_name(tmp_path):
     file = tmp_path / "claims.yaml"
     file.write_text(Path(CLAIMS).read_text().replace("check: rising", "check: growing"))
     with pytest.raises(ConfigError, match=r"claim 'batch': check: Input should be 'above'"):

@@ -18,7 +18,7 @@ def two_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
 
 
-def test_the_gpus_of_a_study_are_those_it_was_given(monkeypatch):
+def test_visible_devices_follow_the_environment(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert visible_devices() == ["3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -27,7 +27,7 @@ def test_the_gpus_of_a_study_are_those_it_was_given(monkeypatch):
     assert visible_devices() == [str(n) for n in range(torch.cuda.device_count())]
 
 
-def test_each_run_sees_gpus_of_its_own(monkeypatch, two_gpus):
+def test_each_run_sees_its_own_gpus(monkeypatch, two_gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with own_devices(1) as first, own_devices(1) as second:
         assert (first, second) == (["0"], ["1"])
@@ -38,7 +38,7 @@ def test_each_run_sees_gpus_of_its_own(monkeypatch, two_gpus):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_a_run_on_two_gpus_waits_for_both_and_keeps_neither_meanwhile(two_gpus):
+def test_run_on_two_gpus_locks_both_or_none(two_gpus):
     got = threading.Event()
 
     def wait_for_two():

@@ -22,12 +22,12 @@ from hloss.study.gpu_check import (
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_check_without_cuda_says_so_and_exits_with_a_status_of_its_own(capsys):
+def test_without_cuda_the_exit_status_is_3(capsys):
     assert check_gpus() == NO_CUDA == 3
-    assert "no CUDA device here" in capsys.readouterr().out
+    assert "no CUDA device" in capsys.readouterr().out
 
 
-def test_the_table_of_checks_counts_what_passed():
+def test_table_counts_passed_checks():
     cases = """<testsuite><testcase classname="tests.test_x" name="test_a" time="0.5"/>
     <testcase classname="tests.test_x" name="test_b" time="1"><failure message="far off&#10;more"/></testcase>
     <testcase classname="tests.test_x" name="test_c" time="0"><skipped message="one GPU"/></testcase></testsuite>"""
@@ -41,7 +41,7 @@ def test_the_table_of_checks_counts_what_passed():
     assert check_table(checks, 1).endswith("1 of 3 passed, on one GPU: multi-GPU tests were skipped")
 
 
-def test_a_check_that_takes_too_long_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
+def test_time_limit_ends_all_processes_of_a_check(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "STOP_SECONDS", 0.5)
     last = "import time; time.sleep(60)"
     code = f"""import signal, subprocess, sys, time
@@ -59,7 +59,7 @@ print('begun', flush=True)
 
 
 @pytest.mark.slow
-def test_what_was_tested_before_a_check_took_too_long_is_told(tmp_path):
+def test_reports_tests_that_finished_before_the_time_limit(tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text("import time\n\ndef test_quick(): pass\n\ndef test_hangs(): time.sleep(90)\n")
     quick, *_, last = marked_tests("not slow", tmp_path, 30, str(file))
@@ -68,7 +68,7 @@ def test_what_was_tested_before_a_check_took_too_long_is_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_checks_run_to_their_end_on_a_cpu(tmp_path, capsys):
+def test_checks_run_on_a_cpu(tmp_path, capsys):
     tests = marked_tests("cuda", tmp_path, 300, "tests", f"--ignore={NCCL}")
     tests += marked_tests("cuda", tmp_path, 300, NCCL)
     assert {check.name.partition(":")[0] for check in tests} == {"test_cuda", "test_nccl"}

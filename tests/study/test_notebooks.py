@@ -1,4 +1,4 @@
-"""Runs and reports executed by papermill."""
+"""Notebooks executed with papermill: attempts, refusals and GPUs."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from tests.helpers.studies import study_of
 
 @pytest.fixture
 def attempt(config, monkeypatch, tmp_path, capsys):
-    """`attempt(number, code)`: what an attempt at a run prints whose notebook is this code; it fails."""
+    """`attempt(number, code)`: output of a failing attempt at a run whose notebook has this code."""
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: None)
@@ -33,45 +33,43 @@ def attempt(config, monkeypatch, tmp_path, capsys):
     return carry_out_attempt
 
 
-def test_a_refused_run_is_not_tried_again(attempt, config):
+def test_refused_run_is_not_attempted_again(attempt, config):
     refusal = "class DatasetError(ValueError): pass\nraise DatasetError('tiny is not prepared')"
     assert "DatasetError: tiny is not prepared" in attempt(1, refusal)
     assert read_status(config.folder)["message"] == "DatasetError: tiny is not prepared"
-    assert "is not tried again: DatasetError: tiny is not prepared" in attempt(2, refusal)
+    assert "is not attempted again: DatasetError: tiny is not prepared" in attempt(2, refusal)
 
 
-def test_a_kernel_is_reached_by_files_and_not_by_ports_that_another_may_take(attempt):
+def test_kernel_uses_socket_files(attempt):
     told = "import ipykernel, json; raise ValueError(json.loads(ipykernel.get_connection_info())['transport'])"
     assert "ValueError: ipc" in attempt(1, told)
 
 
-def test_what_an_earlier_start_left_does_not_decide_about_the_attempts_of_this_one(attempt, config):
+def test_status_of_an_earlier_start_does_not_stop_attempts(attempt, config):
     write_status(config.folder, "failed", 3, "RunError: the loss is not finite")
     error = "raise OSError('the file system is away')"
     assert "the file system is away" in attempt(1, error)
     assert "the file system is away" in attempt(2, error)
 
 
-def test_a_run_that_failed_for_good_in_this_start_is_not_tried_again(attempt, config):
+def test_permanent_failure_in_this_start_is_not_attempted_again(attempt, config):
     failed = json.dumps({"state": "failed", "iteration": 3, "message": "RunError: not finite", "retry": False})
     code = f"open({str(config.folder / 'status.json')!r}, 'w').write({failed!r})\nraise RuntimeError('not finite')"
     attempt(1, code)
-    assert "is not tried again: RunError: not finite" in attempt(2, code)
+    assert "is not attempted again: RunError: not finite" in attempt(2, code)
 
 
 @pytest.mark.parametrize(("usable", "counted"), [(False, 0), (False, 2), (True, 1)])
-def test_a_run_that_was_given_gpus_that_torch_cannot_use_is_not_left_to_a_cpu(
-    usable, counted, config, capsys, monkeypatch
-):
+def test_fails_early_if_torch_cannot_use_the_assigned_gpus(usable, counted, config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
     monkeypatch.setattr(notebooks, "execute", lambda *given: pytest.fail("it began"))
     with pytest.raises(SystemExit):
         execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
-    assert "but torch" in capsys.readouterr().out
+    assert "can use too few GPUs" in capsys.readouterr().out
     status = read_status(config.folder)  # another attempt may find another node
     assert (status["state"], status["retry"]) == ("failed", True)
-    assert "but torch" in status["message"]
+    assert "can use too few GPUs" in status["message"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     began = []

@@ -1,4 +1,4 @@
-"""Plans of studies, from measured costs."""
+"""Plans of studies, computed from measured costs."""
 
 import json
 
@@ -21,7 +21,7 @@ from hloss.study.spec import load_study
 from tests.helpers.studies import study_of
 
 
-def test_a_plan_says_what_is_done_measured_and_not_measured(config, tmp_path):
+def test_plan_separates_done_measured_and_unmeasured_runs(config, tmp_path):
     longer = parse_config({**config.model_dump(), "iterations": 3_600_000})
     twice = parse_config({**config.model_dump(), "iterations": 1_800_000, "refit": True})
     other = parse_config({**longer.model_dump(), "batch_size": 25})
@@ -42,22 +42,22 @@ def test_a_plan_says_what_is_done_measured_and_not_measured(config, tmp_path):
 
 
 @pytest.mark.parametrize(("gpus", "measured"), [(0, 185), (1, 0), (None, 0)])
-def test_the_plan_of_the_paper_has_hours_and_memory_of_every_run(gpus, measured, monkeypatch, tmp_path):
+def test_plan_of_the_paper_has_hours_and_memory_of_every_run(gpus, measured, monkeypatch, tmp_path):
     study, costs = load_study("paper"), read_costs()
-    monkeypatch.chdir(tmp_path)  # where nothing is done
+    monkeypatch.chdir(tmp_path)  # a folder without results
     needs = [planned.need for planned in plan_runs(study, gpus, costs)]
     assert len(needs) == 191
     assert all(need.memory > 0 for need in needs)
     assert sum(need.measured for need in needs) == measured
 
 
-def test_the_hours_asked_for_with_a_gpu_are_named_where_there_is_none(config):
+def test_unmeasured_run_without_its_gpu_names_the_request(config):
     (planned,) = plan_runs(study_of(config, gpus=1, hours=7.0), 0, {})
     assert (planned.need.hours, planned.need.on_gpu, planned.need.measured) == (7.0, False, False)
-    assert planned.need.source.endswith("on a GPU")
+    assert planned.need.source.endswith("for a GPU")
 
 
-def test_a_run_without_training_has_the_memory_and_disk_of_one_that_trains(config):
+def test_run_without_training_needs_the_memory_and_disk_of_a_trained_run(config):
     untrained = parse_config({**config.model_dump(), "loss": "none", "iterations": 0})
     trained = cost_key(study_of(config).runs[0], 0)
     (planned,) = plan_runs(study_of(untrained), 0, {trained: Cost(3600.0, 2048.0, 512.0, "somebody")})
@@ -65,7 +65,7 @@ def test_a_run_without_training_has_the_memory_and_disk_of_one_that_trains(confi
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_a_plan_compares_only_main_memory_with_the_memory_asked_for(config, gpus):
+def test_compares_only_main_memory_with_the_requested_memory(config, gpus):
     study = study_of(config, gpus=gpus)
     cost = Cost(0.1, 1000 * 1024.0, 1.0, "somebody")
     (planned,) = plan_runs(study, gpus, {cost_key(study.runs[0], gpus): cost})
@@ -73,14 +73,14 @@ def test_a_plan_compares_only_main_memory_with_the_memory_asked_for(config, gpus
     assert ("memory_gb=8" in planned.need.remark) == (not gpus)
 
 
-def test_a_plan_warns_of_too_few_hours(config):
+def test_warns_about_too_few_hours(config):
     study = study_of(config, hours=1.0)
     for seconds, warned in ((3600.0, True), (600.0, False)):  # of each of 4 iterations
         (planned,) = plan_runs(study, 0, {cost_key(study.runs[0], 0): Cost(seconds, 1.0, 1.0, "somebody")})
         assert ("hours=1" in planned.need.remark) == warned
 
 
-def test_a_plan_counts_the_disk_of_a_network_that_is_kept(config, tmp_path):
+def test_counts_the_disk_of_a_kept_network(config, tmp_path):
     without = parse_config({**config.model_dump(), "keep_network": False})
     run(without, lambda line: None)
     disk = sum(file.stat().st_size for file in without.folder.iterdir()) / 2**30
@@ -92,13 +92,13 @@ def test_a_plan_counts_the_disk_of_a_network_that_is_kept(config, tmp_path):
     assert kept.need.disk - not_kept.need.disk == pytest.approx(size, rel=0.05)
 
 
-def test_a_plan_counts_what_is_left_of_a_run(config):
+def test_counts_the_remaining_iterations_of_a_run(config):
     config.folder.mkdir(parents=True)
     (config.folder / "status.json").write_text(json.dumps({"state": "stopped", "iteration": 3}))
     assert run_state(study_of(config).runs[0], stale=False) == ("at iteration 3", 1)
 
 
-def test_a_stale_run_is_to_be_run_again(config, monkeypatch):
+def test_stale_run_is_redone(config, monkeypatch):
     study = study_of(config)
     run(config, lambda line: None)
     assert [planned.state for planned in plan_runs(study, 0, {})] == ["done"]
@@ -108,7 +108,7 @@ def test_a_stale_run_is_to_be_run_again(config, monkeypatch):
     assert "0 of 1 runs are done" in plan_text(study, [planned])
 
 
-def test_the_table_of_measurements_is_of_the_quick_studys_runs():
+def test_table_of_costs_has_the_runs_of_the_quick_study():
     costs = read_costs()
     quick = load_study("quick").runs[0]
     assert costs[cost_key(quick, 0)].seconds < 1

@@ -1,4 +1,4 @@
-"""Processes that are watched, and stopped by signals."""
+"""Commands that are watched and interrupted."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ import pytest
 from hloss.study import processes
 
 
-def test_a_command_is_watched_to_its_end():
+def test_calls_meanwhile_until_the_command_ends():
     looks = []
     assert processes.call([sys.executable, "-c", "raise SystemExit(7)"], lambda: looks.append(1)) == 7
     assert looks
 
 
-def test_a_command_is_asked_to_stop_as_by_a_terminal(capfd):
+def test_forwards_a_signal_as_sigint(capfd):
     code = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asked')"
     printed = ""
 

@@ -9,7 +9,7 @@ from hloss.study.progress import Progress
 from tests.helpers.studies import study_of
 
 
-def test_progress_tells_a_change_once_and_old_news_never(config, capsys):
+def test_prints_each_change_once_and_ignores_old_statuses(config, capsys):
     progress = Progress(study_of(config))
     status = config.folder / "status.json"
     config.folder.mkdir(parents=True)

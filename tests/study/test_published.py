@@ -1,4 +1,4 @@
-"""Published values: every row is read, a wrong one is refused by name, and a study stands beside its like alone."""
+"""Published values: reading, refused rows, and comparison with results of the same protocol and method."""
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ def published():
     return read_published()
 
 
-def test_every_committed_value_is_a_percentage_with_a_source(published):
+def test_committed_values_are_percentages_with_sources(published):
     assert len(published) > 100
     assert published.value.between(0, 100, inclusive="right").all()
     assert published.url.str.startswith("https://").all()
@@ -27,13 +27,13 @@ def test_every_committed_value_is_a_percentage_with_a_source(published):
     assert not again.any(), published[again]
 
 
-def test_names_of_ours_are_names_of_ours(published):
+def test_committed_names_of_losses_and_protocols_are_known(published):
     ours = published[published.selection != "test set"]
     assert {m for m in ours.method if not m.startswith(PREFIX)} <= {*LOSSES, "none"}
     assert {p for p in published.protocol if " " not in p} <= set(PROTOCOLS)
 
 
-def test_table_1_is_as_printed(published):
+def test_table_1_equals_the_paper(published):
     table = published[(published.source == "Ustinova & Lempitsky 2016") & (published.place == "Table 1")]
     values = table.pivot(index="dataset", columns="metric", values="value")
     columns = [f"recall@{k}" for k in (1, 5, 10, 15, 20)]
@@ -41,7 +41,7 @@ def test_table_1_is_as_printed(published):
     assert values.loc["market1501", columns].tolist() == [59.47, 80.73, 86.94, 89.28, 91.09]
 
 
-def test_recall_grows_with_k_in_every_publication(published):
+def test_published_recall_increases_with_k(published):
     recall = published[published.metric.str.startswith("recall@")]
     recall = recall.assign(k=recall.metric.str.removeprefix("recall@").astype(int), settings=recall.settings.map(str))
     for _, rows in recall.groupby(["dataset", "method", "network", "dim", "settings", "source"], dropna=False):
@@ -51,18 +51,18 @@ def test_recall_grows_with_k_in_every_publication(published):
 @pytest.mark.parametrize(
     ("column", "wrong", "message"),
     [
-        ("value", "165.77", r"line 3: value='165.77' is not a percentage above 0"),
-        ("value", "0", r"line 3: value='0' is not a percentage"),
-        ("value", "nan", r"line 3: value='nan' is not a percentage"),
-        ("value", "about 60", r"line 3: value='about 60' is no number"),
-        ("dataset", "CUB", r"line 3: dataset='CUB' is unknown, allowed are cub"),
-        ("metric", "R@1", r"line 3: metric='R@1' is neither recall@K nor map"),
-        ("settings", "batch=256", r"line 3: settings='batch=256': batch is no setting of a run"),
-        ("selection", "best", r"line 3: selection='best' is unknown"),
+        ("value", "165.77", r"line 3: value must be above 0 and at most 100 \(%\): got '165.77'"),
+        ("value", "0", r"line 3: value must be above 0 and at most 100 \(%\): got '0'"),
+        ("value", "nan", r"line 3: value must be above 0 and at most 100 \(%\): got 'nan'"),
+        ("value", "about 60", r"line 3: value must be a number: got 'about 60'"),
+        ("dataset", "CUB", r"line 3: dataset is unknown: got 'CUB'; allowed are cub"),
+        ("metric", "R@1", r"line 3: metric must be recall@K or map: got 'R@1'"),
+        ("settings", "batch=256", r"line 3: settings='batch=256' names unknown settings of a run: batch"),
+        ("selection", "best", r"line 3: selection is unknown: got 'best'"),
         ("source", " ", r"line 3: source is empty"),
     ],
 )
-def test_a_wrong_row_is_refused_by_name(column, wrong, message, tmp_path):
+def test_refuses_an_invalid_row_by_line(column, wrong, message, tmp_path):
     table = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False).head(4)
     table.loc[1, column] = wrong
     table.to_csv(tmp_path / "values.csv", index=False)
@@ -70,9 +70,9 @@ def test_a_wrong_row_is_refused_by_name(column, wrong, message, tmp_path):
         read_published(tmp_path / "values.csv")
 
 
-def test_a_file_of_other_columns_is_refused(tmp_path):
+def test_refuses_a_file_with_other_columns(tmp_path):
     (tmp_path / "values.csv").write_text("dataset,value\ncub,1\n")
-    with pytest.raises(ConfigError, match=r"has the columns \['dataset', 'value'\]"):
+    with pytest.raises(ConfigError, match=r"has wrong columns: got \['dataset', 'value'\]"):
         read_published(tmp_path / "values.csv")
 
 
@@ -96,7 +96,7 @@ def runs_of(dataset, method, recall, **settings):
     return pd.DataFrame(runs)
 
 
-def test_ours_stands_beside_the_same_protocol_network_and_dimensions():
+def test_exact_match_needs_protocol_network_and_dimensions():
     recall = np.array([0.65, 0.66, 0.67])
     table = compare_with_published(runs_of("cuhk03", "histogram", recall))
     assert table.published.tolist() == [65.77, 65.918]  # the paper's and its notebook's; Recall@5 was not measured
@@ -109,7 +109,7 @@ def test_ours_stands_beside_the_same_protocol_network_and_dimensions():
     assert (row.source, row.place) == ("Ustinova & Lempitsky 2016", "Table 1")
 
 
-def test_half_a_method_has_no_difference_to_what_was_published():
+def test_method_with_missing_runs_has_no_difference():
     half = runs_of("cuhk03", "histogram", [0.65, 0.66, 0.67])
     half.loc[1, ["complete", "recall@1"]] = False, np.nan
     table = compare_with_published(half)
@@ -119,7 +119,7 @@ def test_half_a_method_has_no_difference_to_what_was_published():
     assert compare_with_published(half.assign(complete=False)).empty
 
 
-def test_another_batch_size_or_C_than_stated_is_another_method():
+def test_other_stated_settings_are_another_method():
     assert compare_with_published(runs_of("cuhk03", "histogram", [0.6], batch_size=128)).empty
     binomial = {"loss": "binomial", "network": "googlenet", "embedding_dim": 512}
     with_2 = compare_with_published(runs_of("cub", "binomial", [0.4], C=2.0, batch_size=128, **binomial))
@@ -134,7 +134,7 @@ def test_another_batch_size_or_C_than_stated_is_another_method():
         assert (50.3 in beside.published.tolist()) == quoted
 
 
-def test_the_googlenet_here_is_another_network_than_the_papers():
+def test_googlenet_differs_from_the_network_of_the_paper():
     table = compare_with_published(
         runs_of("sop", "lifted", [0.6], loss="lifted", network="googlenet", embedding_dim=512)
     )
@@ -144,7 +144,7 @@ def test_the_googlenet_here_is_another_network_than_the_papers():
     assert EXACT not in set(fewer.match)
 
 
-def test_what_was_chosen_on_the_test_set_or_measured_otherwise_is_another_protocol():
+def test_choice_on_the_test_set_is_another_protocol():
     table = compare_with_published(
         runs_of("cub", "histogram", [0.5], network="torchvision:resnet50", embedding_dim=128)
     )
@@ -164,13 +164,13 @@ def test_what_was_chosen_on_the_test_set_or_measured_otherwise_is_another_protoc
     assert maps.published.tolist() == [54.71]
 
 
-def test_runs_that_are_no_repetitions_are_refused_by_name():
+def test_refuses_runs_that_are_no_repetitions():
     mixed = pd.concat([runs_of("cub", "histogram", [0.5]), runs_of("cub", "histogram", [0.5], network="googlenet")])
-    with pytest.raises(ConfigError, match=r"the runs of 'histogram' on cub differ in network \(parts, googlenet\)"):
+    with pytest.raises(ConfigError, match=r"the runs of 'histogram' on cub differ in network: got parts, googlenet"):
         compare_with_published(mixed)
 
 
-def test_a_dataset_without_published_values_gives_an_empty_table():
+def test_dataset_without_published_values_gives_an_empty_table():
     table = compare_with_published(runs_of("glyphs", "histogram", [0.5]))
     assert table.empty
     assert "match" in table

@@ -1,4 +1,4 @@
-"""The report's HTML, as text; what it does in a browser is in tests/browser."""
+"""HTML of a report as text; tests/browser tests it in a browser."""
 
 from xml.etree import ElementTree
 
@@ -9,7 +9,7 @@ import pytest
 from hloss.study.report import enable_links, relative_link, sortable_table
 
 
-def test_a_table_says_what_the_frame_says():
+def test_table_equals_the_frame():
     frame = pd.DataFrame({"method": ["a & b", "<c>"], "recall": [41.5, np.nan], "n": [5, 3]})
     table = ElementTree.fromstring(sortable_table(frame).partition("<style>")[0])
     assert table.attrib == {"class": "sortable"}
@@ -18,7 +18,7 @@ def test_a_table_says_what_the_frame_says():
     assert rows == [["a & b", "41.5", "5"], ["<c>", None, "3"]]
 
 
-def test_only_named_columns_may_hold_html():
+def test_escapes_all_but_html_columns():
     frame = pd.DataFrame({"<b>": ["<script>x</script>"], "run": ['<a href="#r1">r1</a>']})
     table = sortable_table(frame, html_columns=["run"])
     assert "<script>x" not in table
@@ -26,22 +26,22 @@ def test_only_named_columns_may_hold_html():
     assert '<td><a href="#r1">r1</a></td>' in table
 
 
-def test_a_column_of_html_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"\['runs'\] are no columns of the table, which has \['run'\]"):
+def test_refuses_an_unknown_html_column():
+    with pytest.raises(ValueError, match=r"got \['runs'\]; allowed are \['run'\]"):
         sortable_table(pd.DataFrame({"run": ["r1"]}), html_columns=["runs"])
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, pd.NaT])
-def test_what_is_missing_is_empty(missing):
+def test_missing_values_are_empty_cells(missing):
     assert "<td></td>" in sortable_table(pd.DataFrame({"x": ["here", missing]}, dtype=object))
 
 
-def test_a_table_loads_nothing_from_elsewhere():
+def test_table_loads_nothing_from_other_hosts():
     assert "://" not in sortable_table(pd.DataFrame({"x": [1]}))
     assert "src=" not in sortable_table(pd.DataFrame({"x": [1]}))
 
 
-def test_a_link_to_a_file_beside_the_report_is_plain_text_until_the_file_is_there():
+def test_relative_link_is_plain_text_until_enabled():
     link = relative_link('../../runs/a "b"/run.ipynb', "a & b")
     assert ElementTree.fromstring(link).attrib == {"data-beside": "../../runs/a%20%22b%22/run.ipynb"}
     assert ElementTree.fromstring(link).text == "a & b"

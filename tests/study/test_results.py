@@ -1,4 +1,4 @@
-"""Tables of results: what they hold, and what they refuse to mix."""
+"""Tables of results: columns, stale runs and refused mixtures."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from hloss.study.statistics import bootstrap_over_classes, summary
 from hloss.study.tuning import resolve_tuning
 
 
-def test_results_of_different_code_are_never_mixed_silently(study, monkeypatch):
+def test_refuses_results_of_different_code(study, monkeypatch):
     loaded = study.load()
     for r in loaded.runs[1:]:
         run(r.config, lambda line: None)
@@ -46,7 +46,7 @@ def test_results_of_different_code_are_never_mixed_silently(study, monkeypatch):
     assert mixed["method"].tolist()[-1] == ["raw pixels"]
 
 
-def test_a_result_of_another_version_of_a_package_that_its_settings_name_is_stale(study, monkeypatch):
+def test_result_of_another_package_version_is_stale(study, monkeypatch):
     study.content["runs"] = [{"name": "multi-similarity", "set": {"loss": "pml:MultiSimilarityLoss"}}]
     loaded = study.load()
     (package,) = (name for name in NAMED_PACKAGES if name != "torchvision")
@@ -65,7 +65,7 @@ def test_a_result_of_another_version_of_a_package_that_its_settings_name_is_stal
     assert stale_runs(loaded, {}) == []
 
 
-def test_a_result_made_before_packages_counted_is_stale_if_its_settings_name_one(study):
+def test_result_without_a_package_version_is_stale_if_settings_name_the_package(study):
     study.content["runs"] = [{"name": "multi-similarity", "set": {"loss": "pml:MultiSimilarityLoss"}}]
     loaded = study.load()
     run(loaded.runs[0].config, lambda line: None)
@@ -76,7 +76,7 @@ def test_a_result_made_before_packages_counted_is_stale_if_its_settings_name_one
     assert stale_runs(loaded, {}) == [loaded.runs[0]]
 
 
-def test_results_of_different_data_are_refused_even_when_kept(study):
+def test_refuses_results_of_different_data_even_with_keep(study):
     loaded = study.load()
     for r in loaded.runs:
         run(r.config, lambda line: None)
@@ -87,7 +87,7 @@ def test_results_of_different_data_are_refused_even_when_kept(study):
         collect(loaded, keep=True)
 
 
-def test_the_table_holds_every_run_and_its_summary(study):
+def test_table_has_every_run_and_summary_its_means(study):
     loaded = study.load()
     results = {r.config.run_id: run(r.config, lambda line: None) for r in loaded.runs}
     table = collect(loaded).explode(["comparison", "method"])
@@ -100,9 +100,9 @@ def test_the_table_holds_every_run_and_its_summary(study):
     assert means["recall@1 low"].isna().tolist() == [False, False, True]
 
 
-def test_the_committed_sample_is_the_glyphs_study_and_learned():
+def test_committed_sample_is_the_complete_glyphs_study():
     table = read_results(Path("reports/sample/results.parquet"))
-    runs = load_study("glyphs").runs  # recorded run ids are those of earlier names of settings
+    runs = load_study("glyphs").runs  # recorded run ids hash earlier names of settings
     known = {(*names, r.config.seed) for r in runs for names in r.methods.items()}
     assert known <= set(table[["comparison", "method", "seed"]].itertuples(index=False, name=None))
     assert table["complete"].all()
@@ -115,7 +115,7 @@ def test_the_committed_sample_is_the_glyphs_study_and_learned():
     assert recall.loc["histogram", "min"] > 5 * recall.loc["untrained network", "max"]
 
 
-def test_results_that_must_not_be_compared_are_refused_by_name(tmp_path):
+def test_refuses_results_that_cannot_be_compared(tmp_path):
     table = pd.read_parquet(Path("reports/sample/results.parquet"))
     row = table.index[table["complete"] & (table["iterations"] > 0)][3]
     for name, value in {
@@ -137,7 +137,7 @@ def test_results_that_must_not_be_compared_are_refused_by_name(tmp_path):
             read_results(tmp_path / "results.parquet")
 
 
-def test_splits_are_alike_but_for_their_test_set_and_each_is_another(tmp_path):
+def test_refuses_splits_that_differ_in_preparation_or_repeat(tmp_path):
     table = pd.read_parquet(Path("reports/sample/results.parquet"))
     table = table[table["seed"].isin([0, 1])].assign(dataset="cuhk03", split=lambda t: "cuhk03-" + t["seed"].map(str))
     second = table["seed"] == 1
@@ -157,7 +157,7 @@ def test_splits_are_alike_but_for_their_test_set_and_each_is_another(tmp_path):
         read_results(written_with(first_set, first_set, card=table["card_sha256"].iloc[0]))
 
 
-def test_a_run_that_chooses_is_of_the_same_data_and_protocol(tmp_path):
+def test_refuses_a_grid_of_other_data_or_protocol(tmp_path):
     table = pd.read_parquet(Path("reports/sample/results.parquet"))
     row = table.index[table["comparison"].map(lambda names: names[0].endswith(": choice"))][3]
     for name in ("protocol", "card_sha256"):
@@ -166,7 +166,7 @@ def test_a_run_that_chooses_is_of_the_same_data_and_protocol(tmp_path):
             read_results(tmp_path / "r.parquet")
 
 
-def test_each_seed_of_a_split_dataset_has_its_own_and_results_are_of_one_dataset(study, tiny_data):
+def test_each_seed_has_its_split_of_one_dataset(study, tiny_data):
     text, folder = study
     for seed in (1, 2):
         shutil.copytree(tiny_data / "tiny", folder / "data" / f"tiny-{seed}")
@@ -186,7 +186,7 @@ def test_each_seed_of_a_split_dataset_has_its_own_and_results_are_of_one_dataset
     assert results["reverse_probability"].notna().tolist() == [True, False, True, False, True]
 
 
-def test_the_interval_over_classes_is_of_the_runs_own_queries(study):
+def test_interval_over_classes_equals_the_bootstrap_of_the_queries(study):
     loaded = study.load()
     for r in loaded.runs:
         run(r.config, lambda line: None)
@@ -204,9 +204,7 @@ def test_the_interval_over_classes_is_of_the_runs_own_queries(study):
 def test_a_part_that_is_not_there_is_refused_with_what_is():
     results = read_results(Path("reports/sample/results.parquet"))
     assert set(select_results(results, comparison="bins", seed=1)["seed"]) == {1}
-    with pytest.raises(
-        ConfigError, match=r"comparison='bin' is none of these results', which have losses, tuned losses"
-    ):
+    with pytest.raises(ConfigError, match=r"comparison is unknown: got 'bin'; allowed are losses, tuned losses"):
         select_results(results, dataset="glyphs", comparison="bin")
 
 

@@ -12,9 +12,9 @@ from hloss.study.runner import available_gpus, print_headline, project_lock, set
 from tests.helpers.studies import study_of
 
 
-def test_an_unknown_profile_is_refused_and_slurm_is_one():
+def test_refuses_an_unknown_profile():
     assert [uses_slurm(profile_folder(name)) for name in ("local", "slurm")] == [False, True]
-    with pytest.raises(ConfigError, match="PROFILE=slrum is unknown, allowed are local, slurm"):
+    with pytest.raises(ConfigError, match="PROFILE is unknown: got 'slrum'; allowed are local, slurm"):
         profile_folder("slrum")
 
 
@@ -31,17 +31,17 @@ def test_one_study_runs_at_a_time(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("offered", [0, 1, 2])
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_a_run_that_needs_more_gpus_than_there_are_is_refused(config, monkeypatch, offered, device):
+def test_refuses_a_run_that_needs_more_gpus(config, monkeypatch, offered, device):
     monkeypatch.setattr(runner, "visible_devices", lambda: ["0", "1"][:offered])
     study = study_of(parse_config(config.model_dump() | {"device": device, "devices": 2}), gpus=2)
     if offered == 2 or (offered == 0 and device == "auto"):  # without any GPU it runs on the CPU
         assert available_gpus(study) == offered
     else:
-        with pytest.raises(ConfigError, match=f"method 0, seed 0 needs 2 GPUs, this machine offers {offered}"):
+        with pytest.raises(ConfigError, match=f"method 0, seed 0 needs 2 GPUs: got {offered} on this machine"):
             available_gpus(study)
 
 
-def test_stale_results_are_set_aside_with_what_they_chose(study, monkeypatch):
+def test_sets_aside_stale_results_and_their_choices(study, monkeypatch):
     study.tune()
     loaded = study.load()
     monkeypatch.setattr(runner, "load_study", lambda name: study.load())
@@ -56,7 +56,7 @@ def test_stale_results_are_set_aside_with_what_they_chose(study, monkeypatch):
     assert [sorted(file.name for file in folder.glob("result.*")) for folder in grid] == [["result.previous.json"]] * 2
 
 
-def test_the_headline_is_that_of_the_report(config, monkeypatch, tmp_path, capsys):
+def test_headline_equals_the_report(config, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "reports" / "some"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Studies: what they cross, and what they refuse."""
+"""Studies: runs, resources, combinations and refused files."""
 
 import pytest
 import yaml
@@ -7,7 +7,7 @@ from hloss.runs.errors import ConfigError
 from hloss.study.spec import load_study
 
 
-def test_axes_and_seeds_are_crossed(study):
+def test_crosses_axes_and_seeds(study):
     runs = study.load().runs
     assert [r.name for r in runs] == [
         "histogram, n_bins 20, seed 0",
@@ -20,7 +20,7 @@ def test_axes_and_seeds_are_crossed(study):
     assert all(r.config.folder.parent.name == "small" for r in runs)
 
 
-def test_resources_are_the_studys_and_over_them_the_runs_own(study):
+def test_resources_of_a_run_replace_those_of_the_study(study):
     text, _ = study
     text["resources"] = {"partition": "gpu", "memory_gb": 16, "hours": 2}
     text["runs"][0]["resources"] = {"hours": 6.5}
@@ -31,19 +31,19 @@ def test_resources_are_the_studys_and_over_them_the_runs_own(study):
     assert (pixels.partition, pixels.memory_gb, pixels.hours, pixels.gpus) == ("gpu", 16, 2, 0)
 
 
-def test_a_retry_asks_for_more_as_far_as_node_and_partition_go(study):
+def test_retries_request_more_up_to_node_and_partition(study):
     text, _ = study
     text["resources"] = {"memory_gb": 24, "max_memory_gb": 60, "hours": 10, "max_hours": 24}
     asked = study.load().runs[0].resources
     assert [asked.memory_mib(attempt) for attempt in (1, 2, 3, 4)] == [24 * 1024, 48 * 1024, 60 * 1024, 60 * 1024]
     assert [asked.minutes(attempt) for attempt in (1, 2, 3)] == [600, 1200, 1440]
-    text["resources"] |= {"memory_gb": 100.5, "hours": 48}  # what a study asks for is asked for
+    text["resources"] |= {"memory_gb": 100.5, "hours": 48}  # the first request is never reduced
     asked = study.load().runs[0].resources
     assert [asked.memory_mib(attempt) for attempt in (1, 2)] == [102_912] * 2
     assert [asked.minutes(attempt) for attempt in (1, 2)] == [48 * 60] * 2
 
 
-def test_resources_do_not_change_what_a_run_is(study):
+def test_resources_do_not_change_the_run_id(study):
     before = [r.config.run_id for r in study.load().runs]
     study[0]["resources"] = {"hours": 1}
     assert [r.config.run_id for r in study.load().runs] == before
@@ -52,16 +52,20 @@ def test_resources_do_not_change_what_a_run_is(study):
 @pytest.mark.parametrize(
     ("resources", "device", "message"),
     [
-        ({"gpu": 1}, "auto", r"resources lacks \[\] and has the unknown \['gpu'\]; it takes account, gpus, hours"),
+        (
+            {"gpu": 1},
+            "auto",
+            r"resources has wrong keys: got unknown \['gpu'\] .*; allowed are account, gpus, hours",
+        ),
         ({"hours": 0}, "auto", "histogram, n_bins 20: resources hours=0: Input should be greater than 0"),
         ({"memory_gb": "much"}, "auto", "resources memory_gb='much'"),
-        ({"gpus": 1}, "cpu", "gpus=1, but a run with device='cpu' and devices=1 takes 0"),
-        ({"gpus": 0}, "cuda", "gpus=0, but a run with device='cuda' and devices=1 takes 1"),
-        ({"gpus": 3}, "auto", "takes 0 or 1"),
+        ({"gpus": 1}, "cpu", "got 1; with device='cpu' and devices=1 allowed are 0"),
+        ({"gpus": 0}, "cuda", "got 0; with device='cuda' and devices=1 allowed are 1"),
+        ({"gpus": 3}, "auto", "allowed are 0 or 1"),
     ],
     ids=str,
 )
-def test_wrong_resources_are_refused_by_name(study, resources, device, message):
+def test_refuses_invalid_resources(study, resources, device, message):
     text, _ = study
     text["fixed"]["device"], text["resources"] = device, resources
     with pytest.raises(ConfigError, match=message):
@@ -71,24 +75,24 @@ def test_wrong_resources_are_refused_by_name(study, resources, device, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(seed=[1]), r"has the unknown \['seed'\]"),
-        (lambda t: t["runs"][0].pop("set"), r"run 'histogram' lacks \['set'\]"),
+        (lambda t: t.update(seed=[1]), r"the study has wrong keys: got unknown \['seed'\]"),
+        (lambda t: t["runs"][0].pop("set"), r"run 'histogram' has wrong keys: got unknown \[\] and missing \['set'\]"),
         (lambda t: t["runs"][0]["cross"].update(n_bins=[0]), "histogram, n_bins 0: n_bins must be a whole number"),
         (lambda t: t["fixed"].update(lr=1.0), "lr=1.0 is not a setting"),
     ],
 )
-def test_a_wrong_study_is_refused_by_name(study, change, message):
+def test_refuses_an_invalid_study(study, change, message):
     change(study[0])
     with pytest.raises(ConfigError, match=message):
         study.load()
 
 
-def test_an_unknown_study_is_refused_with_a_suggestion():
-    with pytest.raises(ConfigError, match=r"study='quik' is unknown, allowed are .*\(did you mean quick\?\)"):
+def test_refuses_an_unknown_study_with_a_suggestion():
+    with pytest.raises(ConfigError, match=r"study is unknown: got 'quik'; allowed are .*\(did you mean quick\?\)"):
         load_study("quik")
 
 
-def test_a_run_of_two_comparisons_is_run_once(study):
+def test_run_of_two_comparisons_is_run_once(study):
     text, _ = study
     text["runs"].append({"name": "histogram, coarse", "comparison": "bins", "set": {"loss": "histogram", "n_bins": 20}})
     loaded = study.load()
@@ -96,7 +100,7 @@ def test_a_run_of_two_comparisons_is_run_once(study):
     assert loaded.runs[0].methods == {"losses": "histogram, n_bins 20", "bins": "histogram, coarse"}
 
 
-def test_a_study_that_extends_another_adds_runs_to_its_folder(study):
+def test_extending_study_adds_runs_to_the_folder_of_its_base(study):
     _, folder = study
     base = study.load()
     more = {"name": "histogram", "comparison": "bins", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 100]}}
@@ -113,26 +117,35 @@ def test_a_study_that_extends_another_adds_runs_to_its_folder(study):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"title": "t", "include": ["small"], "seeds": [0]}, r"includes others lacks \[\] and has the unknown"),
-        ({"title": "t", "extends": "small"}, r"extends another lacks \['runs'\]"),
-        ({"title": "t", "extends": "smal", "runs": []}, r"study='smal' is unknown.*did you mean small"),
-        ({"title": "t", "extends": "more", "runs": []}, r"more.yaml: made of other studies itself, it cannot be exten"),
+        (
+            {"title": "t", "include": ["small"], "seeds": [0]},
+            r"others has wrong keys: got unknown \['seeds'\]",
+        ),
+        (
+            {"title": "t", "extends": "small"},
+            r"another has wrong keys: got unknown \[\] and missing \['runs'\]",
+        ),
+        ({"title": "t", "extends": "smal", "runs": []}, r"study is unknown: got 'smal'.*did you mean small"),
+        (
+            {"title": "t", "extends": "more", "runs": []},
+            r"more.yaml: a study that includes or extends others",
+        ),
     ],
 )
-def test_a_wrong_combination_of_studies_is_refused_by_name(study, text, message):
+def test_refuses_an_invalid_combination_of_studies(study, text, message):
     study.load()
     (study[1] / "more.yaml").write_text(yaml.safe_dump(text))
     with pytest.raises(ConfigError, match=message):
         load_study("more", study[1])
 
 
-def test_a_dataset_with_a_split_in_its_middle_is_refused(study):
+def test_refuses_a_dataset_with_the_seed_inside_its_name(study):
     study[0]["fixed"]["dataset"] = "tiny-{seed}-labeled"
     with pytest.raises(ConfigError, match="must be a name of letters"):
         study.load()
 
 
-def test_a_run_of_two_included_studies_stands_in_the_comparisons_of_both(study):
+def test_run_of_two_included_studies_belongs_to_both_comparisons(study):
     _, folder = study
     study.load()
     bins = {"name": "histogram", "comparison": "bins", "set": {"loss": "histogram", "n_bins": 20}}

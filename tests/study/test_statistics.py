@@ -1,4 +1,4 @@
-"""Intervals and verdicts: against scipy and naive oracles, and by how often they are right in simulation."""
+"""Intervals and verdicts, compared with scipy, with naive versions and with their coverage in simulations."""
 
 import numpy as np
 import pandas as pd
@@ -22,19 +22,19 @@ def over_seeds(*values, first=0):
     return pd.Series(values, index=range(first, first + len(values)), dtype=float)
 
 
-def test_the_interval_over_seeds_is_that_of_scipy():
+def test_interval_over_seeds_equals_scipy():
     values = np.random.default_rng(0).normal(42, 1.5, 5)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.9)
     assert t_interval(values, 0.9) == pytest.approx((values.mean(), *expected), abs=1e-12)
 
 
-def test_a_single_seed_has_no_interval():
+def test_single_seed_has_no_interval():
     mean, low, high = t_interval(np.array([41.5]))
     assert mean == 41.5
     assert np.isnan([low, high]).all()
 
 
-def test_the_paired_difference_is_that_of_scipy_over_the_common_seeds():
+def test_paired_difference_equals_scipy_over_the_common_seeds():
     rng = np.random.default_rng(1)
     a = pd.Series(rng.normal(44, 2, 5), index=[4, 0, 2, 1, 3])
     b = pd.Series(rng.normal(41, 2, 6), index=[1, 2, 3, 4, 7, 8])
@@ -45,13 +45,13 @@ def test_the_paired_difference_is_that_of_scipy_over_the_common_seeds():
     assert difference.n == 4
 
 
-def test_exchanging_the_sides_turns_the_paired_difference_round():
+def test_paired_difference_is_antisymmetric():
     a, b = over_seeds(40, 43, 41.5), over_seeds(39, 44, 42)
     forth, back = paired_difference(a, b), paired_difference(b, a)
     assert forth == pytest.approx(Difference(-back.mean, -back.high, -back.low, back.n), abs=1e-12)
 
 
-def test_what_the_seeds_share_does_not_widen_the_paired_difference():
+def test_variation_shared_by_seeds_does_not_widen_the_interval():
     difference = paired_difference(over_seeds(0 + 3, 30 + 2, -20 + 4), over_seeds(0, 30, -20))
     assert difference == pytest.approx(Difference(*t_interval(np.array([3.0, 2.0, 4.0])), 3))
 
@@ -64,25 +64,25 @@ def test_fewer_than_two_common_seeds_have_no_interval(first, n):
     assert np.isnan(difference.mean) == (n == 0)
 
 
-def test_a_seed_that_stands_twice_is_refused():
-    with pytest.raises(ValueError, match=r"b has more than one value for seed \[1\]"):
+def test_refuses_a_repeated_seed():
+    with pytest.raises(ValueError, match=r"b must have one value per seed: got several for \[1\]"):
         paired_difference(over_seeds(1, 2), pd.Series([1.0, 2.0, 3.0], index=[0, 1, 1]))
 
 
-def test_a_value_that_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="a has a value that is not finite"):
+def test_refuses_a_value_that_is_not_finite():
+    with pytest.raises(ValueError, match="a must be finite: got"):
         equivalence(over_seeds(1, float("nan")), over_seeds(1, 2))
 
 
 def one_sided_tests(differences, margin):
-    """The larger p-value of the two one-sided tests, by scipy."""
+    """The larger p value of the two one-sided tests, by scipy."""
     above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
     return max(above, below)
 
 
 @given(st.lists(st.integers(-300, 300), min_size=2, max_size=6, unique=True), st.sampled_from([0.01, 0.05, 0.1]))
-def test_the_verdict_is_that_of_the_tests_of_scipy(hundredths, level):
+def test_verdict_equals_the_tests_of_scipy(hundredths, level):
     differences = np.array(hundredths) / 100
     found = equivalence(over_seeds(*(50 + differences)), over_seeds(*[50] * len(differences)), level=level)
     low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - level)
@@ -99,29 +99,29 @@ def test_the_verdict_is_that_of_the_tests_of_scipy(hundredths, level):
         ((5.0, 5.5, 4.6, 5.2, 4.9), "different"),
         ((-5.0, -5.5, -4.6), "different"),
         ((1.0, 3.0, 0.5, 2.5, 1.5), "undecided"),
-        ((1.0, 1.2, 0.9, 1.1, 1.0), "equivalent"),  # not zero, and yet within the margin
-        ((3.0, 2.2, 3.8), "undecided"),  # its mean is outside, its interval is not
+        ((1.0, 1.2, 0.9, 1.1, 1.0), "equivalent"),  # above zero, but within the margin
+        ((3.0, 2.2, 3.8), "undecided"),  # the mean is outside the margin, the interval is not
         ((0.0,), "undecided"),
         ((), "undecided"),
     ],
 )
-def test_a_difference_is_negligible_or_clear_or_neither(differences, verdict):
+def test_equivalent_different_or_undecided(differences, verdict):
     a, b = over_seeds(*(40 + d for d in differences)), over_seeds(*(40 for _ in differences))
     assert equivalence(a, b).verdict == verdict
 
 
-def test_the_interval_of_the_tests_is_shown_beside_the_verdict():
+def test_equivalence_returns_the_interval_of_its_tests():
     found = equivalence(over_seeds(40.1, 39.8, 40.4), over_seeds(40, 40, 40))
     assert found[1:] == pytest.approx(paired_difference(over_seeds(0.1, -0.2, 0.4), over_seeds(0, 0, 0), 0.9))
 
 
 @pytest.mark.parametrize("wrong", [{"margin": 0.0}, {"margin": -1.0}, {"level": 0.0}, {"level": 0.5}])
-def test_a_margin_or_a_level_out_of_range_is_refused(wrong):
+def test_refuses_a_margin_or_level_out_of_range(wrong):
     with pytest.raises(ValueError, match="margin must be above 0"):
         equivalence(over_seeds(1, 2), over_seeds(1, 2), **wrong)
 
 
-def test_a_method_with_runs_to_come_is_compared_and_not_judged():
+def test_method_with_missing_runs_has_no_verdict():
     rows = [("histogram", 40.0), ("lifted", 45.0), ("triplet", 30.0)]
     results = pd.DataFrame(
         [{"method": m, "seed": s, "recall@1": r + s / 10, "complete": True} for m, r in rows for s in range(5)]
@@ -130,12 +130,12 @@ def test_a_method_with_runs_to_come_is_compared_and_not_judged():
     results.loc[7, ["complete", "recall@1"]] = False, np.nan
     half = differences_from(results, "histogram").set_index("method")
     assert half["verdict"].to_dict() == {"lifted": "not run", "triplet": "different"}
-    assert half.loc["lifted", ["less histogram", "n"]].tolist() == pytest.approx([5, 4])
+    assert half.loc["lifted", ["minus histogram", "n"]].tolist() == pytest.approx([5, 4])
     assert set(differences_from(results, "lifted")["verdict"]) == {"not run"}
 
 
 def run_of(rng, n_classes):
-    """Hits and classes of one run: 10-16 queries per class, classes easy or hard, the larger ones harder."""
+    """Hits and classes of one run: 10 to 16 queries per class; larger classes are harder."""
     sizes = rng.integers(10, 17, n_classes)
     classes = np.repeat(np.arange(n_classes), sizes)
     mean = TRUE_RATE[sizes]
@@ -148,14 +148,14 @@ TRUE_MEAN = (np.arange(10, 17) * TRUE_RATE[10:]).sum() / np.arange(10, 17).sum()
 
 
 def naive_bootstrap(hits, classes, generator, resamples):
-    """Draw by draw: concatenate the queries of the classes drawn, and average."""
+    """For each resample, concatenate the queries of the classes drawn and average."""
     members = [hits[classes == c] for c in np.unique(classes)]
     draws = generator.integers(len(members), size=(resamples, len(members)))
     means = [np.concatenate([members[c] for c in draw]).mean() for draw in draws]
     return np.quantile(means, [0.025, 0.975])
 
 
-def test_the_bootstrap_over_classes_is_that_of_queries_drawn_class_by_class():
+def test_bootstrap_over_classes_equals_a_naive_version():
     hits, classes = run_of(np.random.default_rng(0), 60)
     mean, low, high = bootstrap_over_classes(hits, classes, np.random.default_rng(1), resamples=20_000)
     naive = naive_bootstrap(hits, classes, np.random.default_rng(2), resamples=20_000)
@@ -163,7 +163,7 @@ def test_the_bootstrap_over_classes_is_that_of_queries_drawn_class_by_class():
     assert (low, high) == pytest.approx(naive, abs=0.03 * (high - low))
 
 
-def test_the_bootstrap_is_repeatable_in_any_order_of_queries_and_names_of_classes():
+def test_bootstrap_does_not_depend_on_order_or_class_names():
     hits, classes = run_of(np.random.default_rng(3), 30)
     first = bootstrap_over_classes(hits, classes, np.random.default_rng(4))
     order = np.random.default_rng(5).permutation(len(hits))
@@ -172,7 +172,7 @@ def test_the_bootstrap_is_repeatable_in_any_order_of_queries_and_names_of_classe
     assert bootstrap_over_classes(hits, classes, np.random.default_rng(6)) != first
 
 
-def test_many_classes_are_drawn_in_pieces():
+def test_bootstrap_of_many_classes_in_batches():
     classes = np.arange(5_000).repeat(2)
     hits = np.random.default_rng(0).random(10_000) < 0.7
     mean, low, high = bootstrap_over_classes(hits, classes, np.random.default_rng(1), resamples=1_000)
@@ -181,23 +181,23 @@ def test_many_classes_are_drawn_in_pieces():
     assert high - low == pytest.approx(spread, rel=0.1)
 
 
-def test_a_single_class_has_no_interval():
+def test_single_class_has_no_interval():
     mean, low, high = bootstrap_over_classes([True, False], [3, 3], np.random.default_rng(0))
     assert mean == 0.5
     assert np.isnan([low, high]).all()
 
 
-def test_a_run_that_always_hits_has_an_interval_of_no_width():
+def test_constant_hits_have_an_interval_of_zero_width():
     assert bootstrap_over_classes(np.ones(6), np.arange(6) // 2, np.random.default_rng(0)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(("hits", "classes"), [([1, 0], [0]), ([], []), ([float("nan"), 1.0], [0, 1]), ([[1]], [[0]])])
-def test_hits_that_do_not_fit_their_classes_are_refused(hits, classes):
-    with pytest.raises(ValueError, match="two equally long rows"):
+def test_refuses_hits_that_do_not_match_their_classes(hits, classes):
+    with pytest.raises(ValueError, match="hits and classes must have one dimension"):
         bootstrap_over_classes(hits, classes, np.random.default_rng(0))
 
 
-# The simulations: 95 % intervals must cover 93-97 %. Their standard error is given beside each.
+# Simulations: 95 % intervals must cover the true value in 93 to 97 % of cases. Comments give the standard error.
 
 
 def covered(intervals, truth):
@@ -210,7 +210,7 @@ def test_intervals_over_few_seeds_cover_95_percent(n):
     assert 0.93 < covered([t_interval(values)[1:] for values in runs], 42) < 0.97
     naive = [np.quantile(values[np.random.default_rng(1).integers(n, size=(500, n))].mean(1), [0.025, 0.975])
              for values in runs[:1_000]]  # fmt: skip
-    assert covered(naive, 42) < 0.9, "the simulation would pass a bootstrap over seeds, so it cannot fail"
+    assert covered(naive, 42) < 0.9, "the simulation cannot fail: it accepts a bootstrap over seeds"
 
 
 @pytest.mark.parametrize("n", [3, 5])
@@ -224,8 +224,8 @@ def test_intervals_of_paired_differences_cover_95_percent(n):
     assert 0.93 < covered(found, 1) < 0.97
 
 
-@pytest.mark.parametrize("classes", [100, 400])  # of CUB-200-2011 and CUHK03 at test, and of glyphs
-def test_intervals_over_classes_cover_95_percent_and_those_over_queries_do_not(classes):
+@pytest.mark.parametrize("classes", [100, 400])  # test classes of CUB-200-2011 and CUHK03, and of glyphs
+def test_intervals_over_classes_cover_95_percent_and_intervals_over_queries_do_not(classes):
     rng = np.random.default_rng(5)
     runs = [run_of(rng, classes) for _ in range(240_000 // classes)]  # standard error at most 0.9 %
     found = [bootstrap_over_classes(*run, rng, resamples=500)[1:] for run in runs]
@@ -236,8 +236,8 @@ def test_intervals_over_classes_cover_95_percent_and_those_over_queries_do_not(c
 
 
 @pytest.mark.parametrize("n", [3, 5])
-def test_at_the_margin_5_percent_are_called_equivalent(n):
-    """The size of the test: a true difference of exactly the margin is no equivalence."""
+def test_equivalence_test_has_a_size_of_5_percent(n):
+    """A true difference equal to the margin is called equivalent in 5 % of cases."""
     rng = np.random.default_rng(3)
     runs = rng.normal(42 + EQUIVALENCE_MARGIN, 0.5, (2_000, n))
     verdicts = [equivalence(over_seeds(*run), over_seeds(*[42] * n)).verdict for run in runs]
@@ -245,15 +245,15 @@ def test_at_the_margin_5_percent_are_called_equivalent(n):
     assert verdicts.count("different") / len(verdicts) < 0.035  # one side of the 95 % interval
 
 
-def test_what_is_equal_is_mostly_called_equivalent_at_five_seeds():
-    """The power at the spread of the prototype's differences, about half a point to one."""
+def test_equivalence_test_has_a_power_of_80_percent_at_five_seeds():
+    """The spread of 0.8 points is typical of paired differences on glyphs."""
     rng = np.random.default_rng(4)
     verdicts = [equivalence(over_seeds(*rng.normal(42, 0.8, 5)), over_seeds(*[42] * 5)).verdict for _ in range(500)]
     assert verdicts.count("equivalent") > 0.8 * len(verdicts)
     assert verdicts.count("different") == 0
 
 
-def test_t_interval_is_the_textbook_one():
+def test_t_interval_equals_the_textbook_formula():
     mean, low, high = t_interval([1.0, 2.0, 3.0, 4.0])
     half = 3.182446 * 1.290994 / 2  # t quantile for 3 degrees of freedom, standard deviation, root of n
     assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-5)

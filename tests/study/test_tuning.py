@@ -39,9 +39,7 @@ def test_a_study_is_loaded_from_its_files_alone_whatever_results_there_are(study
 
 def test_tuning_on_a_seed_of_the_comparison_is_refused(study):
     study.tune()["tuning_seed"] = 0
-    with pytest.raises(
-        ConfigError, match="run 'histogram': tune needs a tuning_seed of the study that is none of seeds"
-    ):
+    with pytest.raises(ConfigError, match="run 'histogram': tune needs a tuning_seed that is not one of seeds"):
         study.load()
 
 

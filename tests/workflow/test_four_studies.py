@@ -64,7 +64,7 @@ def test_each_study_goes_from_the_archive_to_its_report_and_paper_reports_all_wi
         assert set(results["dataset"]) == {name}
         assert set(results["protocol"]) == {PROTOCOLS[name]}
         assert len(list((project.folder / "runs" / name).glob("*/run.ipynb"))) == runs
-        assert "What the paper claims" in (reports / name / "report.html").read_text()
+        assert "Claims of the paper" in (reports / name / "report.html").read_text()
     made = {file: file.stat().st_mtime_ns for file in project.folder.glob("runs/*/*/result.json")}
 
     assert project.finish(project.start("STUDY=paper")) == 0, project.printed()

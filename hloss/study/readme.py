@@ -1,0 +1,149 @@
+"""The results section of the README, generated from a folder of committed results."""
+
+import re
+from pathlib import Path
+from textwrap import fill
+
+import pandas as pd
+
+from hloss.runs.errors import ConfigError
+from hloss.runs.files import atomic_write
+from hloss.study.claims import NOT_RUN
+from hloss.study.results import chosen_settings, read_results
+from hloss.study.spec import CHOICE, LOSS_COMPARISONS
+from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
+
+BEGIN = "<!-- results: begin (made by workflow/scripts/write_readme_results.py) -->"
+END = "<!-- results: end -->"
+DATASET = "glyphs"  # the section describes results on this dataset
+FIXED, TUNED = LOSS_COMPARISONS
+
+
+def update_readme(readme: Path, folder: Path, check: bool = False) -> bool:
+    """Write the results section into a README.
+
+    Args:
+        readme: file with the two markers.
+        folder: folder with results.parquet and claims.csv.
+        check: only compare, write nothing.
+
+    Returns:
+        Whether the file was up to date.
+
+    Raises:
+        ConfigError: if the markers are missing, or the results are of other data than `DATASET`.
+    """
+    before = readme.read_text()
+    after = with_section(before, results_section(folder))
+    if after != before and not check:
+        atomic_write(readme, lambda part: part.write_text(after))
+    return after == before
+
+
+def with_section(text: str, section: str) -> str:
+    """The text with `section` between the markers. ConfigError unless each marker occurs once, in this order."""
+    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", text)
+    if parts[1::2] != [BEGIN, END]:
+        raise ConfigError(f"the README must contain the markers once each, in this order: {BEGIN} and {END}")
+    return f"{parts[0]}{BEGIN}\n\n{section}\n\n{END}{parts[4]}"
+
+
+def results_section(folder: Path) -> str:
+    """The section in Markdown: limits of the results, a table of claims, and the means of the losses.
+
+    Args:
+        folder: folder with results.parquet and claims.csv.
+
+    Raises:
+        ConfigError: if the results are of other data than `DATASET`.
+    """
+    results = read_results(folder / "results.parquet")
+    datasets = sorted(results["dataset"].unique())
+    if datasets != [DATASET]:
+        raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
+    board = pd.read_csv(folder / "claims.csv", keep_default_na=False)
+    means = summary(results, ["recall@1"])
+    lines = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
+    lines += [_edges_line(results)]
+    title = "Mean test Recall@1 in % (95 % CI over seeds), the highest first:"
+    return "\n\n".join([_limits(results), _reading(), _claims_table(board), title, "\n".join(lines)])
+
+
+def _limits(results: pd.DataFrame) -> str:
+    """The limits of these results: data, seeds and length of training."""
+    trained = results[(results["iterations"] > 0) & results["complete"]]
+    methods = trained[~trained["comparison"].str.endswith(CHOICE)]
+    seeds = methods.groupby(["comparison", "method"])["seed"].nunique()
+    runs = trained.drop_duplicates("run_id")
+    usual = runs["iterations"].mode()[0]
+    improving = sum(map(_is_best_last, runs["history_recall"]))
+    return fill(
+        f"These results are limited: one dataset of drawn characters (`{DATASET}`), {_range(seeds)} seeds per method, "
+        f"{usual} iterations in {(runs['iterations'] == usual).sum()} of {len(runs)} trained runs. "
+        f"{improving} of the {len(runs)} runs reach their best validation Recall@1 at their last validation, so "
+        "training ended while they still improved. Longer training can change the order of the losses. "
+        "A claim that fails here can still hold on the paper's data.",
+        width=120,
+    )
+
+
+def _range(numbers: pd.Series) -> str:
+    low, high = numbers.min(), numbers.max()
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _is_best_last(recalls: list[float]) -> bool:
+    """Whether the last of a run's validations is above all others."""
+    return len(recalls) > 1 and recalls[-1] > max(recalls[:-1])
+
+
+def _reading() -> str:
+    margin = f"±{EQUIVALENCE_MARGIN:g} points"
+    return fill(
+        "A cell gives the verdict and the difference that decides it, in points of test Recall@1 (for the overlap, in "
+        f"% of the mass). Equivalent: the 90 % confidence interval (CI) lies within {margin}. A claim that A is above "
+        "B fails if the two are equivalent. Criteria, all differences and all runs: `reports/sample/report.html`.",
+        width=120,
+    )
+
+
+def _claims_table(board: pd.DataFrame) -> str:
+    """One row per judged claim. A cell with several comparisons has one line each, with the comparison's name."""
+    rows = ["| claim of the paper | fixed setting | tuned on validation classes |", "| --- | --- | --- |"]
+    for text, verdicts in board[board["verdict"] != NOT_RUN].groupby("text", sort=False):
+        tuned = verdicts["comparison"] == TUNED
+        rows.append(f"| {str(text).removesuffix('.')} | {_cell(verdicts[~tuned])} | {_cell(verdicts[tuned])} |")
+    return "\n".join(rows)
+
+
+def _cell(verdicts: pd.DataFrame) -> str:
+    lines = []
+    for row in verdicts.itertuples():
+        name = f"*{row.comparison}*: " if len(verdicts) > 1 else ""
+        lines.append(f"{name}{row.verdict}: {typeset(str(row.decisive))}")
+    return "<br>".join(lines)
+
+
+def typeset(evidence: str) -> str:
+    """A part of the evidence with real minus signs, and with the unit of its difference."""
+    evidence = re.sub(r"(: [+-]\d+\.\d)(?= \()", r"\1 points", evidence)
+    return re.sub(r"(?<!\S)-(?=\d)", "−", evidence)
+
+
+def _means_line(title: str, means: pd.DataFrame, comparison: str) -> str:
+    rows = means[(means["comparison"] == comparison) & (means["n"] > 0)].sort_values("recall@1", ascending=False)
+    values = rows[["method", "recall@1", "recall@1 low", "recall@1 high"]].itertuples(index=False, name=None)
+    return _item(title, [f"{method} {mean:.1f} ({shown_interval(low, high)})" for method, mean, low, high in values])
+
+
+def _edges_line(results: pd.DataFrame) -> str:
+    """The losses whose tuned setting is at an edge of its grid."""
+    shown = []
+    for _, method, chosen, edges, _ in chosen_settings(results).itertuples(index=False, name=None):
+        at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
+        shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
+    return _item("Tuned to an edge of the grid, so a better value may lie beyond it", shown or ["none"])
+
+
+def _item(title: str, values: list[str]) -> str:
+    return fill(f"- {title}: {'; '.join(values)}.", width=120, subsequent_indent="  ")

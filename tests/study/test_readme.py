@@ -1,0 +1,118 @@
+"""The results section of the README: it equals the committed sample, and a change of either is noticed."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from hloss.runs.errors import ConfigError
+from hloss.study.readme import BEGIN, END, results_section, typeset, update_readme, with_section
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "reports" / "sample"
+
+
+@pytest.fixture(scope="module")
+def section():
+    return results_section(SAMPLE)
+
+
+@pytest.fixture
+def board():
+    return pd.read_csv(SAMPLE / "claims.csv", keep_default_na=False)
+
+
+def test_readme_is_up_to_date():
+    assert update_readme(ROOT / "README.md", SAMPLE, check=True), "run workflow/scripts/write_readme_results.py"
+
+
+def test_table_has_every_verdict_and_its_decisive_difference(section, board):
+    table = {row[1].strip(): row[2:4] for row in (line.split("|") for line in section.splitlines()) if len(row) == 5}
+    judged = board[board["verdict"] != "not run"]
+    assert table.keys() - {"claim of the paper", "---"} == {text.removesuffix(".") for text in judged["text"]}
+    for text, verdicts in judged.groupby("text"):
+        tuned = verdicts["comparison"] == "tuned losses"
+        for cell, rows in zip(table[text.removesuffix(".")], (verdicts[~tuned], verdicts[tuned]), strict=True):
+            assert len(re.findall("(?:reproduced|inconclusive): ", cell)) == len(rows)
+            assert all(f"{row.verdict}: {typeset(row.decisive)}" in cell for row in rows.itertuples())
+    assert "-0." not in section
+
+
+def test_differences_have_minus_signs_and_units():
+    evidence = "batch_size 32: n_bins 25 minus 200: -1.7 (90 % CI -2.9 to -0.4, n = 5)"
+    assert typeset(evidence) == "batch_size 32: n_bins 25 minus 200: −1.7 points (90 % CI −2.9 to −0.4, n = 5)"
+    assert typeset("histogram minus semi-hard triplet: +0.3 (95 % CI -1.0 to +1.6, n = 5, equivalent)") == (
+        "histogram minus semi-hard triplet: +0.3 points (95 % CI −1.0 to +1.6, n = 5, equivalent)"
+    )
+    assert typeset("exponent 1.84") == "exponent 1.84"
+
+
+def test_means_equal_those_of_scipy(section):
+    table = pd.read_parquet(SAMPLE / "results.parquet").explode(["comparison", "method"])
+    words = " ".join(section.split())
+    for comparison, title in (("losses", "Fixed setting"), ("tuned losses", "Tuned on validation classes")):
+        line = words.split(f"- {title}: ")[1].split(" - ")[0]
+        for method, runs in table[table["comparison"] == comparison].groupby("method"):
+            recalls = 100 * runs["recall@1"].to_numpy()
+            if len(recalls) > 1:
+                low, high = stats.t.interval(0.95, len(recalls) - 1, recalls.mean(), stats.sem(recalls))
+                assert f"{method} {recalls.mean():.1f} ({low:.1f} to {high:.1f})" in line
+
+
+def test_limits_count_the_runs_that_still_improve(section):
+    table = pd.read_parquet(SAMPLE / "results.parquet")
+    trained = table[table["iterations"] > 0]
+    improving = sum(np.argmax(recalls) == len(recalls) - 1 for recalls in trained["history_recall"])
+    words = " ".join(section.split())
+    assert f"{improving} of the {len(trained)} runs reach their best validation Recall@1 at their last" in words
+    assert f"200 iterations in {(trained['iterations'] == 200).sum()} of {len(trained)} trained runs" in words
+
+
+@pytest.fixture
+def copied_sample(tmp_path):
+    for name in ("results.parquet", "claims.csv"):
+        shutil.copy(SAMPLE / name, tmp_path / name)
+    return tmp_path
+
+
+def test_another_verdict_makes_the_readme_out_of_date(copied_sample, board):
+    board.loc[0, "verdict"] = "inconclusive"
+    board.to_csv(copied_sample / "claims.csv", index=False)
+    readme = copied_sample / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    assert not update_readme(readme, copied_sample, check=True)
+    assert readme.read_text() == (ROOT / "README.md").read_text()
+    assert not update_readme(readme, copied_sample)
+    assert update_readme(readme, copied_sample, check=True)
+    changed = set(readme.read_text().splitlines()) ^ set((ROOT / "README.md").read_text().splitlines())
+    assert len(changed) == 2
+    assert all("insensitive to the size of its bins" in line for line in changed)
+
+
+def test_keeps_the_text_around_the_section():
+    assert with_section(f"before\n{BEGIN}\nold\n{END}\nafter\n", "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["none", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_refuses_a_readme_without_its_two_markers(text):
+    with pytest.raises(ConfigError, match="must contain the markers once each"):
+        with_section(text, "new")
+
+
+def test_refuses_results_of_other_data(copied_sample):
+    file = copied_sample / "results.parquet"
+    pd.read_parquet(file).assign(dataset="cub").to_parquet(file)
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(file))}: got results on cub; allowed is glyphs"):
+        results_section(copied_sample)
+
+
+def test_command_checks_the_readme():
+    command = [sys.executable, "workflow/scripts/write_readme_results.py", "--check"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
