@@ -1,8 +1,8 @@
-"""Reading an original archive, or its extracted folder, without unpacking it to disk and without trusting it.
+"""Read an original archive or its extracted folder, without unpacking it to disk.
 
-Refused, before anything is decoded: a member whose path leaves the folder, links and devices, two members of one name,
-encrypted members, an archive that unpacks to more than MAX_RATIO times its size, and one that ends too early.
-Hidden files, hidden folders and what operating systems and tools leave behind (`system_part`) are ignored and counted.
+Archives are not trusted. Before any image is decoded, these are refused: members with a path outside the archive, links
+and devices, duplicate names, encrypted members, truncated archives, and archives that unpack to more than MAX_RATIO
+times their size. Hidden and system files and folders (`ignored_part`) are ignored and counted.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from data_prep.originals import Original
-from data_prep.prepared import PreparationError
+from data_prep.prepared import DOWNLOAD_AGAIN, PreparationError
 
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 SYSTEM_FOLDERS = (
@@ -36,18 +36,25 @@ SYSTEM_FOLDERS = (
     "lost+found",
     "CVS",
 )
-MAX_RATIO = 100  # unpacked to packed bytes; the originals have about 1
-FREE_BYTES = 2**26  # below this, an archive may have any ratio
-MAX_FILE_BYTES = 2**27  # of a file that is read into memory
+MAX_RATIO = 100  # unpacked bytes per packed byte; the original archives have about 1
+FREE_BYTES = 2**26  # archives that unpack to less may have any ratio
+MAX_FILE_BYTES = 2**27  # limit for one file, which is read into memory
 CHUNK = 2**20
+UNSAFE = "the original archives contain no such member; do not use this archive"
 DAMAGED = (EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, NotImplementedError)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder or an archive: `files` maps names below `prefix` to sizes in bytes; `texts` are the files asked for.
+    """An opened folder or archive.
 
-    `ignored` counts the ignored files: by name, or by the hidden or system folder (with a slash) that holds them.
+    Attributes:
+        path: The folder or archive.
+        kind: "folder", "zip" or "tgz".
+        files: Size in bytes of each file, by its path relative to `prefix`.
+        texts: Content of the text files that were requested from `open_source`, by path.
+        ignored: Number of ignored files, by file name or by the hidden or system folder (with a slash) around them.
+        prefix: The folder inside the source that paths are relative to; empty or with a final slash.
     """
 
     path: Path
@@ -57,12 +64,23 @@ class Source:
     ignored: dict[str, int]
     prefix: str = ""
 
-    def below(self, anchor: str) -> "Source":
-        """The same source seen from the folder that holds `anchor` (a file, or a folder with its slash)."""
+    def relative_to(self, anchor: str) -> "Source":
+        """Return the source with paths relative to the folder that contains `anchor`.
+
+        Args:
+            anchor: A file name, or a folder name with a final slash. The outermost match is used.
+
+        Returns:
+            A source without the files outside of that folder.
+
+        Raises:
+            PreparationError: there is no such file or folder.
+        """
         places = [name for name in self.files if name.startswith(anchor) or f"/{anchor}" in name]
         if not places:
             raise PreparationError(
-                f"{self.path} holds no {anchor}: it is not the original archive or its extracted folder"
+                f"{self.path} does not contain {anchor}; give the original archive or its extracted folder "
+                "(`python -m data_prep list` shows where to download it)"
             )
         prefix = min((f"/{name}".partition(f"/{anchor}")[0] for name in places), key=len)[1:]
         prefix += "/" if prefix else ""
@@ -73,36 +91,71 @@ class Source:
         return replace(self, files=inside(self.files), texts=inside(self.texts), prefix=prefix)
 
     def text(self, name: str) -> str:
-        """One of the text files asked for."""
+        """Return the content of a text file.
+
+        Args:
+            name: Path of a file that was requested from `open_source`.
+
+        Returns:
+            The text; bytes that are not UTF-8 are replaced.
+
+        Raises:
+            PreparationError: the source does not contain the file.
+        """
         if name not in self.texts:
-            raise PreparationError(f"{self.path} lacks {self.prefix}{name}; get the original again")
+            raise PreparationError(f"{self.path} does not contain {self.prefix}{name}; {DOWNLOAD_AGAIN}")
         return self.texts[name].decode("utf-8", errors="replace")
 
 
 def open_source(path: Path, texts: Collection[str] = (), wanted: Collection[str] | None = None) -> Source:
-    """List a folder, a zip or a gzipped tar archive, and read its files that have one of the names `texts`.
+    """List the files of a folder, a zip archive or a gzipped tar archive, and read its text files.
 
-    `wanted` names the files of a folder that will be read, where that is known: none of them is ignored, and links
-    elsewhere do not matter.
+    Args:
+        path: The folder or archive. The content of an archive decides its type, not its extension.
+        texts: Names of text files to read, without their folder.
+        wanted: Paths in a folder that will be read, if known. These are never ignored, and links elsewhere in the
+            folder are not checked.
+
+    Returns:
+        The opened source.
+
+    Raises:
+        PreparationError: the path does not exist, is not such an archive, or is damaged or unsafe.
     """
-    path = Path(path)
-    if not path.exists():
-        raise PreparationError(f"--source {path} does not exist")
+    path = existing_source(path)
     if path.is_dir():
         return _open_folder(path, texts, wanted)
     with open(path, "rb") as file:
         start = file.read(4)
-    with refusing_damage(path):
+    with reported_damage(path):
         if start[:2] == b"PK":
             return _open_zip(path, texts)
         if start[:2] == b"\x1f\x8b":
             return _open_tgz(path, texts)
-    raise PreparationError(f"{path} is neither a folder nor a zip or tgz archive")
+    raise PreparationError(f"--source must be a folder, a zip archive or a tgz archive: got {path}")
 
 
-def read(source: Source, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Each named file with its bytes: in the order of `names`, or for a tgz in the archive's own."""
-    with refusing_damage(source.path):
+def existing_source(path: Path) -> Path:
+    """Return the path of a source; raise PreparationError if it does not exist."""
+    if not Path(path).exists():
+        raise PreparationError(f"--source must be an existing file or folder: got {path}")
+    return Path(path)
+
+
+def read_files(source: Source, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield the content of files.
+
+    Args:
+        source: The opened source.
+        names: Paths of the files.
+
+    Yields:
+        Path and content of each file, in the order of `names`; for a tgz archive in the order of the archive.
+
+    Raises:
+        PreparationError: the archive is damaged, or a file is larger than MAX_FILE_BYTES.
+    """
+    with reported_damage(source.path):
         if source.kind == "folder":
             for name in names:
                 _check_size(source.path, name, source.files[name])
@@ -120,22 +173,54 @@ def read(source: Source, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
                     yield member.name.removeprefix(source.prefix), file.read()
 
 
-def table(source: Source, name: str, columns: int, numbers: Collection[int], header: bool = False) -> list[list[str]]:
-    """The lines of one of the text files, split at blanks; PreparationError names a line of another form."""
+def read_table(
+    source: Source, name: str, columns: int, numbers: Collection[int], header: bool = False
+) -> list[list[str]]:
+    """Read a text file whose columns are separated by blanks.
+
+    Args:
+        source: The opened source.
+        name: Path of a text file that was requested from `open_source`.
+        columns: Number of columns.
+        numbers: Columns, from 0, that must contain whole numbers.
+        header: Whether the first line is a header, which is skipped.
+
+    Returns:
+        The fields of each line that is not blank.
+
+    Raises:
+        PreparationError: the file is missing, or a line has another form.
+    """
     lines = [line for line in source.text(name).splitlines() if line.strip()]
     rows = [line.split() for line in lines[int(header) :]]
     for row in rows:
         if len(row) != columns or not all(row[i].isdigit() for i in numbers):
-            raise PreparationError(f"{source.path}: {name} has the line {' '.join(row)!r}; get the original again")
+            form = f"{columns} columns, with whole numbers in columns {', '.join(str(i + 1) for i in numbers)}"
+            raise PreparationError(
+                f"{source.path}: {name} has a line of another form: got {' '.join(row)!r}; expected {form}; "
+                f"{DOWNLOAD_AGAIN}"
+            )
     return rows
 
 
 def extract(source: Source, name: str, folder: Path) -> Path:
-    """Where a file of the source can be opened by its path: of an archive, a copy in `folder`."""
+    """Return a path at which a file of the source can be opened.
+
+    Args:
+        source: A folder or a zip archive.
+        name: Path of the file in the source.
+        folder: Where a file of an archive is unpacked to.
+
+    Returns:
+        The file itself in a folder, or its unpacked copy.
+
+    Raises:
+        PreparationError: the archive is damaged.
+    """
     if source.kind == "folder":
         return source.path / source.prefix / name
     target = folder / PurePosixPath(name).name
-    with refusing_damage(source.path), zipfile.ZipFile(source.path) as archive:
+    with reported_damage(source.path), zipfile.ZipFile(source.path) as archive:
         size = source.files[name]
         bar = tqdm(total=size, desc=f"unpacking {target.name}", unit="B", unit_scale=True, mininterval=1)
         with archive.open(source.prefix + name) as packed, open(target, "wb") as file, bar:
@@ -146,22 +231,32 @@ def extract(source: Source, name: str, folder: Path) -> Path:
 
 
 def verify(path: Path, original: Original, any_checksum: bool) -> dict:
-    """What the card says of the source; PreparationError where an archive is not the published one."""
-    path = Path(path)
-    if not path.exists():
-        raise PreparationError(f"--source {path} does not exist")
+    """Compare size and checksums of an archive with the published ones.
+
+    Args:
+        path: The archive, or its extracted folder, which has no checksum.
+        original: The published archive.
+        any_checksum: Whether to accept another size or checksum.
+
+    Returns:
+        What the card states about the source: kind, file name, bytes, md5, sha256, and the result.
+
+    Raises:
+        PreparationError: the path does not exist, or size or checksum differ and `any_checksum` is False.
+    """
+    path = existing_source(path)
     if path.is_dir():
         return {"kind": "extracted folder", "checksum": "an extracted folder has none; its counts were checked"}
     size = path.stat().st_size
     digests = _digests(path, size)
-    problems = [] if original.size in (None, size) else [f"{size:,} bytes instead of {original.size:,}"]
+    problems = [] if original.size in (None, size) else [f"{size:,} bytes (published: {original.size:,})"]
     for algorithm, expected in original.checksums().items():
         if digests[algorithm] != expected:
-            problems.append(f"{algorithm} {digests[algorithm]} instead of {expected}")
+            problems.append(f"{algorithm} {digests[algorithm]} (published: {expected})")
     if problems and not any_checksum:
         raise PreparationError(
-            f"{path} is not the published {original.file}: {', '.join(problems)}; download it again, or pass "
-            "--any-checksum if you know why it differs"
+            f"{path} is not the published {original.file}: got {', '.join(problems)}; download it again, or pass "
+            "--any-checksum to accept a different archive"
         )
     known = {"kind": "archive", "file": path.name, "bytes": size, **digests}
     return {**known, "checksum": "overridden by --any-checksum" if problems else "as published"}
@@ -179,8 +274,15 @@ def _digests(path: Path, size: int) -> dict[str, str]:
 
 
 @contextmanager
-def refusing_damage(path: Path) -> Iterator[None]:
-    """Name the archive where its reader meets damage."""
+def reported_damage(path: Path) -> Iterator[None]:
+    """Turn the errors of archive readers about damage into a PreparationError that names the archive.
+
+    Args:
+        path: The archive that the block reads.
+
+    Raises:
+        PreparationError: the archive is truncated or damaged.
+    """
     try:
         yield
     except DAMAGED as error:
@@ -189,8 +291,15 @@ def refusing_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def system_part(name: str) -> str | None:
-    """The outermost hidden or system folder of a path, with a slash, or its hidden or system file; None without any."""
+def ignored_part(name: str) -> str | None:
+    """Return the hidden or system part of a path, for which its file is ignored.
+
+    Args:
+        name: A path relative to the source.
+
+    Returns:
+        The outermost hidden or system folder with a final slash, the hidden or system file name, or None.
+    """
     parts = PurePosixPath(name).parts
     for i, part in enumerate(parts, start=1):
         if part.startswith(".") or part in SYSTEM_FOLDERS or part.lower() in SYSTEM_FILES:
@@ -208,12 +317,14 @@ def _open_folder(path: Path, texts: Collection[str], wanted: Collection[str] | N
 
     def is_used(name: str) -> bool:
         if wanted is None:
-            return system_part(name) is None
+            return ignored_part(name) is None
         return name in wanted or any(file.startswith(f"{name}/") for file in wanted)
 
     def refuse(error: OSError) -> None:
         if is_used(Path(error.filename).relative_to(root).as_posix()):
-            raise PreparationError(f"{error.filename} cannot be read ({error.strerror})")
+            raise PreparationError(
+                f"{error.filename} cannot be read ({error.strerror}); change its permissions or remove it"
+            )
 
     for folder, folders, files in os.walk(root, onerror=refuse):
         for entry in [*folders, *files]:
@@ -224,10 +335,16 @@ def _open_folder(path: Path, texts: Collection[str], wanted: Collection[str] | N
                     sizes[name] = place.stat().st_size
             elif is_used(name):
                 raise PreparationError(
-                    f"{place} is a link to a folder, to nothing or out of {path}; put the files themselves there"
+                    f"{place} is {_link_kind(place, path)}; replace the link with a copy of its target"
                 )
     source = _source(root, "folder", dict(sorted(sizes.items())), wanted)
-    return replace(source, texts=dict(read(source, _of_name(source.files, texts))))
+    return replace(source, texts=dict(read_files(source, _with_name(source.files, texts))))
+
+
+def _link_kind(link: Path, path: Path) -> str:
+    if not link.exists():
+        return "a broken link"
+    return "a link to a folder" if link.is_dir() else f"a link to a file outside of {path}"
 
 
 def _open_zip(path: Path, texts: Collection[str]) -> Source:
@@ -236,16 +353,16 @@ def _open_zip(path: Path, texts: Collection[str]) -> Source:
         for member in archive.infolist():
             name = _checked_name(path, member.filename)
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise PreparationError(
-                    f"{path}: member {name} is a link or a device; no original has any: do not use it"
-                )
+                raise PreparationError(f"{path}: member {name} is a link or a device; {UNSAFE}")
             if member.flag_bits & 1:
-                raise PreparationError(f"{path}: member {name} is encrypted; unpack the archive and give its folder")
+                raise PreparationError(
+                    f"{path}: member {name} is encrypted; unpack the archive and pass its folder as --source"
+                )
             if not member.is_dir():
                 _add(path, sizes, name, member.file_size)
     _check_ratio(path, sum(sizes.values()))
     source = _source(path, "zip", sizes)
-    return replace(source, texts=dict(read(source, _of_name(source.files, texts))))
+    return replace(source, texts=dict(read_files(source, _with_name(source.files, texts))))
 
 
 def _open_tgz(path: Path, texts: Collection[str]) -> Source:
@@ -260,24 +377,22 @@ def _open_tgz(path: Path, texts: Collection[str]) -> Source:
 
 
 def _tgz_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
-    """Each member with its checked name and, if it is a file, what reads it; in one pass over the archive."""
+    """Yield each member with its checked name and its open file (None for folders), in one pass over the archive."""
     with gzip.GzipFile(path) as unpacked:
-        stream: Any = _Measured(path, unpacked)
-        archive = tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK)  # noqa: SIM115, it holds nothing to close
+        stream: Any = _LimitedReader(path, unpacked)
+        archive = tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK)  # noqa: SIM115, closing it would close nothing
         for member in archive:
             member.name = _checked_name(path, member.name)
             if not (member.isfile() or member.isdir()) or member.issparse():
-                raise PreparationError(
-                    f"{path}: member {member.name} is a link, a device or sparse; no original has any: do not use it"
-                )
+                raise PreparationError(f"{path}: member {member.name} is a link, a device or a sparse file; {UNSAFE}")
             _check_size(path, member.name, member.size)
             yield member, archive.extractfile(member)
-        while stream.read(CHUNK):  # to the end, where gzip keeps its checksum
+        while stream.read(CHUNK):  # gzip checks its checksum at the end of the file
             pass
 
 
-class _Measured:
-    """The unpacked bytes of an archive, up to the limit."""
+class _LimitedReader:
+    """Reader of a gzip file that refuses to unpack more than the limit."""
 
     def __init__(self, path: Path, file: gzip.GzipFile) -> None:
         self.path, self.file, self.bytes = path, file, 0
@@ -292,13 +407,13 @@ class _Measured:
 def _checked_name(path: Path, name: str) -> str:
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts or "\\" in name or ":" in "".join(parts[:1]):
-        raise PreparationError(f"{path}: member {name!r} leads out of the folder; no original has any: do not use it")
+        raise PreparationError(f"{path}: member {name!r} has a path outside of the archive; {UNSAFE}")
     return PurePosixPath(name).as_posix()
 
 
 def _add(path: Path, sizes: dict[str, int], name: str, size: int) -> None:
     if name in sizes:
-        raise PreparationError(f"{path}: member {name} is there twice; no original has any: do not use it")
+        raise PreparationError(f"{path}: member {name} occurs twice; {UNSAFE}")
     sizes[name] = size
 
 
@@ -306,22 +421,22 @@ def _check_ratio(path: Path, unpacked: int) -> None:
     packed = path.stat().st_size
     if unpacked > max(FREE_BYTES, MAX_RATIO * packed):
         raise PreparationError(
-            f"{path} has {packed:,} bytes and unpacks to {unpacked:,} or more: a decompression bomb; do not use it"
+            f"{path} is a decompression bomb: its {packed:,} bytes unpack to {unpacked:,} or more; do not use it"
         )
 
 
 def _check_size(path: Path, name: str, size: int) -> None:
     if size > MAX_FILE_BYTES:
         raise PreparationError(
-            f"{path}: {name} has {size:,} bytes, a decompression bomb or no image (at most {MAX_FILE_BYTES:,} are read)"
+            f"{path}: {name} is too large: got {size:,} bytes; files of at most {MAX_FILE_BYTES:,} bytes are read"
         )
 
 
-def _of_name(files: Iterable[str], names: Collection[str]) -> list[str]:
+def _with_name(files: Iterable[str], names: Collection[str]) -> list[str]:
     return [file for file in files if PurePosixPath(file).name in names]
 
 
 def _source(path: Path, kind: str, sizes: dict[str, int], wanted: Collection[str] | None = None) -> Source:
-    ignored = {name: part for name in sizes.keys() - set(wanted or ()) if (part := system_part(name))}
+    ignored = {name: part for name in sizes.keys() - set(wanted or ()) if (part := ignored_part(name))}
     files = {name: size for name, size in sizes.items() if name not in ignored}
     return Source(path, kind, files, {}, dict(sorted(Counter(ignored.values()).items())))

@@ -1,4 +1,4 @@
-"""From a source's images to a prepared dataset, on all cores, in bounded memory."""
+"""Decode the images of a source and write the prepared dataset, on all cores and in bounded memory."""
 
 import json
 import os
@@ -12,18 +12,34 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from data_prep.archives import Source, open_source, read, verify
+from data_prep.archives import Source, open_source, read_files, verify
 from data_prep.originals import Original
-from data_prep.prepared import PreparationError, check_replaceable, create_images, drop_rows, finish, new_folder
+from data_prep.prepared import (
+    DOWNLOAD_AGAIN,
+    PreparationError,
+    check_replaceable,
+    create_images,
+    drop_rows,
+    finish,
+    new_folder,
+)
 from hloss.runs.images import EXTENSIONS, BadImage, ImageSettings
 
-WAITING = 4  # images read ahead for each worker: what bounds the memory
-LISTED = 20  # bad images named in a message; the card names all
+QUEUED_PER_WORKER = 4  # images read ahead for each worker; this bounds the memory
+MAX_LISTED = 20  # bad images listed in a message; the card lists all
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of every dataset: how images are resized, which classes validate, which faults are accepted."""
+    """Options of every dataset.
+
+    Attributes:
+        image_settings: How images are cropped and resized.
+        val_fraction: Training classes moved to validation: a fraction below 1, or a number of classes.
+        seed: Seed of the random choice of classes, 0 or more.
+        any_checksum: Whether to accept an archive that differs from the published one.
+        skip_bad: Whether to leave out images that cannot be decoded.
+    """
 
     image_settings: ImageSettings
     val_fraction: float = 0.1
@@ -32,63 +48,108 @@ class Options:
     skip_bad: bool = False
 
     def settings(self) -> dict:
-        """For the card."""
+        """Return the settings that the card records."""
         return {**self.image_settings.settings(), "val_fraction": self.val_fraction, "seed": self.seed}
 
 
-def begin(source: Path, out: Path, original: Original, options: Options, texts: Collection[str]) -> tuple[Source, dict]:
-    """The source, opened, and what the card says of it, after every check that needs no decoding."""
+def open_original(
+    source: Path, out: Path, original: Original, options: Options, texts: Collection[str]
+) -> tuple[Source, dict]:
+    """Check the output folder and the checksum of an original archive, and open it.
+
+    Args:
+        source: The archive or its extracted folder.
+        out: The folder to write.
+        original: The published archive.
+        options: Options of the preparation.
+        texts: Names of text files to read.
+
+    Returns:
+        The opened source, and what the card states about it.
+
+    Raises:
+        PreparationError: `out` cannot be replaced, or the source is not the original.
+    """
     check_replaceable(out, original.name)
     found = verify(source, original, options.any_checksum)
     return open_source(source, texts), found
 
 
 def convert(out: Path, source: Source, index: pd.DataFrame, options: Options, card: dict) -> dict:
-    """Decode each image of `index` (its column `source` names a file of the source) and write the prepared dataset.
+    """Decode the images of an index and write the prepared dataset.
 
-    Returns the card. Raises PreparationError, and leaves nothing behind, if an image is bad and not to be skipped.
+    Args:
+        out: The folder to write.
+        source: The opened source.
+        index: One row per image, with the columns of a prepared dataset; `source` is the image's path in the source.
+        options: Options of the preparation.
+        card: Entries of the card besides counts and hashes.
+
+    Returns:
+        The card.
+
+    Raises:
+        PreparationError: an image is missing, listed twice or cannot be decoded, or the disk is full. Nothing is
+            written then.
     """
     rows = {name: row for row, name in enumerate(index.source)}
     if len(rows) < len(index):
         twice = index.source[index.source.duplicated()].iloc[0]
-        raise PreparationError(f"the index names {twice} twice; an image has one row")
+        raise PreparationError(
+            f"{source.path}: {twice} is listed twice; each image must be listed once; {DOWNLOAD_AGAIN}"
+        )
     lacking = [name for name in index.source if name not in source.files]
     if lacking:
         raise PreparationError(
-            f"{source.path} lacks {len(lacking):,} of the images its index names, the first is {lacking[0]}; "
-            "get the original again"
+            f"{source.path}: {len(lacking):,} of {len(index):,} listed images do not exist, the first is {lacking[0]}; "
+            f"{DOWNLOAD_AGAIN}"
         )
     with new_folder(out, card["name"]) as folder:
-        images = ((rows[name], data) for name, data in read(source, index.source))
+        images = ((rows[name], data) for name, data in read_files(source, index.source))
         unused = sum(name.lower().endswith(EXTENSIONS) for name in source.files.keys() - rows.keys())
-        fill(folder, images, index, options, {**card, "ignored_files": source.ignored, "unused_images": unused})
+        write_images(folder, images, index, options, {**card, "ignored_files": source.ignored, "unused_images": unused})
     return json.loads((Path(out) / "card.json").read_text())
 
 
-def fill(
+def write_images(
     folder: Path,
     images: Iterable[tuple[int, bytes | np.ndarray]],
     index: pd.DataFrame,
     options: Options,
     card: dict,
 ) -> None:
-    """Write a prepared dataset into `folder`, from pairs of a row and its image (a file's bytes or uint8 (h, w, 3))."""
+    """Decode images and write the files of a prepared dataset.
+
+    Args:
+        folder: The folder to write, from `new_folder`.
+        images: Row number and image of each row of the index, in any order. An image is the content of an image file
+            or a uint8 array of shape (height, width, 3).
+        index: One row per image, with the columns of a prepared dataset.
+        options: Options of the preparation.
+        card: Entries of the card besides counts and hashes.
+
+    Raises:
+        PreparationError: an image cannot be decoded and `options.skip_bad` is False, or a split would be empty.
+    """
     settings = options.image_settings
     pixels = create_images(folder, len(index), settings.height, settings.width, 3)
     bad = _decode_all(pixels, images, settings, card["name"])
     skipped = {index.source.iloc[row]: reason for row, reason in sorted(bad.items())}
     if skipped and not options.skip_bad:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:LISTED])
-        more = f"\n  and {len(skipped) - LISTED:,} more" if len(skipped) > LISTED else ""
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:MAX_LISTED])
+        more = f"\n  and {len(skipped) - MAX_LISTED:,} more" if len(skipped) > MAX_LISTED else ""
         raise PreparationError(
-            f"{len(skipped):,} of {len(index):,} images cannot be used; replace them, or pass --skip-bad to leave them "
-            f"out and have the card name them:{listed}{more}"
+            f"{len(skipped):,} of {len(index):,} images cannot be decoded; replace them, or pass --skip-bad to leave "
+            f"them out (card.json then lists them):{listed}{more}"
         )
     if skipped:
         drop_rows(folder, bad)
         left = index.drop(index.index[sorted(bad)])
-        if set(left.split) != set(index.split):
-            raise PreparationError(f"without the {len(skipped):,} bad images a whole split is empty")
+        if empty := sorted(set(index.split) - set(left.split)):
+            raise PreparationError(
+                f"{len(skipped):,} of {len(index):,} images cannot be decoded: no image of {', '.join(empty)} remains; "
+                "replace them"
+            )
         index = left
     finish(folder, index, {**card, "skipped_images": skipped})
 
@@ -96,9 +157,9 @@ def fill(
 def _decode_all(
     pixels: np.memmap, images: Iterable[tuple[int, bytes | np.ndarray]], settings: ImageSettings, name: str
 ) -> dict[int, str]:
-    """Fill the rows of `images.npy`; returns why a row could not be, by row. Pillow works outside of Python's lock."""
-    # Written to the file and not through the map: mapped pages would count as this process's memory, and a write
-    # that the disk refuses would be a signal instead of an error.
+    """Fill the rows of `images.npy` and return the reason for each bad row. Pillow releases Python's global lock."""
+    # Rows are written to the file, not to the memory map: mapped pages would count as memory of this process, and a
+    # failed write to the map would kill the process instead of raising an error.
     descriptor = os.open(str(pixels.filename), os.O_WRONLY)
     row_bytes, start = pixels[0].size, pixels.offset
     bad: dict[int, str] = {}
@@ -116,7 +177,7 @@ def _decode_all(
         with tqdm(total=len(pixels), desc=name, unit="images", mininterval=1) as bar:
             for row, image in images:
                 waiting.append(pool.submit(work, row, image))
-                if len(waiting) > WAITING * workers:
+                if len(waiting) > QUEUED_PER_WORKER * workers:
                     waiting.popleft().result()
                     bar.update()
             for future in waiting:
@@ -128,8 +189,8 @@ def _decode_all(
     return bad
 
 
-def _write_all(descriptor: int, row: np.ndarray, place: int) -> None:
-    left = memoryview(row.tobytes())
-    while left:
-        written = os.pwrite(descriptor, left, place)
-        left, place = left[written:], place + written
+def _write_all(descriptor: int, row: np.ndarray, offset: int) -> None:
+    remaining = memoryview(row.tobytes())
+    while remaining:
+        written = os.pwrite(descriptor, remaining, offset)
+        remaining, offset = remaining[written:], offset + written

@@ -1,16 +1,18 @@
-"""CUB-200-2011: birds, 200 classes. The zero-shot protocol of Song et al. (2016): train on 1-100, test on 101-200.
+"""Prepare CUB-200-2011: birds of 200 classes.
 
-(The dataset's own `train_test_split.txt` divides the images of each class; it is another task and is not read.)
+Classes 1-100 are for training, 101-200 for testing, as in Song et al. (2016).
+The dataset's `train_test_split.txt` splits the images of each class, which is
+another task; it is not read.
 """
 
 from pathlib import Path
 
 import pandas as pd
 
-from data_prep.archives import Source, table
-from data_prep.conversion import Options, begin, convert
+from data_prep.archives import Source, read_table
+from data_prep.conversion import Options, convert, open_original
 from data_prep.originals import Original
-from data_prep.prepared import PreparationError, check_classes, check_counts, count, hold_out
+from data_prep.prepared import DOWNLOAD_AGAIN, PreparationError, check_classes, check_counts, count, hold_out
 from hloss.runs.datasets import COLUMNS
 from hloss.runs.images import ImageSettings
 
@@ -26,16 +28,28 @@ ORIGINAL = Original(
     md5="97eceeb196236b17998738112f37df78",
     sha256="0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
 )
-# What the original must hold; classes 1 to "train classes" are trained on, the others tested (Song et al.).
+# Counts that the original must have. Classes 1 to "train classes" are for training, the others for testing.
 PUBLISHED = {"train classes": 100, "test classes": 100, "train images": 5_864, "test images": 5_924}
 OPTIONS = Options(ImageSettings(256, 256, "pad"))
 TEXTS = ("images.txt", "image_class_labels.txt")
 
 
 def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
-    """Write the prepared CUB-200-2011 to `out` from its archive or extracted folder; returns the card."""
-    opened, found = begin(source, out, ORIGINAL, options, TEXTS)
-    opened = opened.below("images.txt")
+    """Prepare CUB-200-2011 from its archive or extracted folder.
+
+    Args:
+        source: The archive or its extracted folder.
+        out: The folder to write.
+        options: Options of the preparation.
+
+    Returns:
+        The card.
+
+    Raises:
+        PreparationError: the source is not the original, an image cannot be decoded, or `out` cannot be replaced.
+    """
+    opened, found = open_original(source, out, ORIGINAL, options, TEXTS)
+    opened = opened.relative_to("images.txt")
     index = read_index(opened)
     index = hold_out(index, options.val_fraction, options.seed)
     card = {
@@ -53,28 +67,35 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
 
 
 def read_index(source: Source) -> pd.DataFrame:
-    """The index from `images.txt` and `image_class_labels.txt`, checked against the folders and the published counts.
+    """Build the index from `images.txt` and `image_class_labels.txt`.
 
-    A label is the class's number, 1 to 200.
+    Args:
+        source: The opened source.
+
+    Returns:
+        The index, one row per image, without validation split. A label is the number of the class, 1 to 200.
+
+    Raises:
+        PreparationError: the files contradict each other, the folders or the published counts.
     """
     paths = _by_image(source, "images.txt")
     labels = {image: int(label) for image, label in _by_image(source, "image_class_labels.txt").items()}
     if paths.keys() != labels.keys():
         image = min(paths.keys() ^ labels.keys())
         raise PreparationError(
-            f"image {image} is in only one of images.txt and image_class_labels.txt; get the original again"
+            f"image {image} is in only one of images.txt and image_class_labels.txt; {DOWNLOAD_AGAIN}"
         )
     for image, path in paths.items():
         if _class_of(path) != labels[image]:
             raise PreparationError(
-                f"image_class_labels.txt says class {labels[image]} of image {image}, its folder says another: {path}; "
-                "get the original again"
+                f"image_class_labels.txt: class of image {image} differs from its folder: got {labels[image]} for "
+                f"{path}; {DOWNLOAD_AGAIN}"
             )
     n_train, n_test = PUBLISHED["train classes"], PUBLISHED["test classes"]
     expected = set(range(1, n_train + n_test + 1))
     check_classes("image_class_labels.txt", set(labels.values()), expected)
     folders = {name.split("/")[1] for name in source.files if name.startswith("images/")}
-    check_classes("the folder images/", {_class_of(folder) for folder in folders}, expected)
+    check_classes("folder images/", {_class_of(folder) for folder in folders}, expected)
     rows = [
         (labels[image], "train" if labels[image] <= n_train else "test", "both", -1, f"images/{path}")
         for image, path in paths.items()
@@ -85,14 +106,14 @@ def read_index(source: Source) -> pd.DataFrame:
 
 
 def _class_of(path: str) -> int:
-    """The number in `001.Black_footed_Albatross/...`."""
+    """Return the class number, the first part of `001.Black_footed_Albatross/...`."""
     number = path.partition(".")[0]
     if not number.isdigit():
-        raise PreparationError(f"images/{path} is not in a folder named NUMBER.CLASS; get the original again")
+        raise PreparationError(f"class folder must be named NUMBER.CLASS: got images/{path}; {DOWNLOAD_AGAIN}")
     return int(number)
 
 
 def _by_image(source: Source, name: str) -> dict[str, str]:
-    """Second column by first; the labels' second column is a number too."""
-    lines = table(source, name, 2, numbers=(0, 1) if name != "images.txt" else (0,))
+    """Return the second column of a list by the first, the image number."""
+    lines = read_table(source, name, 2, numbers=(0, 1) if name != "images.txt" else (0,))
     return dict(lines)

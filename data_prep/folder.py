@@ -1,10 +1,19 @@
-"""Anyone's own images: a folder with one folder per class, or a CSV.
+"""Prepare your own images: a folder with one folder per class, or a CSV file.
 
-The CSV has the columns path (relative to its folder) and label, and optionally split (train/val/test), camera (a whole
-number) and role (both/query/gallery/junk/distractor/pool; junk and distractors need no label). Commas, semicolons, tabs
-or bars separate its columns. Where no split is given, half of the classes are drawn for the test, and `val_fraction` of
-the others for validation; where train and test are given but no val, only the latter. Where `val_fraction` would be too
-few classes to choose a checkpoint by, up to half of them are held out.
+The CSV has the columns path (relative to its folder) and label, and optionally
+split (train, val or test), camera (a whole number) and role (both, query,
+gallery, junk, distractor or pool). Junk and distractors need no label. Commas,
+semicolons, tabs or vertical bars separate the columns.
+
+Splits: without the column split, half of the classes are drawn for the test,
+and --val-fraction of the other half for validation. With train and test only,
+validation classes are drawn from train. Validation needs at least 50 queries
+of 5 classes that have a match and a non-match. If --val-fraction gives fewer,
+the smallest sufficient number of classes is drawn instead, at most half of
+them.
+
+Protocol: all-vs-rest, where every test image queries all others. If the test
+images have the roles query and gallery and a camera each: market1501.
 """
 
 from dataclasses import replace
@@ -13,35 +22,35 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from data_prep.archives import Source, open_source
-from data_prep.check import MIN_VAL_CLASSES, MIN_VAL_QUERIES, can_choose, usable
+from data_prep.archives import Source, existing_source, open_source
+from data_prep.check import MIN_VAL_CLASSES, MIN_VAL_QUERIES, can_select_checkpoint, usable_counts
 from data_prep.conversion import Options, convert
-from data_prep.image_csv import NOBODY, check_present, read_csv
+from data_prep.image_csv import UNLABELED_ROLES, check_present, read_csv
 from data_prep.prepared import PreparationError, check_replaceable, hold_out
 from hloss.runs.datasets import query_counts
 from hloss.runs.images import EXTENSIONS, ImageSettings
 
 OPTIONS = Options(ImageSettings(256, 256, "pad"))
-TEST_SHARE = 0.5  # of the classes, as in CUB and Online Products
+TEST_SHARE = 0.5  # share of the classes, as in CUB-200-2011 and Online Products
 RECALL_AT = {"all-vs-rest": [1, 2, 4, 8, 16, 32], "market1501": [1, 5, 10, 15, 20]}
 
 
 def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bool = False) -> dict:
-    """Write the images of a folder or CSV as the prepared dataset `out`.
+    """Prepare the images of a folder or of a CSV file.
 
     Args:
-        source: the folder or the CSV.
-        out: the folder to write.
-        options: size of the images, validation classes, accepted faults.
-        last_folder: whether images may lie deeper than CLASS/IMAGE; their last folder is the class.
+        source: The folder or the CSV file.
+        out: The folder to write; its name becomes the dataset's name.
+        options: Options of the preparation.
+        last_folder: Whether images may be in nested folders, of which the innermost one is the class.
 
     Returns:
         The card.
 
     Raises:
-        PreparationError: the images, the classes or the CSV cannot become a dataset; nothing is written.
+        PreparationError: the images, classes or splits cannot be used; nothing is written.
     """
-    source, out = Path(source), Path(out)
+    source, out = existing_source(source), Path(out)
     check_replaceable(out, out.name)
     if source.is_file() and source.suffix.lower() in (".csv", ".tsv"):
         listed, kind = read_csv(source), "a CSV of images"
@@ -53,11 +62,11 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bo
         listed, kind = read_folders(opened, last_folder), "class-named folders of images"
         unused = unread_files(opened)
     else:
-        raise PreparationError(f"--source {source} is neither a folder nor a .csv file")
+        raise PreparationError(f"--source must be a folder, a .csv file or a .tsv file: got {source}")
     index, names = number_classes(listed)
-    index = split(index, options)
+    index = assign_splits(index, options)
     protocol = choose_protocol(index)
-    check_test(index, protocol)
+    check_test_split(index, protocol)
     index, options = choose_validation(index, protocol, options)
     card = {
         "name": out.name,
@@ -75,36 +84,54 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bo
 
 
 def read_folders(source: Source, last_folder: bool = False) -> pd.DataFrame:
-    """path and label of each image: its label is the name of its folder."""
+    """List the images of class folders.
+
+    Args:
+        source: The opened folder.
+        last_folder: Whether images may be in nested folders, of which the innermost one is the class.
+
+    Returns:
+        Path and label (the class folder's name) of each image.
+
+    Raises:
+        PreparationError: there is no image, or an image is not in a class folder.
+    """
     images = [name for name in source.files if is_image(name)]
     loose = [name for name in images if "/" not in name]
     deep = [name for name in images if name.count("/") > 1 and not last_folder]
     if not images:
         raise PreparationError(
-            f"{source.path} holds no image in a folder of its class (CLASS/IMAGE); the names of images end in "
+            f"{source.path} contains no images in class folders (CLASS/IMAGE); file names of images end in "
             f"{', '.join(EXTENSIONS)}"
         )
     if loose:
         raise PreparationError(
-            f"{source.path}: {len(loose)} of {len(images)} images are in no folder of a class, the first is "
-            f"{loose[0]}; move the images (CLASS/IMAGE), or name them in a CSV"
+            f"{source.path}: {len(loose)} of {len(images)} images are not in a class folder, the first is {loose[0]}; "
+            "move them to CLASS/IMAGE, or list the images in a CSV file"
         )
     if deep:
         raise PreparationError(
-            f"{source.path}: {len(deep)} of {len(images)} images are deeper than CLASS/IMAGE, the first is {deep[0]}; "
-            f"pass --last-folder to take the last folder as the class (here {PurePosixPath(deep[0]).parent.name!r}; "
-            "folders of one name are one class), or name the images in a CSV"
+            f"{source.path}: {len(deep)} of {len(images)} images are in nested folders, the first is {deep[0]}; pass "
+            f"--last-folder to use the innermost folder as the class (here {PurePosixPath(deep[0]).parent.name!r}; "
+            "folders of the same name are one class), or list the images in a CSV file"
         )
     return pd.DataFrame({"path": images, "label": [PurePosixPath(name).parent.name.strip() for name in images]})
 
 
 def is_image(name: str) -> bool:
-    """Whether a file has an extension of the image formats that are read."""
+    """Return whether a file name has the extension of a supported image format."""
     return name.lower().endswith(EXTENSIONS)
 
 
 def unread_files(source: Source) -> dict[str, dict]:
-    """The files that are no images: for each extension their number and the first names."""
+    """Count the files that are not images.
+
+    Args:
+        source: The opened folder.
+
+    Returns:
+        Number of files and their first three names, by extension.
+    """
     found: dict[str, list[str]] = {}
     for name in source.files:
         if not is_image(name):
@@ -113,14 +140,21 @@ def unread_files(source: Source) -> dict[str, dict]:
 
 
 def number_classes(listed: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The index, its classes numbered in the order of their names (no split yet where none is given), and the names."""
+    """Number the classes in the order of their names.
+
+    Args:
+        listed: Path and label of each image, and optionally split, camera and role, as text.
+
+    Returns:
+        The index (split is empty where none is given; label is -1 for junk and distractors), and the class names.
+    """
     role = listed.role if "role" in listed else pd.Series("both", index=listed.index)
-    of_somebody = ~role.isin(NOBODY)
-    names = sorted(set(listed.label[of_somebody]))
+    has_class = ~role.isin(UNLABELED_ROLES)
+    names = sorted(set(listed.label[has_class]))
     numbers = {name: number for number, name in enumerate(names)}
     index = pd.DataFrame(
         {
-            "label": [numbers[v] if some else -1 for v, some in zip(listed.label, of_somebody, strict=True)],
+            "label": [numbers[v] if known else -1 for v, known in zip(listed.label, has_class, strict=True)],
             "split": listed.split if "split" in listed else "",
             "role": role,
             "camera": [int(v or -1) for v in listed.camera] if "camera" in listed else -1,
@@ -130,90 +164,143 @@ def number_classes(listed: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return index, names
 
 
-def split(index: pd.DataFrame, options: Options) -> pd.DataFrame:
-    """The index with every class in train or test, or in val where that is given."""
+def assign_splits(index: pd.DataFrame, options: Options) -> pd.DataFrame:
+    """Draw the test classes where the index has no splits, and check the splits.
+
+    Args:
+        index: The index; split is empty in all rows or in none.
+        options: Options with the seed of the draw.
+
+    Returns:
+        The index with every class in train or test, or in the given splits.
+
+    Raises:
+        PreparationError: too few classes, no training or test images, or a class in two splits.
+    """
     if (index.split == "").all():
         classes = np.unique(index.label[index.label >= 0])
         if len(classes) < 4:
             raise PreparationError(
-                f"{len(classes)} classes cannot be split for training, validation and test: give 4 or more"
+                f"at least 4 classes are needed for training, validation and test: got {len(classes)}; add classes"
             )
         tested = np.random.default_rng(options.seed).choice(classes, round(TEST_SHARE * len(classes)), replace=False)
-        is_test = index.label.isin(tested) | (index.label < 0)  # junk and distractors belong to a gallery
+        is_test = index.label.isin(tested) | (index.label < 0)  # junk and distractors are gallery images
         index = index.assign(split=np.where(is_test, "test", "train"))
     lacking = sorted({"train", "test"} - set(index.split))
     if lacking:
-        raise PreparationError(f"the CSV's column split names no image of {' and none of '.join(lacking)}")
+        raise PreparationError(
+            f"column split of the CSV has no image of {' and '.join(lacking)}; train and test are required"
+        )
     crossing = index[index.label >= 0].groupby("label").split.nunique()
     if (crossing > 1).any():
-        names = index.source[index.label == crossing.index[crossing > 1][0]]
-        raise PreparationError(f"the class of {names.iloc[0]} is in more than one split; a class belongs to one")
+        images = index[index.label == crossing.index[crossing > 1][0]]
+        raise PreparationError(
+            f"the class of {images.source.iloc[0]} has images in {' and '.join(sorted(set(images.split)))}; put all "
+            "images of a class in one split"
+        )
     return index
 
 
-def check_test(index: pd.DataFrame, protocol: str) -> None:
-    """Refuse a test without any query that has both a match and a rival."""
+def check_test_split(index: pd.DataFrame, protocol: str) -> None:
+    """Refuse a test split without any query that has both a match and a non-match.
+
+    Args:
+        index: The index with splits.
+        protocol: The evaluation protocol.
+
+    Raises:
+        PreparationError: no query can be evaluated.
+    """
     test = index[index.split == "test"]
     queries = query_counts(test, protocol)
     if ((queries.matches > 0) & (queries.rivals > 0)).any():
         return
     gallery = set(test.label[test.role.isin(["gallery", "both"])])
     remedy = (
-        "give at least two test classes, with two images or more"
+        "give at least two test classes with two images each"
         if protocol == "all-vs-rest"
-        else "a match is a gallery image of the query's class under another camera"
+        else "a match must be a gallery image of the query's class from another camera"
     )
     raise PreparationError(
-        f"the test would measure nothing: of {len(queries)} queries {(queries.matches > 0).sum()} have a match and "
-        f"{(queries.rivals > 0).sum()} a rival ({queries.label.nunique()} query classes, "
-        f"{len(gallery & set(queries.label))} of them in the gallery, {test.camera.nunique()} cameras, protocol "
-        f"{protocol}); {remedy}"
+        f"the test split cannot be evaluated: of {len(queries)} queries, {(queries.matches > 0).sum()} have a match "
+        f"and {(queries.rivals > 0).sum()} a non-match; {remedy} (query classes: {queries.label.nunique()}, "
+        f"{len(gallery & set(queries.label))} of them in the gallery; cameras: {test.camera.nunique()}; protocol: "
+        f"{protocol})"
     )
 
 
 def choose_validation(index: pd.DataFrame, protocol: str, options: Options) -> tuple[pd.DataFrame, Options]:
-    """The index with validation classes that can choose a checkpoint, and the options that hold them out of train."""
+    """Draw validation classes, unless the index has some, that are sufficient to select a checkpoint.
+
+    Args:
+        index: The index with train and test, and possibly val.
+        protocol: The evaluation protocol.
+        options: Options with `val_fraction` and the seed of the draw.
+
+    Returns:
+        The index with validation classes, and the options with the `val_fraction` that was used. If the given one is
+        too small, the smallest sufficient number of classes is used, at most half of the training classes.
+
+    Raises:
+        PreparationError: no such choice is sufficient.
+    """
     if (index.split == "val").any():
-        if can_choose(index, protocol):
+        if can_select_checkpoint(index, protocol):
             return index, options
-        raise PreparationError(f"{_few(index, protocol)}; name more in the CSV's column split")
+        raise PreparationError(f"{_too_small(index, protocol)}; add classes or images of split val to the CSV")
     held = hold_out(index, options.val_fraction, options.seed)
-    if can_choose(held, protocol):
+    if can_select_checkpoint(held, protocol):
         return held, options
     total, least = index.label[index.split == "train"].nunique(), held.label[held.split == "val"].nunique() + 1
-    remedy = f"give more classes or images (there are {total} classes for training and validation)"
+    remedy = f"add classes or images (training and validation have {total} classes)"
     for n in range(least, total - 1):
         more = hold_out(index, n, options.seed)
-        if can_choose(more, protocol):
+        if can_select_checkpoint(more, protocol):
             if n <= total / 2:
                 return more, replace(options, val_fraction=n)
-            remedy += f", or hold out {n} of them with --val-fraction {n}"
+            remedy += f", or pass --val-fraction {n}"
             break
-    raise PreparationError(f"{_few(held, protocol)}; {remedy}")
+    raise PreparationError(f"{_too_small(held, protocol)}; {remedy}")
 
 
-def _few(index: pd.DataFrame, protocol: str) -> str:
-    classes, queries = usable(index, "val", protocol)
+def _too_small(index: pd.DataFrame, protocol: str) -> str:
+    classes, queries = usable_counts(index, "val", protocol)
     return (
-        f"validation cannot choose a checkpoint: {queries} queries of {classes} classes have a match and a rival, "
-        f"{MIN_VAL_QUERIES} of {MIN_VAL_CLASSES} are needed"
+        f"the validation split is too small to select a checkpoint: got {queries} queries of {classes} classes that "
+        f"have a match and a non-match; at least {MIN_VAL_QUERIES} queries of {MIN_VAL_CLASSES} classes are needed"
     )
 
 
 def choose_protocol(index: pd.DataFrame) -> str:
-    """all-vs-rest, or market1501 where the test has queries and a gallery."""
+    """Return the evaluation protocol that fits the roles of the test images.
+
+    Args:
+        index: The index with splits.
+
+    Returns:
+        "all-vs-rest" if all roles are both, "market1501" for queries and gallery with cameras.
+
+    Raises:
+        PreparationError: a training or validation image has a role, or the test lacks a role or a camera.
+    """
     test = index[index.split == "test"]
     others = index[(index.split != "test") & (index.role != "both")]
     if len(others):
         raise PreparationError(
-            f"{others.source.iloc[0]} has the role {others.role.iloc[0]}: only test images have roles"
+            f"role of {others.source.iloc[0]} must be both: got {others.role.iloc[0]}; other roles are for test images"
         )
     roles = set(test.role)
     if roles == {"both"}:
         return "all-vs-rest"
-    if not {"query", "gallery"} <= roles or (test.camera < 0).any():
+    if not {"query", "gallery"} <= roles:
         raise PreparationError(
-            f"the test images have the roles {', '.join(sorted(roles))}: with roles there must be query and gallery, "
-            "and every test image needs its camera"
+            f"roles of the test images must include query and gallery: got {', '.join(sorted(roles))}; leave the role "
+            "out to let every image query all others"
+        )
+    without_camera = test.source[test.camera < 0]
+    if len(without_camera):
+        raise PreparationError(
+            f"camera of {without_camera.iloc[0]} is empty; test images with the roles query and gallery need a camera "
+            f"(missing in {len(without_camera):,} of {len(test):,} test images)"
         )
     return "market1501"

@@ -1,4 +1,4 @@
-"""Drawing one character in one of the sixteen faces that matplotlib ships."""
+"""Draw one character in one of the sixteen typefaces that matplotlib ships."""
 
 import functools
 import hashlib
@@ -28,27 +28,34 @@ FACES = (
     "STIXGeneralBol.ttf",
     "STIXGeneralBolIta.ttf",
 )
-FONT_PIXELS = 48  # size at which a character is drawn before it is cropped and resized
+FONT_PIXELS = 48  # font size of a drawing, before it is cropped and resized
 CANVAS = 192
 
 
 def face_path(face: str) -> Path:
-    """Path of one of the FACES in the installed matplotlib."""
+    """Return the path of one of the FACES in the installed matplotlib."""
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / face
 
 
 def face_checksums() -> dict[str, str]:
-    """sha256 of each face's file, by name."""
+    """Return the SHA-256 checksum of each font file, by name."""
     return {face: hashlib.sha256(face_path(face).read_bytes()).hexdigest() for face in FACES}
 
 
 def check_faces(expected: dict[str, str]) -> None:
-    """Raise PreparationError where an installed font file is not the one that the glyph list was made with."""
+    """Check that the installed font files are those that the glyph list was made with.
+
+    Args:
+        expected: SHA-256 checksum of each font file, by name.
+
+    Raises:
+        PreparationError: a font file differs.
+    """
     for face, digest in face_checksums().items():
         if digest != expected[face]:
             raise PreparationError(
-                f"{face_path(face)}: sha256 {digest}, expected {expected[face]}; this matplotlib "
-                f"({matplotlib.__version__}) ships another font file: install the version the glyph list names"
+                f"{face_path(face)} is not the font file of the glyph list: got sha256 {digest}, expected "
+                f"{expected[face]}; install another version of matplotlib (this is {matplotlib.__version__})"
             )
 
 
@@ -59,7 +66,15 @@ def _font(face: str) -> ImageFont.FreeTypeFont:
 
 
 def draw(character: str, face: str) -> np.ndarray:
-    """Ink of a character, cropped to its bounding box: uint8 (h, w), 255 = ink; (0, 0) where nothing is drawn."""
+    """Draw a character and crop it to its bounding box.
+
+    Args:
+        character: The character.
+        face: One of the FACES.
+
+    Returns:
+        uint8 array of shape (h, w), 255 = ink; of shape (0, 0) for an empty drawing.
+    """
     canvas = Image.new("L", (CANVAS, CANVAS))
     ImageDraw.Draw(canvas).text((CANVAS // 3, CANVAS // 3), character, fill=255, font=_font(face))
     box = canvas.getbbox()
@@ -67,7 +82,15 @@ def draw(character: str, face: str) -> np.ndarray:
 
 
 def fit(ink: np.ndarray, side: int = 24) -> np.ndarray:
-    """The ink scaled to fit a square of `side` pixels, aspect kept, centred: uint8 (side, side)."""
+    """Scale a drawing to fit a square, centred and with its aspect ratio.
+
+    Args:
+        ink: Drawing, uint8 (h, w), not empty.
+        side: Side of the square in pixels.
+
+    Returns:
+        uint8 array of shape (side, side).
+    """
     height, width = ink.shape
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,7 +1,7 @@
-"""Make glyph_list.json: which characters are classes of the glyphs dataset, and which faces draw each differently.
+"""Make glyph_list.json: the characters that are classes of the glyphs dataset, and the typefaces of each.
 
-Run once, by the maintainers: `python -m data_prep.glyph_list`. Merging homoglyphs thresholds floats, which other
-versions of Pillow or FreeType may round across, so the result is frozen as a data file in the repository.
+Maintainers ran `python -m data_prep.glyph_list` once. Homoglyphs are merged by a threshold on floating-point numbers,
+which other versions of Pillow or FreeType may round differently. Therefore the result is a file of the repository.
 """
 
 import json
@@ -23,7 +23,11 @@ HOMOGLYPH_SHARE = 0.5
 
 
 def characters_by_face() -> dict[str, list[str]]:
-    """Characters of Unicode categories L, N, P, S with the faces that have them, for those in MIN_FACES or more."""
+    """List the characters of Unicode categories L, N, P and S that at least MIN_FACES typefaces contain.
+
+    Returns:
+        The names of these typefaces, by character.
+    """
     faces: dict[int, list[str]] = {}
     for face in FACES:
         for code in FT2Font(str(face_path(face))).get_charmap():
@@ -33,7 +37,15 @@ def characters_by_face() -> dict[str, list[str]]:
 
 
 def distinct_drawings(character: str, faces: list[str]) -> dict[str, np.ndarray]:
-    """Ink by face; of faces with equal ink only the first stays."""
+    """Draw a character in several typefaces and drop equal drawings.
+
+    Args:
+        character: The character.
+        faces: Names of typefaces.
+
+    Returns:
+        Drawings by typeface; of typefaces with equal drawings, the first.
+    """
     drawings: dict[bytes, tuple[str, np.ndarray]] = {}
     for face in faces:
         ink = draw(character, face)
@@ -43,7 +55,14 @@ def distinct_drawings(character: str, faces: list[str]) -> dict[str, np.ndarray]
 
 
 def homoglyphs(drawings: dict[str, dict[str, np.ndarray]]) -> dict[str, str]:
-    """Map each character to the first of its homoglyph group (itself where it has none)."""
+    """Group characters that look alike.
+
+    Args:
+        drawings: Drawings by character and typeface.
+
+    Returns:
+        For each character the first character of its group, which is itself without homoglyphs.
+    """
     characters = list(drawings)
     shared = np.zeros((len(characters),) * 2, int)
     alike = np.zeros_like(shared)
@@ -71,7 +90,7 @@ def main() -> None:
     groups: dict[str, list[str]] = {}
     for character, first in homoglyphs(drawings).items():
         groups.setdefault(first, []).append(character)
-    # A class of several homoglyphs keeps the drawings of its first character: its others add nearly equal ones.
+    # A class keeps only the drawings of its first character; its homoglyphs would add nearly equal ones.
     classes = [
         {"character": first, "homoglyphs": members[1:], "faces": sorted(FACES.index(f) for f in drawings[first])}
         for first, members in groups.items()

@@ -1,7 +1,9 @@
-"""The embedded dataset: a class is a Unicode character, its images are its drawings in up to sixteen faces.
+"""Prepare glyphs, the built-in dataset of drawn characters.
 
-Many classes, few images each and unseen classes at test, the paper's regime, without a download. Each image has a
-fixed jitter drawn from the dataset's seed; the classes are split 60/10/30 % into train, val and test.
+A class is a Unicode character; its images are drawings in up to sixteen
+typefaces. Like the paper's datasets it has many classes, few images per class
+and unseen classes at test time. Each image has a fixed jitter, drawn from the
+dataset's seed. The classes are split into 60 % train, 10 % val and 30 % test.
 """
 
 import json
@@ -22,7 +24,7 @@ from data_prep.prepared import create_images, finish, new_folder
 from hloss.runs.datasets import COLUMNS
 
 SIDE = 32
-SEED = 20161128  # of jitter and split; chosen once, before any training
+SEED = 20161128  # seed of jitter and split, chosen once, before any training
 SHARES = {"train": 0.6, "val": 0.1, "test": 0.3}
 JITTER: dict[str, Any] = {
     "box_pixels": 24,
@@ -39,7 +41,17 @@ JITTER: dict[str, Any] = {
 
 
 def prepare(out: Path) -> dict:
-    """Write the prepared glyphs dataset to `out` and return its card. Takes seconds; same bytes on the same machine."""
+    """Draw and write the glyphs dataset, in seconds.
+
+    Args:
+        out: The folder to write.
+
+    Returns:
+        The card. The same versions of matplotlib, Pillow and FreeType give the same bytes.
+
+    Raises:
+        PreparationError: a font file differs from the one of the glyph list, or `out` cannot be replaced.
+    """
     listed = json.loads(LIST_FILE.read_text())
     check_faces(listed["sha256"])
     classes = listed["classes"]
@@ -62,7 +74,7 @@ def prepare(out: Path) -> dict:
 
 
 def card() -> dict:
-    """What is known of the dataset beside its counts and hashes."""
+    """Return the entries of the card besides counts and hashes."""
     return {
         "name": "glyphs",
         "source": "characters of Unicode categories L, N, P, S drawn in sixteen faces that matplotlib ships",
@@ -80,14 +92,30 @@ def card() -> dict:
 
 
 def split_classes(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Split names of `n` classes, drawn without regard to the characters."""
+    """Draw the split of each class.
+
+    Args:
+        n: Number of classes.
+        rng: Random generator, which is advanced.
+
+    Returns:
+        Array of n strings: train, val or test.
+    """
     cuts = np.round(np.cumsum([SHARES["train"], SHARES["val"]]) * n).astype(int)
     splits = np.array(["train"] * cuts[0] + ["val"] * (cuts[1] - cuts[0]) + ["test"] * (n - cuts[1]))
     return rng.permutation(splits)
 
 
 def jitter(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Place ink (uint8 (h, w)) on a 32 x 32 image under a random affine map, levels, noise and occluder: uint8."""
+    """Draw a character under a random affine map, with random grey levels, noise and occluding square.
+
+    Args:
+        ink: Drawing of the character, uint8 (h, w), 255 = ink.
+        rng: Random generator, which is advanced.
+
+    Returns:
+        uint8 array of shape (32, 32).
+    """
     scale, angle, shear = (rng.uniform(*JITTER[k]) for k in ("scale", "rotation_degrees", "shear"))
     low, high = JITTER["shift_pixels"]
     shift = rng.uniform(low, high, size=2)
@@ -96,11 +124,11 @@ def jitter(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     zoom = scale * JITTER["box_pixels"] / max(ink.shape)
     forward = zoom * rotation @ np.array([[1.0, shear], [0.0, 1.0]])
     inverse = np.linalg.inv(forward)
-    # PIL maps output to input coordinates: input centre + inverse (x - output centre - shift).
+    # Pillow maps output to input coordinates: input centre + inverse (x - output centre - shift).
     centre = np.array([ink.shape[1] / 2, ink.shape[0] / 2])
     offset = centre - inverse @ (np.array([SIDE / 2, SIDE / 2]) + shift)
     affine = (*inverse[0], offset[0], *inverse[1], offset[1])
-    size = (SIDE * 4, SIDE * 4)  # drawn four times finer, then averaged: no aliasing
+    size = (SIDE * 4, SIDE * 4)  # Drawing at four times the size and averaging avoids aliasing.
     fine = tuple(a / 4 if i % 3 < 2 else a for i, a in enumerate(affine))
     mask = Image.fromarray(ink).transform(size, Image.Transform.AFFINE, fine, Image.Resampling.BILINEAR)
     cover = np.asarray(mask, float).reshape(SIDE, 4, SIDE, 4).mean((1, 3)) / 255

@@ -1,8 +1,9 @@
-"""Market-1501: pedestrians before six cameras, cut out by a detector. Junk and distractors are kept and named.
+"""Prepare Market-1501: pedestrians seen by six cameras, cropped by a detector.
 
-Roles of the test split: `query`; `gallery`; `distractor` (0000: of nobody, stays in the gallery as a wrong answer);
-`junk` (-1: badly cut, neither right nor wrong); `pool` (hand-drawn boxes of the query identities, from which the
-features of several queries of one identity and camera are pooled).
+Roles in the test split: `query`; `gallery`; `distractor` (identity 0000, of
+nobody; a wrong answer in the gallery); `junk` (identity -1, badly cropped;
+neither right nor wrong); `pool` (hand-drawn boxes of the query identities, whose
+features are averaged in the multi-query protocol).
 """
 
 import re
@@ -11,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from data_prep.archives import Source
-from data_prep.conversion import Options, begin, convert
+from data_prep.conversion import Options, convert, open_original
 from data_prep.originals import Original
-from data_prep.prepared import PreparationError, check_classes, check_counts, hold_out
+from data_prep.prepared import DOWNLOAD_AGAIN, PreparationError, check_classes, check_counts, hold_out
 from hloss.runs.datasets import COLUMNS
 from hloss.runs.images import EXTENSIONS, ImageSettings
 
@@ -23,12 +24,12 @@ ORIGINAL = Original(
     file="Market-1501-v15.09.15.zip",
     page="https://zheng-lab.cecs.anu.edu.au/Project/project_reid.html",
     licence="research; no licence is published, the images show people",
-    images=36_036,  # and the hand-drawn boxes of the query identities
+    images=36_036,  # without the hand-drawn boxes of the query identities
     image_bytes=160 * 60 * 3,
     md5="65005ab7d12ec1c44de4eeafe813e68a",
 )
-# 19,732 images in bounding_box_test, 15,913 of them not junk. How many of these are distractors is published as 2,793,
-# which other counts contradict; the hand-drawn boxes are not counted in print. Neither is required.
+# bounding_box_test has 19,732 images, of which 15,913 are not junk. The published number of distractors, 2,793,
+# contradicts other counts, and no number of hand-drawn boxes is published; so neither is required.
 PUBLISHED = {
     "train classes": 751,
     "test classes": 750,
@@ -45,9 +46,21 @@ NAME = re.compile(r"(-1|\d{4})_c([1-6])s\d.*\.jpg")
 
 
 def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
-    """Write the prepared Market-1501 to `out` from its archive or extracted folder; returns the card."""
-    opened, found = begin(source, out, ORIGINAL, options, texts=())
-    opened = opened.below("bounding_box_train/")
+    """Prepare Market-1501 from its archive or extracted folder.
+
+    Args:
+        source: The archive or its extracted folder.
+        out: The folder to write.
+        options: Options of the preparation.
+
+    Returns:
+        The card.
+
+    Raises:
+        PreparationError: the source is not the original, an image cannot be decoded, or `out` cannot be replaced.
+    """
+    opened, found = open_original(source, out, ORIGINAL, options, texts=())
+    opened = opened.relative_to("bounding_box_train/")
     index = hold_out(read_index(opened), options.val_fraction, options.seed)
     card = {
         "name": ORIGINAL.name,
@@ -64,15 +77,23 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
 
 
 def read_index(source: Source) -> pd.DataFrame:
-    """The index from the folders and file names, checked against the published counts.
+    """Build the index from the folders and file names.
 
-    A label is the identity's number, 1 to 1501, or -1 for junk and distractors; a camera is 1 to 6.
+    Args:
+        source: The opened source.
+
+    Returns:
+        The index, one row per image, without validation split. A label is the number of the
+        identity, 1 to 1501, or -1 for junk and distractors. A camera is 1 to 6.
+
+    Raises:
+        PreparationError: a folder or identity is missing, a file name is wrong, or a count is not the published one.
     """
     rows = []
     for folder, role in FOLDERS.items():
         names = [name for name in source.files if name.startswith(f"{folder}/") and name.lower().endswith(EXTENSIONS)]
         if not names:
-            raise PreparationError(f"{source.path} lacks {folder}/ or its images; get the original again")
+            raise PreparationError(f"{source.path} contains no images in {folder}/; {DOWNLOAD_AGAIN}")
         split = "train" if folder == "bounding_box_train" else "test"
         rows += [(*_read_name(name, role), name, split) for name in sorted(names)]
     index = pd.DataFrame(rows, columns=["label", "role", "camera", "source", "split"])
@@ -83,35 +104,35 @@ def read_index(source: Source) -> pd.DataFrame:
 
 
 def _read_name(name: str, role: str) -> tuple[int, str, int]:
-    """Label, role and camera from `0002_c1s1_000451_03.jpg`."""
+    """Return label, role and camera of a name such as `0002_c1s1_000451_03.jpg`."""
     found = NAME.fullmatch(name.rpartition("/")[2])
     if not found:
         raise PreparationError(
-            f"{name} is not named like PPPP_cCsS_FFFFFF_BB.jpg; take it out or get the original again"
+            f"file name must have the form PPPP_cCsS_FFFFFF_BB.jpg: got {name}; remove the file, or {DOWNLOAD_AGAIN}"
         )
     identity, camera = int(found[1]), int(found[2])
     if identity <= 0:
         if role != "gallery":
-            raise PreparationError(f"{name}: only bounding_box_test holds junk and distractors; get the original again")
+            raise PreparationError(f"{name}: junk and distractors must be in bounding_box_test; {DOWNLOAD_AGAIN}")
         return -1, "junk" if identity < 0 else "distractor", camera
     return identity, role, camera
 
 
 def _check(index: pd.DataFrame) -> None:
-    of = {role: index[index.role == role] for role in ("both", "query", "gallery", "junk", "distractor")}
-    both = sorted(set(of["both"].label) & set(index.label[index.split == "test"]))
+    by_role = {role: index[index.role == role] for role in ("both", "query", "gallery", "junk", "distractor")}
+    both = sorted(set(by_role["both"].label) & set(index.label[index.split == "test"]))
     if both:
         raise PreparationError(
-            f"identities {both[:10]} are in bounding_box_train and in a test folder; get the original"
+            f"identities {both[:10]} are in bounding_box_train and in a test folder; {DOWNLOAD_AGAIN}"
         )
-    check_classes("the archive", set(index.label[index.label > 0]), set(range(1, IDENTITIES + 1)))
+    check_classes("image files", set(index.label[index.label > 0]), set(range(1, IDENTITIES + 1)))
     found = {
-        "train classes": of["both"].label.nunique(),
-        "test classes": of["gallery"].label.nunique(),
-        "train images": len(of["both"]),
-        "query images": len(of["query"]),
-        "query classes": of["query"].label.nunique(),
-        "gallery and distractor images": len(of["gallery"]) + len(of["distractor"]),
-        "junk images": len(of["junk"]),
+        "train classes": by_role["both"].label.nunique(),
+        "test classes": by_role["gallery"].label.nunique(),
+        "train images": len(by_role["both"]),
+        "query images": len(by_role["query"]),
+        "query classes": by_role["query"].label.nunique(),
+        "gallery and distractor images": len(by_role["gallery"]) + len(by_role["distractor"]),
+        "junk images": len(by_role["junk"]),
     }
     check_counts(ORIGINAL.title, found, PUBLISHED)

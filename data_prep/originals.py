@@ -1,4 +1,4 @@
-"""What is known of the original archives, and the listing of what is prepared."""
+"""Descriptions of the original archives, and the list of prepared datasets."""
 
 import json
 from dataclasses import dataclass
@@ -7,10 +7,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Original:
-    """A published dataset: its archive, where it is had on which terms, and what it takes when prepared.
+    """A published dataset and its original archive.
 
-    `size` is in bytes; None where it, or a checksum, is not published. `images` and `image_bytes` (of one prepared
-    image) are those of the default settings.
+    Attributes:
+        name: Name on the command line, and default folder name.
+        title: Title with authors and year.
+        file: File name of the archive.
+        page: Download page.
+        licence: Terms of use.
+        images: Number of prepared images with the default settings.
+        image_bytes: Bytes of one prepared image with the default settings.
+        size: Bytes of the archive; None if not published.
+        md5: MD5 checksum in hexadecimal; None if not published.
+        sha256: SHA-256 checksum in hexadecimal; None if not published.
     """
 
     name: str
@@ -25,38 +34,53 @@ class Original:
     sha256: str | None = None
 
     def checksums(self) -> dict[str, str]:
-        """Those that are known, by algorithm."""
+        """Return the published checksums by algorithm."""
         known = {"md5": self.md5, "sha256": self.sha256}
         return {name: digest for name, digest in known.items() if digest}
 
     def describe(self) -> list[str]:
-        """For `list`: what to get, from where, on which terms."""
+        """Return the lines that `list` prints: archive, download page, checksums, terms, command and disk space."""
         size = f"{self.size:,} bytes" if self.size else "size not published"
         return [
             f"{self.title}: {self.images:,} images",
-            f"get      {self.file} ({size}) from {self.page}",
+            f"download {self.file} ({size}) from {self.page}",
             *(f"{name:<8} {digest}" for name, digest in self.checksums().items()),
             f"terms    {self.licence}",
             f"prepare  python -m data_prep {self.name} --source {self.file}",
-            f"takes    {self.images * self.image_bytes / 1e9:.1f} GB prepared",
+            f"space    {self.images * self.image_bytes / 1e9:.1f} GB prepared",
         ]
 
 
-def state(folder: Path) -> str:
-    """In one line, what a folder of `data/` holds."""
+def card_summary(card: dict) -> str:
+    """Return the numbers of images and of classes per split, in one line."""
+    per_split = ", ".join(f"{split} {n:,}" for split, n in card["classes"].items())
+    return f"{card['images']:,} images of {sum(card['classes'].values()):,} classes ({per_split})"
+
+
+def status(folder: Path) -> str:
+    """Return, in one line, whether a folder is a prepared dataset, with its counts and size in GB."""
     file = folder / "card.json"
     if not file.exists():
         return "not prepared"
-    card = json.loads(file.read_text())
     size = (folder / "images.npy").stat().st_size if (folder / "images.npy").exists() else 0
-    classes = ", ".join(f"{split} {n:,}" for split, n in card["classes"].items())
-    return f"prepared in {folder}: {card['images']:,} images ({size / 1e9:.1f} GB), classes: {classes}"
+    try:
+        return f"prepared in {folder}: {card_summary(json.loads(file.read_text()))}, {size / 1e9:.2f} GB"
+    except (ValueError, KeyError):
+        return f"damaged: {file} is not a valid card; prepare the dataset again"
 
 
-def listing(originals: dict[str, list[str]], data: Path) -> str:
-    """Every dataset that can be prepared, with its state, and every other one that is prepared."""
-    others = {p.parent.name for p in data.glob("*/card.json") if not p.parent.name.startswith(".")} - set(originals)
+def dataset_list(descriptions: dict[str, list[str]], data: Path) -> str:
+    """Return the text of `list`: every dataset that can be prepared, then the other prepared ones.
+
+    Args:
+        descriptions: Lines about each dataset that can be prepared, by name.
+        data: The folder of the prepared datasets.
+
+    Returns:
+        One block of lines per dataset, each starting with its name and status.
+    """
+    others = {p.parent.name for p in data.glob("*/card.json") if not p.parent.name.startswith(".")} - set(descriptions)
     blocks = []
-    for name, lines in [*originals.items(), *((name, []) for name in sorted(others))]:
-        blocks.append("\n".join([f"{name}: {state(data / name)}", *(f"    {line}" for line in lines)]))
+    for name, lines in [*descriptions.items(), *((name, []) for name in sorted(others))]:
+        blocks.append("\n".join([f"{name}: {status(data / name)}", *(f"    {line}" for line in lines)]))
     return "\n\n".join(blocks)

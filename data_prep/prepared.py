@@ -1,4 +1,4 @@
-"""The one way a prepared dataset is written: into a temporary folder beside its place, then renamed."""
+"""Write a prepared dataset: fill a temporary folder beside `--out`, then rename it, so that no half is ever visible."""
 
 import errno
 import glob
@@ -19,60 +19,81 @@ from hloss.runs.errors import LockedError
 from hloss.runs.files import file_lock, file_sha256
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+DOWNLOAD_AGAIN = "download the original again (`python -m data_prep list` shows where)"  # remedy of many errors
 
 
 class PreparationError(Exception):
-    """The source cannot become a prepared dataset; the message names the file, the reason and the remedy."""
+    """The source cannot be prepared; the message names the file or option, the reason and the remedy."""
 
 
 @contextmanager
 def new_folder(out: Path, name: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder that becomes `out` only when the block ends well; otherwise nothing stays behind.
+    """Yield a temporary folder that becomes `out` when the block succeeds and is removed when it fails.
 
-    An older preparation of the same dataset is replaced; `name` is the dataset's, to tell it from another one's.
+    An earlier preparation of the same dataset in `out` is replaced.
+
+    Args:
+        out: The folder to create or replace.
+        name: The dataset's name. A prepared dataset of another name in `out` is refused; None replaces any.
+
+    Yields:
+        The temporary folder, beside `out` and locked while the block runs.
+
+    Raises:
+        PreparationError: `out` contains something else, another process prepares it, or the disk is full.
     """
     out = Path(out)
     check_replaceable(out, name)
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.preparing-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # what an interrupted preparation left
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):  # interrupted preparations
         _remove_unless_locked(left)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     try:
-        with _preparation_lock(folder):  # tells another process that this folder is in use
+        with _preparation_lock(folder):
             yield folder
             folder.chmod(0o755)
-            _take_place(folder, out)
+            _replace(folder, out)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         raise PreparationError(
-            f"no space left on the device of {out.parent.resolve()}; free some or choose another --out"
+            f"not enough disk space in {out.parent.resolve()}; free some space or choose another --out"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_replaceable(out: Path, name: str | None = None) -> None:
-    """Refuse an `out` that holds anything but a prepared dataset of this name."""
+    """Refuse to overwrite `out` unless it is missing, empty or an earlier preparation of this dataset.
+
+    Args:
+        out: The folder to write.
+        name: The dataset's name; None accepts a prepared dataset of any name.
+
+    Raises:
+        PreparationError: `out` is a file, contains other files, or is another prepared dataset.
+    """
     out = Path(out)
     if not out.exists():
         return
     if not out.is_dir():
-        raise PreparationError(f"{out} is a file; choose another --out")
+        raise PreparationError(f"--out must be a folder: got the file {out}")
     there = {p.name for p in out.iterdir()}
     if there and ("card.json" not in there or there - set(FILES)):
         raise PreparationError(
-            f"{out} holds something that is not a prepared dataset ({', '.join(sorted(there - set(FILES))[:5])}); "
-            "choose another --out or empty it"
+            f"{out} is neither empty nor a prepared dataset: it contains "
+            f"{', '.join(sorted(there - set(FILES) or there)[:5])}; choose another --out or empty the folder"
         )
     if there and name:
         try:
             other = json.loads((out / "card.json").read_text()).get("name")
         except ValueError:
-            other = "with a broken card.json"
+            raise PreparationError(
+                f"{out / 'card.json'} is not valid JSON; choose another --out or delete the folder"
+            ) from None
         if other != name:
-            raise PreparationError(f"{out} holds the prepared dataset {other!r}, not {name!r}; choose another --out")
+            raise PreparationError(f"{out} is the prepared dataset {other!r}, not {name!r}; choose another --out")
 
 
 def _preparation_lock(folder: Path) -> AbstractContextManager[None]:
@@ -87,8 +108,8 @@ def _remove_unless_locked(left: Path) -> None:
         raise PreparationError(str(error)) from None
 
 
-def _take_place(folder: Path, out: Path) -> None:
-    # The older one is renamed first: removed in place, an interruption would leave half of it looking whole.
+def _replace(folder: Path, out: Path) -> None:
+    # The older folder is renamed before it is removed: an interrupted removal in place would leave a partial dataset.
     older = folder.with_name(f"{folder.name}-older")
     if out.exists():
         out.rename(older)
@@ -97,26 +118,47 @@ def _take_place(folder: Path, out: Path) -> None:
 
 
 def create_images(folder: Path, n: int, height: int, width: int, channels: int) -> np.memmap:
-    """Create `images.npy`, uint8 of shape (n, height, width, channels), to be filled row by row.
+    """Create `images.npy` in `folder` and return it as a writable memory map.
 
-    Its space is taken at once: a full disk is met here and not, as a crash, in the middle of writing to the map.
+    The disk space is allocated at once: on a full disk, writing to the map later would crash the process.
+
+    Args:
+        folder: The folder of the file.
+        n: Number of images.
+        height: Height of every image, in pixels.
+        width: Width of every image, in pixels.
+        channels: 1 or 3.
+
+    Returns:
+        uint8 array of shape (n, height, width, channels).
+
+    Raises:
+        PreparationError: the disk has less free space than the images need.
     """
     needed, free = n * height * width * channels, shutil.disk_usage(folder).free
     if needed > free:
         raise PreparationError(
-            f"no space left on the device of {folder.parent.resolve()}: {needed / 1e9:.1f} GB are needed, "
-            f"{free / 1e9:.1f} GB are free; free some or choose another --out"
+            f"not enough disk space in {folder.parent.resolve()}: {needed / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free; free some space or choose another --out"
         )
     images = np.lib.format.open_memmap(
         folder / "images.npy", mode="w+", dtype=np.uint8, shape=(n, height, width, channels)
     )
     with open(folder / "images.npy", "r+b") as file:
-        reserve(file.fileno(), file.seek(0, os.SEEK_END))
+        allocate(file.fileno(), file.seek(0, os.SEEK_END))
     return images
 
 
-def reserve(descriptor: int, size: int) -> None:
-    """Take `size` bytes of the disk for an open file, where its file system can."""
+def allocate(descriptor: int, size: int) -> None:
+    """Allocate disk space for an open file; do nothing on a file system that cannot allocate.
+
+    Args:
+        descriptor: File descriptor, open for writing.
+        size: Size of the file in bytes.
+
+    Raises:
+        OSError: the disk or the user's quota is full.
+    """
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
@@ -125,12 +167,17 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def drop_rows(folder: Path, bad: Collection[int]) -> None:
-    """Take the rows `bad` out of `images.npy`, in place."""
+    """Remove rows from `images.npy`, in place.
+
+    Args:
+        folder: The folder of the file.
+        bad: Row numbers to remove, from 0.
+    """
     images = np.load(folder / "images.npy", mmap_mode="r")
     start, shape, row_bytes = images.offset, images.shape, images[0].size
     keep = [row for row in range(len(images)) if row not in bad]
     header = io.BytesIO()
-    # The format leaves room for a longer first number, so that the data stay where they are.
+    # The npy format pads the header, so a smaller first dimension does not move the data.
     description = {"descr": "|u1", "fortran_order": False, "shape": (len(keep), *shape[1:])}
     np.lib.format.write_array_header_1_0(header, description)
     assert header.tell() == start
@@ -146,42 +193,76 @@ def drop_rows(folder: Path, bad: Collection[int]) -> None:
 
 
 def hold_out(index: pd.DataFrame, n: int | float, seed: int) -> pd.DataFrame:
-    """The index with `n` training classes moved to val, drawn by `seed`; n below 1 is a fraction (of at least one)."""
+    """Move random training classes to the validation split.
+
+    Args:
+        index: The index, with columns label and split.
+        n: Number of classes to move; below 1, the fraction of the training classes, rounded, at least one class.
+        seed: Seed of the draw.
+
+    Returns:
+        A copy of the index with the new splits.
+
+    Raises:
+        PreparationError: no training class would be moved, or none would remain.
+    """
     classes = np.unique(index.label[index.split == "train"])
     held = max(1, round(n * len(classes))) if n < 1 else int(n)
     if not 0 < held < len(classes):
         raise PreparationError(
-            f"{n} of {len(classes)} training classes would hold out {held} for validation; "
-            f"at least one must be held out and one be left: change --val-fraction"
+            f"--val-fraction moves {held} of {len(classes)} training classes to validation: got {n:g}; at least one "
+            "class must be moved and one must remain for training"
         )
     chosen = np.random.default_rng(seed).choice(classes, held, replace=False)
     return index.assign(split=index.split.mask(index.split.eq("train") & index.label.isin(chosen), "val"))
 
 
 def count(index: pd.DataFrame) -> dict[str, int]:
-    """Classes and images per split, as the publications count them."""
+    """Count classes and images per split, for comparison with the published counts.
+
+    Args:
+        index: The index, with columns label and split.
+
+    Returns:
+        Counts by name, such as "train classes" and "test images".
+    """
     groups = index.groupby("split")
     classes = {f"{split} classes": n for split, n in groups.label.nunique().items()}
     return {**classes, **{f"{split} images": n for split, n in groups.size().items()}}
 
 
 def check_counts(name: str, found: dict[str, int], published: dict[str, int]) -> None:
-    """Refuse a source whose counts are not the published ones."""
+    """Refuse a source whose counts differ from the published ones.
+
+    Args:
+        name: Title of the dataset or protocol, for the message.
+        found: Counts of the source, by name; a missing name counts as 0.
+        published: Published counts, by name.
+
+    Raises:
+        PreparationError: a count differs; the message lists each difference.
+    """
     wrong = [f"{found.get(k, 0):,} {k} (published: {n:,})" for k, n in published.items() if found.get(k, 0) != n]
     if wrong:
         raise PreparationError(
-            f"the source holds {', '.join(wrong)}: it is incomplete or not the original {name}; get it again "
-            "(`python -m data_prep list` says where)"
+            f"the source is incomplete or not the original {name}: got {', '.join(wrong)}; {DOWNLOAD_AGAIN}"
         )
 
 
 def check_classes(where: str, found: set, expected: set) -> None:
-    """Refuse missing and extra classes by name."""
-    for what, classes in (("lacks the", expected - found), ("has the extra", found - expected)):
+    """Refuse missing and unexpected classes.
+
+    Args:
+        where: The file or folder that defines the classes, for the message.
+        found: Classes of the source.
+        expected: Classes of the original.
+
+    Raises:
+        PreparationError: a class is missing or unexpected; the message names up to ten.
+    """
+    for problem, classes in (("missing", expected - found), ("unexpected", found - expected)):
         if classes:
-            raise PreparationError(
-                f"{where} {what} classes {_listed(sorted(classes))}: it is not the original; get it again"
-            )
+            raise PreparationError(f"{where}: {problem} classes {_listed(sorted(classes))}; {DOWNLOAD_AGAIN}")
 
 
 def _listed(values: Sequence[object], most: int = 10) -> str:
@@ -190,11 +271,16 @@ def _listed(values: Sequence[object], most: int = 10) -> str:
 
 
 def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
-    """Check the index against the images, write `index.parquet` and `card.json` with counts and hashes.
+    """Check the index and write `index.parquet` and `card.json` beside `images.npy`.
 
-    `index` has one row per image in the order of `images.npy`: label (int64, -1 for junk and distractors), split
-    (train/val/test), role (one of ROLES), camera (int64, -1 where there is none), source (str).
-    `card` gives name, source, licence, protocol and settings; counts and hashes are added here.
+    Args:
+        folder: The folder that contains the filled `images.npy`.
+        index: One row per image, in the order of `images.npy`: label (int64; -1 for junk and distractors), split
+            (train, val or test), role (one of ROLES), camera (int64; -1: unknown) and source (file name).
+        card: Name, source, licence, protocol and settings. Counts and hashes are added here.
+
+    Raises:
+        PreparationError: wrong columns, splits or roles, a class in two splits, or a row without an image.
     """
     images = np.load(folder / "images.npy", mmap_mode="r")
     _check(index, images)
@@ -223,14 +309,18 @@ def finish(folder: Path, index: pd.DataFrame, card: dict) -> None:
 
 def _check(index: pd.DataFrame, images: np.ndarray) -> None:
     if tuple(index.columns) != COLUMNS:
-        raise PreparationError(f"index columns are {list(index.columns)}, expected {list(COLUMNS)}")
+        raise PreparationError(f"wrong index columns: got {list(index.columns)}; expected {list(COLUMNS)}")
     if len(index) != len(images):
-        raise PreparationError(f"index has {len(index)} rows for {len(images)} images")
+        raise PreparationError(f"index must have one row per image: got {len(index)} rows for {len(images)} images")
     for column, allowed in (("split", SPLITS), ("role", ROLES)):
         unknown = sorted(set(index[column]) - set(allowed))
         if unknown:
-            raise PreparationError(f"index column {column} holds {unknown}, allowed are {list(allowed)}")
+            raise PreparationError(
+                f"index column {column} has unknown values: got {unknown}; allowed are {list(allowed)}"
+            )
     known = index[index.label >= 0]
     splits = known.groupby("label").split.nunique()
     if (splits > 1).any():
-        raise PreparationError(f"classes {list(splits[splits > 1].index[:5])} are in more than one split")
+        raise PreparationError(
+            f"classes must be in one split each: got classes {list(splits[splits > 1].index[:5])} in several"
+        )

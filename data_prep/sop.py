@@ -1,13 +1,17 @@
-"""Stanford Online Products: 22,634 products of twelve kinds. The split of Song et al. (2016) is in the archive."""
+"""Prepare Stanford Online Products: photographs of 22,634 products.
+
+A class is a product, and a super class one of twelve kinds of products. The
+archive contains the split of Song et al. (2016).
+"""
 
 from pathlib import Path
 
 import pandas as pd
 
-from data_prep.archives import Source, table
-from data_prep.conversion import Options, begin, convert
+from data_prep.archives import Source, read_table
+from data_prep.conversion import Options, convert, open_original
 from data_prep.originals import Original
-from data_prep.prepared import PreparationError, check_classes, check_counts, count, hold_out
+from data_prep.prepared import DOWNLOAD_AGAIN, PreparationError, check_classes, check_counts, count, hold_out
 from hloss.runs.datasets import COLUMNS
 from hloss.runs.images import ImageSettings
 
@@ -29,9 +33,21 @@ LISTS = {"train": "Ebay_train.txt", "test": "Ebay_test.txt"}
 
 
 def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
-    """Write the prepared Online Products to `out` from its archive or extracted folder; returns the card."""
-    opened, found = begin(source, out, ORIGINAL, options, LISTS.values())
-    opened = opened.below(LISTS["train"])
+    """Prepare Stanford Online Products from its archive or extracted folder.
+
+    Args:
+        source: The archive or its extracted folder.
+        out: The folder to write.
+        options: Options of the preparation.
+
+    Returns:
+        The card.
+
+    Raises:
+        PreparationError: the source is not the original, an image cannot be decoded, or `out` cannot be replaced.
+    """
+    opened, found = open_original(source, out, ORIGINAL, options, LISTS.values())
+    opened = opened.relative_to(LISTS["train"])
     index = hold_out(read_index(opened), options.val_fraction, options.seed)
     card = {
         "name": ORIGINAL.name,
@@ -51,23 +67,35 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS) -> dict:
 
 
 def read_index(source: Source) -> pd.DataFrame:
-    """The index from the two lists, checked against the folders and the published counts. A label is the class_id."""
+    """Build the index from `Ebay_train.txt` and `Ebay_test.txt`.
+
+    Args:
+        source: The opened source.
+
+    Returns:
+        The index, one row per image, without validation split. A label is the column class_id.
+
+    Raises:
+        PreparationError: the lists contradict the folders or the published counts.
+    """
     rows = []
     kinds: dict[str, str] = {}
     for split, name in LISTS.items():
-        for _, label, kind, path in table(source, name, 4, numbers=(0, 1, 2), header=True):
+        for _, label, kind, path in read_table(source, name, 4, numbers=(0, 1, 2), header=True):
             folder = path.partition("/")[0]
             if kinds.setdefault(kind, folder) != folder or list(kinds.values()).count(folder) > 1:
                 raise PreparationError(
-                    f"{name} says super class {kind} of {path}, the folders of its other images say another; "
-                    "get the original again"
+                    f"{name}: super class of {path} differs from that of the other images in its folder: got {kind}; "
+                    f"{DOWNLOAD_AGAIN}"
                 )
             rows.append((int(label), split, "both", -1, path))
     index = pd.DataFrame(rows, columns=list(COLUMNS))
     check_classes(
-        "the lists", set(index.label), set(range(1, PUBLISHED["train classes"] + PUBLISHED["test classes"] + 1))
+        " and ".join(LISTS.values()),
+        set(index.label),
+        set(range(1, PUBLISHED["train classes"] + PUBLISHED["test classes"] + 1)),
     )
     folders = {name.partition("/")[0] for name in source.files if "/" in name}
-    check_classes("the archive", folders, set(kinds.values()))
+    check_classes("image folders", folders, set(kinds.values()))
     check_counts(ORIGINAL.title, count(index), PUBLISHED)
     return index

@@ -1,7 +1,7 @@
 """The histogram loss, equations 1-6 of Ustinova & Lempitsky (2016), exact and streaming.
 
 Read `hloss.losses.reference` first: the same loss in dense form. The parts of this one are, in the order to read them,
-`settings`, `pairs`, `densities` and `streaming`.
+`settings`, `pairs`, `densities` and `streaming`; on CUDA fused kernels take the place of the last three (`fused`).
 
 The similarities s of the positive and of the negative pairs of a batch are binned into two histograms on the nodes
 t_r = -1 + r Delta, r = 0 ... n_bins, Delta = 2 / n_bins (`n_bins` intervals, n_bins + 1 nodes). The loss is the

@@ -157,6 +157,23 @@ def _flush(lane, wide, NODES: tl.constexpr, CHUNK: tl.constexpr):
     tl.debug_barrier()
 
 
+@triton.jit
+def _tile(t, across, TRIANGLE: tl.constexpr):
+    """Row and column of tile t, in rows of `across` tiles; TRIANGLE: of those on and above the diagonal alone."""
+    if TRIANGLE:  # the lower triangle's long and short rows, side by side
+        top = across // 2
+        width = 2 * top + 1
+        long = top + t // width
+        place = t % width
+        short = place > long
+        c = tl.where(short, 2 * top - 1 - long, long)
+        r = tl.where(short, place - long - 1, place)
+    else:
+        r = t // across
+        c = t % across
+    return r, c
+
+
 @triton.jit(do_not_specialize=["n", "m", "tiles", "across"])
 def bin_pairs(
     rows,
@@ -193,17 +210,7 @@ def bin_pairs(
     program = tl.program_id(0)
     lane = table + 4 * NODES + 2 + program.to(tl.int64) * (2 * NODES)
     for t in range(program, tiles, tl.num_programs(0)):
-        if WITHIN:  # the tiles on and above the diagonal: the lower triangle's long and short rows, side by side
-            top = across // 2
-            width = 2 * top + 1
-            long = top + t // width
-            place = t % width
-            short = place > long
-            tile_c = tl.where(short, 2 * top - 1 - long, long)
-            tile_r = tl.where(short, place - long - 1, place)
-        else:
-            tile_r = t // across
-            tile_c = t % across
+        tile_r, tile_c = _tile(t, across, WITHIN)
         r = tile_r * BM + tl.arange(0, BM)
         c = tile_c * BM + tl.arange(0, BM)
         similarity = _similarities(rows, columns, r, c, n, m, depth, BM, BM, BK, EVEN, PRECISION)
@@ -327,35 +334,48 @@ def finish_matrix(
         tl.store(loss, (tl.sum(total, 0) * factor).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["first", "last", "m"])
-def find_places(
+@triton.jit(do_not_specialize=["first_row", "first_column", "n", "m", "across"])
+def find_slopes(
     rows,
     columns,
     labels,
     other_labels,
-    places,
-    first,
-    last,
+    slopes,
+    found,
+    first_row,
+    first_column,
+    n,
     m,
     depth,
     stride_r,
     stride_c,
-    place_stride,
+    found_stride,
+    across,
     NODES: tl.constexpr,
     WITHIN: tl.constexpr,
     MATRIX: tl.constexpr,
+    MIRROR: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The codes of the rows first ... last - 1 with all columns."""
-    r = first + tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.program_id(1) * BM + tl.arange(0, BM)
-    similarity = _similarities(rows, columns, r, c, last, m, depth, BM, BM, BK, EVEN, PRECISION)
+    """A block of the matrix of slopes. MIRROR: it lies on the diagonal, so that half of it is the other's mirror.
+
+    `found` is large enough for whole tiles.
+    """
+    tile_r, tile_c = _tile(tl.program_id(0), across, MIRROR)
+    i = tile_r * BM + tl.arange(0, BM)
+    j = tile_c * BM + tl.arange(0, BM)
+    r, c = first_row + i, first_column + j
+    similarity = _similarities(rows, columns, r, c, n, m, depth, BM, BM, BK, EVEN, PRECISION)
     interval = _position(similarity, NODES).to(tl.int32)
-    code = _codes(interval, labels, other_labels, r, c, last, m, stride_r, stride_c, NODES, WITHIN, MATRIX)
-    tl.store(places + (r - first).to(tl.int64)[:, None] * place_stride + c[None, :], code)
+    code = _codes(interval, labels, other_labels, r, c, n, m, stride_r, stride_c, NODES, WITHIN, MATRIX)
+    slope = tl.load(slopes + code)
+    i, j = i.to(tl.int64), j.to(tl.int64)
+    tl.store(found + i[:, None] * found_stride + j[None, :], slope)
+    if MIRROR and tile_r != tile_c:
+        tl.store(found + j[:, None] * found_stride + i[None, :], tl.trans(slope))
 
 
 @triton.jit(do_not_specialize=["n", "m"])
@@ -410,14 +430,13 @@ def _sum_parts(parts, place, size, n_parts, mask, BR: tl.constexpr, BD: tl.const
     return total
 
 
-@triton.jit(do_not_specialize=["first", "n", "n_parts"])
+@triton.jit(do_not_specialize=["n", "n_parts"])
 def through_norm(
     parts,
     units,
     scales,
     upstream,
     out,
-    first,
     n,
     depth,
     n_parts,
@@ -425,24 +444,23 @@ def through_norm(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """From the parts of the gradient by n unit rows, the first of them row `first`, to that by the rows given."""
+    """From the parts of the gradient by the unit rows to that by the rows given."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     size = n.to(tl.int64) * depth
     start = r.to(tl.int64)[:, None] * depth
-    given = start + first.to(tl.int64) * depth
     scale = tl.load(upstream).to(tl.float64) + tl.zeros((BR,), tl.float64)
     along = tl.zeros((BR,), tl.float32)
     if NORMALIZE:
-        scale = scale * tl.load(scales + first + r, mask=r < n, other=0.0)
+        scale = scale * tl.load(scales + r, mask=r < n, other=0.0)
         for k in range(0, depth, BD):
             kk = k + tl.arange(0, BD)
             mask = (r[:, None] < n) & (kk[None, :] < depth)
             gradient = _sum_parts(parts, start + kk[None, :], size, n_parts, mask, BR, BD)
-            along += tl.sum(gradient * tl.load(units + given + kk[None, :], mask=mask, other=0.0), 1)
+            along += tl.sum(gradient * tl.load(units + start + kk[None, :], mask=mask, other=0.0), 1)
     for k in range(0, depth, BD):
         kk = k + tl.arange(0, BD)
         mask = (r[:, None] < n) & (kk[None, :] < depth)
         gradient = _sum_parts(parts, start + kk[None, :], size, n_parts, mask, BR, BD)
         if NORMALIZE:
-            gradient -= along[:, None] * tl.load(units + given + kk[None, :], mask=mask, other=0.0)
-        tl.store(out + given + kk[None, :], (gradient.to(tl.float64) * scale[:, None]).to(tl.float32), mask=mask)
+            gradient -= along[:, None] * tl.load(units + start + kk[None, :], mask=mask, other=0.0)
+        tl.store(out + start + kk[None, :], (gradient.to(tl.float64) * scale[:, None]).to(tl.float32), mask=mask)

@@ -2,10 +2,10 @@
 
 Forward: `prepare` writes unit rows and their norms, `bin_pairs` computes tiles of similarities and adds their pairs to
 a table of integers, `finish_step` or `finish_matrix` turns the table into the loss and the slopes.
-Backward: `multiply` looks up the slope of each pair and multiplies the slopes with the embeddings, `through_norm` sums
-the parts and applies the derivative of the normalisation. The place of each pair in the table of slopes is kept from
-the forward pass if the pairs are few (KEPT_PAIRS). Otherwise `find_places` computes it again, a block of rows at a
-time: memory is O(block x n).
+Backward: the matrix of the pairs' slopes is multiplied with the embeddings, and `through_norm` goes on through the
+normalisation. If the pairs are few (KEPT_PAIRS), the place of each pair in the table of slopes is kept from the forward
+pass, and `multiply` looks it up while it multiplies. Otherwise `find_slopes` computes the similarities again, one block
+of the matrix of slopes at a time, which cuBLAS multiplies: memory does not grow with the number of pairs.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,14 +20,18 @@ from hloss.losses.densities import LANE_PAIRS, cost_matrix, kernel_matrix, missi
 from hloss.losses.pairs import find_pairs
 from hloss.losses.settings import LossSettings
 from hloss.losses.streaming import checked_sides
-from hloss.numerics import LONGEST
+from hloss.numerics import LONGEST, exact_products
 
-KEPT_PAIRS = 2**24  # places of so many pairs are kept for the backward pass: 32 MiB
-BLOCK_PAIRS = 2**25  # most places held at once if they are computed again: 64 MiB
+KEPT_PAIRS = 2**21  # places of so many pairs are kept for the backward pass: 4 MiB
+BLOCK_ROWS = 2**13  # most rows, and columns within one batch, of a block of slopes
+BLOCK_PAIRS = 2**26  # most slopes held at once: 256 MiB
 PROGRAMS_PER_PROCESSOR = 4
 LANES_BYTES = 2**26  # most memory of the lanes
 LEAST_PART = 64  # fewest columns that a program multiplies with
 FORM_TILE = 16, 256  # rows and columns of a bilinear form that a program handles at once
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 class Tile(NamedTuple):
@@ -66,9 +70,6 @@ class PairLabels(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         return self.rows.ndim == 2
-
-    def mirrored(self) -> "PairLabels":
-        return PairLabels(self.columns, self.rows, self.stride_c, self.stride_r, self.within)
 
 
 class Kept(NamedTuple):
@@ -113,7 +114,7 @@ def forward_pass(
             MATRIX=pairs.is_matrix,
             KEEP=places is not None,
             TILES_TO_FLUSH=max(1, LANE_PAIRS // tile.rows**2),
-            CHUNK=_chunk(2 * nodes),
+            CHUNK=max(512, _chunk(2 * nodes)),  # no two threads hold the same number
             **_product_constants(tile, given[0].shape[1], precision),
         )
         loss, slopes, checks = _finish(table, s)
@@ -132,66 +133,95 @@ def backward_pass(
     precision: str,
 ) -> list[Tensor | None]:
     """Gradients of the embeddings and of the references, None where they are not wanted."""
-    rows, columns, places = kept.rows, kept.columns or kept.rows, kept.places
-    with _on(rows.units.device):
-        pairs = _pair_labels(labels, reference_labels, rows.units, None if kept.columns is None else columns.units)
-        gradient_of = partial(_gradient, upstream=upstream, slopes=kept.slopes, dtype=dtype, s=s, precision=precision)
-        mirrored = None if places is None else places.T
+    with _on(kept.slopes.device):
+        references = None if kept.columns is None else kept.columns.units
+        pairs = _pair_labels(labels, reference_labels, kept.rows.units, references)
+        if kept.places is None:
+            sums = _sums_of_blocks(kept, pairs, wanted, s, precision)
+        else:
+            sums = _sums_of_places(kept, kept.places, wanted, s, precision)
         return [
-            gradient_of(rows, columns, pairs, places) if wanted[0] else None,
-            gradient_of(columns, rows, pairs.mirrored(), mirrored) if kept.columns and wanted[1] else None,
+            None if parts is None else _through_norm(parts, side, upstream, dtype, s)
+            for parts, side in zip(sums, (kept.rows, kept.columns or kept.rows), strict=True)
         ]
 
 
-def _gradient(
-    own: Side,
-    others: Side,
-    pairs: PairLabels,
-    places: Tensor | None,
-    upstream: Tensor,
-    slopes: Tensor,
-    dtype: torch.dtype,
-    s: LossSettings,
-    precision: str,
+def _sums_of_places(
+    kept: Kept, places: Tensor, wanted: tuple[bool, bool], s: LossSettings, precision: str
+) -> list[Tensor | None]:
+    """Gradients of the unit rows of both sides, each in parts (parts, rows, d), by the places that are kept."""
+    rows, columns = kept.rows, kept.columns
+    return [
+        _multiply(places, kept.slopes, columns or rows, len(rows.units), s, precision) if wanted[0] else None,
+        _multiply(places.T, kept.slopes, rows, len(columns.units), s, precision) if columns and wanted[1] else None,
+    ]
+
+
+def _sums_of_blocks(
+    kept: Kept, pairs: PairLabels, wanted: tuple[bool, bool], s: LossSettings, precision: str
+) -> list[Tensor | None]:
+    """Gradients of the unit rows of both sides, each as (1, rows, d), by blocks of slopes.
+
+    Within one batch the blocks on and above the diagonal are computed; a block's mirror is its transpose.
+    """
+    rows, columns = kept.rows.units, (kept.columns or kept.rows).units
+    by_rows = torch.zeros_like(rows) if wanted[0] else None
+    by_columns = by_rows if pairs.within else torch.zeros_like(columns) if wanted[1] else None
+    height = min(BLOCK_ROWS, _filled(len(rows)))
+    width = height if pairs.within else min(BLOCK_PAIRS // height, _filled(len(columns)))
+    memory = torch.empty(height, width, device=rows.device)
+    with exact_products(rows.device):
+        for i in _blocks(len(rows), height):
+            for j in _blocks(len(columns), width):
+                mirror = pairs.within and i == j
+                if pairs.within and j.start < i.start:
+                    continue
+                found = _find_slopes(memory, kept, pairs, i, j, mirror, s, precision)
+                if by_rows is not None:
+                    by_rows[i].addmm_(found, columns[j])
+                if by_columns is not None and not mirror:
+                    by_columns[j].addmm_(found.T, rows[i])
+    return [x if x is None else x[None] for x in (by_rows, None if pairs.within else by_columns)]
+
+
+def _find_slopes(
+    memory: Tensor, kept: Kept, pairs: PairLabels, i: slice, j: slice, mirror: bool, s: LossSettings, precision: str
 ) -> Tensor:
-    """The gradient of the embeddings of one side."""
-    (n, depth), m, device = own.units.shape, len(others.units), own.units.device
-    gradient = torch.empty(n, depth, dtype=dtype, device=device)
-    block = n if places is not None else min(n, max(FILL, BLOCK_PAIRS // m // FILL * FILL))
-    found = _empty_places(block, m, s.n_bins + 1, device) if places is None else places
-    for first in range(0, n, block):
-        rows = min(block, n - first)
-        if places is None:
-            _find_places(found, own, others, pairs, first, rows, s, precision)
-        parts = _multiply(found, slopes, others, rows, s, precision)
-        _launch(
-            "through_norm",
-            (_cdiv(rows, _row_tile(depth)),),
-            None,
-            *(parts, own.units, own.scales, upstream, gradient, first, rows, depth, len(parts)),
-            NORMALIZE=s.normalize,
-            BR=_row_tile(depth),
-            BD=_chunk(depth),
-        )
-    return gradient
-
-
-def _find_places(
-    places: Tensor, own: Side, others: Side, pairs: PairLabels, first: int, rows: int, s: LossSettings, precision: str
-) -> None:
-    m, depth = others.units.shape
-    tile = LARGE_TILE
+    """The slopes of rows i with columns j, written to `memory`."""
+    rows, columns, tile = kept.rows.units, (kept.columns or kept.rows).units, LARGE_TILE
+    down, across = _cdiv(i.stop - i.start, tile.rows), _cdiv(j.stop - j.start, tile.rows)
     _launch(
-        "find_places",
-        (_cdiv(rows, tile.rows), _cdiv(m, tile.rows)),
+        "find_slopes",
+        (down * (down + 1) // 2 if mirror else down * across,),
         tile,
-        *(own.units, others.units, pairs.rows, pairs.columns, places, first, first + rows, m, depth),
-        *(pairs.stride_r, pairs.stride_c, places.stride(0)),
+        *(rows, columns, pairs.rows, pairs.columns, kept.slopes, memory, i.start, j.start, i.stop, j.stop),
+        *(rows.shape[1], pairs.stride_r, pairs.stride_c, memory.stride(0), across),
         NODES=s.n_bins + 1,
         WITHIN=pairs.within,
         MATRIX=pairs.is_matrix,
-        **_product_constants(tile, depth, precision),
+        MIRROR=mirror,
+        **_product_constants(tile, rows.shape[1], precision),
     )
+    return memory[: i.stop - i.start, : j.stop - j.start]
+
+
+def _blocks(size: int, block: int) -> list[slice]:
+    return [slice(start, min(start + block, size)) for start in range(0, size, block)]
+
+
+def _through_norm(parts: Tensor, side: Side, upstream: Tensor, dtype: torch.dtype, s: LossSettings) -> Tensor:
+    n, depth = side.units.shape
+    gradient = torch.empty(n, depth, dtype=dtype, device=parts.device)
+    _launch(
+        "through_norm",
+        (_cdiv(n, _row_tile(depth)),),
+        None,
+        *(parts, side.units, side.scales, upstream, gradient, n, depth, len(parts)),
+        NORMALIZE=s.normalize,
+        BR=_row_tile(depth),
+        BD=_chunk(depth),
+    )
+    return gradient
 
 
 def _multiply(places: Tensor, slopes: Tensor, others: Side, rows: int, s: LossSettings, precision: str) -> Tensor:
@@ -240,12 +270,12 @@ def _finish(table: Tensor, s: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
     nodes, device = s.n_bins + 1, table.device
     loss, slopes = torch.empty((), device=device), torch.empty(2 * nodes + 1, device=device)
     checks = torch.empty(4, dtype=torch.int64, device=device)
-    constants = {"NODES": nodes, "CHUNK": _chunk(nodes)}
     if s.kernel == "triangular" and s.order_cost == "step":
-        _launch("finish_step", (1,), None, table, loss, slopes, checks, SHIFT=s.margin_nodes, **constants)
+        constants = {"NODES": nodes, "SHIFT": s.margin_nodes, "CHUNK": _chunk(nodes)}
+        _launch("finish_step", (1,), None, table, loss, slopes, checks, **constants)
     else:
         grid, matrices = (_cdiv(nodes, FORM_TILE[0]) + 1,), bilinear_forms(s, device)
-        constants |= {"BR": FORM_TILE[0], "BC": FORM_TILE[1]}
+        constants = {"NODES": nodes, "CHUNK": _chunk(nodes), "BR": FORM_TILE[0], "BC": FORM_TILE[1]}
         _launch("finish_matrix", grid, None, table, matrices, loss, slopes, checks, **constants)
     return loss, slopes, checks
 
@@ -344,8 +374,23 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _launch(name: str, grid: tuple[int, ...], tile: Tile | None, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel, its constants in order. What it was compiled to is remembered: Triton finds it more slowly.
+
+    In Triton's interpreter there is nothing to remember.
+    """
+    key = name, tile, *constants.values(), *map(_kind, arguments), arguments[0].device
+    program = _compiled.get(key)
+    if program is not None:
+        program[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+        return
     from hloss.losses import kernels  # needs Triton
 
-    if tile is not None:
-        constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    getattr(kernels, name)[grid](*arguments, **constants)
+    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    _compiled[key] = getattr(kernels, name)[grid](*arguments, **constants, **options)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles another program for: a tensor's type and alignment; a number that is 1, or divisible."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument if argument == 1 else (argument % 16 == 0, argument < 2**31)

@@ -1,6 +1,6 @@
 """One run: train, choose the iteration on validation classes, evaluate on the test set once, write the run's folder.
 
-`hloss.runs.run.run` carries out a run; `load_run(folder)` loads a complete one with its network.
+`hloss.runs.run.run` executes a run; `load_run(folder)` loads a complete run with its trained network.
 """
 
 from importlib import import_module
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_run":  # on first use and by name: importing this package imports nothing of it
+    if name == "load_run":  # Imported on first use, so that `import hloss.runs` stays fast.
         return import_module("hloss.runs.load").load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

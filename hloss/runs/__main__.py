@@ -1,4 +1,8 @@
-"""`python -m hloss.runs CONFIG.json`: one run; `python -m hloss.runs networks STUDY`: the networks that runs kept."""
+"""Command line of runs.
+
+`python -m hloss.runs CONFIG.json` executes one run. `python -m hloss.runs networks STUDY` lists or deletes the saved
+networks of a study.
+"""
 
 import argparse
 import json
@@ -17,21 +21,35 @@ from hloss.runs.run import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Carry out the command line."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if given[:1] == ["networks"]:
-        return show_networks(given[1:])
+    """Execute the command line.
+
+    Args:
+        arguments: the arguments; None for those of the process.
+
+    Raises:
+        SystemExit: the arguments are invalid, or the run failed; the message says why.
+    """
+    command = sys.argv[1:] if arguments is None else list(arguments)
+    if command[:1] == ["networks"]:
+        return show_networks(command[1:])
     parser = argparse.ArgumentParser(
         prog="python -m hloss.runs",
-        description="Carry out one run.",
-        epilog="`python -m hloss.runs networks STUDY` lists or deletes the networks that the runs of a study kept.",
+        description="Execute one run and print the path of its result.",
+        epilog="`python -m hloss.runs networks STUDY` lists or deletes the saved networks of a study.",
     )
-    parser.add_argument("config", metavar="CONFIG.json", type=Path, help="file of the run's settings")
-    return run_file(parser.parse_args(given).config)
+    parser.add_argument("config", metavar="CONFIG.json", type=Path, help="JSON file with the settings of the run")
+    return run_file(parser.parse_args(command).config)
 
 
 def run_file(file: Path) -> None:
-    """Carry out the run whose settings are in a file, and print where its result is."""
+    """Execute the run whose settings are in a file, and print the path of its result.
+
+    Args:
+        file: JSON file with the settings by the names of RunConfig's fields.
+
+    Raises:
+        SystemExit: the file cannot be read, a setting is wrong, or the run failed; the message says why.
+    """
     if "HLOSS_STDIN" in os.environ:
         stop_with_starter()
     try:
@@ -39,44 +57,52 @@ def run_file(file: Path) -> None:
         result = run(config)
     except (ConfigError, DatasetError, RunError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"hloss.runs: {error}")
-    if dist.is_initialized():  # not after an error: NCCL would wait there for processes that wait for this one
+    if dist.is_initialized():  # Not after an error: NCCL would then wait for processes that wait for this one.
         dist.destroy_process_group()
     if result and "HLOSS_STDIN" not in os.environ:
         print(config.folder / "result.json")
 
 
 def show_networks(arguments: Sequence[str]) -> None:
-    """List the networks that the runs of a study kept; with `--delete`, delete them."""
+    """List the saved networks of a study; with `--delete`, delete them.
+
+    Args:
+        arguments: the arguments after `networks`.
+
+    Raises:
+        SystemExit: the arguments are invalid, or the study does not exist.
+    """
     from hloss.runs.load import kept_networks
 
     parser = argparse.ArgumentParser(
-        prog="python -m hloss.runs networks", description="List the networks that the complete runs of a study kept."
+        prog="python -m hloss.runs networks",
+        description="List the trained networks that the complete runs of a study saved, with their sizes.",
     )
-    parser.add_argument("study", metavar="STUDY", help="folder of the study in runs_dir")
-    parser.add_argument("--runs-dir", default="runs", help="folder of the studies' runs (default: runs)")
-    parser.add_argument("--delete", action="store_true", help="delete them; results stay as they are")
+    parser.add_argument("study", metavar="STUDY", help="name of the study, a folder in RUNS_DIR")
+    parser.add_argument("--runs-dir", default="runs", help="folder of all studies' runs (default: runs)")
+    parser.add_argument("--delete", action="store_true", help="delete the listed networks and keep the results")
     options = parser.parse_args(arguments)
     folder = project_path(options.runs_dir) / options.study
     if not folder.is_dir():
-        sys.exit(f"hloss.runs: there is no study {options.study!r} in {folder.parent}")
+        sys.exit(f"hloss.runs: study {options.study!r} does not exist: {folder.parent} has no folder of this name")
     total = 0
     files = kept_networks(folder)
     for file in files:
         size = file.stat().st_size
-        print(_described(file, size))
+        print(_network_line(file, size))
         total += size
         if options.delete:
             file.unlink()
     print(f"{len(files)} networks, {total / 2**20:.1f} MiB{', deleted' if options.delete else ''}")
 
 
-def _described(file: Path, size: int) -> str:
-    """A line on a kept network: run id, loss, network, seed, size."""
+def _network_line(file: Path, size: int) -> str:
+    """Run id, loss, network, seed and size in MiB of a saved network, on one line."""
     result = read_result(file.parent)
     assert result is not None
     config = result["config"]
-    what = f"{config['loss']:<28} {config['network']:<24} seed {config['seed']:<4}"
-    return f"{result['run_id']}  {what} {size / 2**20:8.1f} MiB"
+    settings = f"{config['loss']:<28} {config['network']:<24} seed {config['seed']:<4}"
+    return f"{result['run_id']}  {settings} {size / 2**20:8.1f} MiB"
 
 
 if __name__ == "__main__":

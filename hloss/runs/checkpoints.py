@@ -1,8 +1,10 @@
 """Status file, checkpoints and signal handling of a run.
 
-`status.json` tells other processes the state of a run, which papermill's exit code does not. A checkpoint is written
-beside the last two and then renamed, so that a complete one exists at every moment. A checkpoint that cannot be read,
-or was made by other settings, code or data, is skipped, and the report says so.
+`status.json` gives other processes the state of a run, which papermill's exit code does not.
+
+A new checkpoint is written to a separate file and then renamed, and the previous one is kept. So a complete checkpoint
+exists at all times. Checkpoints that cannot be read, or belong to other settings, code or data, are skipped and
+reported.
 """
 
 import json
@@ -25,28 +27,36 @@ CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def write_status(folder: Path, state: str, iteration: int, message: str = "", retry: bool = False) -> None:
-    """Replace `status.json`.
+    """Write `status.json`; a full disk is ignored.
 
     Args:
         folder: the run's folder.
-        state: one of STATES. "running" in a folder that no process has locked means that its process was killed.
-        iteration: the last iteration that is complete.
+        state: one of STATES. "running" in a folder that no process has locked means that the process was killed.
+        iteration: the last complete iteration, counted from 1; 0 before the first.
         message: why the run stopped or failed.
-        retry: whether the run would continue if it were started again.
+        retry: whether a new start may succeed.
     """
     status = {"state": state, "iteration": iteration, "message": message, "retry": retry}
-    with suppress(OSError):  # a full disk must not hide the run's own error
+    with suppress(OSError):  # An error of this write must not hide the error of the run.
         atomic_write(folder / "status.json", lambda part: part.write_text(json.dumps(status) + "\n"))
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The status of a run folder; None while there is none."""
+    """Content of `status.json` in a run's folder; None if the file does not exist."""
     file = Path(folder) / "status.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def save_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint and keep the previous one. OSError if it cannot be written; then nothing has changed."""
+    """Write a checkpoint and keep the previous one.
+
+    Args:
+        folder: the run's folder.
+        checkpoint: tensors and plain values.
+
+    Raises:
+        OSError: the checkpoint cannot be written; the existing checkpoints stay unchanged.
+    """
     new = folder / "checkpoint.new.pt"
     atomic_save(new, checkpoint)
     with suppress(FileNotFoundError):
@@ -55,39 +65,45 @@ def save_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path, identity: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest complete checkpoint of this run, on the CPU; None if there is none.
+    """Load the newest usable checkpoint of a run.
 
     Args:
         folder: the run's folder.
-        identity: settings, code and data of the run, which the checkpoint must hold under the same keys.
+        identity: settings and hashes of the run; a checkpoint with other values under these keys is skipped.
         report: called with a line for each checkpoint that is skipped.
+
+    Returns:
+        The checkpoint, with tensors on the CPU; None if no checkpoint is usable.
     """
     files = [folder / name for name in (CURRENT, PREVIOUS) if (folder / name).exists()]
     for file in files:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises nearly anything on a truncated or foreign file
-            report(f"{file.name} cannot be read and is skipped ({type(error).__name__})")
+        except Exception as error:  # torch.load raises many types on a truncated or foreign file.
+            report(f"{file.name} is skipped: it cannot be read ({type(error).__name__})")
             continue
         if not isinstance(checkpoint, dict):
-            report(f"{file.name} is no checkpoint of a run and is skipped")
+            report(f"{file.name} is skipped: it is not a checkpoint of a run")
         elif other := [key for key, value in identity.items() if checkpoint.get(key) != value]:
-            report(f"{file.name} is of another run ({', '.join(other)} differ) and is skipped")
+            report(f"{file.name} is skipped: it belongs to another run (different {', '.join(other)})")
         else:
             return checkpoint
     if files:
-        report("no checkpoint can be used: training begins anew")
+        report("no checkpoint is usable: training starts from the beginning")
     return None
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, complete or not, and the state of an attempt that failed."""
+    """Remove all checkpoints, complete or not, and the saved state of a failed attempt."""
     for file in [*folder.glob("checkpoint*.pt"), *folder.glob(".checkpoint*.part"), *folder.glob("failed.pt")]:
         file.unlink()
 
 
 def clean_up_complete_run(folder: Path) -> None:
-    """Remove what a process leaves that is killed after it wrote its result and before it ended."""
+    """Remove checkpoints of a complete run and set its status to complete.
+
+    They are left over if the process was killed after it wrote the result and before it ended.
+    """
     status = read_status(folder) or {"state": "running", "iteration": 0}
     if status["state"] != "complete":
         remove_checkpoints(folder)
@@ -95,11 +111,14 @@ def clean_up_complete_run(folder: Path) -> None:
 
 
 class StopSignals:
-    """Context that handles SIGTERM and SIGINT during a run.
+    """Context manager that handles SIGTERM and SIGINT during a run.
 
-    Inside the training loop a signal is recorded in `received`, so that the loop can finish its iteration and save.
-    Outside the loop the first process of a run raises RunStopped at once, and other processes end. Only a program's
-    main thread can receive signals; in another thread this does nothing.
+    Inside the training loop the name of a signal is stored in `received`, so that the loop can finish its iteration and
+    save. Outside the loop the first process raises RunStopped at once, and the other processes end. Only the main
+    thread of a program can receive signals; in other threads this context manager does nothing.
+
+    Args:
+        first: whether this is the first process (rank 0) of the run.
     """
 
     def __init__(self, first: bool = True) -> None:
@@ -116,11 +135,15 @@ class StopSignals:
         _set_handlers(self._before)
 
     def inside_loop(self) -> None:
-        """From here on a signal is recorded in `received`."""
+        """From now on, store the name of a signal in `received`."""
         _set_handlers(dict.fromkeys(self._before, self._record))
 
     def outside_loop(self) -> None:
-        """From here on a signal stops the run at once; so does one that came too late for the loop."""
+        """From now on, stop the run at once on a signal.
+
+        Raises:
+            RunStopped: a signal arrived after the loop last checked `received`.
+        """
         _set_handlers(dict.fromkeys(self._before, self._outside))
         if self.received:
             raise RunStopped(stopped_by(self.received))
@@ -138,13 +161,13 @@ def _set_handlers(handlers: dict[int, Any]) -> None:
 
 
 def stopped_by(name: str) -> str:
-    """The message of a run that a signal stopped."""
-    return f"stopped by {name}; start it again and it continues"
+    """Message of a run that the signal `name` stopped."""
+    return f"stopped by {name}; start the run again to continue it"
 
 
 @contextmanager
 def forward_signals(child: Popen[str]) -> Iterator[None]:
-    """Terminate a child process when this process receives SIGTERM or SIGINT."""
+    """Terminate a child process if this process receives SIGTERM or SIGINT within a `with` block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

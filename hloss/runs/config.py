@@ -1,4 +1,4 @@
-"""What a run is: its configuration, its folder, its result, and where the result came from."""
+"""Settings of a run: `RunConfig`, its checks, and the loss and the sampler that it builds."""
 
 import functools
 import hashlib
@@ -32,86 +32,192 @@ from hloss.runs.models import (
 from hloss.samplers import SAMPLERS, ClassSampler
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {"histogram": HistogramLoss, **BASELINES}
-NO_LOSS = "none"  # a network as it is: the untrained and the raw-pixels baselines
+NO_LOSS = "none"  # no training: the untrained-network and the raw-pixels baseline
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
-OLD_NAMES = {"fewest_images": "min_images_per_class", "mirror": "horizontal_flip"}  # refused with the new name
+TF32_DEFAULT = "convolutions"
+TF32 = ("none", TF32_DEFAULT, "all")
+IMAGES = ("auto", "device", "host")
+OLD_NAMES = {
+    "fewest_images": "min_images_per_class",
+    "mirror": "horizontal_flip",
+}  # old name: new name, which the error message gives
 
 
 def _in_group(group: str) -> Callable[..., Any]:
-    """`pydantic.Field` for the settings of one group, as `setting_names` lists them."""
+    """`pydantic.Field` with a group name, by which `setting_names` selects the settings."""
     return functools.partial(Field, json_schema_extra={"group": group})
 
 
-LossField = _in_group("loss")  # None: the default of the loss, by the signature of its class
+LossField = _in_group("loss")  # None stands for the default in the signature of the loss class
 PMLField = _in_group("pml")
-SamplerField = _in_group("sampler")  # None: the default of the sampler, by the signature of its class
-ExecutionField = _in_group("execution")  # where and how a run is executed; does not affect its result
+SamplerField = _in_group("sampler")  # None stands for the default in the signature of the sampler class
+ExecutionField = _in_group("execution")  # settings that do not affect the result
 
 
 class RunConfig(BaseModel):
-    """One run. The defaults are the smoke run: seconds on a CPU. `None` is the loss's or the network's own default."""
+    """Settings of one run; the defaults describe a smoke run, which takes seconds on a CPU.
+
+    The description of each field states its meaning, unit and allowed values. "None: the default" refers to the default
+    of the loss, the network (`hloss.runs.models.network_defaults`) or the sampler. A name in parentheses, such as
+    "(binomial)", restricts a setting to that loss or sampler. Use `parse_config` to create a RunConfig from a mapping;
+    the constructor itself raises pydantic's ValidationError.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    dataset: str = Field("glyphs", description="name of a prepared dataset in data_dir")
-    network: str = Field(
-        "glyphnet", description="glyphnet, parts, googlenet, torchvision:NAME, or pixels for the raw-pixels baseline"
+    dataset: str = Field("glyphs", description="name of the prepared dataset, a folder in data_dir")
+    crop: int | None = Field(
+        None,
+        ge=1,
+        description="side of the square crop in pixels, random in training and central in evaluation; None: no crop",
     )
-    weights: str = Field("none", description="of the backbone: none, imagenet, or a file with torchvision's state dict")
-    embedding_dim: int | None = Field(None, ge=1, description="dimensions of the embedding")
-    dropout: float | None = Field(None, ge=0, lt=1, description="share of the features dropped before the embedding")
-    batchnorm: str | None = Field(None, description="statistics of BatchNorm: live, frozen or slices")
-    normalize_embeddings: bool | None = Field(None, description="to L2 norm 1; None: unless the loss takes them raw")
+    horizontal_flip: bool = Field(False, description="flip each training image left to right with probability 1/2")
+    network: str = Field(
+        "glyphnet", description="glyphnet, parts, googlenet, torchvision:NAME, or pixels (the raw-pixels baseline)"
+    )
+    embedding_dim: int | None = Field(
+        None, ge=1, description="dimensions of the embedding, at least 1; None: the default"
+    )
+    weights: str = Field(
+        "none",
+        description="initial weights of the backbone: none (random), imagenet, or the path of a torchvision state dict",
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout probability of the features, in [0, 1); None: the default"
+    )
+    batchnorm: str | None = Field(
+        None,
+        description=(
+            "BatchNorm statistics: live (of the batch), frozen (running statistics) or slices (of each slice); "
+            "None: frozen with pretrained weights, live without"
+        ),
+    )
+    normalize_embeddings: bool | None = Field(
+        None, description="L2-normalise the network's output; None: True if the loss trains the cosine similarity"
+    )
     loss: str = Field(
         "histogram",
-        description="histogram, a baseline (binomial, lifted, triplet, ...), pml:NAME, or none (with 0 iterations)",
+        description="histogram, a baseline (binomial, lifted, triplet, ...), pml:NAME, or none (requires iterations=0)",
     )
-    n_bins: int | None = LossField(None, description="intervals of [-1, 1] (histogram)")
-    kernel: str | None = LossField(None, description="triangular, gaussian, epanechnikov or uniform (histogram)")
-    bandwidth: float | None = LossField(None, description="standard deviation of the kernel in nodes (histogram)")
-    order_cost: str | None = LossField(None, description="step, linear or softplus (histogram)")
-    density: str | None = LossField(None, description="histogram or beta (histogram)")
-    margin: float | None = LossField(None, description="in units of similarity or distance (all but binomial and pml)")
-    alpha: float | None = LossField(None, description="steepness (binomial; histogram with order_cost softplus)")
-    beta: float | None = LossField(None, description="similarity between positives and negatives (binomial)")
-    C: float | None = LossField(None, description="slope for negatives (binomial)")
+    n_bins: int | None = LossField(None, description="intervals of [-1, 1], at least 1 (histogram); None: the default")
+    margin: float | None = LossField(
+        None,
+        description=(
+            "similarity (histogram, quadruplet), distance (lifted, contrastive) or squared distance (triplets); "
+            "None: the default"
+        ),
+    )
+    alpha: float | None = LossField(
+        None, description="steepness, above 0 (binomial; histogram with order_cost softplus); None: the default"
+    )
+    beta: float | None = LossField(
+        None, description="threshold between similarities of positive and negative pairs (binomial); None: the default"
+    )
+    C: float | None = LossField(
+        None, description="factor on the slope for negative pairs, above 0 (binomial); None: the default"
+    )
+    kernel: str | None = LossField(
+        None, description="triangular, gaussian, epanechnikov or uniform (histogram); None: the default"
+    )
+    bandwidth: float | None = LossField(
+        None,
+        description="standard deviation of the kernel in nodes, above 0 (histogram); None: for the triangular kernel",
+    )
+    order_cost: str | None = LossField(None, description="step, linear or softplus (histogram); None: the default")
+    density: str | None = LossField(None, description="histogram or beta (histogram); None: the default")
     normalize: bool | None = LossField(
-        None, description="the embeddings within the loss (histogram, lifted, contrastive)"
+        None, description="L2-normalise embeddings inside the loss (histogram, lifted, contrastive); None: the default"
     )
-    on_degenerate: str | None = LossField(None, description="a batch without such pairs is an error (raise), or zero")
-    loss_options: dict[str, Any] | None = PMLField(None, description="options of a pml loss, as a mapping or as JSON")
-    miner: str | None = PMLField(None, description="name of a miner of pytorch-metric-learning (pml)")
-    miner_options: dict[str, Any] | None = PMLField(None, description="options of the miner, as a mapping or as JSON")
-    metric: str | None = Field(None, description="of retrieval: cosine or euclidean; None: the one the loss trains")
-    sampler: str = Field("class-shuffle", description="how a batch is drawn: class-shuffle, balanced or random-class")
-    batch_size: int = Field(128, ge=2, description="images per iteration")
-    micro_batch: int | None = Field(None, ge=1, description="images embedded at once, for the whole batch's gradient")
-    images_per_class: int = Field(10, ge=2, description="most images of a class drawn in one visit")
+    on_degenerate: str | None = LossField(
+        None,
+        description=(
+            "for a batch without positive or without negative pairs: raise (an error) or zero (all but pml); "
+            "None: the default"
+        ),
+    )
+    loss_options: dict[str, Any] | None = PMLField(
+        None, description="arguments of a pml loss, a mapping or JSON text; None: no arguments"
+    )
+    miner: str | None = PMLField(
+        None, description="class name of a pytorch-metric-learning miner (pml); None: no miner"
+    )
+    miner_options: dict[str, Any] | None = PMLField(
+        None, description="arguments of the miner, a mapping or JSON text (pml); None: no arguments"
+    )
+    metric: str | None = Field(
+        None, description="metric of retrieval: cosine or euclidean; None: the metric that the loss trains"
+    )
+    batch_size: int = Field(128, ge=2, description="images per iteration, over all devices, at least 2")
+    images_per_class: int = Field(
+        10, ge=2, description="maximum images per visit of a class (balanced: exactly this number), at least 2"
+    )
+    sampler: str = Field("class-shuffle", description="how batches are drawn: class-shuffle, balanced or random-class")
     min_images_per_class: int | None = SamplerField(
-        None, ge=2, description="least number of images of a class in a batch (random-class)"
+        None, ge=2, description="minimum images per class in a batch, at least 2 (random-class); None: the default"
     )
-    crop: int | None = Field(
-        None, ge=1, description="side in pixels of the crop: random in training, central in testing"
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="images per slice; slices save memory and keep the gradient of the whole batch; None: no slices",
     )
-    horizontal_flip: bool = Field(False, description="flip half of the training images left to right")
-    learning_rate: float = Field(1e-3, gt=0, description="of Adam")
-    pretrained_lr_factor: float | None = Field(None, gt=0, description="times learning_rate for the backbone")
-    weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
-    decay_exempt: str = Field("biases", description="what weight_decay spares: biases (and BatchNorm), or none")
-    lr_step: int | None = Field(None, ge=1, description="iterations between two steps of the learning rate")
-    lr_step_factor: float = Field(0.1, gt=0, description="times the learning rate at each step")
-    iterations: int = Field(60, ge=0, description="batches trained on")
-    validate_every: int = Field(20, ge=1, description="iterations between two validations")
-    refit: bool = Field(False, description="train again with the validation classes, for the chosen iterations")
-    precision: str = Field("32-true", description="32-true, bf16-mixed or 64-true")
-    devices: int = Field(1, ge=1, description="processes, each with a share of every batch")
-    seed: int = Field(0, ge=0, description="of initialisation and batches")
-    study: str = ExecutionField("notebook", description="folder in runs_dir that the run is written to")
+    devices: int = Field(1, ge=1, description="number of processes, one per GPU, that share each batch")
+    iterations: int = Field(60, ge=0, description="training iterations, one batch each; 0 requires loss=none")
+    validate_every: int = Field(20, ge=1, description="iterations between two validations, at least 1")
+    learning_rate: float = Field(1e-3, gt=0, description="initial learning rate of Adam, above 0")
+    seed: int = Field(0, ge=0, description="seed of initial weights, batches, augmentation and dropout, at least 0")
+    weight_decay: float = Field(
+        0.0, ge=0, description="L2 penalty: adds weight_decay times a weight to its gradient, at least 0"
+    )
+    decay_exempt: str = Field(
+        "biases", description="parameters without weight decay: biases (with BatchNorm's scale and shift) or none"
+    )
+    lr_step: int | None = Field(
+        None,
+        ge=1,
+        description="iterations between two changes of the learning rate, at least 1; None: a constant learning rate",
+    )
+    lr_step_factor: float = Field(
+        0.1, gt=0, description="factor on the learning rate after every lr_step iterations, above 0"
+    )
+    pretrained_lr_factor: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "learning rate of the backbone divided by learning_rate, above 0; None: 0.1 with pretrained weights, "
+            "1 without"
+        ),
+    )
+    refit: bool = Field(
+        False,
+        description="train a second time, on training and validation classes, for the chosen number of iterations",
+    )
+    precision: str = Field(
+        "32-true", description="32-true (float32), bf16-mixed (bfloat16 autocast) or 64-true (float64)"
+    )
+    tf32: str = Field(
+        TF32_DEFAULT,
+        description=(
+            "TensorFloat-32 of a float32 network on a GPU: none, convolutions (torch's default) or all (also matrix "
+            "products); without effect on a CPU"
+        ),
+    )
+    study: str = ExecutionField(
+        "notebook", description="name of the study, the folder in runs_dir for the run's folder"
+    )
+    device: str = ExecutionField("auto", description="auto (a GPU if torch finds one), cpu or cuda")
+    images: str = ExecutionField(
+        "auto",
+        description=(
+            "where images are kept: device (all in its memory), host (read batch by batch), or auto (device if it is a GPU "
+            "and they take at most half of its free memory)"
+        ),
+    )
+    threads: int = ExecutionField(1, ge=1, description="CPU threads of torch per process, at least 1")
     data_dir: str = ExecutionField("data", description="folder of the prepared datasets")
-    runs_dir: str = ExecutionField("runs", description="folder of the studies' runs")
-    device: str = ExecutionField("auto", description="auto, cpu or cuda")
-    threads: int = ExecutionField(1, ge=1, description="CPU threads of torch, per process")
-    checkpoint_seconds: float = ExecutionField(60.0, ge=0, description="seconds of training between two checkpoints")
+    runs_dir: str = ExecutionField("runs", description="folder of all studies' runs")
+    checkpoint_seconds: float = ExecutionField(
+        60.0, ge=0, description="seconds of training between two checkpoints, at least 0 (0: after every iteration)"
+    )
     keep_network: bool = ExecutionField(True, description="write the trained network's state dict to network.pt")
 
     @model_validator(mode="after")
@@ -125,6 +231,8 @@ class RunConfig(BaseModel):
         _check_name("sampler", self.sampler, tuple(SAMPLERS))
         _check_name("device", self.device, ("auto", "cpu", "cuda"))
         _check_name("precision", self.precision, PRECISIONS)
+        _check_name("tf32", self.tf32, TF32)
+        _check_name("images", self.images, IMAGES)
         _check_name("decay_exempt", self.decay_exempt, ("biases", "none"))
         if self.metric is not None:
             _check_name("metric", self.metric, METRICS)
@@ -133,60 +241,89 @@ class RunConfig(BaseModel):
         _check_name("batchnorm", self.network_settings()["batchnorm"], BATCHNORMS)
         self._check_pretrained()
         if self.devices > self.batch_size:
-            raise ValueError(f"devices={self.devices} cannot share batch_size={self.batch_size} images")
+            raise ValueError(
+                f"devices={self.devices}: more devices than images in a batch; allowed are 1 to "
+                f"batch_size={self.batch_size}"
+            )
         if self.refit and not self.iterations:
-            raise ValueError("refit=True has nothing to repeat with iterations=0")
+            raise ValueError("refit=True: a run with iterations=0 has no training to repeat; set refit to False")
         if (self.iterations == 0) != (self.loss == NO_LOSS):
             raise ValueError(
-                f'iterations={self.iterations} with loss={self.loss!r}: loss "none" and 0 iterations go together'
+                f"iterations={self.iterations} does not fit loss={self.loss!r}; "
+                f'loss "none" requires 0 iterations, every other loss at least 1'
             )
         if self.network == "pixels" and self.iterations:
-            raise ValueError(f'network="pixels" has nothing to train, got iterations={self.iterations}')
+            raise ValueError(f'iterations={self.iterations}: network "pixels" has no parameters; set iterations to 0')
         return self
 
     def _check_pretrained(self) -> None:
         if has_pretrained_part(self.network):
             return
-        for name, value, idle in (
+        for name, value, unset in (
             ("weights", self.weights, NO_WEIGHTS),
             ("pretrained_lr_factor", self.pretrained_lr_factor, None),
         ):
-            if value != idle:
-                raise ValueError(f"{name}={value!r}: network {self.network!r} has no part that comes pretrained")
+            if value != unset:
+                raise ValueError(
+                    f"{name}={value!r}: network {self.network!r} has no pretrained weights; use googlenet or "
+                    f"{TORCHVISION}NAME, or leave {name} at {unset!r}"
+                )
 
     def network_settings(self) -> dict[str, Any]:
-        """The settings of the network with its own defaults filled in."""
-        own = network_defaults(self.network, self.weights) | {"normalize_embeddings": self.trained_metric == "cosine"}
-        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in own.items()}
+        """Settings of the network, with None replaced by the network's default.
+
+        Returns:
+            `embedding_dim`, `dropout`, `batchnorm`, `pretrained_lr_factor` and `normalize_embeddings`.
+        """
+        defaults = network_defaults(self.network, self.weights) | {
+            "normalize_embeddings": self.trained_metric == "cosine"
+        }
+        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()}
 
     @property
     def weights_file(self) -> Path | None:
-        """The local file of the backbone's weights; None where there is none."""
+        """Local file of the backbone's initial weights; None for `weights` "none" and "imagenet"."""
         return None if self.weights in (NO_WEIGHTS, IMAGENET) else project_path(self.weights)
 
     def loss_settings(self) -> dict[str, Any]:
-        """The settings of the loss with its own defaults filled in; a setting the loss does not take is refused."""
+        """Settings of the loss, with None replaced by the default of the loss.
+
+        Returns:
+            Arguments of the loss class by name; empty for loss "none".
+
+        Raises:
+            ValueError: a setting is given that the loss does not have.
+        """
         pml = self.loss.startswith(PREFIX)
         given = {name: getattr(self, name) for name in LOSS_SETTINGS + PML_SETTINGS if getattr(self, name) is not None}
         if pml:
-            taken: dict[str, Any] = dict.fromkeys(PML_SETTINGS)
+            defaults: dict[str, Any] = dict.fromkeys(PML_SETTINGS)
         elif self.loss == NO_LOSS:
-            taken = {}
+            defaults = {}
         else:
-            taken = _defaults(LOSSES[self.loss], LOSS_SETTINGS)
+            defaults = _defaults(LOSSES[self.loss], LOSS_SETTINGS)
         for name in given:
-            if name not in taken:
+            if name not in defaults:
                 raise ValueError(
-                    f"{name}={given[name]!r}: loss {self.loss!r} takes no {name}, "
-                    f"it takes {', '.join(taken) or 'nothing'}"
+                    f"{name}={given[name]!r}: loss {self.loss!r} has no setting {name}; "
+                    f"it has {', '.join(defaults) or 'no settings'}"
                 )
-        return taken | given
+        return defaults | given
 
     def build_loss(self, n_classes: int = 2) -> nn.Module | None:
-        """The loss of this run; None for the baselines without training.
+        """Build the loss of this run.
 
-        n_classes: number of training classes, for losses of pytorch-metric-learning with weights for each. The weights
-        are drawn by the run's seed.
+        The weights of a pytorch-metric-learning loss are drawn on the CPU with the run's seed. The state of torch's
+        generator does not change.
+
+        Args:
+            n_classes: number of training classes, for losses of pytorch-metric-learning with weights per class.
+
+        Returns:
+            A module that maps embeddings (n, d) and labels (n,) to a scalar; None for loss "none".
+
+        Raises:
+            ValueError: a setting of the loss is unknown or out of range, or pytorch-metric-learning is not installed.
         """
         settings = self.loss_settings()
         if self.loss == NO_LOSS:
@@ -195,7 +332,7 @@ class RunConfig(BaseModel):
             return LOSSES[self.loss](**settings)
         options, miner, miner_options = (settings[name] for name in PML_SETTINGS)
         dimensions = self.embedding_dim or network_defaults(self.network, self.weights)["embedding_dim"]
-        # The weights are drawn on the CPU: no GPU's generator is seeded, so none is to be put back.
+        # Only the CPU generator is seeded, so only its state must be restored.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             try:
@@ -205,9 +342,9 @@ class RunConfig(BaseModel):
 
     @property
     def trained_metric(self) -> str:
-        """The metric that the loss trains: "euclidean" for a loss on embeddings as they are, else "cosine".
+        """Metric that the loss trains: "euclidean" for a loss on embeddings without normalisation, else "cosine".
 
-        Equals the `metric` of the built loss, without building it.
+        It equals the attribute `metric` of the built loss, but no loss is built.
         """
         if self.loss.startswith(PREFIX):
             return pml_metric(self.loss_options)
@@ -215,24 +352,42 @@ class RunConfig(BaseModel):
         return "euclidean" if raw else "cosine"
 
     def sampler_settings(self) -> dict[str, Any]:
-        """The sampler's own settings with its defaults filled in; one that it does not take is refused."""
-        taken = _defaults(SAMPLERS[self.sampler], SAMPLER_SETTINGS)
-        if self.min_images_per_class is not None and not taken:
+        """Settings that only some samplers have, with None replaced by the default of the sampler.
+
+        Returns:
+            Arguments of the sampler class besides labels, batch size, images per class and generator.
+
+        Raises:
+            ValueError: a setting is given that the sampler does not have, or the batch size does not fit the sampler.
+        """
+        defaults = _defaults(SAMPLERS[self.sampler], SAMPLER_SETTINGS)
+        if self.min_images_per_class is not None and not defaults:
             raise ValueError(
-                f"min_images_per_class={self.min_images_per_class}: sampler {self.sampler!r} takes no "
-                "min_images_per_class"
+                f"min_images_per_class={self.min_images_per_class}: sampler {self.sampler!r} has no setting "
+                'min_images_per_class; use sampler "random-class"'
             )
         if self.sampler == "balanced" and self.batch_size % self.images_per_class:
             raise ValueError(
-                f'batch_size={self.batch_size}: sampler "balanced" takes a multiple of '
+                f'batch_size={self.batch_size}: sampler "balanced" requires a multiple of '
                 f"images_per_class={self.images_per_class}"
             )
         return {
-            name: default if getattr(self, name) is None else getattr(self, name) for name, default in taken.items()
+            name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()
         }
 
     def build_sampler(self, labels: Tensor, generator: torch.Generator) -> ClassSampler:
-        """The sampler of this run. ConfigError where these labels cannot make such batches."""
+        """Build the sampler of this run.
+
+        Args:
+            labels: integers (n,), the classes of the images to draw from.
+            generator: random generator of the sampler, on the CPU.
+
+        Returns:
+            An endless iterable over lists of `batch_size` indices into `labels`.
+
+        Raises:
+            ConfigError: the sampler cannot fill a batch from these labels.
+        """
         own = self.sampler_settings()
         try:
             return SAMPLERS[self.sampler](labels, self.batch_size, self.images_per_class, generator, **own)
@@ -240,45 +395,53 @@ class RunConfig(BaseModel):
             raise ConfigError(f"sampler={self.sampler!r}: {error}") from None
 
     def resolved(self) -> dict[str, Any]:
-        """What decides the result: every setting but those of execution, with all defaults filled in."""
-        own = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
-        own["metric"] = self.metric or self.trained_metric
-        return own | self.network_settings() | self.loss_settings() | self.sampler_settings()
+        """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
+
+        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it.
+        """
+        general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
+        if self.tf32 == TF32_DEFAULT:
+            del general["tf32"]
+        general["metric"] = self.metric or self.trained_metric
+        return general | self.network_settings() | self.loss_settings() | self.sampler_settings()
 
     @property
     def run_id(self) -> str:
-        """Short hash of the resolved settings, seed included."""
+        """First 12 hex digits of the SHA-256 hash of the resolved settings, which include the seed."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def slice_size(self) -> int | None:
-        """`micro_batch` if any process has more of the batch than that: then all work in slices. None: no one does."""
+        """Images per slice if the share of any process is larger than `micro_batch`, else None (no slices).
+
+        Either all processes embed in slices or none does.
+        """
         in_slices = self.micro_batch is not None and self.micro_batch * self.devices < self.batch_size
         return self.micro_batch if in_slices else None
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Folder of the run: `runs_dir/study/run_id`."""
         return project_path(self.runs_dir) / self.study / self.run_id
 
     @property
     def data_folder(self) -> Path:
-        """Where its prepared dataset is."""
+        """Folder of the prepared dataset: `data_dir/dataset`."""
         return project_path(self.data_dir) / self.dataset
 
 
 def setting_names(group: str) -> tuple[str, ...]:
-    """The settings of a group (loss, pml, sampler, execution), in the order of RunConfig."""
+    """Names of the settings in a group ("loss", "pml", "sampler" or "execution"), in the order of RunConfig."""
     return tuple(n for n, field in RunConfig.model_fields.items() if field.json_schema_extra == {"group": group})
 
 
 LOSS_SETTINGS, PML_SETTINGS, SAMPLER_SETTINGS, EXECUTION = map(setting_names, ("loss", "pml", "sampler", "execution"))
 
-_signature = functools.cache(inspect.signature)  # a study asks for it some ten times per run
+_signature = functools.cache(inspect.signature)  # a study needs a signature about ten times per run
 
 
 def _defaults(called: Callable[..., Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The defaults of those of the named arguments that a class or function takes."""
+    """Defaults of the arguments of `called` whose names are in `names`."""
     parameters = _signature(called).parameters
     return {name: parameters[name].default for name in names if name in parameters}
 
@@ -288,11 +451,23 @@ def _check_name(name: str, value: str, allowed: tuple[str, ...] | None) -> None:
         if not value or not all(c.isalnum() or c in "-_" for c in value):
             raise ValueError(f"{name}={value!r} must be a name of letters, digits, - and _")
     elif value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown, allowed are {', '.join(allowed)}{did_you_mean(value, allowed)}")
+        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(allowed)}{did_you_mean(value, allowed)}")
 
 
 def parse_config(settings: Mapping[str, Any]) -> RunConfig:
-    """A RunConfig, or one ConfigError that names every wrong setting, its value and what is allowed."""
+    """Check settings and return them as a RunConfig.
+
+    Integers are accepted for float settings, and JSON text for settings that are mappings.
+
+    Args:
+        settings: values by the names of RunConfig's fields; missing ones have their defaults.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        ConfigError: settings are unknown or out of range; the message lists each with its value and the allowed values.
+    """
     known = tuple(RunConfig.model_fields)
     problems = [_unknown_setting(name, settings[name], known) for name in settings if name not in known]
     if not problems:
@@ -308,18 +483,18 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
 
 def _unknown_setting(name: str, value: Any, known: tuple[str, ...]) -> str:
     if name in OLD_NAMES:
-        return f"{name}={value!r}: this setting is now called {OLD_NAMES[name]}"
-    return f"{name}={value!r} is no setting of a run{did_you_mean(name, known)}; settings are {', '.join(known)}"
+        return f"{name}={value!r}: this setting was renamed; use {OLD_NAMES[name]}"
+    return f"{name}={value!r} is not a setting of a run{did_you_mean(name, known)}; settings are {', '.join(known)}"
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole numbers are numbers: 1 may stand for 1.0 (JSON and the command line write it so)."""
+    """Convert integers to float for float settings, because JSON and the command line may write 1.0 as 1."""
     floats = {n for n, f in RunConfig.model_fields.items() if f.annotation in (float, float | None)}
     return {n: float(v) if n in floats and type(v) is int else v for n, v in settings.items()}
 
 
 def _mappings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping may be written as JSON, as on papermill's command line."""
+    """Parse JSON text for settings that are mappings, because papermill's command line passes text."""
     mappings = {n for n, f in RunConfig.model_fields.items() if f.annotation == dict[str, Any] | None}
     return {n: _from_json(v) if n in mappings and isinstance(v, str) else v for n, v in settings.items()}
 
@@ -328,14 +503,24 @@ def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text  # refused with its name by the check of its type
+        return text  # The type check of RunConfig then names the setting in its error.
 
 
 def config_from_notebook(names: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig from a notebook's variables: those of the parameters cell and those papermill injected.
+    """Create a RunConfig from the variables of a notebook's parameters cell and those that papermill injects.
 
-    Any other plain variable is an unknown setting: papermill itself would only warn about it.
+    Args:
+        names: the notebook's global variables. Names that begin with "_" and values of other types than str, int,
+            float, bool, list, dict and None are ignored.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        ConfigError: a variable is not a setting (papermill only warns about unknown parameters), or is out of range.
     """
     plain = (str, int, float, bool, list, dict, type(None))
-    ours = {n: v for n, v in names.items() if not n.startswith("_") and isinstance(v, plain) and n not in ("In", "Out")}
-    return parse_config(ours)
+    settings = {
+        n: v for n, v in names.items() if not n.startswith("_") and isinstance(v, plain) and n not in ("In", "Out")
+    }
+    return parse_config(settings)

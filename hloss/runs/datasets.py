@@ -1,7 +1,8 @@
 """The format of a prepared dataset, and its reader.
 
-A prepared dataset is a folder with the FILES `card.json`, `images.npy` and `index.parquet`; `data_prep` writes it.
-Images of a batch are uint8 of shape (n, channels, height, width): networks scale them themselves.
+A prepared dataset is a folder with three files, which `data_prep` writes: `card.json` describes the dataset,
+`images.npy` has all pixels and `index.parquet` has one row per image. Batches of images are uint8 tensors of shape
+(n, channels, height, width). Networks scale the pixels.
 """
 
 import hashlib
@@ -22,15 +23,21 @@ FORMAT = 1
 FILES = ("card.json", "images.npy", "index.parquet")
 SPLITS = ("train", "val", "test")
 COLUMNS = ("label", "split", "role", "camera", "source")
+REMEDY = "prepare the dataset again"
 CARD_KEYS = ("format", "name", "protocol", "recall_at", "images", "image_shape", "classes", "roles", "index_sha256")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset: `images` uint8 (n, height, width, channels), memory-mapped, one row of `index` per image.
+    """A prepared dataset, as `open_dataset` returns it.
 
-    `index` has the COLUMNS label (-1: of no class), split (one of SPLITS), role (one of ROLES), camera (-1: none) and
-    source (the file's name in the original).
+    Attributes:
+        folder: the folder of the dataset.
+        card: content of `card.json`.
+        card_sha256: SHA-256 hash of `card.json`.
+        index: one row per image, with the columns label (-1: no class), split (one of SPLITS), role (one of ROLES),
+            camera (-1: none) and source (the image's file in the original dataset).
+        images: uint8 (n, height, width, channels), a read-only memory map.
     """
 
     folder: Path
@@ -40,27 +47,38 @@ class Dataset:
     images: np.ndarray
 
     def rows(self, split: str) -> np.ndarray:
-        """Row numbers of a split."""
+        """Row numbers of the images of a split ("train", "val" or "test"), int64 (n,)."""
         return np.flatnonzero(self.index.split == split)
 
     def labels(self, rows: np.ndarray) -> Tensor:
-        """Class labels, int64 (n,)."""
+        """Class labels of the given rows, int64 (n,); -1 for images of no class."""
         return torch.tensor(self.index.label.to_numpy()[rows])
 
     def cameras(self, rows: np.ndarray) -> Tensor:
-        """Camera numbers, int64 (n,); -1 where there is none."""
+        """Camera numbers of the given rows, int64 (n,); -1 for images without a camera."""
         return torch.tensor(self.index.camera.to_numpy()[rows])
 
     def roles(self, rows: np.ndarray) -> list[str]:
-        """What each image is for in retrieval."""
+        """Roles of the given rows in retrieval, n of ROLES."""
         return self.index.role.to_numpy()[rows].tolist()
 
     def pixels(self, rows: np.ndarray) -> Tensor:
-        """Images of the given rows, uint8 (n, channels, height, width); a copy, laid out as it is on the disk."""
+        """Copy the images of the given rows.
+
+        Args:
+            rows: row numbers, (n,).
+
+        Returns:
+            uint8 (n, channels, height, width), with the memory layout of `images` (channels last).
+        """
         return torch.from_numpy(self.images[np.asarray(rows)]).permute(0, 3, 1, 2)
 
     def counts(self) -> pd.DataFrame:
-        """Per split: images, classes, images per class (of images that have one), cameras."""
+        """Count images, classes, images per class and cameras.
+
+        Returns:
+            One row per split. Images without a class count for "images" and "cameras" only.
+        """
         known = self.index[self.index.label >= 0]
         sizes = known.groupby(["split", "label"]).size().groupby("split")
         splits = [split for split in SPLITS if (self.index.split == split).any()]
@@ -75,37 +93,52 @@ class Dataset:
         return pd.DataFrame(counts).reindex(splits).fillna(0).astype({"cameras": int})
 
     def against_published(self) -> pd.DataFrame:
-        """The counts of the publications, as far as the card has any, beside those of the index.
+        """Compare the published counts in the card with the counts in the index.
 
-        A count is named like "train images" or "gallery and distractor images": splits or roles, then what is counted.
-        The publications' train is train and val here, whose classes are drawn from it.
+        The name of a count consists of splits or roles and of "images" or "classes", for example "train images" or
+        "gallery and distractor images". "train" includes the split val, whose classes are drawn from the published
+        training classes.
+
+        Returns:
+            One row per published count, with the int64 columns "published" and "here"; empty if the card has none.
         """
         published = self.card.get("published", {})
         found = {name: self._counted(name) for name in published}
         return pd.DataFrame({"published": published, "here": found}, dtype="int64")
 
     def _counted(self, name: str) -> int:
-        *groups, what = name.split()
+        *groups, unit = name.split()
         groups += ["val"] if "train" in groups else []
         rows = self.index[self.index.split.isin(groups) | self.index.role.isin(groups)]
-        return len(rows) if what == "images" else rows.label[rows.label >= 0].nunique()
+        return len(rows) if unit == "images" else rows.label[rows.label >= 0].nunique()
 
     def check_pixels(self) -> None:
-        """Compare all pixels with the card's checksum (reads the whole file: a minute for 20 GB)."""
+        """Compare the SHA-256 hash of `images.npy` with the card; this takes about a minute for 20 GB.
+
+        Raises:
+            DatasetError: the hashes differ.
+        """
         if file_sha256(self.folder / "images.npy") != self.card["pixel_sha256"]:
-            raise DatasetError(f"{self.folder / 'images.npy'} is not the one its card describes; prepare it again")
+            raise DatasetError(f"{self.folder / 'images.npy'}: its hash differs from the card's; {REMEDY}")
 
 
 def index_sha256(index: pd.DataFrame) -> str:
-    """Hex digest of the index's content (a parquet file's own bytes change with its writer's version)."""
+    """SHA-256 hash of an index as CSV text, because the bytes of a parquet file depend on the version of its writer."""
     return hashlib.sha256(index.to_csv(index=False).encode()).hexdigest()
 
 
 def query_counts(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Matches and rivals of each query among the rows of one split: columns label, matches, rivals.
+    """Count the matches and the rivals of each query.
 
-    A match is a gallery image that a protocol counts as right, a rival one that it counts as wrong. The single-shot
-    protocols count identities: a query is one image of an identity in one view.
+    A match is a gallery image that the protocol counts as correct, a rival is one that it counts as wrong. With the
+    single-shot protocols, a query is an identity in one view, and matches and rivals are identities.
+
+    Args:
+        index: rows of one split, with the columns of `Dataset.index`.
+        protocol: one of `hloss.retrieval.protocols.PROTOCOLS`.
+
+    Returns:
+        One row per query, with the columns label, matches and rivals.
     """
     if "single-shot" in protocol:
         return _single_shot_counts(index, both_ways=protocol.endswith("two-way"))
@@ -115,8 +148,8 @@ def query_counts(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
     distractors = 0 if all_vs_rest else int((index.role == "distractor").sum())
     own = queries.label.map(known.groupby("label").size()).fillna(0).astype(int)
     if all_vs_rest:
-        ignored = 1  # the query itself
-    else:  # images of the query's class and camera
+        ignored = 1  # The query itself is not in its own gallery.
+    else:  # Images of the query's class and camera are neither matches nor rivals.
         seen = known.groupby(["label", "camera"]).size()
         ignored = seen.reindex(pd.MultiIndex.from_frame(queries[["label", "camera"]]), fill_value=0).to_numpy()
     rivals = len(known) + distractors - own
@@ -136,14 +169,26 @@ def _single_shot_counts(index: pd.DataFrame, both_ways: bool) -> pd.DataFrame:
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Open a prepared dataset and check its card against its files (pixels by size, the index by its hash)."""
+    """Open a prepared dataset and compare its files with its card.
+
+    The index is compared by its hash, the images by shape and dtype only; `Dataset.check_pixels` compares all pixels.
+
+    Args:
+        folder: the folder of the dataset.
+
+    Returns:
+        The dataset, with the images as a read-only memory map.
+
+    Raises:
+        DatasetError: the folder does not exist, or a file is missing, unreadable or does not match the card.
+    """
     folder = Path(folder)
     card_file = folder / "card.json"
     if not card_file.exists():
-        there = sorted(p.parent.name for p in folder.parent.glob("*/card.json") if not p.parent.name.startswith("."))
+        prepared = sorted(p.parent.name for p in folder.parent.glob("*/card.json") if not p.parent.name.startswith("."))
         raise DatasetError(
             f"dataset {folder.name!r} is not prepared: {card_file} does not exist; prepared in {folder.parent}: "
-            f"{', '.join(there) or 'none'}. `python -m data_prep list` says how to prepare it"
+            f"{', '.join(prepared) or 'none'}. `python -m data_prep list` shows how to prepare it"
         )
     raw = card_file.read_bytes()
     card = _read_card(card_file, raw)
@@ -155,13 +200,12 @@ def _read_card(file: Path, raw: bytes) -> dict:
     try:
         card = json.loads(raw)
     except ValueError as error:
-        raise DatasetError(f"{file} is no JSON ({error}); prepare the dataset again") from error
-    lacking = [key for key in CARD_KEYS if key not in card]
-    if lacking or card["format"] != FORMAT:
-        raise DatasetError(
-            f"{file} {'lacks ' + ', '.join(lacking) if lacking else 'has format ' + str(card['format'])}, "
-            f"this version reads format {FORMAT}; prepare the dataset again"
-        )
+        raise DatasetError(f"{file} is not JSON ({error}); {REMEDY}") from error
+    missing = [key for key in CARD_KEYS if key not in card]
+    if missing:
+        raise DatasetError(f"{file} has no {', '.join(missing)}; {REMEDY}")
+    if card["format"] != FORMAT:
+        raise DatasetError(f"{file} has format {card['format']}, but this version reads format {FORMAT}; {REMEDY}")
     return card
 
 
@@ -169,15 +213,15 @@ def _read_index(file: Path, card: dict) -> pd.DataFrame:
     try:
         index = pd.read_parquet(file)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{file} cannot be read ({error}); prepare the dataset again") from error
+        raise DatasetError(f"{file} cannot be read ({error}); {REMEDY}") from error
     if index_sha256(index) != card["index_sha256"]:
-        raise DatasetError(f"{file} is not the one {file.with_name('card.json')} describes; prepare the dataset again")
+        raise DatasetError(f"{file}: its hash differs from the one in {file.with_name('card.json')}; {REMEDY}")
     roles = index.role.value_counts()
     classes = index[index.label >= 0].groupby("split").label.nunique()
     counted = card["images"], dict(card["roles"]), dict(card["classes"])
     found = len(index), {r: int(roles.get(r, 0)) for r in counted[1]}, {s: int(classes.get(s, 0)) for s in counted[2]}
     if tuple(index.columns) != COLUMNS or found != counted:
-        raise DatasetError(f"{file} holds {found}, its card says {counted}; prepare the dataset again")
+        raise DatasetError(f"{file} has the counts {found}, but its card has {counted}; {REMEDY}")
     return index
 
 
@@ -186,9 +230,10 @@ def _map_images(file: Path, card: dict) -> np.ndarray:
     try:
         images = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{file} cannot be mapped ({error}); prepare the dataset again") from error
+        raise DatasetError(f"{file} cannot be read as a memory map ({error}); {REMEDY}") from error
     if images.shape != expected or images.dtype != np.uint8:
         raise DatasetError(
-            f"{file} is {images.dtype} {images.shape}, {file.with_name('card.json')} says {expected}; prepare again"
+            f"{file} is {images.dtype} {images.shape}, but {file.with_name('card.json')} requires uint8 {expected}; "
+            f"{REMEDY}"
         )
     return images

@@ -1,25 +1,29 @@
-"""Errors that a run raises; each message names the setting, file or row and the remedy."""
+"""Exceptions of runs. Each message names the setting, file or row first, and then the remedy."""
 
 
 class ConfigError(ValueError):
-    """A setting of a run is unknown or out of range; the message names it, its value and what is allowed."""
+    """A setting of a run is unknown or out of range; the message gives its value and the allowed values."""
 
 
 class DatasetError(ValueError):
-    """The folder is no prepared dataset, or not the one its card describes; the message names file and remedy."""
+    """A folder is not a prepared dataset, or its files do not match its card; the message gives file and remedy."""
 
 
 class RunError(RuntimeError):
-    """A run cannot go on; the message says why and what to do."""
+    """A run cannot continue; the message gives the reason and the remedy."""
 
 
 class RunStopped(RunError):
-    """A signal stopped a run after it saved its state; started again, it continues."""
+    """A signal stopped a run after the run saved its state; a new start continues it."""
 
 
 class LockedError(RunError):
-    """Another process holds a lock; the message says what that process does."""
+    """Another process has the lock of a file or folder; the message says what that process does."""
+
+
+class GPUMemoryError(RunError):
+    """The memory of a GPU does not suffice for a run; the message names the settings that need less."""
 
 
 class NetworkError(RunError):
-    """The network of a run cannot be loaded; the message names the file and the remedy."""
+    """The trained network of a run cannot be loaded; the message gives file and remedy."""

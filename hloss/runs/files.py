@@ -1,4 +1,4 @@
-"""Files of a run: paths, atomic writes, locks."""
+"""Paths, hashes, atomic writes and locks of files."""
 
 import fcntl
 import hashlib
@@ -14,29 +14,44 @@ import torch
 
 from hloss.runs.errors import LockedError
 
-NETWORK_FILE = "network.pt"  # the trained network's state dict, in the run's folder
+NETWORK_FILE = "network.pt"  # in the run's folder: the state dict of the trained network
 
 
 def project_path(folder: str) -> Path:
-    """A relative folder from the project's root, also when the kernel runs in `notebooks/`."""
+    """Resolve a path relative to the project's root.
+
+    The root is the working directory, or its parent if the working directory is `notebooks/` (of a Jupyter kernel).
+
+    Args:
+        folder: a relative or absolute path.
+
+    Returns:
+        An absolute path; absolute paths are returned unchanged.
+    """
     here = Path.cwd()
     return Path(folder) if Path(folder).is_absolute() else (here.parent if here.name == "notebooks" else here) / folder
 
 
 def file_sha256(file: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """SHA-256 hash of a file's bytes, as 64 hex digits."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a run folder; None while there is none."""
+    """Content of `result.json` in a run's folder; None if the file does not exist."""
     file = Path(folder) / "result.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def atomic_write(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file completely or not at all: `write` gets a temporary path, which is renamed when it is complete."""
+    """Write a file completely or not at all.
+
+    Args:
+        file: the file to write or replace.
+        write: called with a temporary path in the same folder, which it must write. The path is then renamed to `file`.
+            If it raises, the temporary file is removed and `file` stays unchanged.
+    """
     part = file.with_name(f".{file.name}.part")
     try:
         write(part)
@@ -44,32 +59,45 @@ def atomic_write(file: Path, write: Callable[[Path], object]) -> None:
             os.fsync(opened.fileno())
         part.replace(file)
     except BaseException:
-        part.unlink(missing_ok=True)  # on a full disk half a file is in the way of the next attempt
+        part.unlink(missing_ok=True)  # Free the space: on a full disk an incomplete file blocks the next attempt.
         raise
 
 
 def atomic_save(file: Path, state: dict[str, Any]) -> None:
-    """Save a state completely or not at all. OSError if it cannot be written."""
+    """Save a state with `torch.save`, completely or not at all.
+
+    Args:
+        file: the file to write or replace.
+        state: tensors and plain values.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full; `file` stays unchanged.
+    """
     try:
         atomic_write(file, lambda part: torch.save(state, part))
-    except RuntimeError as error:  # so torch.save reports a full disk
-        raise OSError(f"{file} could not be written ({error})") from error
+    except RuntimeError as error:  # torch.save raises it on a full disk.
+        raise OSError(
+            f"{file} could not be written: {error}; free space on the disk or check its permissions"
+        ) from error
 
 
 @contextmanager
 def file_lock(
     path: Path, activity: str, patience_seconds: float = 0.0, on_wait: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Hold an exclusive lock on a file or a directory; the system releases it when the process ends.
+    """Lock a file or a directory exclusively within a `with` block.
+
+    The operating system releases the lock when the process ends, however it ends.
 
     Args:
-        path: a directory, or a file, which is created if it does not exist and stays.
-        activity: what the holder of the lock does ("is working in FOLDER"), for the messages to other processes.
-        patience_seconds: how long to wait for a lock that another process holds.
-        on_wait: called once with a message if there is anything to wait for.
+        path: a directory, or a file. A missing file is created and is not removed afterwards.
+        activity: what the process does while it has the lock, such as "is working in FOLDER"; part of the messages of
+            other processes.
+        patience_seconds: time to wait for a lock that another process has, in seconds.
+        on_wait: called once with a message if this process has to wait.
 
     Raises:
-        LockedError: another process still holds the lock.
+        LockedError: another process still has the lock after `patience_seconds`.
     """
     flags = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT
     lock = os.open(path, flags, 0o666)
@@ -88,7 +116,7 @@ def _acquire(lock: int, message: str, patience_seconds: float, on_wait: Callable
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise LockedError(f"{message}; wait for it or end it") from None
+                raise LockedError(f"{message}; wait until it ends, or end it") from None
         if on_wait:
             on_wait(f"{message}; waiting for at most {patience_seconds:.0f} s")
             on_wait = None
@@ -96,5 +124,13 @@ def _acquire(lock: int, message: str, patience_seconds: float, on_wait: Callable
 
 
 def run_lock(folder: Path, patience_seconds: float = 10.0) -> AbstractContextManager[None]:
-    """Hold the lock on a run's folder. LockedError if another process holds it for longer than `patience_seconds`."""
+    """Lock a run's folder within a `with` block.
+
+    Args:
+        folder: the run's folder.
+        patience_seconds: time to wait for a lock that another process has, in seconds.
+
+    Raises:
+        LockedError: another process still has the lock after `patience_seconds`.
+    """
     return file_lock(folder / ".lock", f"is working in {folder}", patience_seconds)

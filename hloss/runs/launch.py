@@ -1,4 +1,4 @@
-"""Start a run on its devices: Fabric in each process, torchrun for several processes."""
+"""Start the processes of a run: torchrun for several devices, Lightning Fabric in each process."""
 
 import logging
 import os
@@ -26,37 +26,79 @@ from hloss.runs.files import atomic_write, read_result
 
 
 def build_fabric(config: RunConfig) -> Fabric:
-    """Fabric on the devices of the run. ConfigError if the machine does not have them."""
+    """Start Fabric on the devices of a run.
+
+    Args:
+        config: the settings of the run.
+
+    Returns:
+        Fabric, connected to the other processes of the run.
+
+    Raises:
+        ConfigError: `devices` differs from the number of processes, or torch finds fewer CUDA devices.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != config.devices:
-        raise ConfigError(f"devices={config.devices}, but this run was started as {processes} processes")
-    found = torch.cuda.device_count()
-    if config.device == "cuda" and found < config.devices:
-        raise ConfigError(f'device="cuda" with devices={config.devices}: torch finds {found} CUDA devices here')
-    # The processes' shares may differ in their number of slices, so no forward pass may exchange anything.
+        raise ConfigError(
+            f"devices={config.devices} differs from the number of processes: got {processes}; "
+            "start one process per device"
+        )
+    check_devices(config)
+    # Processes may have different numbers of slices, so a forward pass must not communicate.
     name = max({"forward_sync_buffers", "broadcast_buffers"} & set(signature(DistributedDataParallel).parameters))
     exchange: dict[str, Any] = {name: False}
     strategy = DDPStrategy(**exchange) if config.devices > 1 else "auto"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     kind: dict[str, Any] = {"accelerator": config.device, "precision": config.precision}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The `srun` command is available")  # torchrun starts the processes of a run
+        warnings.filterwarnings("ignore", "The `srun` command is available")  # hloss uses torchrun instead
         fabric = Fabric(devices=config.devices, strategy=strategy, **kind)
         fabric.launch()
     return fabric
 
 
-def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str, Any]:
-    """Start the command of this run under torchrun, one process per device, and pass on its reports.
+def check_devices(config: RunConfig) -> None:
+    """Refuse a run with more processes than GPUs; each process needs its own.
 
-    The processes' standard error goes to `devices.log` in the run's folder. Returns the result. Raises RunStopped after
-    a signal and RunError if a process fails.
+    Args:
+        config: the settings of the run.
+
+    Raises:
+        ConfigError: `device` is "cuda", or "auto" on a machine with GPUs, and there are fewer GPUs than `devices`.
+    """
+    found = torch.cuda.device_count()
+    if found < config.devices and (config.device == "cuda" or (config.device == "auto" and found)):
+        raise ConfigError(
+            f'device="{config.device}" with devices={config.devices}: torch finds too few CUDA devices: got {found}; '
+            'lower devices or set device to "cpu"'
+        )
+
+
+def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str, Any]:
+    """Execute a run under torchrun, one process per device.
+
+    The standard error of the processes is appended to `devices.log` in the run's folder.
+
+    Args:
+        config: the settings of the run.
+        report: called with each line that the processes print.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        RunStopped: a signal stopped the run.
+        RunError: a process failed.
     """
     file = config.folder / "config.json"
     atomic_write(file, lambda part: part.write_text(config.model_dump_json(indent=1) + "\n"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.devices}"]
     command = [*torchrun, "-m", "hloss.runs", str(file)]
-    environment = {"OMP_NUM_THREADS": str(config.threads), **os.environ, "HLOSS_STDIN": "open while the starter lives"}
+    environment = {
+        "OMP_NUM_THREADS": str(config.threads),
+        **os.environ,
+        "HLOSS_STDIN": "closes when the parent process ends",
+    }
     log = config.folder / "devices.log"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
@@ -73,23 +115,29 @@ def run_on_devices(config: RunConfig, report: Callable[[str], None]) -> dict[str
     status = read_status(config.folder) or {"state": "failed", "message": ""}
     if status["state"] == "stopped":
         raise RunStopped(status["message"])
-    raise RunError(f"the run on {config.devices} devices ended with {child.returncode}, see {log}. {status['message']}")
+    message = status["message"] or "no message"
+    raise RunError(
+        f"the run on {config.devices} devices failed: got exit code {child.returncode} ({message}); see {log}"
+    )
 
 
 @contextmanager
 def _opened_log(log: Path, devices: int) -> Iterator[IO[str]]:
-    """The log, with a new line for this attempt. It is never emptied: another process may be writing to it."""
+    """Open the log and append a line for this attempt; the file is not emptied, as another process may write to it."""
     with open(log, "a") as errors:
         errors.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} started on {devices} devices\n")
-        errors.flush()  # before the processes write
+        errors.flush()  # The line must precede the output of the processes.
         yield errors
 
 
 def stop_with_starter() -> None:
-    """Send this process SIGTERM when the process that started torchrun ends, which closes the other end of stdin."""
+    """Send SIGTERM to this process as soon as the process that started torchrun ends.
+
+    The end of that process closes this process's standard input, which a background thread waits for.
+    """
 
     def watch() -> None:
-        os.read(sys.stdin.fileno(), 1)  # nothing is ever written: this returns at the end of the file
+        os.read(sys.stdin.fileno(), 1)  # Nothing is ever written, so this returns when the input is closed.
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

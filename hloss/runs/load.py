@@ -1,4 +1,4 @@
-"""Load a complete run with its trained network, to embed images; find the networks that the runs of a study kept."""
+"""Load a complete run with its trained network, and list the saved networks of a study."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from hloss.runs.evaluation import weights_sha256
 from hloss.runs.files import NETWORK_FILE, read_result
 from hloss.runs.images import BadImage, ImageSettings, center_crop
 from hloss.runs.models import NO_WEIGHTS, embed, has_pretrained_part
-from hloss.runs.process import default_dtype, torch_threads
+from hloss.runs.process import default_dtype, gpu_arithmetic, torch_threads
 from hloss.runs.run import network_for
 
 REMEDY = "delete the run's folder and run it again with keep_network=True"
@@ -28,10 +28,10 @@ class LoadedRun:
 
     Attributes:
         config: the run's settings.
-        result: the content of its `result.json`.
-        card: the card of its dataset.
+        result: the content of the run's `result.json`.
+        card: the card of the run's dataset.
         network: the trained network, on `device`.
-        device: where it embeds.
+        device: the device that embeds.
     """
 
     config: RunConfig
@@ -44,42 +44,44 @@ class LoadedRun:
         """Embed images as the run embedded its test images.
 
         Args:
-            images: uint8 (n, h, w, c), of the size and channels of the run's dataset; or one image file or several, of
-                any size. Files are decoded and resized as those of the dataset were. For a dataset without files
-                (glyphs) they are stretched to its size; for a grey dataset they become grey. The run's central crop
-                follows in all cases.
+            images: pixels, uint8 (n, h, w, c), with the size and the channels of the run's dataset, or the paths of one
+                or several image files of any size. Files are decoded and resized like the files of the dataset. For a
+                dataset without image files (glyphs) they are stretched to its image size. For a grey dataset they are
+                converted to grey. The central crop of the run is applied in all cases.
 
         Returns:
             Embeddings, float32 (n, d) on the CPU.
 
         Raises:
             ValueError: there are no images, or the array has another shape or dtype.
-            BadImage: a file is no image that can be used; the message names it.
+            BadImage: a file is not a supported image; the message names it.
+            OSError: a file cannot be read.
         """
         chosen: Any = [images] if isinstance(images, str | Path) else images
         if not len(chosen):
-            raise ValueError("images is empty: there is nothing to embed")
+            raise ValueError("images is empty: got 0 images; give at least one")
         read = self._copy if isinstance(chosen, np.ndarray) else self._read
 
         def batch(part: slice) -> Tensor:
             pixels = torch.from_numpy(read(chosen[part])).permute(0, 3, 1, 2)
             return center_crop(pixels, self.config.crop).to(self.device)
 
-        with torch_threads(self.config.threads):  # the number of threads may change the last bits
-            return embed(self.network, batch, len(chosen))
+        # The number of threads and the precision of matrix products may change the last bits.
+        with torch_threads(self.config.threads), gpu_arithmetic(self.device, self.config.tf32):
+            return embed(self.network, batch, len(chosen)).cpu()
 
     def _copy(self, images: np.ndarray) -> np.ndarray:
-        """The images, which may be read-only, as a new array. ValueError if they are not like those of the dataset."""
+        """Check shape and dtype of images, and copy them because they may be read-only."""
         height, width, channels = self.card["image_shape"]
         if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels):
             raise ValueError(
                 f"images must be uint8 of shape (n, {height}, {width}, {channels}): got {images.dtype} {images.shape}; "
-                "give image files to have them resized"
+                "give the paths of image files to have them resized"
             )
         return images.copy()
 
     def _read(self, files: Sequence[str | Path]) -> np.ndarray:
-        """The pixels of image files as the dataset would hold them, uint8 (n, h, w, c)."""
+        """Decode image files as for the dataset, uint8 (n, h, w, c)."""
         height, width, channels = self.card["image_shape"]
         given = self.card.get("settings", {})
         prepare = ImageSettings(height, width, given.get("fit", "stretch"), given.get("crop"))
@@ -95,7 +97,9 @@ class LoadedRun:
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> LoadedRun:
-    """Load a complete run with its trained network, also from a folder that was moved or without its dataset.
+    """Load a complete run with its trained network.
+
+    Only the run's folder is read; it may have been moved, and the dataset is not needed.
 
     Example:
         >>> run = load_run("runs/glyphs/0123456789ab")  # doctest: +SKIP
@@ -103,41 +107,46 @@ def load_run(folder: str | Path, device: str = "cpu") -> LoadedRun:
 
     Args:
         folder: the run's folder, `runs/STUDY/RUN_ID`.
-        device: where to embed: cpu, cuda or cuda:NUMBER. Embeddings equal the run's own bit for bit on the same kind of
-            device.
+        device: device for embedding: "cpu", "cuda" or "cuda:NUMBER". On the same kind of device, embeddings equal those
+            of the run bit for bit.
+
+    Returns:
+        The run; its `embed` embeds images.
 
     Raises:
-        NetworkError: the run is not complete, or `network.pt` is missing or not the run's own network.
+        NetworkError: the run is not complete, or `network.pt` is missing or is not the network of the run.
         ConfigError: this version of the code does not know a setting of the run.
     """
     folder = Path(folder)
     result = read_result(folder)
     if result is None:
-        raise NetworkError(f"{folder} holds no result.json, so it is no complete run; complete it by running it again")
+        raise NetworkError(f"{folder} is not a complete run: it has no result.json; start the run again to complete it")
     if "card" not in result:
-        raise NetworkError(f"{folder / 'result.json'} has no card of the dataset: an older version wrote it; {REMEDY}")
+        raise NetworkError(f"{folder / 'result.json'} has no dataset card: an older version wrote it; {REMEDY}")
     config = _config_of(result)
     network = _own_network(config, result, folder / NETWORK_FILE)
     return LoadedRun(config, result, result["card"], network.to(device), torch.device(device))
 
 
 def _config_of(result: dict[str, Any]) -> RunConfig:
-    """The settings in a result, where those of execution have their defaults, but for the study and the threads."""
+    """Settings of a result, with the defaults for execution settings except study and threads."""
     settings = dict(result["config"])
     if not has_pretrained_part(settings["network"]):
-        del settings["pretrained_lr_factor"]  # a default that cannot be given
+        del settings["pretrained_lr_factor"]  # Such a network refuses the setting, even with its default.
     return parse_config({**settings, "study": result["study"], "threads": result["provenance"]["threads"]})
 
 
 def _own_network(config: RunConfig, result: dict[str, Any], file: Path) -> nn.Module:
-    """The network with the weights in `file`. NetworkError if they are not those that the result names."""
+    """Build the network and load its weights from `file`; NetworkError if their hash differs from the result's."""
     if not file.exists():
-        raise NetworkError(f"{file} does not exist: the run did not keep its network, or it was deleted; {REMEDY}")
+        raise NetworkError(
+            f"{file} does not exist: the run did not save its network, or the file was deleted; {REMEDY}"
+        )
     with torch.random.fork_rng(devices=[]), default_dtype(config.precision):
         network = network_for(config, tuple(result["card"]["image_shape"]), NO_WEIGHTS)
     try:
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises nearly anything on a truncated or foreign file
+    except Exception as error:  # torch.load raises many types on a truncated or foreign file.
         raise NetworkError(f"{file} cannot be loaded ({type(error).__name__}: {error}); {REMEDY}") from error
     if weights_sha256(network) != result["network_sha256"]:
         raise NetworkError(f"{file} is not the network of run {result['run_id']}: its hash differs; {REMEDY}")
@@ -145,5 +154,12 @@ def _own_network(config: RunConfig, result: dict[str, Any], file: Path) -> nn.Mo
 
 
 def kept_networks(study_folder: Path) -> list[Path]:
-    """The files of the networks that the complete runs in a study's folder kept, by run id."""
+    """List the saved networks of a study.
+
+    Args:
+        study_folder: the folder of the study, `runs/STUDY`.
+
+    Returns:
+        Paths of the files `network.pt` of complete runs, sorted by run id.
+    """
     return sorted(file for file in study_folder.glob(f"*/{NETWORK_FILE}") if read_result(file.parent))

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from hloss.losses.checks import DeferredChecks, deferred_checks
 from hloss.losses.distributed import global_batch
 from hloss.numerics import NotFiniteError
 from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_status
@@ -22,10 +23,14 @@ from hloss.runs.datasets import Dataset
 from hloss.runs.errors import RunError, RunStopped
 from hloss.runs.evaluation import validation_recall
 from hloss.runs.files import atomic_save
+from hloss.runs.images import channels_last
 from hloss.runs.models import training_mode
-from hloss.runs.step import Batches, build_optimizer, gradient, seed_of, set_learning_rates
+from hloss.runs.resident import ResidentDataset
+from hloss.runs.step import Batches, build_optimizer, check_loss, gradient, seed_of, set_learning_rates
+from hloss.runs.unread import UnreadLoss, UnreadLosses
 
 CHOOSE, REFIT = "choose", "refit"  # the stages: a training with validation, and one on all classes without it
+READ_EVERY = 10  # iterations on a GPU whose losses are read together
 
 
 @dataclass
@@ -39,6 +44,11 @@ class RunContext:
     stop: StopSignals
     report: Callable[[str], None]
     progress: dict[str, Any] = field(default_factory=dict)
+
+
+def reading_interval(device: torch.device) -> int:
+    """Number of iterations whose losses are read from the device together."""
+    return READ_EVERY if device.type == "cuda" else 1
 
 
 class Loop:
@@ -62,7 +72,10 @@ class Loop:
         training_mode(network, batchnorm)
         self.context, self.network, self.until = context, network, until
         share = (fabric.global_rank, fabric.world_size)
-        self.batches = Batches(context.dataset, rows, config, share, ahead=fabric.device.type == "cuda")
+        on_gpu = fabric.device.type == "cuda"
+        self.on_host = on_gpu and not isinstance(context.dataset, ResidentDataset)  # the images
+        self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host)
+        self.unread, self.checks = UnreadLosses(reading_interval(fabric.device)), DeferredChecks(sys.maxsize)
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
         self.loss = loss.to(fabric.device)
@@ -79,37 +92,42 @@ class Loop:
         """Step, validate and save until the last iteration. After a signal: save, and raise RunStopped."""
         context, progress = self.context, self.context.progress
         started = time.perf_counter() - progress["seconds"]
-        with closing(self.batches), self._progress_bar() as bar:
+        with closing(self.batches), self._progress_bar() as bar, deferred_checks(sys.maxsize) as self.checks:
             context.stop.inside_loop()
             while progress["iteration"] < self.until:
                 self.step()
+                due = self._is_due(context.config.validate_every)
+                if due:
+                    self._read_losses()
                 progress["seconds"] = time.perf_counter() - started
                 self._update(bar)
-                if self._is_due(context.config.validate_every):
+                if due:
                     if progress["stage"] == CHOOSE:
                         self._validate()
                         progress["seconds"] = time.perf_counter() - started
                     self._report()
                 stopped = self._stop_signal()
-                due = time.monotonic() - self.saved_at >= context.config.checkpoint_seconds
-                if stopped or due or progress["iteration"] == self.until:
+                checkpoint = time.monotonic() - self.saved_at >= context.config.checkpoint_seconds
+                if stopped or checkpoint or progress["iteration"] == self.until:
                     self._save()
                 if stopped:
                     raise RunStopped(stopped_by(stopped))
         context.stop.outside_loop()
 
     def step(self) -> None:
-        """One iteration: fetch a batch, add its gradient, update the weights."""
+        """One iteration: fetch a batch, add its gradient, update the weights. On a GPU its loss may be read later."""
         context, progress = self.context, self.context.progress
         config, fabric = context.config, context.fabric
         iteration = progress["iteration"] + 1
         # The same in all processes; with a third number, because seed and iteration alone draw the crops.
         loss_seed = seed_of(config.seed, iteration, fabric.world_size) if fabric.world_size > 1 else None
         images, labels = (part.to(fabric.device, non_blocking=True) for part in next(self.batches))
+        if self.on_host:
+            images = channels_last(images)
         set_learning_rates(self.optimizer, config, iteration)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         try:
-            value = gradient(
+            loss = gradient(
                 fabric,
                 self.wrapped,
                 self.criterion,
@@ -118,24 +136,44 @@ class Loop:
                 config.slice_size,
                 lambda part: seed_of(config.seed, iteration, fabric.global_rank, part),
                 loss_seed,
+                check=self.unread.every == 1,
             )
         except ValueError as error:
-            self._fail(f"{error} at iteration {iteration}", error)
+            self._read_losses()  # an earlier loss may be the cause
+            self._fail(f"{error} at iteration {iteration}", error, self.batches.current)
         self.optimizer.step()
         progress["iteration"] = iteration
-        progress["losses"][progress["stage"]].append(value)
+        checks, self.checks.pending = self.checks.pending, []
+        self.unread.add(UnreadLoss(iteration, self.batches.current, loss, checks))
+        if self.unread.is_full:
+            self._read_losses()
 
-    def _fail(self, why: str, error: Exception) -> None:
+    def _read_losses(self) -> None:
+        """Append the losses since the last reading to the progress; end the run at the first that is not finite."""
+        progress = self.context.progress
+        for unread, value, numbers in self.unread.read():
+            try:
+                for (_, verify), found in zip(unread.checks, numbers, strict=True):
+                    verify(found)
+                check_loss(value)
+            except ValueError as error:
+                began, seen = unread.iteration, progress["iteration"]
+                later = f" (read after iteration {seen})" if seen > began else ""
+                self._fail(f"{error} at iteration {began}{later}", error, unread.batch)
+            progress["losses"][progress["stage"]].append(value)
+
+    def _fail(self, why: str, error: Exception, batch: list[int]) -> None:
         """Save the state that failed for inspection, and raise RunError. The last checkpoint stays as it is.
 
-        `failed.pt` is a checkpoint with one more key, `batch`: the dataset's rows of the last batch, on which the loss
-        failed. If a validation failed, it is the last batch of the training.
+        `failed.pt` is a checkpoint with one more key, `batch`: the dataset's rows of the batch on which the loss
+        failed. If a validation failed, it is the last batch of the training. On a GPU the weights may be those of a
+        later iteration, `progress["iteration"]`, as losses are read every READ_EVERY iterations.
         """
         file = self.context.config.folder / "failed.pt"
         left = f"Weights and batch are in {file}"
         if self.context.fabric.is_global_zero:
             try:
-                atomic_save(file, {**self._state(), "batch": self.batches.rows[self.batches.current].tolist()})
+                atomic_save(file, {**self._state(), "batch": self.batches.rows[batch].tolist()})
             except OSError as full:  # a full disk must not hide the cause, nor make the run retry
                 left = f"Weights and batch are lost: {full}"
         advice = "; try a lower learning_rate" if isinstance(error, NotFiniteError) else ""
@@ -152,7 +190,7 @@ class Loop:
         try:
             recall = validation_recall(self.network, context.dataset, context.config, context.fabric.device)
         except NotFiniteError as error:
-            self._fail(f"validation: {error} after iteration {progress['iteration']}", error)
+            self._fail(f"validation: {error} after iteration {progress['iteration']}", error, self.batches.current)
         progress["validations"].append([progress["iteration"], recall])
         if progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
@@ -181,10 +219,16 @@ class Loop:
         return self.context.progress["iteration"] * self.context.config.batch_size / max(self._seconds(), 1e-9)
 
     def _stop_signal(self) -> str | None:
-        """The signal to stop, if any; a signal to one process stops all, at the same iteration."""
+        """The signal to stop, if any; a signal to one process stops all, at the same iteration.
+
+        Several processes exchange it when losses are read, because the exchange waits for the GPUs.
+        """
         received = self.context.stop.received
         if self.context.fabric.world_size == 1:
             return received
+        iteration = self.context.progress["iteration"]
+        if iteration % self.unread.every and iteration != self.until:
+            return None
         asked = torch.tensor(float(received is not None), device=self.context.fabric.device)
         dist.all_reduce(asked)
         return (received or "a signal to another process") if asked.item() else None
@@ -202,6 +246,7 @@ class Loop:
     def _save(self) -> None:
         """Save a checkpoint. A full disk does not end the training: the previous checkpoint stays usable."""
         context = self.context
+        self._read_losses()
         self.saved_at = time.monotonic()
         if not context.fabric.is_global_zero:
             return
@@ -225,6 +270,7 @@ class Loop:
         progress = self.context.progress
         rate = self._images_per_second()
         recall = f"{100 * progress['validations'][-1][1]:.1f} %" if progress["validations"] else "-"
-        loss = progress["losses"][progress["stage"]][-1]
-        bar.set_postfix_str(f"loss {loss:.4f}, validation Recall@1 {recall}, {rate:.0f} images/s", refresh=False)
+        losses = progress["losses"][progress["stage"]]
+        loss = f"{losses[-1]:.4f}" if losses else "-"
+        bar.set_postfix_str(f"loss {loss}, validation Recall@1 {recall}, {rate:.0f} images/s", refresh=False)
         bar.update()

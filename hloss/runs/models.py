@@ -1,18 +1,18 @@
-"""The networks that embed images: each maps uint8 images (n, channels, height, width) to embeddings (n, d).
+"""Networks that map uint8 images (n, channels, height, width) to embeddings (n, d).
 
-A network scales its own input, so that whoever holds one can feed it images, RGB or grey. Its last step is the L2
-normalisation, unless it was built without: lifted structure is defined on raw embeddings. Three parts in all:
-`backbone` (what may come pretrained), `dropout`, `embedding` (always new).
+A network scales its input, RGB or grey, and L2-normalises its output unless it is built with `normalize=False` (lifted
+structure is defined on embeddings without normalisation). It consists of `scale`, `backbone`, `dropout` and
+`embedding`. Only the backbone can have pretrained weights.
 
-BatchNorm. The networks of the paper have none; torchvision's GoogLeNet has one behind every convolution, and the small
-glyph network has four. Three ways to treat them are told apart (`BATCHNORMS`):
+The networks of the paper have no BatchNorm. GoogLeNet of torchvision has a BatchNorm layer after every convolution, and
+the glyph network has four. The setting `batchnorm` selects their statistics in training (`BATCHNORMS`):
 
-live    statistics of the whole batch. Over several devices they are synchronised; a batch embedded in slices has none.
-frozen  the running statistics that came with the weights, scale and shift still trained. No image depends on another,
-        so slices and devices change nothing. The default with pretrained weights: the sampler's batches hold few
-        classes, and statistics of ImageNet stand behind the weights.
-slices  each slice of a micro-batch, and each device, by its own statistics: another network than live, cheap and exact
-        in the sense that its gradient is the gradient of what was computed.
+- live: statistics of the whole batch, synchronised over devices. Not available for a batch that is embedded in slices.
+- frozen: running statistics of the weights; scale and shift are trained. The embedding of an image does not depend on
+  other images, so slices and devices do not change it. This is the default with pretrained weights, because batches
+  of few classes differ from the ImageNet statistics that the weights were trained with.
+- slices: statistics of each slice of a micro-batch, and of each device's share. The result differs from live. The
+  gradient is exact for the loss that was computed.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hloss.runs.images import stripes
+from hloss.runs.images import channels_last, stripes
 
 NETWORKS = ("glyphnet", "parts", "googlenet", "pixels")
 TORCHVISION = "torchvision:"
 BATCHNORMS = ("live", "frozen", "slices")
 NO_WEIGHTS, IMAGENET = "none", "imagenet"
-# torchvision's weights for these were trained by others on images scaled to [-1, 1], and have auxiliary classifiers.
+# The weights of these models in torchvision come from other authors, who scaled images to [-1, 1]. The models have
+# auxiliary classifiers.
 INCEPTIONS = ("googlenet", "inception_v3")
 
 
 class Embedder(nn.Module):
-    """Scaled images -> backbone -> dropout -> linear -> L2 norm 1 (unless `normalize` is False)."""
+    """Network of a backbone and a linear layer: scale, backbone, dropout, linear layer, L2 normalisation.
+
+    Args:
+        scale: module that maps uint8 images to the input of the backbone.
+        backbone: module whose output, flattened, has `n_features` features per image.
+        n_features: number of features of the backbone.
+        embedding_dim: dimensions of the embedding.
+        dropout: dropout probability of the features.
+        normalize: whether embeddings are L2-normalised.
+    """
 
     def __init__(
         self,
@@ -54,19 +64,41 @@ class Embedder(nn.Module):
         self.normalize = normalize
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (n, d) of uint8 images (n, c, h, w)."""
+        """Embed images.
+
+        Args:
+            images: uint8 (n, c, h, w).
+
+        Returns:
+            Embeddings (n, embedding_dim), of dtype float32 or higher precision.
+        """
         return normalized(self.embedding(self.dropout(self.backbone(self.scale(images)).flatten(1))), self.normalize)
 
 
 def normalized(embeddings: Tensor, normalize: bool = True) -> Tensor:
-    """Embeddings at L2 norm 1, in float32 at least: half precision would leave norms of 1 +- 0.004."""
+    """L2-normalise embeddings in float32 or higher precision; half precision would give norms of 1 +- 0.004.
+
+    Args:
+        embeddings: floating-point (n, d).
+        normalize: False to convert half precision to float32 only.
+
+    Returns:
+        (n, d), float32 for half-precision embeddings, else of the same dtype.
+    """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
         embeddings = embeddings.float()
     return F.normalize(embeddings) if normalize else embeddings
 
 
 class Scale(nn.Module):
-    """(pixel / 255 - mean) / std per channel, in the network's dtype; a grey image gets as many channels as `mean`."""
+    """Scale pixels to (pixel / 255 - mean) / std per channel, in the dtype of the network.
+
+    A grey image is broadcast to the number of channels of `mean`.
+
+    Args:
+        mean: mean of each channel, for pixels in [0, 1].
+        std: standard deviation of each channel, for pixels in [0, 1].
+    """
 
     mean: Tensor
     std: Tensor
@@ -77,11 +109,12 @@ class Scale(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 (n, c, h, w) to floating-point (n, channels of `mean`, h, w)."""
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
 
 class PartsScale(nn.Module):
-    """Of an RGB image (n, 3, 160, 60) its three stripes in BGR, (n, 9, 60, 60), divided by 256; no mean is taken."""
+    """Cut RGB images into three stripes with channels in BGR order, and divide pixels by 256."""
 
     factor: Tensor
 
@@ -90,14 +123,15 @@ class PartsScale(nn.Module):
         self.register_buffer("factor", torch.tensor(1 / 256), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 (n, 3, 160, 60) to floating-point (n, 9, 60, 60)."""
         return stripes(images.flip(1)).to(self.factor.dtype) * self.factor
 
 
 class PartsBackbone(nn.Module):
-    """The convolutions of the three-part re-ID network (DML, Yi et al. 2014) as the authors released it.
+    """Convolutions of the network for re-identification (DML, Yi et al. 2014), as the paper's authors released it.
 
-    (n, 9, 60, 60), three stripes of three channels -> (n, 192, 15, 15). conv1 is one for all stripes, conv2 one for
-    each; both cameras share everything. With 500 dimensions 21.9 M parameters, 98.5 % of them in the inner product.
+    The three stripes of an image share `conv1`, and each has its own `conv2`. Images of both cameras use the same
+    weights. With a 500-dimensional embedding the network has 21.9 M parameters, 98.5 % of them in the linear layer.
     """
 
     def __init__(self) -> None:
@@ -108,6 +142,7 @@ class PartsBackbone(nn.Module):
             _gaussian(convolution, 0.01)
 
     def forward(self, parts: Tensor) -> Tensor:
+        """Map stripes (n, 9, 60, 60) to features (n, 192, 15, 15)."""
         pairs = zip(parts.chunk(3, dim=1), self.conv2, strict=True)
         return torch.cat([_relu_pool(own(_relu_pool(self.conv1(part)))) for part, own in pairs], dim=1)
 
@@ -117,14 +152,21 @@ def _relu_pool(features: Tensor) -> Tensor:
 
 
 def _gaussian(layer: nn.Conv2d | nn.Linear, std: float) -> None:
-    """Weights and biases from N(0, std): the released network draws its biases, too."""
+    """Draw weights and biases from a normal distribution with mean 0, as the released network does for both."""
     nn.init.normal_(layer.weight, std=std)
     assert layer.bias is not None
     nn.init.normal_(layer.bias, std=std)
 
 
 def glyph_backbone(channels: int) -> nn.Sequential:
-    """The small network of the embedded dataset: four 3x3 convolutions with BatchNorm and pooling."""
+    """Backbone for the built-in dataset glyphs: four 3x3 convolutions with BatchNorm, ReLU and pooling.
+
+    Args:
+        channels: number of channels of the images.
+
+    Returns:
+        A module that maps (n, channels, 32, 32) to (n, 64, 2, 2).
+    """
     widths = (channels, 16, 32, 64, 64)
     return nn.Sequential(
         *(
@@ -140,33 +182,45 @@ def glyph_backbone(channels: int) -> nn.Sequential:
 
 
 class Pixels(nn.Module):
-    """The raw-pixels baseline: an image less its own mean, flattened (so that the cosine is a correlation)."""
+    """Raw-pixels baseline: pixels minus the mean of the image, so that the cosine similarity is a correlation."""
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 (n, c, h, w) to unit vectors, float32 (n, c h w + 1)."""
         pixels = images.float().flatten(1)
-        pixels = F.pad(pixels - pixels.mean(1, keepdim=True), (0, 1), value=1e-3)  # a blank image has a direction too
+        pixels = F.pad(
+            pixels - pixels.mean(1, keepdim=True), (0, 1), value=1e-3
+        )  # The constant gives a uniform image a direction.
         return F.normalize(pixels)
 
 
 def is_known_network(name: str) -> bool:
-    """Whether a network goes by this name; `torchvision:NAME` for every classification model of torchvision."""
+    """Whether `name` is one of NETWORKS, or `torchvision:NAME` for a classification model of torchvision."""
     return name in NETWORKS or name.removeprefix(TORCHVISION) in (torchvision_names() if _is_torchvision(name) else ())
 
 
 def torchvision_names() -> list[str]:
-    """The classification models of the installed torchvision."""
-    from torchvision import models  # here, because it takes a second that most runs need not spend
+    """Names of the classification models in the installed torchvision."""
+    from torchvision import models  # Imported here because the import takes a second, which most runs can save.
 
     return models.list_models(module=models)
 
 
 def has_pretrained_part(name: str) -> bool:
-    """Whether weights can be given for the network's backbone."""
+    """Whether the backbone of a network can have pretrained weights."""
     return name == "googlenet" or _is_torchvision(name)
 
 
 def network_defaults(name: str, weights: str) -> dict[str, Any]:
-    """The settings a network has unless told otherwise: the paper's, and what the weights ask for."""
+    """Default settings of a network: those of the paper, adapted to pretrained weights.
+
+    Args:
+        name: name of the network.
+        weights: initial weights of the backbone: "none", "imagenet" or the path of a file.
+
+    Returns:
+        `embedding_dim` (glyphnet 128, parts 500, others 512), `dropout` (parts 0.5, others 0), `batchnorm` (frozen with
+        pretrained weights, else live) and `pretrained_lr_factor` (0.1 with pretrained weights, else 1).
+    """
     pretrained = weights != NO_WEIGHTS
     return {
         "embedding_dim": {"glyphnet": 128, "parts": 500}.get(name, 512),
@@ -184,47 +238,70 @@ def build_network(
     weights: str = NO_WEIGHTS,
     normalize: bool = True,
 ) -> nn.Module:
-    """A network by name for images of (height, width, channels), initialised from torch's generator.
+    """Build a network, initialised from torch's global generator and set to training mode.
 
-    weights: `none`, `imagenet` (torchvision's, fetched by torchvision where there is a network), or the path of a file
-    with a state dict of torchvision's model. ValueError for images that the network cannot take and for other weights.
+    Args:
+        name: name of the network; see `is_known_network`.
+        image_shape: height, width and channels of the images.
+        embedding_dim: dimensions of the embedding.
+        dropout: dropout probability of the features, in [0, 1).
+        weights: initial weights of the backbone: "none" (random), "imagenet" (torchvision downloads them), or the path
+            of a file with a state dict of the torchvision model.
+        normalize: whether embeddings are L2-normalised.
+
+    Returns:
+        A module that maps uint8 (n, channels, height, width) to embeddings (n, embedding_dim). The network "pixels"
+        ignores all arguments but its name.
+
+    Raises:
+        ValueError: the network does not accept images of this shape, or the weights are missing or do not fit.
     """
     if name == "pixels":
         return Pixels()
-    scale, backbone = _parts_of(name, image_shape, weights)
+    scale, backbone = _scale_and_backbone(name, image_shape, weights)
     height, width, channels = image_shape
     backbone.eval()
     with torch.no_grad():
         try:
             features = backbone(scale(torch.zeros(1, channels, height, width, dtype=torch.uint8))).flatten(1)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"network={name!r} cannot take images of {height} x {width} pixels: {error}") from None
+            raise ValueError(f"network={name!r} does not accept images of {height} x {width} pixels: {error}") from None
     network = Embedder(scale, backbone, features.shape[1], embedding_dim, dropout, normalize)
     if name == "parts":
         _gaussian(network.embedding, 0.001)
-    network.to(memory_format=torch.channels_last)  # a third less time for convolutions and pooling on a CPU
+    network.to(memory_format=torch.channels_last)  # saves a third of the time for convolutions and pooling on a CPU
     return network.train()
 
 
-def _parts_of(name: str, image_shape: tuple[int, int, int], weights: str) -> tuple[nn.Module, nn.Module]:
+def _scale_and_backbone(name: str, image_shape: tuple[int, int, int], weights: str) -> tuple[nn.Module, nn.Module]:
     """The input scaling and the backbone of a network."""
     channels = image_shape[2]
     if name == "glyphnet":
         return Scale((0.5,) * channels, (0.5,) * channels), glyph_backbone(channels)
     if name == "parts":
         if image_shape != (160, 60, 3):
-            raise ValueError(f'network="parts" takes RGB images of 160 x 60 pixels, these are {image_shape}')
+            raise ValueError(f'network="parts" requires images of shape (160, 60, 3): got {image_shape}')
         return PartsScale(), PartsBackbone()
     if channels not in (1, 3):
-        raise ValueError(f"network={name!r} takes images of 1 or 3 channels, these have {channels}")
+        raise ValueError(f"network={name!r} requires images with 1 or 3 channels: got {channels}")
     return torchvision_backbone(name.removeprefix(TORCHVISION), weights)
 
 
 def torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, nn.Module]:
-    """The input scaling and the body of a torchvision model: its last linear layer and auxiliary heads are left out.
+    """Build the input scaling and the backbone from a torchvision model.
 
-    So is torchvision's dropout of what that layer sees: only the run's own setting drops any. The input is scaled as
-    the model's ImageNet weights require, also where there are none.
+    The last linear layer, the dropout layers directly before it and the auxiliary classifiers are removed. The input is
+    scaled as the model's ImageNet weights require, with random weights as well.
+
+    Args:
+        name: name of a classification model of torchvision.
+        weights: "none" (random), "imagenet", or the path of a file with a state dict of the model.
+
+    Returns:
+        The scaling and the backbone.
+
+    Raises:
+        ValueError: the model has no linear layer, or the weights are missing or do not fit.
     """
     from torchvision import models
 
@@ -232,11 +309,13 @@ def torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, nn.Module]
     backbone = models.get_model(name, weights=None, **own)
     heads = [key for key, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     if not heads:
-        raise ValueError(f"network='{TORCHVISION}{name}' has no linear layer that an embedding could replace")
+        raise ValueError(
+            f"network='{TORCHVISION}{name}' has no linear layer that the embedding can replace; use another model"
+        )
     for key in [heads[-1], *_dropouts_before(backbone, heads[-1])]:
         backbone.set_submodule(key, nn.Identity())
     if weights != NO_WEIGHTS:
-        _load(backbone, weights_of(name, weights), heads[-1], f"{weights} for network {name!r}")
+        _load_backbone(backbone, load_weights(name, weights), heads[-1], f"{weights!r} for network {name!r}")
     if name in INCEPTIONS:
         return Scale((0.5,) * 3, (0.5,) * 3), backbone
     preset = models.get_model_weights(name).DEFAULT.transforms()
@@ -244,14 +323,25 @@ def torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, nn.Module]
 
 
 def _dropouts_before(backbone: nn.Module, head: str) -> list[str]:
-    """The names of the dropouts right before a layer; torchvision's models hold their last layers in order."""
+    """Names of the dropout layers directly before a layer; torchvision registers the last layers in their order."""
     leaves = [key for key, module in backbone.named_modules() if not any(module.children())]
     before = reversed(leaves[: leaves.index(head)])
     return list(takewhile(lambda key: isinstance(backbone.get_submodule(key), nn.Dropout), before))
 
 
-def weights_of(name: str, weights: str) -> dict[str, Tensor]:
-    """The state dict of torchvision's ImageNet weights, or of a local file."""
+def load_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """Load a state dict for a torchvision model.
+
+    Args:
+        name: name of a classification model of torchvision.
+        weights: "imagenet" (torchvision downloads the weights or reads them from its cache), or the path of a file.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        ValueError: the weights cannot be downloaded, or the file does not exist or is not a state dict.
+    """
     if weights == IMAGENET:
         from torchvision import models
 
@@ -259,28 +349,30 @@ def weights_of(name: str, weights: str) -> dict[str, Tensor]:
             return models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
         except OSError as error:
             raise ValueError(
-                f'weights="imagenet" could not be fetched ({error}); fetch the file elsewhere and give its path'
+                f'weights="imagenet" cannot be downloaded ({error}); '
+                "download the file on another machine and set weights to its path"
             ) from None
     if not Path(weights).is_file():
-        raise ValueError(f'weights={weights!r} is neither "none" nor "imagenet" nor a file that exists')
+        raise ValueError(f'weights={weights!r} does not exist; allowed are "none", "imagenet" and the path of a file')
     try:
         return dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever a file that is no state dict makes torch say
-        raise ValueError(f"weights={weights!r} cannot be read as a state dict: {error}") from None
+    except Exception as error:  # torch.load raises many types on a truncated or foreign file.
+        raise ValueError(f"weights={weights!r} is not a readable state dict: {error}") from None
 
 
-def _load(backbone: nn.Module, given: dict[str, Tensor], head: str, what: str) -> None:
-    """Load all of the backbone; what is left over may only be the classifiers."""
-    wanted = backbone.state_dict()
-    missing = [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")]
-    other = [k for k in given if k not in wanted and not k.startswith((f"{head}.", "aux", "AuxLogits"))]
-    shapes = [k for k in wanted if k in given and wanted[k].shape != given[k].shape]
-    if missing or other or shapes:
+def _load_backbone(backbone: nn.Module, given: dict[str, Tensor], head: str, weights: str) -> None:
+    """Load all tensors of the backbone; the only other tensors may be those of the classifiers."""
+    own = backbone.state_dict()
+    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in given if k not in own and not k.startswith((f"{head}.", "aux", "AuxLogits"))]
+    reshaped = [k for k in own if k in given and own[k].shape != given[k].shape]
+    if missing or unknown or reshaped:
         raise ValueError(
-            f"weights={what} are another network's: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(other)} have no place {other[:3]}, {len(shapes)} have another shape {shapes[:3]}"
+            f"weights={weights} do not fit: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(unknown)} are unknown {unknown[:3]}, {len(reshaped)} have another shape {reshaped[:3]}; "
+            "use the state dict of the same torchvision model"
         )
-    backbone.load_state_dict({k: given.get(k, wanted[k]) for k in wanted})
+    backbone.load_state_dict({k: given.get(k, own[k]) for k in own})
 
 
 def _is_torchvision(name: str) -> bool:
@@ -288,24 +380,44 @@ def _is_torchvision(name: str) -> bool:
 
 
 def batchnorms(network: nn.Module) -> list[nn.Module]:
-    """The layers of a network that have statistics of a batch."""
+    """BatchNorm layers of a network."""
     return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def training_mode(network: nn.Module, batchnorm: str) -> None:
-    """Set a network to train, its BatchNorm layers as `batchnorm` says."""
+    """Set a network to training mode.
+
+    Args:
+        network: the network.
+        batchnorm: one of BATCHNORMS; "frozen" sets the BatchNorm layers to evaluation mode.
+    """
     network.train()
     if batchnorm == "frozen":
         for layer in batchnorms(network):
             layer.eval()
 
 
+def _for_gpu(images: Tensor) -> Tensor:
+    """Copy images on a GPU to one memory layout, by which cuDNN chooses its algorithms; a CPU's are returned as is."""
+    return channels_last(images) if images.is_cuda else images
+
+
 def embed(network: nn.Module, images: Callable[[slice], Tensor], n: int, batch: int = 128) -> Tensor:
-    """Embeddings (n, d), float32 on the CPU, of `images(slice)` in evaluation mode, batch by batch."""
+    """Embed images in evaluation mode, batch by batch; the modes of the network's modules are restored afterwards.
+
+    Args:
+        network: maps uint8 images (n, c, h, w) to embeddings (n, d).
+        images: called with slices of range(n); returns these images on the network's device.
+        n: number of images, at least 1.
+        batch: images per batch.
+
+    Returns:
+        Embeddings, float32 (n, d) on the network's device.
+    """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     with torch.no_grad():
-        found = [network(images(slice(i, min(i + batch, n)))).float().cpu() for i in range(0, n, batch)]
+        found = [network(_for_gpu(images(slice(i, min(i + batch, n))))).float() for i in range(0, n, batch)]
     for module, mode in modes:
         module.training = mode
     return torch.cat(found)

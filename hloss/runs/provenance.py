@@ -1,4 +1,4 @@
-"""Hashes of the code and the data that a result depends on, and where a result came from."""
+"""Hashes of the code and the data that a result depends on, and the origin of a result."""
 
 import ast
 import json
@@ -22,12 +22,21 @@ from hloss.runs.config import RunConfig
 from hloss.runs.models import has_pretrained_part
 
 PACKAGE = Path(__file__).parents[1]
-NAMED_PACKAGES = ("torchvision", "pytorch-metric-learning")  # which networks and losses a setting can name
-LEFT_OUT = ("ctx", "kind", "type_comment")  # fields of syntax trees that are spelling, or follow from other fields
+NAMED_PACKAGES = ("torchvision", "pytorch-metric-learning")  # settings can select their networks and losses
+IGNORED_FIELDS = ("ctx", "kind", "type_comment")  # of syntax trees: spelling, or determined by other fields
 
 
 def fingerprint(config: RunConfig, card_sha256: str) -> dict[str, str]:
-    """Hashes of the code and the data, and the versions of the other packages that the settings name."""
+    """Hashes and versions on which a result depends besides its settings.
+
+    Args:
+        config: the settings of the run.
+        card_sha256: SHA-256 hash of the dataset's card.
+
+    Returns:
+        `code_sha256`, `card_sha256`, and the versions of torchvision and pytorch-metric-learning if the settings select
+        a network or a loss of theirs.
+    """
     is_named = (has_pretrained_part(config.network), config.loss.startswith(PREFIX))
     versions = {name: found for name in compress(NAMED_PACKAGES, is_named) if (found := _version(name))}
     return {"code_sha256": code_sha256(), "card_sha256": card_sha256} | versions
@@ -35,9 +44,16 @@ def fingerprint(config: RunConfig, card_sha256: str) -> dict[str, str]:
 
 @lru_cache
 def code_sha256(package: Path = PACKAGE) -> str:
-    """Hash of the code that a run executes: syntax trees of `runs.run` and all modules of the package that it imports.
+    """Hash the code that a run executes: the syntax trees of `runs.run` and of all modules that it imports.
 
-    Imports within functions count. Docstrings, comments and layout do not. Every Python version gives the same hash.
+    Only modules of the package are hashed, including those imported inside functions. Docstrings, comments and layout
+    do not change the hash. All Python versions compute the same hash.
+
+    Args:
+        package: the folder of the package.
+
+    Returns:
+        SHA-256 hash, as 64 hex digits.
     """
     hashes: dict[str, str] = {}
     waiting = [f"{package.name}.runs.run"]
@@ -52,7 +68,7 @@ def code_sha256(package: Path = PACKAGE) -> str:
 
 
 def _file(package: Path, module: str) -> Path | None:
-    """The file of a module; None if it is not in the package, or if the name is not a module's."""
+    """File of a module; None if the name is not that of a module in the package."""
     if module.partition(".")[0] != package.name:
         return None
     path = package.parent.joinpath(*module.split("."))
@@ -60,7 +76,7 @@ def _file(package: Path, module: str) -> Path | None:
 
 
 def _imports(module: str, file: Path, tree: ast.Module) -> Iterator[str]:
-    """The names that a module imports, each with the packages that contain it."""
+    """Names that a module imports, and the packages that contain them."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -72,7 +88,7 @@ def _imports(module: str, file: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def _parts(tree: ast.AST) -> list[str]:
-    """The types of a syntax tree's nodes, from its root down, with their fields and constants."""
+    """Node types, field names and constants of a syntax tree, from its root downwards."""
     parts: list[str] = []
 
     def add(value: object) -> None:
@@ -80,7 +96,7 @@ def _parts(tree: ast.AST) -> list[str]:
             parts.append(type(value).__name__)
             for name in value._fields:
                 field = getattr(value, name, None)
-                if field is not None and field != [] and name not in LEFT_OUT:
+                if field is not None and field != [] and name not in IGNORED_FIELDS:
                     parts.append(name)
                     add(field)
             parts.append(".")
@@ -91,14 +107,14 @@ def _parts(tree: ast.AST) -> list[str]:
                     add(item)
             parts.append("]")
         else:
-            parts.append(ascii(value))  # repr would depend on the Unicode version that Python knows
+            parts.append(ascii(value))  # repr would depend on the Unicode version of Python.
 
     add(tree)
     return parts
 
 
 def _is_text(statement: object) -> bool:
-    """Whether a statement is a string alone, like a docstring, which does nothing."""
+    """Whether a statement consists of a string only, as a docstring does; it has no effect."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)
@@ -107,7 +123,16 @@ def _is_text(statement: object) -> bool:
 
 
 def provenance(device: torch.device, threads: int) -> dict[str, Any]:
-    """Where a result came from, for the reader; nothing is decided by it."""
+    """Describe how a result was made; for information only, no code depends on it.
+
+    Args:
+        device: the device of the run.
+        threads: CPU threads of torch.
+
+    Returns:
+        Git commit, whether the working tree was changed, versions of Python and packages, device, processor and
+        threads; the commit is None outside a repository.
+    """
     packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas", "pytorch-metric-learning", "faiss-cpu")
     return {
         "git_commit": _git("rev-parse", "HEAD"),
@@ -121,9 +146,9 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of this machine's CPU and its cores; where only Linux tells the name, its architecture."""
-    told = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", told.read_text()) if told.exists() else []
+    """Name and number of cores of the CPU; the architecture replaces the name where Linux does not give it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -135,8 +160,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git answers about the project; None where the project is not the root of a repository."""
-    if not (PACKAGE.parent / ".git").exists():  # a folder, or a file in a worktree; git would look further up
+    """Output of a git command in the project's root; None if the root is not the root of a repository."""
+    if not (PACKAGE.parent / ".git").exists():  # In a worktree .git is a file. Git would search parent folders.
         return None
     try:
         answer = subprocess.run(

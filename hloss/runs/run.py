@@ -27,7 +27,7 @@ from hloss.runs.checkpoints import (
 )
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset, open_dataset
-from hloss.runs.errors import ConfigError, DatasetError, RunError, RunStopped
+from hloss.runs.errors import ConfigError, DatasetError, GPUMemoryError, RunError, RunStopped
 from hloss.runs.evaluation import (
     evaluate_test,
     history_table,
@@ -40,11 +40,12 @@ from hloss.runs.evaluation import (
     write_run_files,
 )
 from hloss.runs.files import NETWORK_FILE, read_result, run_lock
-from hloss.runs.launch import build_fabric, run_on_devices
+from hloss.runs.launch import build_fabric, check_devices, run_on_devices
 from hloss.runs.loop import CHOOSE, REFIT, Loop, RunContext
 from hloss.runs.models import batchnorms, build_network
-from hloss.runs.process import default_dtype, peak_memory_mib, torch_threads
+from hloss.runs.process import default_dtype, gpu_arithmetic, peak_memory_mib, torch_threads
 from hloss.runs.provenance import fingerprint, provenance
+from hloss.runs.resident import ResidentDataset, place_images
 
 
 def _print(line: str) -> None:
@@ -68,6 +69,7 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
     Raises:
         ConfigError, DatasetError: before any training, if settings and data do not fit.
         RunError: another process has locked the run's folder, or the loss is not finite.
+        GPUMemoryError: the memory of the GPU does not suffice; started again, the run continues.
         RunStopped: after SIGTERM or SIGINT, with everything saved.
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
@@ -81,6 +83,11 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
     config.folder.mkdir(parents=True, exist_ok=True)
     starts_processes = config.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     if starts_processes and not _matching_result(config, identity):
+        try:
+            check_devices(config)
+        except ConfigError as error:
+            _record_refusal(config.folder, error)
+            raise
         return run_on_devices(config, report)
     lock = run_lock(config.folder) if is_first else nullcontext()
     # The caller's generator on the CPU is restored. A GPU's is seeded anew in every step; asked for all GPUs, torch
@@ -99,7 +106,7 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
                 _write_refused_status(config.folder, error)
             raise
         context = RunContext(config, dataset, identity, fabric, stop, report if is_first else lambda line: None)
-        with torch_threads(config.threads):
+        with torch_threads(config.threads), gpu_arithmetic(fabric.device, config.tf32):
             return _run_with_status(context) if is_first else _train_and_evaluate(context)
 
 
@@ -153,7 +160,8 @@ def _run_with_status(context: RunContext) -> dict[str, Any]:
         raise
     except BaseException as error:
         # torch raises RuntimeError if memory, a device or another process is lost: another attempt may succeed.
-        passing = isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, RunError)
+        lasting = isinstance(error, RunError) and not isinstance(error, GPUMemoryError)
+        passing = isinstance(error, (RuntimeError, MemoryError)) and not lasting
         write("failed", f"{type(error).__name__}: {error}", retry=passing)
         raise
     write("complete")
@@ -161,10 +169,34 @@ def _run_with_status(context: RunContext) -> dict[str, Any]:
 
 
 def _train_and_evaluate(context: RunContext) -> dict[str, Any]:
+    """Carry out the run in this process. GPUMemoryError if the memory of its GPU does not suffice."""
+    try:
+        return _carry_out(context)
+    except RuntimeError as error:
+        if isinstance(error, RunError) or "out of memory" not in str(error):
+            raise
+        raise GPUMemoryError(_memory_advice(context, error)) from error
+
+
+def _memory_advice(context: RunContext, error: RuntimeError) -> str:
+    """What filled the memory of a GPU, and which settings need less of it."""
+    config = context.config
+    at_once = config.slice_size or -(-config.batch_size // config.devices)
+    images = ""
+    if isinstance(context.dataset, ResidentDataset):
+        images = f', or images="host", which frees {context.dataset.resident.nbytes / 2**30:.1f} GiB'
+    return (
+        f"CUDA out of memory with {at_once} images embedded at once: set micro_batch to fewer (with the gradient of "
+        f"the whole batch), or let fewer runs share the GPU{images}. {str(error).partition(chr(10))[0]}"
+    )
+
+
+def _carry_out(context: RunContext) -> dict[str, Any]:
     """Everything from the new network, or the last checkpoint, to the result."""
     config, fabric = context.config, context.fabric
     network = new_network(context)
     _check_data_and_devices(context, network)
+    context.dataset = place_images(context.dataset, config.images, fabric.device)
     for name in ("result.json", NETWORK_FILE):  # made by other code or data: the folder is written anew
         (config.folder / name).unlink(missing_ok=True)
     saved = load_checkpoint(config.folder, context.identity, context.report)
@@ -288,7 +320,7 @@ def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, An
         "pretrained_sha256": context.identity["pretrained_sha256"],
         "fingerprint": context.identity["fingerprint"],
         "card": dataset.card,
-        "provenance": provenance(device, config.threads),
+        "provenance": provenance(device, config.threads) | {"tf32": config.tf32 if device.type == "cuda" else None},
     }
     kept = network if config.keep_network else None
     write_run_files(config.folder, result, history_table(progress), retrieval, embeddings, kept)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from hloss.numerics import NotFiniteError
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
-from hloss.runs.images import augment
+from hloss.runs.images import augment, draw_views
 from hloss.runs.models import batchnorms
+from hloss.runs.resident import ResidentDataset
 
 
 def seed_of(*numbers: int) -> int:
@@ -41,7 +42,8 @@ def build_optimizer(network: nn.Module, config: RunConfig, loss: nn.Module | Non
     if learned:
         rate = config.learning_rate
         groups.append({"params": learned, "lr": rate, "initial_lr": rate, "weight_decay": 0.0})
-    return torch.optim.Adam(groups)
+    on_gpu = all(parameter.is_cuda for parameter in (*network.parameters(), *learned))
+    return torch.optim.Adam(groups, fused=on_gpu or None)  # one kernel for many parameters
 
 
 def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -73,15 +75,16 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
     """An endless iterator over the batches of a run.
 
     Gives this process's share of the images, uint8 (n, c, h, w), and their labels, int64 (n,), counted from 0. Every
-    process draws the same whole batch and takes its share of it. `state_dict()` is the state after the last batch that
-    was returned.
+    process draws the same whole batch and takes its share of it. Both are on the device of a ResidentDataset's images,
+    else on the CPU. `state_dict()` is the state after the last batch that was returned.
 
     Args:
         dataset: the prepared dataset.
         rows: of the dataset's index, the images to draw from.
         config: the settings of the run.
         share: this process's number, from 0, and the number of processes.
-        ahead: fetch the next batch in a thread, so that a GPU need not wait for it. On a CPU this saves no time.
+        ahead: fetch the next batch in a thread, so that a GPU need not wait for it. On a CPU, and if the images are
+            on the device, this saves no time.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
     ) -> None:
         self.dataset, self.rows, self.config, self.share, self.ahead = dataset, rows, config, share, ahead
         classes, self.labels = dataset.labels(rows).unique(return_inverse=True)  # from 0, as class weights need them
-        self.n_classes = len(classes)
+        self.n_classes, self.class_numbers = len(classes), self.labels.numpy()
         self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
         self.iteration = 0  # of the last batch returned
         self.current: list[int] = []  # all images of that batch, as indices into `rows`
@@ -116,19 +119,37 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         return self._drawn
 
     def _fetch(self, drawn: list[int], iteration: int) -> tuple[Tensor, Tensor]:
-        number, shares = self.share
-        own = np.array_split(np.arange(len(drawn)), shares)[number]
-        batch = np.asarray(drawn)
-        if self.config.crop or self.config.horizontal_flip:  # drawn for the whole batch, whatever the shares
-            generator = torch.Generator().manual_seed(seed_of(self.config.seed, iteration))
-            images = augment(
-                self.dataset.pixels(self.rows[batch]), self.config.crop, self.config.horizontal_flip, generator
-            )
-            images = images[own]
+        config, batch, own = self.config, np.asarray(drawn), slice(*self._bounds(len(drawn)))
+        generator = None
+        if config.crop or config.horizontal_flip:  # drawn for the whole batch, whatever the shares
+            generator = torch.Generator().manual_seed(seed_of(config.seed, iteration))
+        if isinstance(self.dataset, ResidentDataset):
+            return self._cut_resident(batch, own, generator)
+        if generator is not None:
+            pixels = self.dataset.pixels(self.rows[batch])
+            images = augment(pixels, config.crop, config.horizontal_flip, generator)[own]
         else:
             images = self.dataset.pixels(self.rows[batch[own]])
+        labels = self.labels[batch[own]]
         pinned = self.ahead and torch.cuda.is_available()
-        return (images.pin_memory() if pinned else images), self.labels[batch[own]]
+        return (images.pin_memory(), labels.pin_memory()) if pinned else (images, labels)
+
+    def _bounds(self, n: int) -> tuple[int, int]:
+        """First and last (exclusive) position of this process's share of n images: as even as possible, in order."""
+        number, shares = self.share
+        size, longer = divmod(n, shares)  # the first `longer` shares have one image more
+        start = number * size + min(number, longer)
+        return start, start + size + (number < longer)
+
+    def _cut_resident(self, batch: np.ndarray, own: slice, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch, cut on the device that the images are on."""
+        dataset, config = self.dataset, self.config
+        assert isinstance(dataset, ResidentDataset)
+        views = None
+        if generator is not None:
+            size = dataset.resident.shape[1], dataset.resident.shape[2]
+            views = draw_views(len(batch), size, config.crop, config.horizontal_flip, generator).share(own)
+        return dataset.batch(self.rows[batch[own]], self.class_numbers[batch[own]], views)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next batch depends on, readable by `torch.load(weights_only=True)`."""
@@ -154,8 +175,9 @@ def gradient(
     micro_batch: int | None,
     seed: Callable[[int], int],
     loss_seed: int | None = None,
-) -> float:
-    """Add the gradient of the loss to the network's parameters, and return the loss.
+    check: bool = True,
+) -> Tensor:
+    """Add the gradient of the loss to the network's parameters, and return the loss, a scalar on its device.
 
     With `micro_batch` the gradient is exactly that of the whole batch, at the memory of one slice. All slices are
     embedded without a graph, the loss is differentiated with respect to the embeddings, and each slice is embedded
@@ -175,29 +197,33 @@ def gradient(
         seed: the seed of a slice's dropout, by the slice's number.
         loss_seed: the seed of the loss, the same in all processes; None if there is one process only: then the loss
             continues with the generator that dropout used.
+        check: read the loss before its gradient is computed, for which the host waits for a GPU. If False, the caller
+            checks the returned loss.
 
     Raises:
-        NotFiniteError: the loss is not finite; no parameter's gradient has changed.
+        NotFiniteError: the loss is not finite and `check` is true; no parameter's gradient has changed.
         ValueError: the loss refuses the embeddings; no parameter's gradient has changed.
     """
     if micro_batch is None:
         _seed(images.device, seed(0))
         loss = _loss_of(criterion, loss_seed, network(images), labels)
-        value = _finite_value(loss)
+        if check:
+            check_loss(loss.item())
         fabric.backward(loss)
-        return value
+        return loss.detach()
     slices = images.split(micro_batch)
     with torch.no_grad(), _constant_running_statistics(network):
         embeddings = torch.cat([_embed_slice(network, part, seed(i)) for i, part in enumerate(slices)])
     embeddings.requires_grad_()
     loss = _loss_of(criterion, loss_seed, embeddings, labels)
-    value = _finite_value(loss)
+    if check:
+        check_loss(loss.item())
     loss.backward()  # to the embeddings and the weights of the loss itself
     assert embeddings.grad is not None
     for i, (part, grad) in enumerate(zip(slices, embeddings.grad.split(micro_batch), strict=True)):
         with fabric.no_backward_sync(network, enabled=i < len(slices) - 1):
             fabric.backward(_embed_slice(network, part, seed(i)), grad)
-    return value
+    return loss.detach()
 
 
 def _embed_slice(network: nn.Module, images: Tensor, seed: int) -> Tensor:
@@ -220,11 +246,10 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def _finite_value(loss: Tensor) -> float:
-    value = loss.item()
+def check_loss(value: float) -> None:
+    """NotFiniteError if a loss is NaN or infinite."""
     if not math.isfinite(value):
         raise NotFiniteError(f"the loss is {value}")
-    return value
 
 
 @contextmanager

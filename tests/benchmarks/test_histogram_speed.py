@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hloss import HistogramLoss
+from hloss.losses.checks import deferred_checks
 from tests.benchmarks.conftest import peak_above_start
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,10 +46,29 @@ def dense(embeddings, labels, n_bins=200):
     return weights[~positive].mean(0) @ weights[positive].mean(0).cumsum(0)
 
 
-@pytest.mark.parametrize("n", [64, 256, 1024, 4096])
+NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("n", [64, 256, 1024, 4096, pytest.param(16_384, marks=NEEDS_GPU)])
 def test_against_the_product(race, n):
     embeddings, labels = batch(n)
     sides = {FLOOR: product, "HistogramLoss": HistogramLoss()}
+    race(f"N = {n}", FLOOR, {name: step(loss, embeddings, labels) for name, loss in sides.items()})
+
+
+def unchecked(embeddings, labels):
+    """The loss of normalised embeddings, whose checks are not read."""
+    with deferred_checks() as checks:
+        loss = HistogramLoss(normalize=False)(embeddings, labels)
+        checks.pending.clear()
+    return loss
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("n", [256, 1024])
+def test_deferred_checks_against_the_product(race, n):
+    embeddings, labels = batch(n)
+    sides = {FLOOR: product, "HistogramLoss, normalised, deferred checks": unchecked}
     race(f"N = {n}", FLOOR, {name: step(loss, embeddings, labels) for name, loss in sides.items()})
 
 
@@ -111,3 +131,15 @@ labels = torch.arange(32_768) // 8
 loss(embeddings, labels).backward()
 """)
     record("N = 32768, D = 128", "HistogramLoss", f"{grown / 2**20:.0f} MiB", "peak above the process before the call")
+
+
+@NEEDS_GPU
+def test_memory_on_a_gpu(record):
+    embeddings, labels = batch(131_072, 128)
+    HistogramLoss()(embeddings, labels).backward()
+    embeddings.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    HistogramLoss()(embeddings, labels).backward()
+    grown = torch.cuda.max_memory_allocated() - before
+    record("N = 131072, D = 128", "HistogramLoss", f"{grown / 2**20:.0f} MiB", "peak on the GPU above the input")

@@ -1,4 +1,4 @@
-"""How any source becomes a prepared dataset: bad images, full disks, interruptions, memory; and the command line."""
+"""Preparation of any source: bad images, full disks, interruptions, memory; and the command line."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ SMALL = Options(ImageSettings(16, 16, "pad"), val_fraction=0.5)
 
 
 def images(n_classes=20, per_class=10, **others):
-    """Class-named folders of PNG images whose pixels all say which they are."""
+    """Class folders of PNG images; every pixel of an image is its number."""
     files = {}
     for label in range(n_classes):
         for i in range(per_class):
@@ -43,18 +43,18 @@ N = 200
 BAD = {"class1/1.png": b"", "class3/0.png": b"\x89PNG\r\n\x1a\n broken", "class4/2.png": photo(0)[:300]}
 
 
-def test_bad_images_are_listed_and_nothing_stays_behind(tmp_path):
+def test_lists_bad_images_and_writes_nothing(tmp_path):
     source = write_folder(tmp_path / "source", images(**BAD))
     with pytest.raises(PreparationError) as error:
         folder.prepare(source, tmp_path / "data" / "mine", SMALL)
     message = str(error.value)
-    assert "3 of 200 images cannot be used; replace them, or pass --skip-bad" in message
+    assert "3 of 200 images cannot be decoded; replace them, or pass --skip-bad" in message
     assert "class1/1.png: empty file (0 bytes)" in message
     assert all(f"\n  {name}: " in message for name in BAD)
     assert children(tmp_path / "data") == []
 
 
-def test_skipped_images_are_in_the_card_and_all_others_in_their_rows(tmp_path):
+def test_skips_bad_images_and_lists_them_in_the_card(tmp_path):
     source = write_folder(tmp_path / "source", images(**BAD))
     dataset = prepared("folder", source, tmp_path / "mine", "--skip-bad", "--size", "16x16")
     assert dataset.card["skipped_images"].keys() == BAD.keys()
@@ -65,40 +65,44 @@ def test_skipped_images_are_in_the_card_and_all_others_in_their_rows(tmp_path):
     dataset.check_pixels()
 
 
-def test_a_split_of_bad_images_alone_is_refused(tmp_path):
+def test_refuses_a_split_with_only_bad_images(tmp_path):
     source = write_folder(tmp_path / "source", dict.fromkeys(images(), b""))
-    with pytest.raises(PreparationError, match="a whole split is empty"):
+    with pytest.raises(
+        PreparationError, match="200 of 200 images cannot be decoded: no image of test, train, val remains"
+    ):
         folder.prepare(source, tmp_path / "data" / "mine", replace(SMALL, skip_bad=True))
     assert children(tmp_path / "data") == []
 
 
-def test_an_output_that_holds_something_else_is_refused(tmp_path):
+def test_refuses_to_overwrite_other_files(tmp_path):
     source = write_folder(tmp_path / "source", images())
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("mine")
-    with pytest.raises(PreparationError, match=r"holds something that is not a prepared dataset \(thesis\.tex\)"):
+    with pytest.raises(
+        PreparationError, match=r"neither empty nor a prepared dataset: it contains thesis\.tex; choose"
+    ):
         folder.prepare(source, other, SMALL)
     folder.prepare(source, tmp_path / "mine", SMALL)
     with (
-        pytest.raises(PreparationError, match="holds the prepared dataset 'mine', not 'theirs'"),
+        pytest.raises(PreparationError, match="is the prepared dataset 'mine', not 'theirs'"),
         new_folder(tmp_path / "mine", "theirs"),
     ):
         pass
     (tmp_path / "mine" / "notes.txt").write_text("mine too")
-    with pytest.raises(PreparationError, match=r"is not a prepared dataset \(notes\.txt\)"):
+    with pytest.raises(PreparationError, match=r"nor a prepared dataset: it contains notes\.txt; choose"):
         folder.prepare(source, tmp_path / "mine", SMALL)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine too"
     (tmp_path / "mine" / "notes.txt").unlink()
     (tmp_path / "mine" / "card.json").write_text("{")
-    with pytest.raises(PreparationError, match=r"dataset 'with a broken card\.json', not 'mine'"):
+    with pytest.raises(PreparationError, match=r"mine/card\.json is not valid JSON; choose another --out"):
         folder.prepare(source, tmp_path / "mine", SMALL)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PreparationError, match="file is a file; choose another --out"):
+    with pytest.raises(PreparationError, match=r"--out must be a folder: got the file .*file"):
         folder.prepare(source, tmp_path / "file", SMALL)
 
 
-def test_preparing_again_replaces_the_dataset(tmp_path):
+def test_a_second_preparation_replaces_the_first(tmp_path):
     source = write_folder(tmp_path / "source", images())
     before = folder.prepare(source, tmp_path / "data" / "mine", SMALL)
     after = folder.prepare(source, tmp_path / "data" / "mine", replace(SMALL, seed=3))
@@ -107,18 +111,18 @@ def test_preparing_again_replaces_the_dataset(tmp_path):
     assert children(tmp_path / "data") == ["mine"]
 
 
-def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
+def test_refuses_a_disk_without_enough_space(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "source", images())
     usage = __import__("collections").namedtuple("usage", "total used free")(10**6, 10**6 - 5000, 5000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(PreparationError, match=r"no space left on the device of .*/data: 0\.0 GB are needed"):
+    with pytest.raises(PreparationError, match=r"not enough disk space in .*/data: 0\.0 GB are needed"):
         folder.prepare(source, tmp_path / "data" / "mine", SMALL)
     assert children(tmp_path / "data") == []
 
 
 @pytest.mark.parametrize("where", ["pwrite", "posix_fallocate", "fsync"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_is_named_and_nothing_stays_behind(tmp_path, monkeypatch, where, number):
+def test_names_a_disk_that_fills_up_and_leaves_no_files(tmp_path, monkeypatch, where, number):
     source = write_folder(tmp_path / "source", images())
     calls = []
 
@@ -129,13 +133,13 @@ def test_a_disk_that_fills_up_is_named_and_nothing_stays_behind(tmp_path, monkey
         return len(arguments[1])
 
     monkeypatch.setattr(os, where, full)
-    with pytest.raises(PreparationError, match=r"no space left on the device of .*/data; free some or choose another"):
+    with pytest.raises(PreparationError, match=r"not enough disk space in .*/data; free some space or choose another"):
         folder.prepare(source, tmp_path / "data" / "mine", SMALL)
     assert calls
     assert children(tmp_path / "data") == []
 
 
-def test_a_write_that_is_cut_short_is_continued(tmp_path, monkeypatch):
+def test_continues_a_partial_write(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "source", images())
     whole = folder.prepare(source, tmp_path / "whole" / "mine", SMALL)
     write = os.pwrite
@@ -143,7 +147,7 @@ def test_a_write_that_is_cut_short_is_continued(tmp_path, monkeypatch):
     assert folder.prepare(source, tmp_path / "cut" / "mine", SMALL) == whole
 
 
-def test_two_preparations_of_one_output_do_not_meet(tmp_path):
+def test_refuses_two_preparations_of_one_output_at_once(tmp_path):
     with new_folder(tmp_path / "mine") as first:
         with pytest.raises(PreparationError, match="another process is preparing"), new_folder(tmp_path / "mine"):
             pass
@@ -153,7 +157,7 @@ def test_two_preparations_of_one_output_do_not_meet(tmp_path):
 def start(source, out, *options):
     command = [sys.executable, "-m", "data_prep", "folder", "--source", str(source), "--out", str(out), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # Tests started in the background of a shell ignore SIGINT, and so would what they start.
+    # A test run in the background of a shell ignores SIGINT, and its child processes would inherit that.
     return subprocess.Popen(command, cwd=ROOT, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
@@ -163,11 +167,11 @@ def wait_for(condition, process):
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    raise AssertionError("waited in vain")
+    raise AssertionError("the condition did not become true in 30 s")
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, older):
+def test_a_killed_preparation_leaves_no_partial_dataset(tmp_path, older):
     rng = np.random.default_rng(0)
     slow = [encoded(rng.integers(0, 256, (1200, 1200, 3), np.uint8), "PNG", compress_level=1) for _ in range(2)]
     source = write_folder(tmp_path / "source", {f"class{i % 20}/{i}.png": slow[i % 2] for i in range(200)})
@@ -193,7 +197,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, older
     assert open_dataset(data / "mine").card["images"] == N
 
 
-def test_an_interrupted_preparation_cleans_up(tmp_path):
+def test_an_interrupted_preparation_removes_its_files(tmp_path):
     big = encoded(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8), "PNG", compress_level=1)
     source = write_folder(tmp_path / "source", {f"class{i % 20}/{i}.png": big for i in range(200)})
     process = start(source, tmp_path / "data" / "mine")
@@ -201,11 +205,11 @@ def test_an_interrupted_preparation_cleans_up(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 1
-    assert error.endswith("data_prep folder: interrupted, nothing was written\n")
+    assert error.endswith("data_prep folder: interrupted; nothing was written\n")
     assert children(tmp_path / "data") == []
 
 
-# Not getrusage: its peak starts with what the parent process had when it forked.
+# getrusage would include the peak memory of the parent process before the fork.
 PEAK = """
 import sys
 from data_prep.__main__ import main
@@ -214,8 +218,8 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 """
 
 
-def test_memory_does_not_grow_with_the_dataset(tmp_path):
-    """1,600 images take 315 MB prepared; the peak stays where 200 images, 39 MB, have it."""
+def test_peak_memory_does_not_grow_with_the_dataset(tmp_path):
+    """1,600 images (315 MB prepared) need at most 40 MB more memory than 200 images (39 MB prepared)."""
     tiny = [photo(i) for i in range(10)]
     peaks = []
     for n in (200, 1600):
@@ -227,7 +231,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path):
     assert peaks[1] < peaks[0] + 40, peaks
 
 
-def test_images_are_reserved_at_once(tmp_path):
+def test_allocates_the_disk_space_of_all_images_at_once(tmp_path):
     create_images(tmp_path, 100, 64, 64, 3)
     file = os.stat(tmp_path / "images.npy")
     assert file.st_size == 128 + 100 * 64 * 64 * 3
@@ -238,7 +242,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, "-m", "data_prep", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_list_says_what_there_is_and_where_to_get_the_rest(tmp_path, capsys):
+def test_lists_datasets_and_download_pages(tmp_path, capsys):
     data = tmp_path / "data"
     folder.prepare(write_folder(tmp_path / "source", images()), data / "mine", SMALL)
     command_line.main(["list", "--data", str(data)])
@@ -246,7 +250,7 @@ def test_list_says_what_there_is_and_where_to_get_the_rest(tmp_path, capsys):
     blocks = {block.partition(":")[0]: block for block in text.split("\n\n")}
     assert list(blocks) == ["glyphs", "cub", "sop", "cuhk03", "market1501", "folder", "mine"]
     assert "not prepared" in blocks["cub"]
-    assert "mine: 200 images (0.0 GB), classes: train 5, val 5, test 10" in blocks["mine"]
+    assert "mine: 200 images of 20 classes (train 5, val 5, test 10), 0.00 GB" in blocks["mine"]
     assert "1,150,585,339 bytes" in blocks["cub"]
     assert "7f73d41a2f44250d4779881525aea32e" in blocks["sop"]
     assert "23.6 GB prepared" in blocks["sop"]
@@ -258,19 +262,42 @@ def test_list_says_what_there_is_and_where_to_get_the_rest(tmp_path, capsys):
         )
 
 
+def test_lists_a_dataset_with_a_damaged_card(tmp_path, capsys):
+    write_folder(tmp_path, {"mine/card.json": b"{", "yours/card.json": b"{}"})
+    command_line.main(["list", "--data", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("mine", "yours"):
+        assert (
+            f"{name}: damaged: {tmp_path / name / 'card.json'} is not a valid card; prepare the dataset again" in lines
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["cub"], "required: --source"),
         (["cbu", "--source", "x"], "invalid choice: 'cbu'"),
-        (["cub", "--source", "nothing.tgz"], "data_prep cub: --source nothing.tgz does not exist"),
-        (["cub", "--source", "x", "--size", "0x5"], "'0x5' is not HEIGHTxWIDTH"),
-        (["cub", "--source", "x", "--val-fraction", "-1"], "-1 is not above 0"),
+        (
+            ["cub", "--source", "nothing.tgz"],
+            "data_prep cub: --source must be an existing file or folder: got nothing.tgz",
+        ),
+        (
+            ["cub", "--source", "x", "--size", "0x5"],
+            "must be HEIGHTxWIDTH, each from 1 to 9999 pixels, such as 256x256: got '0x5'",
+        ),
+        (
+            ["cub", "--source", "x", "--val-fraction", "-1"],
+            "a fraction between 0 and 1 or a number of classes: got '-1'",
+        ),
+        (["cub", "--source", "x", "--val-fraction", "2.5"], "or a number of classes: got '2.5'"),
+        (["cub", "--source", "x", "--val-fraction", "inf"], "or a number of classes: got 'inf'"),
+        (["cub", "--source", "x", "--val-fraction", "ten"], "or a number of classes: got 'ten'"),
+        (["cub", "--source", "x", "--seed", "-1"], "--seed: must be a whole number, 0 or more: got '-1'"),
         (["cub", "--source", "x", "--crop", "bbox250"], "unrecognized arguments: --crop"),
-        (["cuhk03", "--source", "x", "--test-set", "0"], "--test-set 0: the file has the test sets 1 to 20"),
+        (["cuhk03", "--source", "x", "--test-set", "0"], "--test-set must be from 1 to 20: got 0"),
     ],
 )
-def test_a_wrong_command_is_refused_by_name(arguments, message, tmp_path, monkeypatch, capsys):
+def test_refuses_a_wrong_command(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         command_line.main(arguments)
@@ -278,7 +305,7 @@ def test_a_wrong_command_is_refused_by_name(arguments, message, tmp_path, monkey
     assert children(tmp_path) == []
 
 
-def test_the_module_is_a_command(tmp_path):
+def test_runs_as_a_command(tmp_path):
     answer = run(
         "folder", "--source", str(write_folder(tmp_path / "source", images())), "--out", str(tmp_path / "mine")
     )

@@ -1,4 +1,4 @@
-"""CUB-200-2011 from a miniature of its archive, all the way; and what is refused."""
+"""CUB-200-2011 from a miniature of its archive: preparation, evaluation and refused sources."""
 
 import numpy as np
 import pytest
@@ -25,19 +25,19 @@ def archive(tmp_path, monkeypatch):
 
 
 def refused(tmp_path, files, match):
-    """The folder of `files` is refused, and nothing stays behind."""
+    """Check that the folder of `files` is refused and that no files are left."""
     source, data = write_folder(tmp_path / "altered", files), tmp_path / "data"
     with pytest.raises(PreparationError, match=match):
         cub.prepare(source, data / "cub")
     assert not data.exists() or list(data.iterdir()) == []
 
 
-def test_the_published_counts_are_those_of_the_paper():
+def test_published_counts_equal_the_papers():
     assert cub.PUBLISHED == {"train classes": 100, "test classes": 100, "train images": 5864, "test images": 5924}
     assert cub.ORIGINAL.images == 5864 + 5924
 
 
-def test_the_archive_goes_all_the_way(archive, tmp_path):
+def test_prepares_and_evaluates_the_archive(archive, tmp_path):
     dataset = prepared("cub", archive, tmp_path / "data" / "cub")
     index = dataset.index
     assert dataset.card["classes"] == {"train": 5, "val": 1, "test": 4}
@@ -61,7 +61,7 @@ def test_the_archive_goes_all_the_way(archive, tmp_path):
     assert retrieval.n_queries == 18
 
 
-def test_the_aspect_ratio_is_kept_and_the_rest_is_white(archive, tmp_path):
+def test_keeps_the_aspect_ratio_and_pads_with_white(archive, tmp_path):
     dataset = prepared("cub", archive, tmp_path / "cub")
     image = dataset.images[0]  # 21 x 30 pixels become 179 x 256
     inside = (image != 255).any(2).any(1)
@@ -69,7 +69,7 @@ def test_the_aspect_ratio_is_kept_and_the_rest_is_white(archive, tmp_path):
     assert np.flatnonzero(inside)[0] == (256 - 179) // 2
 
 
-def test_the_extracted_folder_gives_the_same_dataset(archive, tmp_path):
+def test_the_extracted_folder_equals_the_archive(archive, tmp_path):
     packed = prepared("cub", archive, tmp_path / "packed" / "cub")
     outer = write_folder(tmp_path / "extracted", cub_files())
     for name, source in (("outer", outer), ("inner", outer / "CUB_200_2011")):
@@ -80,21 +80,21 @@ def test_the_extracted_folder_gives_the_same_dataset(archive, tmp_path):
         assert "has none" in unpacked.card["original"]["checksum"]
 
 
-def test_the_seed_draws_the_validation_classes(archive, tmp_path):
-    def run_lock(name, *options):
+def test_the_seed_decides_the_validation_classes(archive, tmp_path):
+    def validation_classes(name, *options):
         index = prepared("cub", archive, tmp_path / name, "--size", "16x16", *options).index
         return set(index.label[index.split == "val"])
 
-    assert run_lock("a", "--val-fraction", "0.5") == run_lock("b", "--val-fraction", "0.5")
-    assert len(run_lock("c", "--val-fraction", "0.5")) == 3
-    assert len({tuple(run_lock(f"d{seed}", "--seed", str(seed))) for seed in range(5)}) > 1
+    assert validation_classes("a", "--val-fraction", "0.5") == validation_classes("b", "--val-fraction", "0.5")
+    assert len(validation_classes("c", "--val-fraction", "0.5")) == 3
+    assert len({tuple(validation_classes(f"d{seed}", "--seed", str(seed))) for seed in range(5)}) > 1
 
 
-def test_a_wrong_checksum_is_refused_with_its_override(archive, tmp_path, monkeypatch):
+def test_refuses_a_wrong_checksum_unless_overridden(archive, tmp_path, monkeypatch):
     published = cub.ORIGINAL
     archive.write_bytes(archive.read_bytes() + b"\0" * 512)
     with pytest.raises(
-        PreparationError, match=r"not the published CUB_200_2011\.tgz: .* bytes instead of .*--any-checksum"
+        PreparationError, match=r"not the published CUB_200_2011\.tgz: got .* bytes \(published: .*--any-checksum"
     ):
         cub.prepare(archive, tmp_path / "data" / "cub")
     assert not (tmp_path / "data").exists()
@@ -103,50 +103,58 @@ def test_a_wrong_checksum_is_refused_with_its_override(archive, tmp_path, monkey
     assert dataset.card["original"]["sha256"] != published.sha256
 
 
-def test_a_missing_class_is_named(tmp_path, monkeypatch):
+def test_names_a_missing_class(tmp_path, monkeypatch):
     expect(monkeypatch, cub, CUB_PUBLISHED)
     files = {name: content for name, content in cub_files().items() if "images/003." not in name}
-    refused(tmp_path, files, r"the folder images/ lacks the classes 3:")
+    refused(tmp_path, files, r"folder images/: missing classes 3; download the original again")
 
 
-def test_an_extra_class_is_named(tmp_path, monkeypatch):
+def test_names_an_unexpected_class(tmp_path, monkeypatch):
     expect(monkeypatch, cub, CUB_PUBLISHED)
     files = cub_files()
     files["CUB_200_2011/images/011.Other_Bird/a.jpg"] = files["CUB_200_2011/images/001.Mini_Bird/Mini_Bird_0000_1.jpg"]
-    refused(tmp_path, files, r"the folder images/ has the extra classes 11:")
+    refused(tmp_path, files, r"folder images/: unexpected classes 11; download the original again")
 
 
-def test_missing_images_are_counted(tmp_path, monkeypatch):
+def test_counts_missing_images(tmp_path, monkeypatch):
     expect(monkeypatch, cub, CUB_PUBLISHED)
     files = cub_files()
     del files["CUB_200_2011/images/002.Mini_Bird/Mini_Bird_0003_2.jpg"]
-    refused(tmp_path, files, r"lacks 1 of the images its index names, the first is images/002\..*0003_2\.jpg")
+    refused(tmp_path, files, r"1 of 45 listed images do not exist, the first is images/002\..*0003_2\.jpg")
 
 
-def test_other_counts_than_the_published_are_refused(tmp_path, monkeypatch):
+def test_refuses_counts_that_are_not_published(tmp_path, monkeypatch):
     expect(monkeypatch, cub, {**CUB_PUBLISHED, "test images": 19})
-    refused(tmp_path, cub_files(), r"holds 18 test images \(published: 19\).*get it again")
+    refused(tmp_path, cub_files(), r"got 18 test images \(published: 19\); download the original again")
 
 
-def test_labels_that_contradict_the_folders_are_refused(tmp_path, monkeypatch):
+def test_refuses_labels_that_contradict_the_folders(tmp_path, monkeypatch):
     expect(monkeypatch, cub, CUB_PUBLISHED)
     files = cub_files()
     labels = files["CUB_200_2011/image_class_labels.txt"]
     files["CUB_200_2011/image_class_labels.txt"] = labels.replace(b"\n7 2\n", b"\n7 3\n")
-    refused(tmp_path, files, r"says class 3 of image 7, its folder says another: 002\.Mini_Bird")
+    refused(tmp_path, files, r"class of image 7 differs from its folder: got 3 for 002\.Mini_Bird")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("images", b"1 001.Mini_Bird/a b.jpg\n", "images.txt has the line '1 001.Mini_Bird/a b.jpg'"),
-        ("image_class_labels", b"1 one\n", "image_class_labels.txt has the line '1 one'"),
+        (
+            "images",
+            b"1 001.Mini_Bird/a b.jpg\n",
+            "images.txt has a line of another form: got '1 001.Mini_Bird/a b.jpg'; expected 2 columns",
+        ),
+        (
+            "image_class_labels",
+            b"1 one\n",
+            "image_class_labels.txt has a line of another form: got '1 one'; expected 2 columns",
+        ),
         ("image_class_labels", b"1 1\n", "in only one of images.txt and image_class_labels.txt"),
-        ("images", None, "holds no images.txt"),
-        ("image_class_labels", None, "lacks CUB_200_2011/image_class_labels.txt"),
+        ("images", None, "does not contain images.txt"),
+        ("image_class_labels", None, "does not contain CUB_200_2011/image_class_labels.txt"),
     ],
 )
-def test_broken_lists_are_named(tmp_path, monkeypatch, name, text, match):
+def test_names_broken_lists(tmp_path, monkeypatch, name, text, match):
     expect(monkeypatch, cub, CUB_PUBLISHED)
     files = cub_files()
     del files[f"CUB_200_2011/{name}.txt"]

@@ -1,4 +1,4 @@
-"""CUHK03 from files of its exact structure, all the way: empty cells, one-view identities, the 20 test sets."""
+"""CUHK03 from files of its exact structure: empty cells, identities with one view, the 20 test sets."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SIZES = (9, 6, 3, 2, 2)
 
 
 def mini_slots(pair, person):
-    """Three images of each view; the first identity has one view only, the second all ten."""
+    """Give three images of each view; the first identity has only one view, the second has all ten images."""
     if (pair, person) == (1, 1):
         return (1, 2, 3)
     return range(1, 11) if (pair, person) == (1, 2) else (1, 2, 4, 6, 7, 9)
@@ -28,7 +28,7 @@ def mini(monkeypatch, **others):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """The folder that the archive unpacks to, and the test sets it was made with."""
+    """Write the extracted folder of the archive; return its file and its test sets."""
     mini(monkeypatch)
     (tmp_path / "cuhk03_release").mkdir()
     file = tmp_path / "cuhk03_release" / "cuhk-03.mat"
@@ -36,12 +36,12 @@ def source(tmp_path, monkeypatch):
 
 
 def identities(index, split):
-    """Pair and person of the images' names."""
+    """Return pair and person of each identity of a split, from the image names."""
     names = index.source[index.split == split].str.split("_")
     return {(int(name[0]), int(name[1])) for name in names}
 
 
-def test_the_published_counts_are_those_of_the_paper():
+def test_published_counts_equal_the_papers():
     assert sum(cuhk03.PAIR_SIZES) == 1_467
     assert sum(cuhk03.PAIR_SIZES[:3]) == 1_360 == 1_160 + 100 + 100
     for boxes, counts in cuhk03.PUBLISHED_767.items():
@@ -49,7 +49,7 @@ def test_the_published_counts_are_those_of_the_paper():
     assert sum(cuhk03.CLASSES_767.values()) == 1_467
 
 
-def test_the_archive_goes_all_the_way(source, tmp_path, monkeypatch):
+def test_prepares_and_evaluates_the_archive(source, tmp_path, monkeypatch):
     file, test_sets = source
     archive = write_zip(tmp_path / "cuhk03_release.zip", {"cuhk03_release/cuhk-03.mat": file.read_bytes()})
     expect(monkeypatch, cuhk03, cuhk03.PUBLISHED, archive)
@@ -82,7 +82,7 @@ def test_the_archive_goes_all_the_way(source, tmp_path, monkeypatch):
     assert retrieval.metrics["recall@1"] > 0.5  # an identity is one colour with noise
 
 
-def test_pixels_come_out_upright_and_in_order(source, tmp_path):
+def test_pixels_are_upright_and_in_order(source, tmp_path):
     h5py = pytest.importorskip("h5py")
     file, _ = source
     with h5py.File(file, "r+") as mat:
@@ -97,7 +97,7 @@ def test_pixels_come_out_upright_and_in_order(source, tmp_path):
     assert image[120, 10].tolist() == [0, 0, 0]
 
 
-def test_any_of_the_test_sets_and_all_pairs(source, tmp_path):
+def test_prepares_other_test_sets_and_all_camera_pairs(source, tmp_path):
     file, test_sets = source
     for number in (1, 7, 20):
         options = ("--test-set", str(number), "--camera-pairs", "5", "--val-fraction", "3")
@@ -109,7 +109,7 @@ def test_any_of_the_test_sets_and_all_pairs(source, tmp_path):
 
 
 def index_file(path, names, parts):
-    """A file like cuhk03_new_protocol_config_labeled.mat."""
+    """Write a file like cuhk03_new_protocol_config_labeled.mat."""
     cells = np.empty((len(names), 1), object)
     cells[:, 0] = [f"{name}.png" for name in names]
     people = [int("".join(name.split("_")[:2])) for name in names]
@@ -118,8 +118,8 @@ def index_file(path, names, parts):
     return path
 
 
-def select_results(name):
-    """Odd identities train; of the others the first image of each view queries."""
+def expected_part(name):
+    """Odd identities are for training; of the others, the first image of each view is a query."""
     pair, person, _, slot = map(int, name.split("_"))
     if (pair, person) == (1, 1) or person % 2:
         return "train"
@@ -131,20 +131,20 @@ def protocol_767(source, tmp_path, monkeypatch):
     file, _ = source
     whole = prepared("cuhk03", file.parent, tmp_path / "whole" / "cuhk03", "--camera-pairs", "5", "--val-fraction", "3")
     names = sorted(whole.index.source, reverse=True)
-    parts = [select_results(name) for name in names]
+    parts = [expected_part(name) for name in names]
     counts = {f"{part} images": parts.count(part) for part in ("train", "query", "gallery")}
     monkeypatch.setattr(cuhk03, "PUBLISHED_767", {"labeled": counts, "detected": counts})
     return names, parts
 
 
-def test_the_767_700_protocol_where_its_index_is_given(source, protocol_767, tmp_path):
+def test_prepares_the_767_700_protocol_from_its_index_file(source, protocol_767, tmp_path):
     names, parts = protocol_767
     index_mat = index_file(tmp_path / "index.mat", names, parts)
     options = ("--index-file", str(index_mat), "--val-fraction", "3")
     dataset = prepared("cuhk03", source[0].parent, tmp_path / "new" / "cuhk03", *options)
     index = dataset.index
     assert dataset.card["classes"] == {"train": 9, "val": 3, "test": 10}
-    assert all(index.role == [{"train": "both"}.get(select_results(n), select_results(n)) for n in index.source])
+    assert all(index.role == [{"train": "both"}.get(expected_part(n), expected_part(n)) for n in index.source])
     assert set(index.role[index.split != "test"]) == {"both"}
     assert dataset.card["settings"]["index_file"] == "index.mat"
     table = dataset.against_published()
@@ -155,60 +155,63 @@ def test_the_767_700_protocol_where_its_index_is_given(source, protocol_767, tmp
     assert retrieval.n_queries == 20
 
 
-def test_an_index_that_contradicts_the_file_names_is_refused(source, protocol_767, tmp_path):
+def test_refuses_an_index_file_that_contradicts_the_images(source, protocol_767, tmp_path):
     names, parts = protocol_767
     data = tmp_path / "data"
 
     def refused(match, names, parts):
-        choice = cuhk03.Choice(index_file=index_file(tmp_path / "index.mat", names, parts))
+        variant = cuhk03.Variant(index_file=index_file(tmp_path / "index.mat", names, parts))
         with pytest.raises(PreparationError, match=match):
-            cuhk03.prepare(source[0].parent, data / "cuhk03", choice=choice)
+            cuhk03.prepare(source[0].parent, data / "cuhk03", variant=variant)
         assert list(data.iterdir()) == []
 
     refused("of which 133 are in cuhk-03.mat", [*names, "5_009_1_01"], [*parts, "gallery"])
     swapped = list(parts)
     swapped[parts.index("gallery")] = "train"
-    refused(r"holds 13 train classes \(published: 12\)", names, swapped)
-    refused("no index of the 767/700 protocol", names, ["train"] * len(names))
+    refused(r"got 13 train classes \(published: 12\)", names, swapped)
+    refused("is not an index file of the 767/700 protocol", names, ["train"] * len(names))
 
 
-def test_labels_that_contradict_the_index_file_are_refused(source, protocol_767, tmp_path):
+def test_refuses_an_index_file_with_wrong_labels(source, protocol_767, tmp_path):
     names, parts = protocol_767
     file = index_file(tmp_path / "index.mat", names, parts)
     content = {k: v for k, v in cuhk03.loadmat(file).items() if not k.startswith("__")}
     content["labels"][0] = content["labels"][-1]
     savemat(file, content)
-    with pytest.raises(PreparationError, match="its labels contradict the identities"):
-        cuhk03.prepare(source[0].parent, tmp_path / "data" / "cuhk03", choice=cuhk03.Choice(index_file=file))
+    with pytest.raises(PreparationError, match="labels contradict the identities in the file names"):
+        cuhk03.prepare(source[0].parent, tmp_path / "data" / "cuhk03", variant=cuhk03.Variant(index_file=file))
 
 
-def test_other_structures_are_refused(source, tmp_path, monkeypatch):
+def test_refuses_other_structures(source, tmp_path, monkeypatch):
     file, _ = source
     out = tmp_path / "data" / "cuhk03"
 
-    def refused(match, folder=file.parent, **choice):
+    def refused(match, folder=file.parent, **variant):
         with pytest.raises(PreparationError, match=match):
-            cuhk03.prepare(folder, out, choice=cuhk03.Choice(**choice))
+            cuhk03.prepare(folder, out, variant=cuhk03.Variant(**variant))
         assert not out.parent.exists() or list(out.parent.iterdir()) == []
 
     monkeypatch.setattr(cuhk03, "PAIR_SIZES", (9, 6, 4, 2, 2))
-    refused(r"labeled has \(9, 6, 3, 2, 2\) identities in its camera pairs, published are \(9, 6, 4, 2, 2\)")
+    refused(r"identities per camera pair \(labeled\) must be \(9, 6, 4, 2, 2\): got \(9, 6, 3, 2, 2\)")
     mini(monkeypatch, TEST_SIZE=5)
-    refused(r"test set 1 has 4 identities \(published: 5\)")
+    refused(r"test set 1 must have 5 existing identities: got 4, of which 0 do not exist")
     mini(monkeypatch)
     monkeypatch.setattr(cuhk03, "PUBLISHED", {"labeled": 7, "detected": 7})
-    refused(r"holds 133 detected images \(published: 7\)", boxes="detected")
+    refused(r"got 133 detected images \(published: 7\)", boxes="detected")
     mini(monkeypatch)
-    refused("--test-set 21: the file has the test sets 1 to 20", test_set=21)
-    refused("--index-file divides all five pairs", index_file=file, test_set=2)
+    refused("--test-set must be from 1 to 20: got 21", test_set=21)
+    refused("--index-file cannot be combined with --camera-pairs or --test-set", index_file=file, test_set=2)
+    refused(r"--index-file must be an existing file: got .*none\.mat", index_file=tmp_path / "none.mat")
+    (tmp_path / "text.mat").write_text("nonsense")
+    refused(r"text\.mat is not an index file of the 767/700 protocol", index_file=tmp_path / "text.mat")
     broken = write_folder(tmp_path / "broken", {"cuhk03_release/cuhk-03.mat": file.read_bytes()[:3000]})
     refused(r"cuhk-03\.mat is damaged or of another form", folder=broken)
-    refused(r"holds no cuhk-03\.mat", folder=write_folder(tmp_path / "other", {"a.txt": b""}))
+    refused(r"does not contain cuhk-03\.mat", folder=write_folder(tmp_path / "other", {"a.txt": b""}))
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """A file of the full structure, 1,467 identities and 14,096 images of 3 x 8 pixels."""
+    """Write a file of the full structure: 1,467 identities and 14,096 images of 3 x 8 pixels."""
     folder = tmp_path_factory.mktemp("full") / "cuhk03_release"
     folder.mkdir()
     people = [(pair, person) for pair, size in enumerate(cuhk03.PAIR_SIZES, 1) for person in range(1, size + 1)]
@@ -216,13 +219,13 @@ def full(tmp_path_factory):
     short = {who: min(5, lacking - 5 * i) for i, who in enumerate(people[4::11]) if lacking > 5 * i}
     assert sum(short.values()) == lacking
 
-    def slots(pair, person):  # the last slots are empty; of some identities all of the second view
+    def slots(pair, person):  # The last slots are empty; some identities have no image of the second view.
         return range(1, 11 - short.get((pair, person), 0))
 
     return folder, write_mat(folder / "cuhk-03.mat", cuhk03.PAIR_SIZES, slots)
 
 
-def test_the_papers_split_sizes_come_out_of_the_full_structure(full, tmp_path):
+def test_split_sizes_of_the_full_structure_equal_the_papers(full, tmp_path):
     dataset = prepared("cuhk03", full[0], tmp_path / "cuhk03", "--size", "8x3")
     assert dataset.card["classes"] == {"train": 1_160, "val": 100, "test": 100}
     assert identities(dataset.index, "test") == full[1][0]
@@ -230,7 +233,7 @@ def test_the_papers_split_sizes_come_out_of_the_full_structure(full, tmp_path):
     assert dataset.card["settings"]["val_fraction"] == 100
 
 
-def test_each_of_the_20_test_sets_gives_the_papers_split_sizes(full):
+def test_split_sizes_of_all_20_test_sets_equal_the_papers(full):
     h5py = pytest.importorskip("h5py")
     folder, test_sets = full
     with h5py.File(folder / "cuhk-03.mat") as mat:
@@ -239,16 +242,16 @@ def test_each_of_the_20_test_sets_gives_the_papers_split_sizes(full):
         for number in range(1, 21):
             tested = cuhk03.read_test_set(mat, number)
             assert tested == test_sets[number - 1]
-            index = cuhk03.split_single_shot(images, tested, cuhk03.Choice(test_set=number))
+            index = cuhk03.split_single_shot(images, tested, cuhk03.Variant(test_set=number))
             index = cuhk03.hold_out(index, 100, seed=number)
             assert dict(index.groupby("split").label.nunique()) == {"train": 1_160, "val": 100, "test": 100}
             assert identities(index, "test") == tested
 
 
 def test_the_seed_decides_the_validation_identities(source, tmp_path):
-    def run_lock(name, *options):
+    def validation_identities(name, *options):
         dataset = prepared("cuhk03", source[0].parent, tmp_path / name / "cuhk03", "--val-fraction", "3", *options)
         return frozenset(identities(dataset.index, "val"))
 
-    assert run_lock("a") == run_lock("b") == run_lock("c", "--boxes", "detected")
-    assert len({run_lock(f"d{seed}", "--seed", str(seed)) for seed in range(5)}) > 1
+    assert validation_identities("a") == validation_identities("b") == validation_identities("c", "--boxes", "detected")
+    assert len({validation_identities(f"d{seed}", "--seed", str(seed)) for seed in range(5)}) > 1

@@ -1,4 +1,4 @@
-"""Anyone's own images: class-named folders and CSVs, all the way; and what is refused."""
+"""A user's own images: class folders and CSV files, and refused sources."""
 
 from dataclasses import replace
 
@@ -31,12 +31,12 @@ def refused(tmp_path, files, match, source="images.csv"):
     assert not data.exists() or list(data.iterdir()) == []
 
 
-def test_class_named_folders_go_all_the_way(tmp_path):
+def test_prepares_and_evaluates_class_folders(tmp_path):
     source = write_folder(tmp_path / "source", birds() | {"readme.txt": b"x", "bird00/Thumbs.db": b"x"})
     dataset = prepared("folder", source, tmp_path / "data" / "birds")
     assert dataset.card["name"] == "birds"
     assert dataset.card["classes"] == {"train": 5, "val": 5, "test": 10}
-    assert dataset.card["settings"]["val_fraction"] == 5  # a tenth would be one class
+    assert dataset.card["settings"]["val_fraction"] == 5  # A tenth would be one class, which is too few.
     assert dataset.card["class_names"] == [f"bird{label:02d}" for label in range(20)]
     assert dataset.card["ignored_files"] == {"Thumbs.db": 1}
     names = [dataset.card["class_names"][label] for label in dataset.index.label]
@@ -46,10 +46,10 @@ def test_class_named_folders_go_all_the_way(tmp_path):
     assert images.shape == (8, 3, 256, 256)
     retrieval = evaluated(dataset)
     assert (retrieval.protocol, retrieval.n_queries) == ("all-vs-rest", 100)
-    assert retrieval.metrics["recall@1"] > 0.5  # a class is one picture at several sizes
+    assert retrieval.metrics["recall@1"] > 0.5  # The images of a class are one picture at several sizes.
 
 
-def test_a_csv_with_splits_cameras_and_roles_goes_all_the_way(tmp_path):
+def test_prepares_and_evaluates_a_csv_with_splits_cameras_and_roles(tmp_path):
     files, rows = birds(12), []
     for name in files:
         label, i = int(name[4:6]), int(name[7])
@@ -75,7 +75,7 @@ def test_a_csv_with_splits_cameras_and_roles_goes_all_the_way(tmp_path):
     assert retrieval.n_queries == 3
 
 
-def test_a_csv_of_paths_and_labels_is_split_by_the_seed(tmp_path):
+def test_the_seed_splits_a_csv_of_paths_and_labels(tmp_path):
     files = birds()
     rows = [f"{name},{name[:6]}" for name in files]
     source = write_folder(tmp_path / "source", files | csv(*rows, head="\ufeffpath,label")) / "images.csv"
@@ -88,7 +88,7 @@ def test_a_csv_of_paths_and_labels_is_split_by_the_seed(tmp_path):
     assert (whole["pixel_sha256"], whole["index_sha256"]) == (a["pixel_sha256"], a["index_sha256"])
 
 
-def test_validation_classes_are_drawn_where_only_train_and_test_are_given(tmp_path):
+def test_draws_validation_classes_from_train(tmp_path):
     files = birds()
     rows = [f"{name},{name[:6]},{'train' if int(name[4:6]) < 12 else 'test'}" for name in files]
     source = write_folder(tmp_path / "source", files | csv(*rows, head="path,label,split"))
@@ -103,65 +103,80 @@ TESTED = [f"bird{label:02d}/{i}.jpg,{label},test,,both" for label in (18, 19) fo
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        (["..\\secret.jpg,a,train,,both"], r"leads out of the CSV's folder"),
-        (["../secret.jpg,a,train,,both"], r"path '\.\./secret\.jpg' leads out of the CSV's folder"),
-        (["/etc/passwd,a,train,,both"], "path '/etc/passwd' leads out"),
-        ([ROW, "bird00/0.jpg,b,train,,both"], r"names bird00/0\.jpg twice, with labels \['a', 'b'\]"),
-        ([ROW, "bird00/./0.jpg,b,train,,both"], r"names bird00/0\.jpg twice"),
-        (["bird00/0.jpg,a,training,,both"], "split is 'training' in a row, allowed are train, val, test"),
-        (["bird00/0.jpg,a,train,,queries"], "role is 'queries' in a row, allowed are both, query"),
-        (["bird00/0.jpg,a,train,c1,both"], "camera is 'c1' in a row"),
-        (["bird00/0.jpg,,train,,both"], r"bird00/0\.jpg has no label"),
-        ([ROW, "bird00/1.jpg,a,test,,both"], "is in more than one split"),
-        ([ROW], "names no image of test"),
+        (["..\\secret.jpg,a,train,,both"], r"path must be relative to the CSV's folder and inside it: got '\.\."),
+        (["../secret.jpg,a,train,,both"], r"relative to the CSV's folder and inside it: got '\.\./secret\.jpg'"),
+        (["/etc/passwd,a,train,,both"], "relative to the CSV's folder and inside it: got '/etc/passwd'"),
+        ([ROW, "bird00/0.jpg,b,train,,both"], r"bird00/0\.jpg is listed twice, with labels \['a', 'b'\]"),
+        ([ROW, "bird00/./0.jpg,b,train,,both"], r"bird00/0\.jpg is listed twice"),
+        (["bird00/0.jpg,a,training,,both"], r"split of bird00/0\.jpg must be one of train, val, test: got 'training'"),
+        (["bird00/0.jpg,a,train,,queries"], r"role of bird00/0\.jpg must be one of both, query, .*: got 'queries'"),
+        (["bird00/0.jpg,a,train,c1,both"], r"camera of bird00/0\.jpg must be a whole number or empty: got 'c1'"),
+        (["bird00/0.jpg,,train,,both"], r"label of bird00/0\.jpg is empty"),
+        ([ROW, "bird00/1.jpg,a,test,,both"], r"the class of bird00/0\.jpg has images in test and train"),
+        ([ROW], "column split of the CSV has no image of test"),
         (
             [ROW, "bird01/0.jpg,b,test,,both", "bird02/99.jpg,c,train,,both"],
-            r"1 of 3 pictures are not there, .* bird02/99\.jpg; paths count from",
+            r"1 of 3 images do not exist, .* bird02/99\.jpg; paths are relative to",
         ),
-        ([ROW, "bird02/1.jpg,c,train,,query", "bird01/0.jpg,b,test,,both"], "only test images have roles"),
-        ([ROW, "bird02/1.jpg,c,train,,both", "bird01/0.jpg,b,test,,query"], "there must be query and gallery"),
-        ([ROW, *TESTED], "of 1 training classes would hold out"),
-        ([ROW, "Bird01/0.JPG,b,test,,both"], r"the first is Bird01/0\.JPG \(there is bird01/0\.jpg\)"),
+        (
+            [ROW, "bird02/1.jpg,c,train,,query", "bird01/0.jpg,b,test,,both"],
+            r"role of bird02/1\.jpg must be both: got query",
+        ),
+        (
+            [ROW, "bird02/1.jpg,c,train,,both", "bird01/0.jpg,b,test,,query"],
+            "must include query and gallery: got query",
+        ),
+        ([ROW, *TESTED], "--val-fraction moves 1 of 1 training classes"),
+        ([ROW, "Bird01/0.JPG,b,test,,both"], r"the first is Bird01/0\.JPG \(did you mean bird01/0\.jpg\?\)"),
         (
             [ROW, "bird01/0.jpg,b,test,both"],
-            r"'bird01/0\.jpg,b,test,both' has 4 fields, the header has the columns path,",
+            r"must have 5 fields separated by commas: got 4 in 'bird01/0\.jpg,b,test,both'",
         ),
-        ([], r"has the columns path, label, split, camera, role, separated by commas, and 0 rows"),
+        ([], r"images\.csv has a header but no rows"),
     ],
 )
-def test_a_wrong_csv_is_refused(tmp_path, rows, match):
+def test_refuses_a_wrong_csv(tmp_path, rows, match):
     refused(tmp_path, birds() | csv(*rows), match)
 
 
-def test_wrong_columns_are_named(tmp_path):
+def test_names_wrong_columns(tmp_path):
     refused(
-        tmp_path / "a", birds() | csv("bird00/0.jpg,a", head="file,label"), r"the columns file, label, .* lacks path;"
+        tmp_path / "a",
+        birds() | csv("bird00/0.jpg,a", head="file,label"),
+        r"missing columns path: got file, label \(separated by commas\)",
     )
     refused(
-        tmp_path / "b", birds() | csv("bird00/0.jpg,a,1", head="path,label,cam"), r"has the columns path, label, cam"
+        tmp_path / "b",
+        birds() | csv("bird00/0.jpg,a,1", head="path,label,cam"),
+        r"unknown columns cam: got path, label, cam",
     )
     refused(tmp_path / "c", birds() | {"images.csv": b"\xff\xfe\x00path"}, "cannot be read as CSV in UTF-8")
 
 
-def test_folders_of_another_form_are_refused(tmp_path):
+def test_refuses_other_folder_structures(tmp_path):
     refused(
         tmp_path / "a",
         birds() | {"loose.jpg": photo(0)},
-        r"1 of 201 images are in no folder of a class, the first is loose\.jpg",
+        r"1 of 201 images are not in a class folder, the first is loose\.jpg",
         source=".",
     )
     refused(
         tmp_path / "b",
         {"train/bird/0.jpg": photo(0)},
-        r"deeper than .* train/bird/0\.jpg; pass --last-folder .*'bird'",
+        r"in nested folders, .* train/bird/0\.jpg; pass --last-folder .*'bird'",
         source=".",
     )
-    refused(tmp_path / "c", {"notes.txt": b"x"}, "holds no image in a folder of its class", source=".")
-    refused(tmp_path / "d", birds(3), "3 classes cannot be split", source=".")
-    refused(tmp_path / "e", {"images.txt": b"x"}, "neither a folder nor a .csv file", source="images.txt")
+    refused(tmp_path / "c", {"notes.txt": b"x"}, "contains no images in class folders", source=".")
+    refused(tmp_path / "d", birds(3), "at least 4 classes are needed .*: got 3", source=".")
+    refused(
+        tmp_path / "e",
+        {"images.txt": b"x"},
+        r"must be a folder, a \.csv file or a \.tsv file: got .*images\.txt",
+        source="images.txt",
+    )
 
 
-def test_the_last_folder_may_be_the_class(tmp_path):
+def test_last_folder_uses_the_innermost_folder_as_the_class(tmp_path):
     files = {f"{'train' if i % 2 else 'test/more'}/{name}": image for i, (name, image) in enumerate(birds().items())}
     source = write_folder(tmp_path / "source", files)
     dataset = prepared("folder", source, tmp_path / "mine", "--last-folder", "--size", "16x16")
@@ -169,17 +184,17 @@ def test_the_last_folder_may_be_the_class(tmp_path):
     assert dataset.card["images"] == 200
 
 
-def test_hidden_and_system_folders_are_ignored_and_counted(tmp_path, capsys):
+def test_ignores_and_counts_hidden_and_system_folders(tmp_path, capsys):
     other = (".ipynb_checkpoints/a.jpg", ".git/objects/1.png", "__MACOSX/bird00/0.jpg", "bird00/.trash/0.jpg")
     source = write_folder(tmp_path / "source", birds() | dict.fromkeys(other, photo(0)))
     dataset = prepared("folder", source, tmp_path / "mine", "--size", "16x16")
     assert dataset.card["class_names"] == [f"bird{label:02d}" for label in range(20)]
     assert dataset.card["ignored_files"] == {".git/": 1, ".ipynb_checkpoints/": 1, ".trash/": 1, "__MACOSX/": 1}
     listed = "1 in .git/, 1 in .ipynb_checkpoints/, 1 in .trash/, 1 in __MACOSX/"
-    assert f"ignored: 4 hidden and system files ({listed})\n" in capsys.readouterr().out
+    assert f"hidden and system files, ignored: 4 ({listed})\n" in capsys.readouterr().out
 
 
-def test_every_extension_of_the_formats_is_read_and_other_files_are_listed(tmp_path, capsys):
+def test_reads_all_image_extensions_and_lists_other_files(tmp_path, capsys):
     files = birds()
     for i, extension in enumerate((".jfif", ".JPE", ".mpo", ".JPG")):
         files[f"bird01/{i}{extension}"] = files.pop(f"bird01/{i}.jpg")
@@ -192,11 +207,11 @@ def test_every_extension_of_the_formats_is_read_and_other_files_are_listed(tmp_p
     heic = {"files": 5, "first": ["bird02/0.heic", "bird02/1.heic", "bird02/2.heic"]}
     assert dataset.card["unused_files"] == {".heic": heic, "no extension": {"files": 1, "first": ["README"]}}
     out = capsys.readouterr().out
-    assert "not read: 5 of .heic (bird02/0.heic, bird02/1.heic, bird02/2.heic, ...)\n" in out
-    assert "not read: 1 of no extension (README)\n" in out
+    assert "files of an unsupported type (.heic): 5 (bird02/0.heic, bird02/1.heic, bird02/2.heic, ...)\n" in out
+    assert "files of an unsupported type (no extension): 1 (README)\n" in out
 
 
-def test_a_dataset_of_images_alone_says_nothing_of_other_files(tmp_path):
+def test_the_card_of_images_alone_lists_no_other_files(tmp_path):
     card = folder.prepare(write_folder(tmp_path / "source", birds()), tmp_path / "mine", SMALL)
     assert card["ignored_files"] == {}
     assert "unused_files" not in card
@@ -205,7 +220,7 @@ def test_a_dataset_of_images_alone_says_nothing_of_other_files(tmp_path):
 @pytest.mark.parametrize(
     ("separator", "start"), [(";", ""), ("\t", ""), ("|", ""), (", ", ""), (";", "sep=;\n"), (",", "sep=,\r\n")]
 )
-def test_a_csv_may_have_other_separators_and_cases_and_blanks(tmp_path, separator, start):
+def test_reads_a_csv_with_other_separators_case_and_blanks(tmp_path, separator, start):
     files = birds()
     rows = [f"{name}{separator}{name[:6]}" for name in files]
     expected = folder.prepare(
@@ -220,17 +235,17 @@ def test_a_csv_may_have_other_separators_and_cases_and_blanks(tmp_path, separato
     assert (card["index_sha256"], card["pixel_sha256"]) == (expected["index_sha256"], expected["pixel_sha256"])
 
 
-def test_quoted_fields_may_hold_any_separator(tmp_path):
+def test_reads_separators_in_quoted_fields(tmp_path):
     files = birds()
     rows = [f'"{name}", "{name[:6]}; the ""great"", a|b"' for name in files]
     source = write_folder(tmp_path / "source", files | csv(*rows, head='"path","label"'))
     card = folder.prepare(source / "images.csv", tmp_path / "mine", SMALL)
     assert card["class_names"][0] == 'bird00; the "great", a|b'
     refused(tmp_path / "b", files | csv('bird00/0.jpg,"a'), "cannot be read as CSV in UTF-8: unexpected end of data")
-    refused(tmp_path / "c", files | {"images.csv": b""}, r"separated by commas, and 0 rows: it lacks path")
+    refused(tmp_path / "c", files | {"images.csv": b""}, r"missing columns path, label: got none")
 
 
-def test_a_csv_of_windows_paths_is_read(tmp_path):
+def test_reads_windows_paths_in_a_csv(tmp_path):
     files = birds()
     rows = [f"{name.replace('/', chr(92))},{name[:6]}" for name in files]
     source = write_folder(tmp_path / "source", files | csv(*rows, head="path,label"))
@@ -239,14 +254,14 @@ def test_a_csv_of_windows_paths_is_read(tmp_path):
     assert card["unused_images"] == 0
 
 
-def test_a_csv_needs_no_folder_beside_it_that_it_does_not_name(tmp_path):
+def test_ignores_folders_that_a_csv_does_not_list(tmp_path):
     rows = [f"{name},{name[:6]}" for name in birds()]
     source = write_folder(tmp_path / "source", birds() | csv(*rows, head="path,label") | {"venv/x": b""})
     (source / "venv" / "lib64").symlink_to(tmp_path, target_is_directory=True)
     assert folder.prepare(source / "images.csv", tmp_path / "mine", SMALL)["images"] == 200
 
 
-def test_labels_are_stripped(tmp_path):
+def test_strips_blanks_from_labels(tmp_path):
     rows = [f"{name}, {name[:6]}{' ' * (i % 3)}" for i, name in enumerate(birds())]
     source = write_folder(tmp_path / "source", birds() | csv(*rows, head="path,label"))
     card = folder.prepare(source / "images.csv", tmp_path / "mine", SMALL)
@@ -254,35 +269,35 @@ def test_labels_are_stripped(tmp_path):
 
 
 @pytest.mark.parametrize(("n_classes", "per_class"), [(12, 30), (20, 4), (60, 1)])
-def test_validation_that_cannot_choose_is_refused(tmp_path, n_classes, per_class):
+def test_refuses_a_validation_split_that_is_too_small(tmp_path, n_classes, per_class):
     files = birds(n_classes, per_class)
-    if per_class == 1:  # the test classes must have a match
+    if per_class == 1:  # Some test classes need a match.
         files |= {f"bird{label:02d}/more.jpg": photo(label) for label in range(0, 60, 9)}
-    match = r"validation cannot choose a checkpoint: \d+ queries of \d classes have .*, 50 of 5 are needed; give more"
+    match = r"select a checkpoint: got \d+ queries of \d classes .*; at least 50 queries of 5 classes are needed; add"
     refused(tmp_path, files, match, source=".")
 
 
-def test_a_fraction_that_would_do_is_named(tmp_path):
+def test_suggests_a_sufficient_val_fraction(tmp_path):
     root = write_folder(tmp_path / "source", birds(16, 10))
-    with pytest.raises(
-        PreparationError, match=r"8 classes for training .*, or hold out 5 of them with --val-fraction 5$"
-    ):
+    with pytest.raises(PreparationError, match=r"training and validation have 8 classes\), or pass --val-fraction 5$"):
         folder.prepare(root, tmp_path / "mine", replace(SMALL, val_fraction=0.1))
     assert folder.prepare(root, tmp_path / "mine", replace(SMALL, val_fraction=5))["classes"]["val"] == 5
 
 
-def test_given_validation_classes_must_be_able_to_choose(tmp_path):
+def test_refuses_given_validation_classes_that_are_too_few(tmp_path):
     rows = [
         f"{name},{name[:6]},{'val' if int(name[4:6]) < 4 else 'test' if int(name[4:6]) < 8 else 'train'}"
         for name in birds()
     ]
     refused(
-        tmp_path, birds() | csv(*rows, head="path,label,split"), r"40 queries of 4 classes .* more in the CSV's column"
+        tmp_path,
+        birds() | csv(*rows, head="path,label,split"),
+        r"got 40 queries of 4 classes .* add classes or images of split val to the CSV",
     )
 
 
 def people(camera, roles=("query", "gallery")):
-    """A CSV whose test has roles: `camera(label, i)` of each image."""
+    """Return rows of a CSV whose test images have roles and the cameras `camera(label, i)`."""
     rows = []
     for name in birds():
         label, i = int(name[4:6]), int(name[7])
@@ -292,24 +307,26 @@ def people(camera, roles=("query", "gallery")):
     return rows
 
 
-def test_a_test_that_measures_nothing_is_refused(tmp_path):
+def test_refuses_a_test_split_that_cannot_be_evaluated(tmp_path):
     one_camera = people(lambda label, i: int(label < 14 and i % 2))
-    match = r"measure nothing: of 6 queries 0 have a match and 6 a rival \(6 query classes, 6 of them in .*, 1 cameras"
+    match = r"of 6 queries, 0 have a match and 6 a non-match; .* classes: 6, 6 of them in .*; cameras: 1;"
     refused(tmp_path / "a", birds() | csv(*one_camera), match)
     others = [
         row for row in people(lambda label, i: i % 2) if (",query" in row) == (row[4:6] < "17") or row[4:6] < "14"
     ]
     refused(
-        tmp_path / "b", birds() | csv(*others), r"of 3 queries 0 have .* \(3 query classes, 0 of them in the gallery"
+        tmp_path / "b", birds() | csv(*others), r"of 3 queries, 0 have .* \(query classes: 3, 0 of them in the gallery"
     )
     single = [f"{name},{name[:6]},train" for name in birds(14)]
     single += [f"bird{label}/0.jpg,bird{label},test" for label in range(14, 20)]
-    match = r"of 6 queries 0 have a match and 6 a rival .* protocol all-vs-rest\); give at least two test classes"
+    match = (
+        r"of 6 queries, 0 have a match and 6 a non-match; give at least two test classes .*; protocol: all-vs-rest\)"
+    )
     refused(tmp_path / "c", birds() | csv(*single, head="path,label,split"), match)
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path):
+def test_refuses_a_link_out_of_the_folder(tmp_path):
     root = write_folder(tmp_path / "source", birds())
     (tmp_path / "secret.png").write_bytes(encoded(np.zeros((4, 4), np.uint8), "PNG"))
     (root / "bird00" / "link.png").symlink_to(tmp_path / "secret.png")
-    refused(tmp_path, {}, r"link\.png is a link", source=".")
+    refused(tmp_path, {}, r"link\.png is a link to a file outside of", source=".")

@@ -1,4 +1,4 @@
-"""The four datasets of the paper: from a miniature of each original archive to a result, by the paper's recipe."""
+"""The four datasets of the paper: prepare a miniature of each archive and train on it with the paper's settings."""
 
 import json
 import os
@@ -69,9 +69,9 @@ SLOW = ("sop", "market1501")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in PAPER])
-def test_an_archive_becomes_a_result_by_the_papers_recipe(name, tmp_path, monkeypatch):
+def test_trains_on_a_prepared_archive_with_the_papers_settings(name, tmp_path, monkeypatch):
     dataset = globals()[f"{name}_dataset"](tmp_path, monkeypatch)
-    refit = name != "cuhk03"  # whose 100 validation identities are the paper's own
+    refit = name != "cuhk03"  # The paper itself holds out the 100 validation identities of CUHK03.
     settings = {
         **PAPER[name],
         "weights": "none",

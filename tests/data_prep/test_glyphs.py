@@ -1,4 +1,4 @@
-"""The embedded dataset: what its card promises, class-disjoint splits, the same bytes every time."""
+"""The built-in dataset: its card, disjoint class splits, and the same bytes in every preparation."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def prepared(tmp_path_factory):
     return folder, glyphs.prepare(folder)
 
 
-def test_the_card_describes_what_was_written(prepared):
+def test_the_card_describes_the_files(prepared):
     folder, card = prepared
     dataset = open_dataset(folder)
     index = dataset.index
@@ -31,7 +31,7 @@ def test_the_card_describes_what_was_written(prepared):
     assert dataset.images.shape[1:] == (32, 32, 1)
 
 
-def test_splits_share_no_class_and_have_the_stated_shares(prepared):
+def test_splits_are_disjoint_and_have_the_stated_shares(prepared):
     index = open_dataset(prepared[0]).index
     classes = index.groupby("split").label.unique()
     assert not set(classes.train) & set(classes.val)
@@ -42,14 +42,14 @@ def test_splits_share_no_class_and_have_the_stated_shares(prepared):
     assert index.groupby("label").size().min() >= 10
 
 
-def test_preparing_twice_gives_the_same_bytes(prepared, tmp_path):
+def test_a_second_preparation_gives_the_same_bytes(prepared, tmp_path):
     folder, card = prepared
     again = glyphs.prepare(tmp_path / "glyphs")
     assert again == card
     assert (tmp_path / "glyphs" / "card.json").read_bytes() == (folder / "card.json").read_bytes()
 
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path):
+def test_an_interrupted_preparation_leaves_no_files(tmp_path):
     def interrupted():
         with new_folder(tmp_path / "data") as folder:
             (folder / "images.npy").write_bytes(b"half")
@@ -60,14 +60,17 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+def test_refuses_to_replace_other_files(tmp_path):
     (tmp_path / "precious").write_text("mine")
-    with pytest.raises(PreparationError, match="is not a prepared dataset"), new_folder(tmp_path):
+    with (
+        pytest.raises(PreparationError, match="neither empty nor a prepared dataset: it contains precious"),
+        new_folder(tmp_path),
+    ):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_a_damaged_dataset_is_refused_by_name(prepared, tmp_path):
+def test_refuses_a_damaged_dataset(prepared, tmp_path):
     with pytest.raises(DatasetError, match=r"'glyph' is not prepared.*prepared in .*: glyphs"):
         open_dataset(prepared[0].parent / "glyph")
     broken = tmp_path / "glyphs"

@@ -1,4 +1,4 @@
-"""Market-1501 from a miniature of its archive, all the way: roles, cameras, stray files; and what is refused."""
+"""Market-1501 from a miniature of its archive: roles, cameras, system files and refused sources."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def refused(tmp_path, monkeypatch, files, match):
     assert not data.exists() or list(data.iterdir()) == []
 
 
-def test_the_published_counts_are_those_of_the_dataset_page():
+def test_published_counts_equal_those_of_the_dataset_page():
     published = market1501.PUBLISHED
     assert published["train images"] + published["gallery and distractor images"] + published["junk images"] == 32_668
     assert published["gallery and distractor images"] + published["junk images"] == 19_732
@@ -47,7 +47,7 @@ def test_the_published_counts_are_those_of_the_dataset_page():
     assert published["train classes"] + published["test classes"] == market1501.IDENTITIES == 1_501
 
 
-def test_the_archive_goes_all_the_way(archive, tmp_path):
+def test_prepares_and_evaluates_the_archive(archive, tmp_path):
     dataset = prepared("market1501", archive, tmp_path / "data" / "market1501")
     index, card = dataset.index, dataset.card
     assert dataset.images.shape[1:] == (160, 60, 3)
@@ -73,12 +73,12 @@ def test_the_archive_goes_all_the_way(archive, tmp_path):
     assert retrieval.protocol == "market1501"
     assert retrieval.n_queries == 16
     assert {f"recall@{k}" for k in (1, 5, 10, 15, 20)} <= retrieval.metrics.keys()
-    assert (retrieval.metrics["recall@1"], retrieval.n_unmatched) == (1.0, 0)  # an identity's images are all alike
+    assert (retrieval.metrics["recall@1"], retrieval.n_unmatched) == (1.0, 0)  # All images of an identity are equal.
     assert evaluated(dataset, protocol="market1501-multi-query").metrics["recall@1"] == 1.0
     assert evaluated(dataset, split="val").n_queries == 4
 
 
-def test_the_extracted_folder_gives_the_same_dataset(archive, tmp_path):
+def test_the_extracted_folder_equals_the_archive(archive, tmp_path):
     packed = prepared("market1501", archive, tmp_path / "packed" / "market1501")
     unpacked = write_folder(tmp_path / "extracted", market_files()) / ROOT
     dataset = prepared("market1501", unpacked, tmp_path / "unpacked" / "market1501")
@@ -86,43 +86,46 @@ def test_the_extracted_folder_gives_the_same_dataset(archive, tmp_path):
     assert dataset.card["index_sha256"] == packed.card["index_sha256"]
 
 
-def test_a_missing_identity_is_named(tmp_path, monkeypatch):
+def test_names_a_missing_identity(tmp_path, monkeypatch):
     files = {name: c for name, c in market_files().items() if "bounding_box_train/0005" not in name}
-    refused(tmp_path, monkeypatch, files, r"lacks the classes 5:")
+    refused(tmp_path, monkeypatch, files, r"image files: missing classes 5; download the original again")
 
 
-def test_an_identity_in_both_splits_is_named(tmp_path, monkeypatch):
+def test_names_an_identity_in_both_splits(tmp_path, monkeypatch):
     files = market_files()
     files[f"{ROOT}/bounding_box_train/0003_c1s1_000151_01.jpg"] = files[f"{ROOT}/query/0003_c4s1_000201_00.jpg"]
     refused(tmp_path, monkeypatch, files, r"identities \[3\] are in bounding_box_train and in a test folder")
 
 
-def test_an_incomplete_gallery_is_counted(tmp_path, monkeypatch):
+def test_refuses_an_incomplete_gallery(tmp_path, monkeypatch):
     files = market_files()
     del files[f"{ROOT}/bounding_box_test/-1_c3s1_000401_03.jpg"]
-    refused(tmp_path, monkeypatch, files, r"holds 2 junk images \(published: 3\)")
+    refused(tmp_path, monkeypatch, files, r"got 2 junk images \(published: 3\)")
 
 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("bounding_box_test/0003.jpg", "0003.jpg is not named like PPPP_cCsS"),
-        ("query/-1_c1s1_000401_03.jpg", "only bounding_box_test holds junk"),
-        ("bounding_box_train/0000_c1s1_000401_03.jpg", "only bounding_box_test holds junk and distractors"),
+        ("bounding_box_test/0003.jpg", "must have the form PPPP_cCsS_FFFFFF_BB.jpg: got bounding_box_test/0003.jpg"),
+        (
+            "query/-1_c1s1_000401_03.jpg",
+            "query/-1_c1s1_000401_03.jpg: junk and distractors must be in bounding_box_test",
+        ),
+        ("bounding_box_train/0000_c1s1_000401_03.jpg", "junk and distractors must be in bounding_box_test"),
     ],
 )
-def test_an_image_that_does_not_belong_is_named(tmp_path, monkeypatch, name, match):
+def test_names_an_image_in_the_wrong_folder(tmp_path, monkeypatch, name, match):
     files = market_files()
     files[f"{ROOT}/{name}"] = files[f"{ROOT}/query/0003_c4s1_000201_00.jpg"]
     refused(tmp_path, monkeypatch, files, match)
 
 
-def test_a_missing_folder_is_named(tmp_path, monkeypatch):
+def test_names_a_missing_folder(tmp_path, monkeypatch):
     files = {name: c for name, c in market_files().items() if "/gt_bbox/" not in name}
-    refused(tmp_path, monkeypatch, files, "lacks gt_bbox/")
+    refused(tmp_path, monkeypatch, files, "contains no images in gt_bbox/")
 
 
-def test_the_notebook_of_datasets_shows_it(archive, tmp_path):
+def test_the_dataset_notebook_shows_it(archive, tmp_path):
     prepared("market1501", archive, tmp_path / "data" / "market1501")
     names = {}
     for cell in nbformat.read(PROJECT / "notebooks" / "10_dataset.ipynb", as_version=4).cells:
@@ -131,4 +134,4 @@ def test_the_notebook_of_datasets_shows_it(archive, tmp_path):
             if "parameters" in cell.metadata.get("tags", []):
                 names |= {"dataset": "market1501", "data_dir": str(tmp_path / "data")}
     assert names["published"]["here"].to_dict() == MARKET_PUBLISHED
-    assert len(names["lines"]) == 7  # three classes of train and test, the one of val
+    assert len(names["lines"]) == 7  # Three classes of train, three of test, and the one of val.

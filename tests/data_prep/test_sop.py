@@ -1,4 +1,4 @@
-"""Stanford Online Products from a miniature of its archive, all the way; Song's crop; and what is refused."""
+"""Stanford Online Products from a miniature of its archive: preparation, Song's crop and refused sources."""
 
 import io
 import zipfile
@@ -39,13 +39,13 @@ def refused(tmp_path, files, match):
     assert not data.exists() or list(data.iterdir()) == []
 
 
-def test_the_published_counts_are_those_of_the_paper():
+def test_published_counts_equal_the_papers():
     published = {"train classes": 11_318, "test classes": 11_316, "train images": 59_551, "test images": 60_502}
     assert published == sop.PUBLISHED
     assert sop.ORIGINAL.images == 120_053 == 59_551 + 60_502
 
 
-def test_the_archive_goes_all_the_way(archive, tmp_path):
+def test_prepares_and_evaluates_the_archive(archive, tmp_path):
     dataset = prepared("sop", archive, tmp_path / "data" / "sop")
     index = dataset.index
     assert dataset.card["classes"] == {"train": 11, "val": 1, "test": 11}
@@ -73,24 +73,24 @@ def test_a_grey_image_has_three_equal_channels(archive, tmp_path):
     assert np.flatnonzero(grey).tolist() == [4]
 
 
-def test_the_extracted_folder_gives_the_same_dataset(archive, tmp_path):
+def test_the_extracted_folder_equals_the_archive(archive, tmp_path):
     packed = prepared("sop", archive, tmp_path / "packed" / "sop")
     unpacked = prepared("sop", write_folder(tmp_path / "extracted", sop_files()), tmp_path / "unpacked" / "sop")
     assert unpacked.card["pixel_sha256"] == packed.card["pixel_sha256"]
     assert unpacked.card["index_sha256"] == packed.card["index_sha256"]
 
 
-def test_songs_crop_is_an_option_and_is_labelled(archive, tmp_path):
+def test_songs_crop_is_an_option_and_in_the_card(archive, tmp_path):
     product = np.full((200, 300, 3), 255, np.uint8)
     product[80:120, 100:180] = (10, 120, 40)
-    product[0, 0] = (250, 250, 250)  # grey 250 is still border
+    product[0, 0] = (250, 250, 250)  # Grey 250 is part of the border.
     image = encoded(product, "PNG")
     whole, cut = ImageSettings(256, 256, "pad")(image), ImageSettings(256, 256, "pad", "bbox250")(image)
 
     def height(view):
         return int((view[:, 128] < 200).any(1).sum())
 
-    # 40 rows of 300 columns become 256/300 as many; cut to 70 x 110 with its margin of 15, 256/110.
+    # The 40 rows scale by 256/300; cropped to 70 x 110 pixels (with the margin of 15) they scale by 256/110.
     assert height(whole) == pytest.approx(40 * 256 / 300, abs=2)
     assert height(cut) == pytest.approx(40 * 256 / 110, abs=3)
     plain = prepared("sop", archive, tmp_path / "plain" / "sop").card
@@ -113,44 +113,54 @@ def test_the_crop_stops_at_the_border():
     assert np.array_equal(cut, np.asarray(reference))
 
 
-def test_missing_and_extra_classes_are_named(tmp_path, monkeypatch):
+def test_names_missing_and_unexpected_classes(tmp_path, monkeypatch):
     expect(monkeypatch, sop, SOP_PUBLISHED)
     files = sop_files()
     name = f"{ROOT}/Ebay_test.txt"
     lines = files[name].splitlines()
-    refused(tmp_path / "a", files | {name: b"\n".join(lines[:-2])}, "the lists lacks the classes 23:")
+    refused(
+        tmp_path / "a", files | {name: b"\n".join(lines[:-2])}, "Ebay_train.txt and Ebay_test.txt: missing classes 23; "
+    )
     more = b"99 24 1 bicycle_final/111085120001_0.JPG"
-    refused(tmp_path / "b", files | {name: b"\n".join([*lines, more])}, "the lists has the extra classes 24:")
+    refused(
+        tmp_path / "b",
+        files | {name: b"\n".join([*lines, more])},
+        "Ebay_train.txt and Ebay_test.txt: unexpected classes 24; ",
+    )
     more = {f"{ROOT}/toaster_final/1_0.JPG": files[f"{ROOT}/mug_final/111085120009_0.JPG"]}
-    refused(tmp_path / "c", files | more, "has the extra classes toaster_final:")
+    refused(tmp_path / "c", files | more, "image folders: unexpected classes toaster_final; ")
 
 
-def test_labels_that_contradict_the_folders_are_refused(tmp_path, monkeypatch):
+def test_refuses_super_classes_that_contradict_the_folders(tmp_path, monkeypatch):
     expect(monkeypatch, sop, SOP_PUBLISHED)
     files = sop_files()
     name = f"{ROOT}/Ebay_train.txt"
     other = files[name].replace(b" 2 1 bicycle_final", b" 2 3 bicycle_final", 1)
-    refused(tmp_path, files | {name: other}, r"Ebay_train\.txt says super class \d of .*_final/.*another")
+    refused(
+        tmp_path,
+        files | {name: other},
+        r"Ebay_train\.txt: super class of .*_final/.* differs from that of the other images in its folder: got \d;",
+    )
 
 
-def test_an_image_in_two_rows_is_refused(tmp_path, monkeypatch):
+def test_refuses_an_image_in_two_rows(tmp_path, monkeypatch):
     expect(monkeypatch, sop, SOP_PUBLISHED)
     files = sop_files()
     name = f"{ROOT}/Ebay_train.txt"
     twice = files[name].replace(b"111085120001_1.JPG", b"111085120001_0.JPG")
-    refused(tmp_path, files | {name: twice}, "names bicycle_final/111085120001_0.JPG twice")
+    refused(tmp_path, files | {name: twice}, "bicycle_final/111085120001_0.JPG is listed twice")
 
 
-def test_a_truncated_archive_is_refused(archive, tmp_path):
+def test_refuses_a_truncated_archive(archive, tmp_path):
     archive.write_bytes(archive.read_bytes()[:-5000])
-    with pytest.raises(PreparationError, match=r"bytes instead of.*sha256"):
+    with pytest.raises(PreparationError, match=r"got [\d,]+ bytes \(published: [\d,]+\), sha256"):
         prepared_or_error(archive, tmp_path)
     with pytest.raises(PreparationError, match=r"truncated or damaged \(BadZipFile"):
         prepared_or_error(archive, tmp_path, any_checksum=True)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_damaged_member_is_refused(archive, tmp_path):
+def test_refuses_a_damaged_member(archive, tmp_path):
     with zipfile.ZipFile(archive) as opened:
         place = opened.infolist()[5].header_offset + 120
     content = bytearray(archive.read_bytes())

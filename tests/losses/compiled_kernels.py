@@ -46,6 +46,7 @@ def describe(kernel, arguments):
 
 def compile_launch(name, grid, tile, *arguments, **constants):
     kernel = getattr(kernels, name)
+    assert kernel.arg_names[len(arguments) :] == list(constants)  # `_launch` gives them in order
     signature, ones, attributes = describe(kernel, arguments)
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
     signature |= dict.fromkeys(constants, "constexpr")

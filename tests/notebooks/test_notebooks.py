@@ -1,9 +1,10 @@
-"""Notebooks: committed as a clean run of their defaults, parameters that mirror RunConfig, wrong ones refused."""
+"""Committed outputs and parameters of the notebooks; what the report and the comparison notebooks show."""
 
 import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -16,7 +17,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from hloss.runs.config import RunConfig
+from hloss.runs.config import RunConfig, config_from_notebook
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -27,7 +28,7 @@ def tagged(notebook, tag):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
-def test_a_notebook_is_committed_with_the_outputs_of_a_clean_run(file):
+def test_notebook_is_committed_as_a_clean_run_of_its_defaults(file):
     notebook = nbformat.read(file, as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
@@ -44,7 +45,12 @@ def test_a_notebook_is_committed_with_the_outputs_of_a_clean_run(file):
     assert max(times) - min(times) < timedelta(minutes=1)
 
 
-def test_the_parameters_cell_mirrors_the_settings_of_a_run():
+def test_readme_lists_every_notebook():
+    listed = re.findall(r"\]\((\w+)\.ipynb\)", (ROOT / "notebooks" / "README.md").read_text())
+    assert listed == [file.stem for file in NOTEBOOKS]
+
+
+def test_parameters_cell_equals_run_config():
     (cell,) = tagged(nbformat.read(ROOT / "notebooks" / "20_train.ipynb", as_version=4), "parameters")
     names = {}
     for statement in ast.parse(cell.source).body:
@@ -62,7 +68,7 @@ def papermill(out, *parameters):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_plain_papermill_is_a_door(tiny_data, tmp_path):
+def test_papermill_starts_a_run(tiny_data, tmp_path):
     small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "4", "validate_every": "2"}
     places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
     answer = papermill(tmp_path / "out.ipynb", ("loss", "histogram"), *small.items(), *places.items())
@@ -77,7 +83,7 @@ def test_plain_papermill_is_a_door(tiny_data, tmp_path):
     assert result.read_bytes() == before
 
 
-def test_plain_papermill_gives_a_loss_its_options(tiny_data, tmp_path):
+def test_papermill_passes_the_options_of_a_pml_loss(tiny_data, tmp_path):
     small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "2", "validate_every": "2"}
     places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
     loss = {"loss": "pml:TripletMarginLoss", "loss_options": '{"margin": 0.2}', "miner": "TripletMarginMiner"}
@@ -94,7 +100,7 @@ def test_plain_papermill_gives_a_loss_its_options(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_bin", "50"), ("n_bins", "0"), ("dataset", "gliphs")])
-def test_plain_papermill_refuses_a_wrong_parameter_before_training(name, value, tmp_path):
+def test_papermill_refuses_a_wrong_parameter_before_training(name, value, tmp_path):
     answer = papermill(tmp_path / "out.ipynb", (name, value), ("runs_dir", str(tmp_path / "runs")))
     assert answer.returncode != 0
     assert name in answer.stderr or "is not prepared" in answer.stderr
@@ -102,7 +108,7 @@ def test_plain_papermill_refuses_a_wrong_parameter_before_training(name, value, 
 
 
 def report(folder, results):
-    """Execute the report on these results; what it says in words."""
+    """Execute the report notebook on these results; return its Markdown outputs as one text."""
     results.to_parquet(folder / "results.parquet")
     command = [sys.executable, "-m", "papermill", "notebooks/90_report.ipynb", str(folder / "out.ipynb")]
     command += ["-p", "results_file", str(folder / "results.parquet"), "-p", "report_dir", str(folder)]
@@ -113,13 +119,13 @@ def report(folder, results):
 
 
 def outputs_of(folder, kind):
-    """What the executed report shows of this kind, in its order."""
+    """The outputs of this MIME type in the executed report, in order."""
     outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", ())]
     return [o["data"][kind] for o in outputs if kind in o.get("data", {})]
 
 
 def tables(folder):
-    """The tables of the executed report: of each its rows, by the names of its columns."""
+    """The tables of the executed report: a list of rows per table, each a dict by column name."""
     found = []
     for text in outputs_of(folder, "text/html"):
         if "<table" in text:
@@ -135,7 +141,7 @@ def sample():
     return pd.read_parquet(ROOT / "reports" / "sample" / "results.parquet")
 
 
-def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_from_it(sample, tmp_path):
+def test_report_of_incomplete_study_lists_missing_runs_and_gives_no_verdict_on_them(sample, tmp_path):
     of_bins = sample["comparison"].map(lambda names: "bins" in names)
     sample["complete"] &= ~(of_bins & (sample["seed"] > 2)) & (sample["loss"] != "lifted")
     waiting = sample["comparison"].map(lambda names: "tuned losses" in names) & (sample["loss"] == "semi-hard-triplet")
@@ -154,7 +160,7 @@ def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_f
         verdicts = board.loc[[claim]]
         assert set(verdicts["verdict"]) == {"not run"}
         assert verdicts["evidence"].str.contains("runs are missing").all()
-    assert board.loc["C matters", "verdict"] != "not run"  # whose runs are all there
+    assert board.loc["C matters", "verdict"] != "not run"  # its runs are complete
     tuned = board[board["comparison"] == "tuned losses"]["verdict"]
     assert tuned["semi-hard triplet"] == "not run"
     assert tuned["contrastive"] != "not run"
@@ -165,7 +171,7 @@ def test_the_report_of_half_a_study_says_what_is_missing_and_concludes_nothing_f
 
 
 def check_tables(shown, means):
-    """Each mean stands in a table with its runs, and each run says in which comparisons it stands."""
+    """Check that each mean is shown with its run ids, and each run with its comparisons."""
     runs_of = {(row.comparison, row.method): row.run_ids for row in means.itertuples()}
     told = {
         (row["comparison"], row["method"]): row["runs"].removeprefix("runs")
@@ -190,7 +196,7 @@ def check_tables(shown, means):
     assert {row["threads"] for row in made} == {"1"}
 
 
-def test_a_report_can_be_had_before_any_training_is_complete(sample, tmp_path):
+def test_report_works_before_any_training_is_complete(sample, tmp_path):
     sample["complete"] &= sample["loss"] == "none"
     collected_earlier = sample.drop(columns="threads", errors="ignore")
     assert "This study is not complete" in report(tmp_path, collected_earlier)
@@ -198,8 +204,8 @@ def test_a_report_can_be_had_before_any_training_is_complete(sample, tmp_path):
     assert set(board[board["claim"] != "quadratic cost"]["verdict"]) == {"not run"}
 
 
-def test_a_report_shows_published_values_of_another_protocol_apart(sample, tmp_path):
-    """As if glyphs were CUB: of the histogram loss others published values by its protocol and from the test set."""
+def test_report_separates_published_values_of_other_protocols(sample, tmp_path):
+    """The sample is relabelled as CUB, for which values of the histogram loss by two protocols are published."""
     losses = sample[sample["comparison"].map(lambda names: "losses" in names)]
     said = report(tmp_path, losses.assign(dataset="cub"))
     assert said.index("Same protocol:") < said.index("Other protocols:")
@@ -221,7 +227,7 @@ def test_a_report_shows_published_values_of_another_protocol_apart(sample, tmp_p
         ("chosen_how", "best Recall@1 on test classes"),
     ],
 )
-def test_a_report_refuses_a_result_that_is_not_to_be_compared_by_name(name, value, sample, tmp_path):
+def test_report_refuses_results_that_are_not_comparable(name, value, sample, tmp_path):
     row = sample.index[sample["iterations"] > 0][7]
     sample.loc[row, name] = value
     with pytest.raises(RuntimeError, match=f"run {sample.loc[row, 'run_id']} .* has {name}='{value}'"):
@@ -230,7 +236,7 @@ def test_a_report_refuses_a_result_that_is_not_to_be_compared_by_name(name, valu
 
 
 def executed(name, **parameters):
-    """The names that a notebook's cells leave, run in this process with these instead of its parameters."""
+    """Execute a notebook's cells in this process with these parameters; return its variables."""
     names = {}
     for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells:
         if cell.cell_type == "code":
@@ -256,7 +262,7 @@ COMPARISONS = [
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)
-def test_one_notebook_shows_each_ablation(comparison, capsys):
+def test_ablation_notebook_shows_each_comparison(comparison, capsys):
     names = executed("31_ablation", comparison=comparison)
     assert set(names["results"]["comparison"]) == set(names["table"]["comparison"]) == {comparison}
     assert set(names["board"]["claim"])
@@ -264,7 +270,7 @@ def test_one_notebook_shows_each_ablation(comparison, capsys):
 
 
 @pytest.mark.parametrize("notebook", ["30_compare_losses", "40_similarity_distributions", "41_retrieval_panels"])
-def test_the_other_notebooks_show_tuned_losses_too(notebook, capsys):
+def test_comparison_notebooks_show_tuned_losses(notebook, capsys):
     if notebook != "30_compare_losses":  # which shows all seeds
         assert set(executed(notebook, seed=1)["shown"]["seed"]) == {1}
     names = executed(notebook, comparison="tuned losses")
@@ -272,7 +278,16 @@ def test_the_other_notebooks_show_tuned_losses_too(notebook, capsys):
     capsys.readouterr()
 
 
-def test_panels_begin_with_the_method_asked_for(capsys):
+def test_training_notebook_runs_again_after_a_change_of_its_parameters(tiny_data, tmp_path, capsys):
+    """As in JupyterLab: the kernel keeps the variables of all cells, and none of them is read as a setting."""
+    small = {"dataset": "tiny", "batch_size": 24, "images_per_class": 4, "iterations": 2, "validate_every": 2}
+    names = executed("20_train", **small, data_dir=str(tiny_data), runs_dir=str(tmp_path))
+    changed = config_from_notebook(names | {"n_bins": 50})
+    assert changed.run_id != names["config"].run_id
+    capsys.readouterr()
+
+
+def test_retrieval_panels_begin_with_the_chosen_method(capsys):
     shown = executed("41_retrieval_panels", method="lifted structure", others=2)["shown"]["method"].tolist()
     assert shown[0] == "lifted structure"
     assert len(set(shown)) == 3

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def settings(tiny_data, tmp_path):
-    """A run of 12 iterations, saved after each."""
+    """A run of 12 iterations, which saves a checkpoint after each."""
     return {
         "dataset": "tiny",
         "batch_size": 24,

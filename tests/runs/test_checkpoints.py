@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was killed or stopped, or whose disk or checkpoint failed, ends with the same result."""
+"""Checkpoints: after a kill, a signal, a full disk or a broken checkpoint a run ends with the same result."""
 
 import json
 import os
@@ -25,7 +25,7 @@ KILLING = Path(__file__).parents[1] / "helpers" / "killing.py"
 
 @pytest.fixture
 def settings(tiny_data, tmp_path):
-    """A run with everything that has a state: dropout, crops, mirrors, two stages; saved after every iteration."""
+    """A run with dropout, crops, horizontal flips and refit, which saves a checkpoint after every iteration."""
     return {
         "dataset": "tiny",
         "batch_size": 16,
@@ -51,7 +51,7 @@ def uninterrupted(settings, tmp_path):
 
 
 def assert_same_outcome(folder, expected):
-    """Weights, metrics and everything else but time and memory, bit for bit."""
+    """Compare all results bit for bit, except times, memory and provenance."""
     timed = ("training_seconds", "peak_memory_mib", "provenance")
     one, other = (json.loads((f / "result.json").read_text()) for f in (folder, expected))
     assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
@@ -65,7 +65,7 @@ def assert_same_outcome(folder, expected):
     ("kills", "iterations", "seed"),
     [(6, 60, 0), *(pytest.param(24, 150, s, marks=pytest.mark.slow) for s in range(1, 5))],
 )
-def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(kills, iterations, seed, settings, tmp_path):
+def test_killed_run_continues_to_the_same_result(kills, iterations, seed, settings, tmp_path):
     settings["iterations"] = iterations
     whole = parse_config({**settings, "runs_dir": str(tmp_path / "whole")})
     run(whole, lambda line: None)
@@ -79,15 +79,15 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(kills, itera
     attempts, lines = [s for s in said if "moment" in s], [s["line"] for s in said if "line" in s]
     assert sum(a["killed"] for a in attempts) >= kills * 5 / 6, attempts
     assert any("checkpoint.pt" in a["left"] for a in attempts)
-    assert any(".checkpoint.new.pt.part" in a["left"] for a in attempts), "never while one was written"
+    assert any(".checkpoint.new.pt.part" in a["left"] for a in attempts), "no kill while a checkpoint was written"
     if kills > 20:
-        assert any(a["left"] and "checkpoint.pt" not in a["left"] for a in attempts), "never between the renames"
+        assert any(a["left"] and "checkpoint.pt" not in a["left"] for a in attempts), "no kill between the renames"
     assert any(line.startswith("continued from iteration") for line in lines)
     assert_same_outcome(parse_config(settings).folder, whole.folder)
 
 
 def interrupted(config, at="iteration 30/"):
-    """Break a run off right before the validation of an iteration is reported."""
+    """Interrupt a run right before it reports the validation of an iteration."""
 
     def report(line):
         if line.startswith(at):
@@ -98,7 +98,7 @@ def interrupted(config, at="iteration 30/"):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_iteration_and_saves(number, settings, uninterrupted):
+def test_signal_in_the_loop_saves_after_the_iteration(number, settings, uninterrupted):
     config = parse_config({**settings, "checkpoint_seconds": 1e6})
     before = signal.getsignal(number)
 
@@ -106,7 +106,7 @@ def test_a_signal_ends_the_iteration_and_saves(number, settings, uninterrupted):
         if line.startswith("iteration 30/"):
             os.kill(os.getpid(), number)
 
-    with pytest.raises(RunStopped, match=f"stopped by {number.name}; start it again and it continues"):
+    with pytest.raises(RunStopped, match=f"stopped by {number.name}; start the run again to continue it"):
         run(config, report)
     assert signal.getsignal(number) is before
     status = read_status(config.folder)
@@ -119,7 +119,7 @@ def test_a_signal_ends_the_iteration_and_saves(number, settings, uninterrupted):
     assert_same_outcome(config.folder, uninterrupted)
 
 
-def test_a_signal_outside_the_loop_stops_at_once(settings, uninterrupted):
+def test_signal_outside_the_loop_stops_at_once(settings, uninterrupted):
     config = parse_config(settings)
 
     def report(line):
@@ -135,7 +135,7 @@ def test_a_signal_outside_the_loop_stops_at_once(settings, uninterrupted):
     assert_same_outcome(config.folder, uninterrupted)
 
 
-def test_a_run_outside_the_main_thread_leaves_signals_alone(settings, uninterrupted):
+def test_run_in_another_thread_handles_no_signals(settings, uninterrupted):
     config = parse_config(settings)
     thread = threading.Thread(target=run, args=(config, lambda line: None))
     thread.start()
@@ -158,17 +158,17 @@ def of_other_code(file):
 
 
 BROKEN = {
-    "truncated": (truncated, "cannot be read and is skipped"),
-    "empty": (lambda file: os.truncate(file, 0), "cannot be read and is skipped"),
+    "truncated": (truncated, "is skipped: it cannot be read"),
+    "empty": (lambda file: os.truncate(file, 0), "is skipped: it cannot be read"),
     "no archive": (lambda file: file.write_bytes(b"\x80\x02}q\x00."), "is skipped"),
-    "another object": (lambda file: torch.save([1, 2], file), "is no checkpoint of a run and is skipped"),
-    "another run": (foreign, r"is of another run (config differ) and is skipped"),
-    "other code": (of_other_code, r"is of another run (fingerprint differ) and is skipped"),
+    "another object": (lambda file: torch.save([1, 2], file), "is skipped: it is not a checkpoint of a run"),
+    "another run": (foreign, "is skipped: it belongs to another run (different config)"),
+    "other code": (of_other_code, "is skipped: it belongs to another run (different fingerprint)"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_checkpoint_falls_back_to_the_one_before_and_says_so(kind, settings, uninterrupted):
+def test_broken_checkpoint_is_reported_and_the_previous_one_used(kind, settings, uninterrupted):
     breaks, message = BROKEN[kind]
     config = parse_config(settings)
     interrupted(config)
@@ -181,7 +181,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before_and_says_so(kind, sett
     assert_same_outcome(config.folder, uninterrupted)
 
 
-def test_without_any_usable_checkpoint_training_begins_anew_and_says_so(settings, uninterrupted):
+def test_training_restarts_without_a_usable_checkpoint(settings, uninterrupted):
     config = parse_config(settings)
     interrupted(config)
     for file in config.folder.glob("checkpoint*.pt"):
@@ -189,7 +189,7 @@ def test_without_any_usable_checkpoint_training_begins_anew_and_says_so(settings
     lines = []
     run(config, lines.append)
     assert [line.split()[0] for line in lines[:2]] == ["checkpoint.pt", "checkpoint.previous.pt"]
-    assert lines[2] == "no checkpoint can be used: training begins anew"
+    assert lines[2] == "no checkpoint is usable: training starts from the beginning"
     assert_same_outcome(config.folder, uninterrupted)
 
 
@@ -199,12 +199,12 @@ from pathlib import Path
 from hloss.runs.config import parse_config
 from hloss.runs.run import run
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a file cannot grow beyond: the write fails half-way
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # The size limit of a file makes the write fail half-way.
 run(parse_config(json.loads(Path(sys.argv[1]).read_text())))
 """
 
 
-def test_a_full_disk_loses_nothing_that_was_complete(settings, uninterrupted, tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(settings, uninterrupted, tmp_path):
     config = parse_config(settings)
     interrupted(config)
     kept = (config.folder / "checkpoint.pt").read_bytes()
@@ -224,7 +224,7 @@ def test_a_full_disk_loses_nothing_that_was_complete(settings, uninterrupted, tm
     assert_same_outcome(config.folder, uninterrupted)
 
 
-def test_what_cannot_be_saved_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_checkpoints(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, {"a": 1})
     save_checkpoint(tmp_path, {"a": 2})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -250,7 +250,7 @@ def test_what_cannot_be_saved_leaves_the_checkpoints_as_they_were(tmp_path, monk
     ],
     ids=repr,
 )
-def test_what_another_attempt_may_overcome_is_tried_again(error, retry, settings, monkeypatch, uninterrupted):
+def test_status_retry_depends_on_the_error(error, retry, settings, monkeypatch, uninterrupted):
     config = parse_config(settings)
 
     def report(line):
@@ -265,7 +265,7 @@ def test_what_another_attempt_may_overcome_is_tried_again(error, retry, settings
     assert_same_outcome(config.folder, uninterrupted)
 
 
-def test_what_was_killed_right_after_its_result_is_tidied(settings):
+def test_complete_run_removes_left_over_checkpoints(settings):
     config = parse_config(settings)
     result = run(config, lambda line: None)
     write_status(config.folder, "running", 60)
@@ -276,7 +276,7 @@ def test_what_was_killed_right_after_its_result_is_tidied(settings):
     assert [file.name for file in config.folder.glob("*.pt")] == ["network.pt"]
 
 
-def test_a_second_process_on_a_run_is_refused_and_disturbs_nothing(settings, monkeypatch):
+def test_refuses_a_second_process_on_a_run(settings, monkeypatch):
     config = parse_config(settings)
     interrupted(config)
     status = read_status(config.folder)

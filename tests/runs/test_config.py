@@ -1,4 +1,4 @@
-"""Losses, miners, samplers and metrics as settings of a run: checked before training, and carried out."""
+"""Settings of a run: checks before training; losses, miners, samplers and metrics that they select."""
 
 import dataclasses
 import inspect
@@ -42,7 +42,7 @@ def quiet(line):
 
 
 @pytest.mark.parametrize("loss", BASELINES)
-def test_every_option_of_a_loss_is_a_setting(loss):
+def test_every_argument_of_a_baseline_is_a_setting(loss):
     options = OPTIONS[loss] | {"on_degenerate": "zero"}
     built = parse_config({"loss": loss, **options}).build_loss()
     assert isinstance(built, BASELINES[loss])
@@ -50,13 +50,13 @@ def test_every_option_of_a_loss_is_a_setting(loss):
     assert set(options) == set(BASELINES[loss]().__dict__) & set(RunConfig.model_fields)
 
 
-def test_every_argument_of_the_histogram_loss_is_a_setting_and_has_its_default():
+def test_histogram_loss_arguments_are_settings_with_the_same_defaults():
     arguments = {name: p.default for name, p in inspect.signature(HistogramLoss).parameters.items()}
     assert set(arguments) == {field.name for field in dataclasses.fields(HistogramLoss().settings)}
     assert RunConfig().loss_settings() == dataclasses.asdict(HistogramLoss().settings) == arguments
 
 
-def test_every_setting_has_a_description_and_those_of_a_loss_have_no_default_of_their_own():
+def test_every_setting_has_a_description_and_loss_settings_default_to_none():
     assert all(field.description for field in RunConfig.model_fields.values())
     assert {RunConfig.model_fields[name].default for name in LOSS_SETTINGS + PML_SETTINGS} == {None}
     taken = [set(inspect.signature(loss).parameters) for loss in LOSSES.values()]
@@ -65,7 +65,7 @@ def test_every_setting_has_a_description_and_those_of_a_loss_have_no_default_of_
 
 @pytest.mark.parametrize("normalize", [None, True, False])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_metric_of_a_run_is_that_of_its_loss(loss, normalize):
+def test_trained_metric_equals_the_metric_of_the_loss(loss, normalize):
     if normalize is None or "normalize" in inspect.signature(LOSSES[loss]).parameters:
         config = parse_config({"loss": loss, "normalize": normalize})
         assert config.trained_metric == getattr(config.build_loss(), "metric", "cosine")
@@ -73,13 +73,13 @@ def test_the_metric_of_a_run_is_that_of_its_loss(loss, normalize):
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # LargeMarginSoftmaxLoss
 @pytest.mark.parametrize("normalize", [None, True, False])
-def test_the_metric_of_a_loss_of_pytorch_metric_learning_is_known_from_its_options(normalize):
+def test_trained_metric_of_a_pml_loss_follows_from_its_options(normalize):
     options = {} if normalize is None else {"distance": {"LpDistance": {"normalize_embeddings": normalize}}}
     metrics = set()
     for name in available("losses"):
         try:
             built = PMLLoss(name, options)
-        except ValueError:  # it needs other options, or takes no such distance
+        except ValueError:  # It requires other options or does not accept this distance.
             continue
         assert pml_metric(options) == built.metric, name
         metrics.add(built.metric)
@@ -87,7 +87,7 @@ def test_the_metric_of_a_loss_of_pytorch_metric_learning_is_known_from_its_optio
 
 
 @pytest.mark.parametrize("loss", ["histogram", "lifted", "pml:MultiSimilarityLoss"])
-def test_the_id_and_the_folder_of_a_run_build_no_loss(monkeypatch, loss):
+def test_run_id_and_folder_do_not_build_the_loss(monkeypatch, loss):
     config = parse_config({"loss": loss})
     monkeypatch.setattr(nn.Module, "__init__", lambda self: pytest.fail("a loss was built"))
     assert config.folder.name == config.run_id
@@ -113,7 +113,7 @@ def test_every_sampler_trains(settings, sampler):
     )
 
 
-def test_losses_and_miners_of_pytorch_metric_learning_train(settings):
+def test_pml_losses_and_miners_train(settings):
     config = parse_config({**settings, **MULTI_SIMILARITY, "miner_options": {"epsilon": 0.2}})
     loss = config.build_loss()
     assert isinstance(loss, PMLLoss)
@@ -126,7 +126,7 @@ def test_losses_and_miners_of_pytorch_metric_learning_train(settings):
 
 
 @pytest.mark.parametrize("micro_batch", [None, 10])
-def test_weights_of_a_loss_are_learned_and_resumed(settings, tmp_path, micro_batch):
+def test_weights_of_a_loss_are_trained_and_resumed(settings, tmp_path, micro_batch):
     proxies = {"loss": "pml:ProxyAnchorLoss", "micro_batch": micro_batch, "batchnorm": "slices"}
     config = parse_config({**settings, **proxies})
     whole = run(config, quiet)
@@ -155,12 +155,12 @@ def test_weights_of_a_loss_are_learned_and_resumed(settings, tmp_path, micro_bat
         {"loss_options": json.dumps({"alpha": 3.0})},  # papermill -p
     ],
 )
-def test_options_may_be_written_as_a_mapping_or_as_json(given):
+def test_options_are_accepted_as_a_mapping_or_json(given):
     config = config_from_notebook({"loss": "pml:MultiSimilarityLoss", **given})
     assert config.loss_options == {"alpha": 3.0}
 
 
-def test_a_study_crosses_the_options_of_a_loss(tmp_path):
+def test_a_study_crosses_loss_options(tmp_path):
     (tmp_path / "peers.yaml").write_text("""
 title: options in a study
 fixed: {loss: "pml:TripletMarginLoss", miner: TripletMarginMiner, miner_options: {type_of_triplets: semihard}}
@@ -185,36 +185,39 @@ runs:
         ({**MULTI_SIMILARITY, "loss_options": {"alfa": 1}}, r"alfa=1 is unknown .*\(did you mean alpha\?\)"),
         ({**MULTI_SIMILARITY, "miner": "MultiSimilarityMinr"}, r"MultiSimilarityMinr .*did you mean MultiSimilarityMi"),
         ({**MULTI_SIMILARITY, "miner_options": {"eps": 1}}, "eps=1 is unknown to MultiSimilarityMiner"),
-        ({**MULTI_SIMILARITY, "margin": 0.1}, "takes no margin, it takes loss_options, miner, miner_options"),
+        ({**MULTI_SIMILARITY, "margin": 0.1}, "has no setting margin; it has loss_options, miner, miner_options"),
         ({**MULTI_SIMILARITY, "loss_options": "alpha: 1"}, "loss_options='alpha: 1': Input should be a valid dict"),
         (
             {"loss": "triplet", "miner": "BatchHardMiner"},
-            "loss 'triplet' takes no miner, it takes margin, on_degenerate",
+            "loss 'triplet' has no setting miner; it has margin, on_degenerate",
         ),
         ({"loss": "triplet", "margin": 0.0}, "margin must be a finite number above 0, got 0.0"),
         ({"loss": "lifted", "normalize": 1}, "normalize=1: Input should be a valid boolean"),
-        ({"loss": "pml"}, "loss='pml' is unknown, allowed are histogram, binomial, lifted"),
-        ({"metric": "cosin"}, r"metric='cosin' is unknown, allowed are cosine, euclidean \(did you mean cosine\?\)"),
+        ({"loss": "pml"}, "loss='pml' is unknown; allowed are histogram, binomial, lifted"),
+        ({"metric": "cosin"}, r"metric='cosin' is unknown; allowed are cosine, euclidean \(did you mean cosine\?\)"),
         ({"sampler": "balance"}, r"allowed are class-shuffle, balanced, random-class \(did you mean balanced\?\)"),
-        ({"min_images_per_class": 5}, "min_images_per_class=5: sampler 'class-shuffle' takes no min_images_per_class"),
+        (
+            {"min_images_per_class": 5},
+            "min_images_per_class=5: sampler 'class-shuffle' has no setting min_images_per_class",
+        ),
         (
             {"sampler": "balanced", "batch_size": 128, "images_per_class": 10},
-            'batch_size=128: sampler "balanced" takes a multiple of images_per_class=10',
+            'batch_size=128: sampler "balanced" requires a multiple of images_per_class=10',
         ),
     ],
     ids=str,
 )
-def test_a_wrong_setting_is_refused_by_name(wrong, message):
+def test_refuses_wrong_settings_of_losses_and_samplers(wrong, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(wrong)
 
 
-def test_batches_that_these_images_cannot_make_are_refused_before_training(settings):
+def test_refuses_batches_that_the_dataset_cannot_fill(settings):
     with pytest.raises(ConfigError, match="sampler='balanced': 16 of 16 classes have fewer than images_per_class 8"):
         run(parse_config({**settings, "sampler": "balanced", "images_per_class": 8}), quiet)
 
 
-def test_checking_a_run_leaves_the_generators_alone():
+def test_building_a_loss_keeps_the_state_of_the_generator():
     before = torch.get_rng_state()
     parse_config({"loss": "pml:ArcFaceLoss"})
     assert torch.equal(before, torch.get_rng_state())
@@ -224,42 +227,52 @@ def test_checking_a_run_leaves_the_generators_alone():
     assert not torch.equal(one.loss.W, two.loss.W)
 
 
-def test_modules_of_losses_hold_no_weights_but_those_of_proxies():
+def test_baselines_have_no_parameters():
     assert not any(isinstance(p, nn.Parameter) for loss in BASELINES.values() for p in loss().parameters())
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"n_bin": 50}, r"n_bin=50 is no setting of a run \(did you mean n_bins\?\)"),
+        ({"n_bin": 50}, r"n_bin=50 is not a setting of a run \(did you mean n_bins\?\)"),
         ({"n_bins": 0}, "n_bins must be a whole number of at least 1, got 0"),
         ({"n_bins": "fifty"}, "n_bins='fifty': Input should be a valid integer"),
         (
             {"loss": "histogramm"},
-            r"loss='histogramm' is unknown, allowed are .*\(did you mean histogram\?\)",
+            r"loss='histogramm' is unknown; allowed are .*\(did you mean histogram\?\)",
         ),
-        ({"loss": "binomial", "n_bins": 50}, "loss 'binomial' takes no n_bins, it takes alpha, beta, C"),
-        ({"iterations": 0}, "go together"),
-        ({"network": "pixels"}, "nothing to train"),
+        ({"loss": "binomial", "n_bins": 50}, "loss 'binomial' has no setting n_bins; it has alpha, beta, C"),
+        ({"iterations": 0}, "iterations=0 does not fit loss='histogram'; loss \"none\" requires 0"),
+        ({"network": "pixels"}, 'iterations=60: network "pixels" has no parameters; set iterations to 0'),
         ({"batch_size": 1}, "batch_size=1"),
         ({"study": "../escape"}, "study='../escape' must be a name"),
     ],
     ids=str,
 )
-def test_a_setting_that_no_run_can_have_is_refused_by_name(wrong, message):
+def test_refuses_wrong_settings_of_a_run(wrong, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(wrong)
 
 
-def test_a_notebook_variable_that_is_no_setting_is_refused():
+def test_refuses_notebook_variables_that_are_not_settings():
     assert config_from_notebook({"loss": "binomial", "_hidden": 1, "json": json}).loss == "binomial"
-    with pytest.raises(ConfigError, match="bins=5 is no setting"):
+    with pytest.raises(ConfigError, match="bins=5 is not a setting of a run"):
         config_from_notebook({"loss": "histogram", "bins": 5})
 
 
-def test_run_id_names_what_decides_the_result():
+def test_run_id_changes_only_with_settings_that_affect_the_result():
     default = parse_config({})
     assert parse_config({"n_bins": 200, "kernel": "triangular"}).run_id == default.run_id
     assert parse_config({"device": "cpu", "study": "other", "threads": 2}).run_id == default.run_id
     assert parse_config({"n_bins": 100}).run_id != default.run_id
     assert parse_config({"seed": 1}).run_id != default.run_id
+
+
+def test_only_another_tf32_than_the_default_changes_a_run_id():
+    default = parse_config({})
+    assert "tf32" not in default.resolved()
+    assert parse_config({"tf32": "convolutions", "images": "host"}).run_id == default.run_id
+    changed = {parse_config({"tf32": value}).run_id for value in ("none", "all")}
+    assert len(changed | {default.run_id}) == 3
+    with pytest.raises(ConfigError, match="tf32='yes' is unknown, allowed are none, convolutions, all"):
+        parse_config({"tf32": "yes"})

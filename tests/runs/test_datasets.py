@@ -1,4 +1,4 @@
-"""A prepared dataset is opened read-only and checked; the views of a batch that training and tests see."""
+"""Prepared datasets: reading and checks; crops and flips of batches."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from hloss.runs.images import augment, center_crop, stripes
 
 @pytest.fixture
 def folder(tiny_data, tmp_path):
-    """A copy of the tiny dataset, to damage."""
+    """A copy of the tiny dataset that a test may damage."""
     return shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
 
 
@@ -28,7 +28,7 @@ def change_card(folder, **values):
     (folder / "card.json").write_text(json.dumps({k: v for k, v in {**card, **values}.items() if v is not None}))
 
 
-def test_images_are_mapped_and_cannot_be_written(folder):
+def test_images_are_a_read_only_memory_map(folder):
     dataset = open_dataset(folder)
     assert isinstance(dataset.images, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
@@ -41,7 +41,7 @@ def test_images_are_mapped_and_cannot_be_written(folder):
     dataset.check_pixels()
 
 
-def test_labels_cameras_and_roles_go_by_row(tmp_path):
+def test_columns_and_counts_of_the_index(tmp_path):
     published = {"train images": 2, "query and junk images": 3, "test classes": 1}
     with new_folder(tmp_path / "people") as folder:
         images = create_images(folder, 4, 8, 6, 3)
@@ -80,8 +80,8 @@ def test_labels_cameras_and_roles_go_by_row(tmp_path):
     ),
     st.lists(st.tuples(st.integers(0, 4), st.sampled_from(ROLES[:4]), st.integers(0, 2)), min_size=1, max_size=30),
 )
-def test_matches_and_rivals_are_those_of_the_protocol(protocol, images):
-    """Of equal embeddings every rival stands before the match: its rank is the number of rivals plus one."""
+def test_query_counts_equal_the_ranks_of_the_protocol(protocol, images):
+    """With equal embeddings every rival precedes the match: its rank is the number of rivals plus one."""
     two_views = "single-shot" in protocol
     if two_views:
         images = [(label, "both", camera % 2) for label, _, camera in images]
@@ -110,16 +110,19 @@ def test_matches_and_rivals_are_those_of_the_protocol(protocol, images):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"format": 2}, "has format 2, this version reads format 1"),
-        ({"protocol": None}, "lacks protocol"),
-        ({"images": 7}, r"holds .*180.* says \(7"),
-        ({"classes": {"train": 17, "val": 6, "test": 8}}, r"'train': 16.* says .*'train': 17"),
-        ({"roles": {"both": 179}}, r"'both': 180.* says .*'both': 179"),
-        ({"image_shape": [16, 16, 3]}, r"images\.npy is uint8 \(180, 16, 16, 1\), .* says \(180, 16, 16, 3\)"),
-        ({"index_sha256": "0"}, r"index\.parquet is not the one .*card\.json describes"),
+        ({"format": 2}, "has format 2, but this version reads format 1"),
+        ({"protocol": None}, r"card\.json has no protocol; prepare the dataset again"),
+        ({"images": 7}, r"has the counts .*180.* card has \(7"),
+        ({"classes": {"train": 17, "val": 6, "test": 8}}, r"'train': 16.* card has .*'train': 17"),
+        ({"roles": {"both": 179}}, r"'both': 180.* card has .*'both': 179"),
+        (
+            {"image_shape": [16, 16, 3]},
+            r"images\.npy is uint8 \(180, 16, 16, 1\), .* requires uint8 \(180, 16, 16, 3\)",
+        ),
+        ({"index_sha256": "0"}, r"index\.parquet: its hash differs from the one in .*card\.json"),
     ],
 )
-def test_a_card_that_does_not_fit_is_refused(folder, values, match):
+def test_refuses_a_card_that_does_not_match_the_files(folder, values, match):
     change_card(folder, **values)
     with pytest.raises(DatasetError, match=match):
         open_dataset(folder)
@@ -128,14 +131,14 @@ def test_a_card_that_does_not_fit_is_refused(folder, values, match):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("card.json", b"{", r"card\.json is no JSON"),
+        ("card.json", b"{", r"card\.json is not JSON"),
         ("index.parquet", b"PAR1", r"index\.parquet cannot be read"),
         ("index.parquet", None, r"index\.parquet cannot be read"),
-        ("images.npy", b"\x93NUMPY", r"images\.npy cannot be mapped"),
-        ("images.npy", None, r"images\.npy cannot be mapped"),
+        ("images.npy", b"\x93NUMPY", r"images\.npy cannot be read as a memory map"),
+        ("images.npy", None, r"images\.npy cannot be read as a memory map"),
     ],
 )
-def test_a_broken_file_is_refused_by_name(folder, name, content, match):
+def test_refuses_missing_and_broken_files(folder, name, content, match):
     (folder / name).unlink()
     if content:
         (folder / name).write_bytes(content)
@@ -143,35 +146,35 @@ def test_a_broken_file_is_refused_by_name(folder, name, content, match):
         open_dataset(folder)
 
 
-def test_a_cut_off_image_file_is_refused(folder):
+def test_refuses_truncated_images(folder):
     content = (folder / "images.npy").read_bytes()
     (folder / "images.npy").write_bytes(content[:-1])
-    with pytest.raises(DatasetError, match=r"images\.npy cannot be mapped"):
+    with pytest.raises(DatasetError, match=r"images\.npy cannot be read as a memory map"):
         open_dataset(folder)
 
 
-def test_images_that_would_need_pickle_are_refused(folder):
+def test_refuses_pickled_images(folder):
     np.save(folder / "images.npy", np.array([{}] * 3, object), allow_pickle=True)
-    with pytest.raises(DatasetError, match=r"images\.npy cannot be mapped"):
+    with pytest.raises(DatasetError, match=r"images\.npy cannot be read as a memory map"):
         open_dataset(folder)
 
 
-def test_a_changed_pixel_is_found_by_the_whole_check(folder):
+def test_check_pixels_finds_a_changed_pixel(folder):
     content = bytearray((folder / "images.npy").read_bytes())
     content[-1] ^= 1
     (folder / "images.npy").write_bytes(content)
-    with pytest.raises(DatasetError, match=r"images\.npy is not the one its card describes"):
+    with pytest.raises(DatasetError, match=r"images\.npy: its hash differs from the card's"):
         open_dataset(folder).check_pixels()
 
 
 def numbered(n, height, width):
-    """Images whose pixels say where they were: channel 0 the row, 1 the column, 2 the image."""
+    """Images whose channels are the row (0), the column (1) and the number of the image (2)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.stack([rows, columns, torch.full_like(rows, i)]) for i in range(n)]).to(torch.uint8)
 
 
 @given(st.integers(1, 6), st.integers(2, 20), st.integers(2, 20), st.integers(1, 20), st.booleans(), st.integers(0, 99))
-def test_a_training_view_is_a_cut_of_its_image(n, height, width, crop, horizontal_flip, seed):
+def test_augment_returns_crops_of_the_images(n, height, width, crop, horizontal_flip, seed):
     crop = min(crop, height, width)
     views = augment(numbered(n, height, width), crop, horizontal_flip, torch.Generator().manual_seed(seed))
     assert views.shape == (n, 3, crop, crop)
@@ -185,7 +188,7 @@ def test_a_training_view_is_a_cut_of_its_image(n, height, width, crop, horizonta
         assert view[1].max() < width
 
 
-def test_training_views_reach_every_place_and_both_sides_evenly():
+def test_augment_draws_positions_and_flips_uniformly():
     views = augment(numbered(1, 10, 8).expand(6000, -1, -1, -1), 6, True, torch.Generator().manual_seed(0)).int()
     mirrored = views[:, 1, 0, 0] > views[:, 1, 0, 1]
     tops, lefts = views[:, 0].amin((1, 2)), views[:, 1].amin((1, 2))
@@ -197,7 +200,7 @@ def test_training_views_reach_every_place_and_both_sides_evenly():
     assert np.corrcoef(np.stack([mirrored, tops, lefts]))[np.triu_indices(3, 1)] == pytest.approx(0, abs=0.06)
 
 
-def test_the_generator_alone_decides_the_view():
+def test_augment_depends_on_the_generator_only():
     images = numbered(5, 12, 12)
 
     def drawn(seed, **settings):
@@ -210,12 +213,12 @@ def test_the_generator_alone_decides_the_view():
     torch.manual_seed(2)
     assert torch.equal(drawn(0)[0], first)
     assert not torch.equal(drawn(1)[0], first)
-    for settings in ({"crop": None}, {"horizontal_flip": False}):  # a setting does not move what is drawn after it
+    for settings in ({"crop": None}, {"horizontal_flip": False}):  # The settings do not change the number of draws.
         assert torch.equal(drawn(0, **settings)[1], state)
     assert torch.equal(drawn(0, crop=None, horizontal_flip=False)[0], images)
 
 
-def test_test_views_are_the_centre():
+def test_center_crop_returns_the_centre():
     views = center_crop(numbered(2, 11, 9), 5)
     assert views.shape == (2, 3, 5, 5)
     assert views[1, :, 0, 0].tolist() == [3, 2, 1]
@@ -225,9 +228,9 @@ def test_test_views_are_the_centre():
     assert full[0, :2, 0, 0].tolist() == [14, 14]
 
 
-def test_a_crop_that_does_not_fit_is_refused():
+def test_refuses_a_crop_that_does_not_fit():
     for crop in (0, 10, -1):
-        match = rf"crop={crop} does not fit into images of 11 x 9 pixels"
+        match = rf"crop={crop} does not fit into images of 11 x 9 pixels; allowed are 1 to 9"
         with pytest.raises(ValueError, match=match):
             augment(numbered(1, 11, 9), crop, True, torch.Generator())
         with pytest.raises(ValueError, match=match):
@@ -242,5 +245,5 @@ def test_stripes_overlap_by_ten_rows():
         assert torch.equal(parts[:, 3 * part : 3 * part + 3], images[:, :, start : start + 60])
     assert parts[1, 3, 0, 0] == 50
     assert torch.equal(parts[:, :3, 50:], parts[:, 3:6, :10])
-    with pytest.raises(ValueError, match=r"stripes are cut of images \(n, 3, 160, 60\), got \(1, 3, 160, 61\)"):
+    with pytest.raises(ValueError, match=r"images must have shape \(n, 3, 160, 60\): got \(1, 3, 160, 61\)"):
         stripes(numbered(1, 160, 61))

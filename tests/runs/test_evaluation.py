@@ -1,4 +1,4 @@
-"""Evaluation of a run: its files agree with its result, metric and protocol are those of the loss and the dataset."""
+"""Evaluation of a run: result files, metric and protocol."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def quiet(line):
     pass
 
 
-def test_the_files_agree_with_the_result(settings, tiny_data):
+def test_files_agree_with_the_result(settings, tiny_data):
     config = parse_config(settings)
     result = run(config, quiet)
     embeddings = torch.from_numpy(np.load(config.folder / "embeddings.npy"))
@@ -38,7 +38,7 @@ def test_the_files_agree_with_the_result(settings, tiny_data):
     assert sum(result["similarity_density"]["after"]["positive"]) == pytest.approx(1)
 
 
-def test_a_run_is_measured_by_the_metric_its_loss_trains_unless_told_otherwise(settings, tiny_data):
+def test_metric_defaults_to_the_trained_metric(settings, tiny_data):
     settings["validate_every"] = settings["iterations"]  # one validation, so that both metrics choose it
     config = parse_config({**settings, "loss": "lifted"})
     result = run(config, quiet)
@@ -55,7 +55,7 @@ def test_a_run_is_measured_by_the_metric_its_loss_trains_unless_told_otherwise(s
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_run_is_tested_by_the_protocol_of_the_card_with_cameras_and_roles(tmp_path, protocol):
+def test_evaluation_uses_the_protocol_cameras_and_roles_of_the_dataset(tmp_path, protocol):
     rng = np.random.default_rng(0)
     identity, view, shot = (axis.ravel() for axis in np.mgrid[0:30, 0:2, 0:4])
     split = np.where(identity < 16, "train", np.where(identity < 22, "val", "test"))

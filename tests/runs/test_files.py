@@ -1,4 +1,4 @@
-"""Files of a run: locks, atomic writes."""
+"""Locks and atomic writes of files."""
 
 import threading
 
@@ -9,10 +9,10 @@ from hloss.runs.files import atomic_write, file_lock, run_lock
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_a_lock_excludes_others_until_it_is_released(kind, tmp_path):
+def test_lock_excludes_others_until_it_is_released(kind, tmp_path):
     path = tmp_path if kind == "directory" else tmp_path / "lock"
     with file_lock(path, "is at work"):
-        with pytest.raises(LockedError, match=r"^another process is at work; wait for it or end it$"):
+        with pytest.raises(LockedError, match=r"^another process is at work; wait until it ends, or end it$"):
             file_lock(path, "is at work").__enter__()
         with file_lock(tmp_path / "other", "is at work"):
             pass
@@ -20,7 +20,7 @@ def test_a_lock_excludes_others_until_it_is_released(kind, tmp_path):
         pass
 
 
-def test_who_waits_is_told_once_and_gets_the_lock(tmp_path):
+def test_waiting_is_reported_once_and_ends_with_the_lock(tmp_path):
     held, told, got = file_lock(tmp_path, "is at work"), [], threading.Event()
 
     def wait():
@@ -36,19 +36,19 @@ def test_who_waits_is_told_once_and_gets_the_lock(tmp_path):
     assert told == ["another process is at work; waiting for at most 30 s"]
 
 
-def test_an_error_within_a_lock_releases_it(tmp_path):
+def test_error_releases_the_lock(tmp_path):
     with pytest.raises(ZeroDivisionError), file_lock(tmp_path, "is at work"):
         _ = 1 / 0
     with file_lock(tmp_path, "is at work"):
         pass
 
 
-def test_a_locked_run_is_a_run_error_that_names_the_folder(tmp_path):
+def test_locked_run_raises_run_error_with_the_folder(tmp_path):
     with run_lock(tmp_path), pytest.raises(RunError, match=f"another process is working in {tmp_path};"):
         run_lock(tmp_path, patience_seconds=0.0).__enter__()
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
+def test_failed_write_keeps_the_file(tmp_path):
     file = tmp_path / "file"
     atomic_write(file, lambda part: part.write_text("old"))
 

@@ -1,4 +1,4 @@
-"""Every kind of image is decoded and resized as hloss.runs.images says."""
+"""Decoding and resizing of all kinds of images, as `hloss.runs.images` describes."""
 
 import struct
 import zlib
@@ -23,13 +23,13 @@ def pixels(data):
     return np.asarray(image)
 
 
-def test_colour_comes_out_as_it_is():
+def test_decodes_colours_exactly():
     for format in ("PNG", "BMP", "TIFF", "PPM"):
         assert np.array_equal(pixels(encoded(COLOURS, format)), COLOURS)
     assert np.array_equal(pixels(encoded(COLOURS, "WEBP", lossless=True)), COLOURS)
 
 
-def test_grey_has_three_equal_channels():
+def test_decodes_grey_to_three_equal_channels():
     for data in (encoded(GREY, "PNG"), encoded(Image.fromarray(GREY), "GIF"), encoded(GREY, "TIFF")):
         assert np.array_equal(pixels(data), np.stack([GREY] * 3, 2))
     jpeg = pixels(encoded(GREY, "JPEG", quality=95))
@@ -37,11 +37,11 @@ def test_grey_has_three_equal_channels():
     assert np.abs(jpeg[..., 0].astype(int) - GREY).mean() < 10
 
 
-def test_black_and_white_is_0_and_255():
+def test_decodes_black_and_white_to_0_and_255():
     assert np.array_equal(pixels(encoded(GREY > 127, "PNG"))[..., 0], np.where(GREY > 127, 255, 0))
 
 
-def test_a_palette_gives_its_colours():
+def test_decodes_the_colours_of_a_palette():
     few = COLOURS[:1].repeat(6, 0)
     image = Image.fromarray(few).quantize(16)
     assert image.mode == "P"
@@ -49,7 +49,7 @@ def test_a_palette_gives_its_colours():
     assert np.array_equal(pixels(encoded(image, "GIF")), few)
 
 
-def test_transparency_is_composed_on_white():
+def test_composes_transparency_on_white():
     alpha = np.zeros((6, 8), np.uint8)
     alpha[:, 4:], alpha[:, 7] = 255, 128
     rgba = pixels(encoded(np.dstack([COLOURS, alpha]), "PNG"))
@@ -65,7 +65,7 @@ def test_transparency_is_composed_on_white():
     assert (pixels(encoded(image, "PNG", transparency=bytes([0] * 16)))[:, :] == 255).all()
 
 
-def test_cmyk_is_the_plain_inverse():
+def test_converts_cmyk_without_a_profile():
     cmyk = RNG.integers(0, 256, (6, 8, 4), np.uint8)
     ink = cmyk.astype(float)
     expected = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
@@ -77,7 +77,7 @@ def test_cmyk_is_the_plain_inverse():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_what_exif_turns_comes_out_upright(orientation, format):
+def test_turns_images_upright_by_exif(orientation, format):
     upright = np.zeros((32, 48, 3), np.uint8)
     upright[:16, :24], upright[16:, 24:] = (250, 0, 0), (0, 0, 250)  # red above left, blue below right
     turn = {
@@ -99,7 +99,7 @@ def test_what_exif_turns_comes_out_upright(orientation, format):
 
 
 def png_16(values):
-    """A 16-bit PNG, grey (h, w) or RGB (h, w, 3), written by hand from the format's own description."""
+    """A 16-bit PNG, grey (h, w) or RGB (h, w, 3), written after the specification of the format."""
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
@@ -110,7 +110,7 @@ def png_16(values):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_16_bits_give_their_high_byte():
+def test_decodes_16_bits_to_the_high_byte():
     grey = RNG.integers(0, 2**16, (6, 8)).astype(np.uint16)
     colour = RNG.integers(0, 2**16, (6, 8, 3)).astype(np.uint16)
     assert np.array_equal(pixels(png_16(grey)), np.stack([grey >> 8] * 3, 2))
@@ -120,7 +120,7 @@ def test_16_bits_give_their_high_byte():
     assert np.array_equal(pixels(pgm), np.stack([grey >> 8] * 3, 2))
 
 
-def test_the_first_of_several_frames_is_taken():
+def test_decodes_the_first_frame():
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     data = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
     assert np.array_equal(pixels(data)[..., 0], GREY)
@@ -139,21 +139,21 @@ def test_the_first_of_several_frames_is_taken():
         (encoded(Image.fromarray(COLOURS), "EPS"), "UnidentifiedImageError"),
     ],
 )
-def test_what_is_no_usable_image_is_refused_with_the_reason(data, match):
+def test_refuses_unusable_images_with_the_reason(data, match):
     with pytest.raises(BadImage, match=match):
         decode(data)
 
 
-def test_an_image_bomb_is_refused_before_it_is_decoded():
+def test_refuses_too_many_pixels_before_decoding():
     side = 8_200
     head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     crc = struct.pack(">I", zlib.crc32(b"IHDR" + head))
-    with pytest.raises(BadImage, match=r"8200 x 8200 pixels, more than 67,108,864 are not decoded"):
+    with pytest.raises(BadImage, match=r"too many pixels: got 8200 x 8200; at most 67,108,864 are decoded"):
         decode(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + head + crc + struct.pack(">I", 0) + b"IDAT")
 
 
 @given(st.binary(max_size=200), st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]), st.integers(0, 10**6))
-def test_broken_bytes_never_raise_anything_else(noise, format, place):
+def test_broken_bytes_raise_bad_image_only(noise, format, place):
     data = bytearray(encoded(COLOURS, format))
     place %= len(data)
     data[place : place + len(noise)] = noise
@@ -165,7 +165,7 @@ def test_broken_bytes_never_raise_anything_else(noise, format, place):
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([(32, 32), (40, 15), (15, 40)]))
-def test_padding_keeps_the_aspect_ratio_and_centres(height, width, size):
+def test_pad_keeps_the_aspect_ratio_and_centres(height, width, size):
     out = fit(Image.new("RGB", (width, height)), *size, "pad")
     assert out.shape == (*size, 3)
     rows, columns = np.flatnonzero((out == 0).all(2).any(1)), np.flatnonzero((out == 0).all(2).any(0))
@@ -178,19 +178,19 @@ def test_padding_keeps_the_aspect_ratio_and_centres(height, width, size):
     assert len(rows) == size[0] or len(columns) == size[1]
 
 
-def test_stretching_fills_the_frame():
+def test_stretch_fills_the_frame():
     out = ImageSettings(160, 60, "stretch")(encoded(np.full((20, 90, 3), 7, np.uint8), "PNG"))
     assert out.shape == (160, 60, 3)
     assert (out == 7).all()
 
 
-def test_an_image_of_the_right_size_is_not_resampled():
+def test_images_of_the_right_size_are_not_resampled():
     assert np.array_equal(ImageSettings(6, 8, "pad")(encoded(COLOURS, "PNG")), COLOURS)
     assert np.array_equal(ImageSettings(6, 8, "stretch")(COLOURS), COLOURS)
 
 
-def test_shrinking_averages():
-    """No pattern of single pixels survives: what a resampling without a filter would leave of it."""
+def test_shrinking_applies_an_antialiasing_filter():
+    """A checkerboard of single pixels becomes grey; resampling without a filter would leave black or white pixels."""
     board = np.indices((64, 64)).sum(0) % 2 * 255
     for how in FILTERS:
         out = fit(Image.fromarray(board.astype(np.uint8)).convert("RGB"), 16, 16, how)

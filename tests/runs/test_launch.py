@@ -1,4 +1,4 @@
-"""Two processes are one with the whole batch; two CPU processes over gloo stand in for two GPUs."""
+"""Runs on several devices, tested with two CPU processes over gloo: they equal one process with the whole batch."""
 
 import json
 import os
@@ -31,7 +31,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """A data folder with the dataset `people`: 10 classes of 4 images of 160 x 60, little alike in a class."""
+    """A data folder with the dataset `people`: 10 classes of 4 noisy images of 160 x 60 pixels."""
     rng = np.random.default_rng(0)
     data = tmp_path_factory.mktemp("data")
     label = np.repeat(np.arange(10), 4)
@@ -76,13 +76,13 @@ def by_torchrun(script, settings, tmp_path, **environment):
         try:
             printed, errors = child.communicate(timeout=300)
         except subprocess.TimeoutExpired:
-            child.terminate()  # torchrun takes its processes with it, whom SIGKILL would leave waiting for each other
+            child.terminate()  # torchrun then ends its processes; after SIGKILL they would wait for each other.
             raise
     return subprocess.CompletedProcess(command, child.returncode, printed, errors)
 
 
 def started(settings, tmp_path):
-    """The weights after the last iteration of a run, started by torchrun if it has several devices; and its result."""
+    """Execute a run and return its weights after the last iteration and its result."""
     answer = by_torchrun(KEEPING, settings, tmp_path)
     assert answer.returncode == 0, answer.stderr
     folder = parse_config(settings).folder
@@ -102,8 +102,8 @@ def started(settings, tmp_path):
     ],
     ids=lambda n: n["network"],
 )
-def test_two_processes_train_to_the_weights_of_one(network, settings, tmp_path):
-    """20 steps, float64, without dropout: within 1e-9, also where each process embeds its share in slices."""
+def test_two_processes_train_the_same_weights_as_one(network, settings, tmp_path):
+    """After 20 iterations in float64 without dropout, weights agree within 1e-9, with and without slices."""
     settings = {**settings, **network}
     one, alone = started(settings, tmp_path)
     for several in ({"devices": 2}, {"devices": 2, "micro_batch": 1}):
@@ -116,12 +116,12 @@ def test_two_processes_train_to_the_weights_of_one(network, settings, tmp_path):
         assert alone["chosen"] == together["chosen"]
     first, _ = started({**settings, "iterations": 1, "validate_every": 1}, tmp_path)
     moved = [(first[name] - weights).abs().max() for name, weights in one.items() if name.endswith(("weight", "bias"))]
-    assert min(moved) > 1e-5, "the weights did move"
+    assert min(moved) > 1e-5, "training changes the weights"
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])
-def test_processes_of_unequal_shares_work_in_slices_together(micro_batch, settings, tmp_path):
-    """Nine images on two processes: 5 make two slices or three, 4 make one or two."""
+def test_processes_with_unequal_shares_embed_in_slices(micro_batch, settings, tmp_path):
+    """Of nine images, one process embeds 5 in two or three slices and the other 4 in one or two."""
     settings = {**settings, "batch_size": 9, "iterations": 4, "validate_every": 2}
     one, alone = started(settings, tmp_path)
     two, together = started({**settings, "devices": 2, "micro_batch": micro_batch}, tmp_path)
@@ -129,7 +129,7 @@ def test_processes_of_unequal_shares_work_in_slices_together(micro_batch, settin
     assert alone["metrics"] == together["metrics"]
 
 
-# Each process leaves what it has at the end of a training: its loss's weights and losses, and its number of threads.
+# At the end of training each process saves the weights of its loss, its losses and its number of threads.
 LEAVING = """
 import os
 from pathlib import Path
@@ -149,8 +149,8 @@ __main__.main()
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
-def test_a_loss_that_draws_is_the_same_in_all_processes(micro_batch, settings, tmp_path):
-    """And each has the threads that the run asks for, whatever OMP_NUM_THREADS says."""
+def test_random_loss_is_the_same_in_all_processes(micro_batch, settings, tmp_path):
+    """Each process also has the threads of the settings, not those of OMP_NUM_THREADS."""
     pytest.importorskip("pytorch_metric_learning")
     random = {"loss": "pml:ArcFaceLoss", "miner": "DistanceWeightedMiner", "embedding_dim": 8, "dropout": 0.2}
     short = {"devices": 2, "iterations": 4, "validate_every": 2, "learning_rate": 1e-2, "threads": 2}
@@ -161,12 +161,12 @@ def test_a_loss_that_draws_is_the_same_in_all_processes(micro_batch, settings, t
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["losses"] == other["losses"]
     assert one["loss"].keys() == other["loss"].keys()
-    assert one["loss"], "it has weights of its own"
+    assert one["loss"], "the loss has weights"
     assert all(torch.equal(value, other["loss"][name]) for name, value in one["loss"].items())
     assert (one["threads"], other["threads"]) == (2, 2)
 
 
-# `python STOPPING CONFIG.json`, with STOP="STAGE ITERATION SIGNAL": the second process is sent it in that iteration.
+# With STOP="STAGE ITERATION SIGNAL" the second process receives the signal in this iteration.
 STOPPING = """
 import os, signal
 from hloss.runs import __main__, run
@@ -184,7 +184,7 @@ __main__.main()
 """
 
 
-def test_several_processes_stopped_in_both_stages_continue_to_the_same_weights(settings, tmp_path):
+def test_processes_stopped_in_both_stages_continue_to_the_same_weights(settings, tmp_path):
     pytest.importorskip("pytorch_metric_learning")
     random = {
         "loss": "pml:ArcFaceLoss",
@@ -209,8 +209,8 @@ def test_several_processes_stopped_in_both_stages_continue_to_the_same_weights(s
         assert one[key] == other[key]
 
 
-def test_live_batchnorm_is_synchronised_over_devices(settings):
-    """On CUDA alone can it be at work (`make check-gpu`), but that a training puts it in is seen here."""
+def test_live_batchnorm_becomes_synchronised_batchnorm(settings):
+    """Only CUDA can execute it (`make check-gpu`), so this test checks that training inserts it."""
     config = parse_config({**settings, "batchnorm": "live", "devices": 2})
     fabric = SimpleNamespace(world_size=2, global_rank=0, device=torch.device("cpu"), setup=lambda *made: made)
     dataset = open_dataset(config.data_folder)
@@ -224,7 +224,7 @@ def test_live_batchnorm_is_synchronised_over_devices(settings):
     assert layers > 0
 
 
-def test_a_process_that_is_lost_costs_one_attempt_and_no_result(settings, tmp_path):
+def test_run_continues_after_a_killed_process(settings, tmp_path):
     settings |= {"devices": 2, "iterations": 6, "validate_every": 2, "checkpoint_seconds": 0.0}
     script = tmp_path / "stopping.py"
     script.write_text(STOPPING)
@@ -239,7 +239,7 @@ def test_a_process_that_is_lost_costs_one_attempt_and_no_result(settings, tmp_pa
     assert one["network_sha256"] == other["network_sha256"]
 
 
-def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):
+def test_run_on_several_devices_reports_and_returns_its_result(settings):
     config = parse_config({**settings, "devices": 2, "batchnorm": "slices", "precision": "32-true"})
     lines = []
     result = run(config, lines.append)
@@ -250,7 +250,7 @@ def test_a_run_on_several_devices_is_started_reports_and_is_returned(settings):
     assert weights_sha256(load_run(config.folder).network) == result["network_sha256"]
 
 
-def test_a_signal_to_the_starter_stops_all_processes_at_one_iteration(settings):
+def test_signal_to_the_parent_stops_all_processes_at_one_iteration(settings):
     config = parse_config({**settings, "devices": 2, "iterations": 100_000, "validate_every": 20})
 
     def report(line):
@@ -265,8 +265,8 @@ def test_a_signal_to_the_starter_stops_all_processes_at_one_iteration(settings):
     assert checkpoint["progress"]["iteration"] == status["iteration"] >= 20
 
 
-def test_the_processes_end_with_their_starter(settings, tmp_path):
-    """SIGKILL of the one process that somebody watches leaves none behind, and nothing is lost."""
+def test_processes_end_with_their_parent(settings, tmp_path):
+    """After SIGKILL of the parent, its processes save a checkpoint and end."""
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**settings, "devices": 2, "iterations": 100_000, "validate_every": 20}))
     folder = parse_config(json.loads(file.read_text())).folder
@@ -284,13 +284,19 @@ def test_the_processes_end_with_their_starter(settings, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"devices": 3, "batch_size": 2}, "devices=3 cannot share batch_size=2 images"),
-        ({"devices": 2, "device": "cuda"}, 'device="cuda" with devices=2: torch finds 0 CUDA devices here'),
+        (
+            {"devices": 3, "batch_size": 2},
+            "devices=3: more devices than images in a batch; allowed are 1 to batch_size=2",
+        ),
+        (
+            {"devices": 2, "device": "cuda"},
+            'device="cuda" with devices=2: torch finds too few CUDA devices: got 0; lower devices',
+        ),
         ({"batchnorm": "live", "micro_batch": 2}, "a batch in slices has no live statistics"),
     ],
     ids=str,
 )
-def test_what_several_devices_or_slices_cannot_do_is_refused(given, message, settings, monkeypatch):
+def test_refuses_settings_that_devices_or_slices_do_not_support(given, message, settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("WORLD_SIZE", str(given.get("devices", 1)))
@@ -298,7 +304,7 @@ def test_what_several_devices_or_slices_cannot_do_is_refused(given, message, set
         run(parse_config({**settings, **given}), print)
 
 
-def test_live_batchnorm_over_several_cpu_processes_is_refused(settings):
+def test_refuses_live_batchnorm_over_several_cpu_processes(settings):
     config = parse_config({**settings, "devices": 2, "batchnorm": "live"})
     config.folder.mkdir(parents=True)
     log = config.folder / "devices.log"
@@ -310,8 +316,21 @@ def test_live_batchnorm_over_several_cpu_processes_is_refused(settings):
     assert second.endswith("started on 2 devices")
 
 
-def test_a_run_for_several_devices_is_not_done_by_another_number(settings, monkeypatch):
+def test_refuses_another_number_of_processes(settings, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="devices=1, but this run was started as 2 processes"):
+    with pytest.raises(ConfigError, match="devices=1 differs from the number of processes: got 2"):
         run(parse_config(settings), print)
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda", 0), ("cuda", 1)])
+def test_more_processes_than_gpus_are_refused_before_any_starts(device, gpus, settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: pytest.fail("a process was started"))
+    config = parse_config({**settings, "devices": 2, "device": device})
+    with pytest.raises(
+        ConfigError, match=f"with devices=2: torch finds too few CUDA devices: got {gpus}; lower devices"
+    ):
+        run(config)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("failed", False)

@@ -1,4 +1,4 @@
-"""A loaded run embeds pixels and files as the run itself did; a network that is not its own is refused."""
+"""Loaded runs embed pixels and files as the run did; networks of other runs are refused."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def stored(config):
     ],
     ids=lambda given: ", ".join(f"{k}={v}" for k, v in given.items()) or "default",
 )
-def test_a_loaded_run_embeds_as_the_run_did_bit_for_bit(given, short):
+def test_loaded_run_embeds_bit_for_bit_as_the_run_did(given, short):
     config = parse_config({**short, **given})
     result = run(config, quiet)
     loaded = load_run(config.folder)
@@ -80,14 +80,14 @@ def test_a_loaded_run_embeds_as_the_run_did_bit_for_bit(given, short):
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs
-def test_a_run_with_weights_in_its_loss_is_loaded(short):
+def test_loads_a_run_whose_loss_has_weights(short):
     pytest.importorskip("pytorch_metric_learning")
     config = parse_config({**short, "loss": "pml:ArcFaceLoss", "miner": "MultiSimilarityMiner"})
     run(config, quiet)
     assert torch.equal(load_run(config.folder).embed(test_pixels(config)), stored(config))
 
 
-def test_the_run_folder_may_move_and_dataset_and_pretrained_weights_may_go(short, tiny_data, tmp_path):
+def test_loads_a_moved_run_without_dataset_and_pretrained_weights(short, tiny_data, tmp_path):
     shutil.copytree(tiny_data, tmp_path / "data")
     weights = tmp_path / "weights.pth"
     torch.save(models.resnet18(weights=None).state_dict(), weights)
@@ -106,7 +106,7 @@ def test_the_run_folder_may_move_and_dataset_and_pretrained_weights_may_go(short
     assert torch.equal(loaded.embed(images), torch.from_numpy(np.load(moved / "embeddings.npy")))
 
 
-def test_files_of_a_grey_dataset_become_grey_of_its_size(short, tmp_path):
+def test_files_are_converted_for_a_grey_dataset(short, tmp_path):
     config = parse_config(short)
     run(config, quiet)
     loaded, images = load_run(config.folder), test_pixels(config)[:3]
@@ -123,7 +123,7 @@ def test_files_of_a_grey_dataset_become_grey_of_its_size(short, tmp_path):
 
 
 @pytest.mark.parametrize("image_settings", [ImageSettings(24, 18, "pad"), ImageSettings(24, 18, "stretch", "bbox250")])
-def test_files_are_resized_and_cropped_as_the_dataset_was(image_settings, short, tmp_path):
+def test_files_are_resized_and_cropped_like_the_dataset(image_settings, short, tmp_path):
     rng = np.random.default_rng(0)
     photos = rng.integers(0, 256, (36, 12, 18, 3), np.uint8)
     photos[:, :3] = 255  # a white border, for bbox250
@@ -146,12 +146,14 @@ def test_files_are_resized_and_cropped_as_the_dataset_was(image_settings, short,
     assert torch.equal(load_run(config.folder).embed(tested), stored(config))
 
 
-def test_images_that_cannot_be_embedded_are_refused(short, tmp_path):
+def test_refuses_images_that_cannot_be_embedded(short, tmp_path):
     config = parse_config(short)
     run(config, quiet)
     loaded = load_run(config.folder)
     for wrong in (np.zeros((2, 16, 15, 1), np.uint8), np.zeros((2, 16, 16, 1)), np.zeros((16, 16, 1), np.uint8)):
-        with pytest.raises(ValueError, match=r"images must be uint8 of shape \(n, 16, 16, 1\): got .*; give image"):
+        with pytest.raises(
+            ValueError, match=r"images must be uint8 of shape \(n, 16, 16, 1\): got .*; give the paths of image"
+        ):
             loaded.embed(wrong)
     for nothing in ([], np.zeros((0, 16, 16, 1), np.uint8)):
         with pytest.raises(ValueError, match="images is empty"):
@@ -166,7 +168,7 @@ def without_network(folder):
 
 
 def of_another_seed(folder):
-    """A network with one weight changed by its last bit."""
+    """Change the last bit of one weight."""
     state = torch.load(folder / "network.pt", weights_only=True)
     weight = state["embedding.weight"]
     weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(2.0))
@@ -199,16 +201,19 @@ REMEDY = "; delete the run's folder and run it again with keep_network=True"
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_network, r"network\.pt does not exist: the run did not keep its network, or it was deleted" + REMEDY),
+        (
+            without_network,
+            r"network\.pt does not exist: the run did not save its network, or the file was deleted" + REMEDY,
+        ),
         (of_another_seed, r"network\.pt is not the network of run \w+: its hash differs" + REMEDY),
         (of_another_size, r"network\.pt cannot be loaded \(RuntimeError: .*size mismatch"),
         (of_another_kind, r"network\.pt cannot be loaded \(TypeError: "),
         (truncated, r"network\.pt cannot be loaded \("),
-        (without_card, r"result\.json has no card of the dataset: an older version wrote it" + REMEDY),
-        (lambda folder: (folder / "result.json").unlink(), "holds no result.json, so it is no complete run"),
+        (without_card, r"result\.json has no dataset card: an older version wrote it" + REMEDY),
+        (lambda folder: (folder / "result.json").unlink(), "is not a complete run: it has no result.json"),
     ],
 )
-def test_what_is_not_the_runs_own_network_is_refused(spoil, message, short):
+def test_refuses_incomplete_runs_and_other_networks(spoil, message, short):
     config = parse_config(short)
     run(config, quiet)
     spoil(config.folder)
@@ -216,7 +221,7 @@ def test_what_is_not_the_runs_own_network_is_refused(spoil, message, short):
         load_run(config.folder)
 
 
-def test_keeping_the_network_is_no_part_of_a_runs_identity(short):
+def test_keep_network_does_not_change_the_run_id(short):
     config = parse_config({**short, "keep_network": False})
     assert config.run_id == parse_config(short).run_id
     first = run(config, quiet)
@@ -229,7 +234,7 @@ def test_keeping_the_network_is_no_part_of_a_runs_identity(short):
     assert second["network_mib"] * 2**20 == pytest.approx((config.folder / "network.pt").stat().st_size, rel=0.05)
 
 
-def test_a_run_made_anew_by_other_code_leaves_no_network_of_the_first(short, monkeypatch):
+def test_rerun_by_other_code_removes_the_old_network(short, monkeypatch):
     config = parse_config(short)
     run(config, quiet)
     monkeypatch.setattr("hloss.runs.provenance.code_sha256", lambda: "other")
@@ -237,8 +242,8 @@ def test_a_run_made_anew_by_other_code_leaves_no_network_of_the_first(short, mon
     assert not (config.folder / "network.pt").exists()
 
 
-def test_the_result_is_written_after_the_network(short, monkeypatch):
-    """A full disk: without its network the run is not complete."""
+def test_result_is_written_after_the_network(short, monkeypatch):
+    """If a full disk prevents the network from being written, the run is not complete."""
     config = parse_config(short)
     whole_save = torch.save
 
@@ -257,7 +262,7 @@ def test_the_result_is_written_after_the_network(short, monkeypatch):
     assert torch.equal(load_run(config.folder).embed(test_pixels(config)), stored(config))
 
 
-def test_load_run_is_an_attribute_of_the_package_which_imports_nothing_for_it():
+def test_importing_the_package_imports_no_modules():
     assert hloss.runs.load_run is load_run
     with pytest.raises(AttributeError, match="no attribute 'lode_run'"):
         _ = hloss.runs.lode_run

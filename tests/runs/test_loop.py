@@ -1,16 +1,23 @@
 """The training loop: a loss that is not finite, a full disk, what a refit reports."""
 
+import os
+import signal
 import time
 
+import pandas as pd
 import pytest
 import torch
 
 from hloss import HistogramLoss
+from hloss.losses.checks import verify_or_defer
+from hloss.numerics import NotFiniteError
 from hloss.runs import loop
 from hloss.runs.checkpoints import read_status
 from hloss.runs.config import RunConfig, parse_config
-from hloss.runs.errors import RunError
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import RunError, RunStopped
 from hloss.runs.run import run
+from hloss.runs.step import Batches
 
 
 def quiet(line):
@@ -76,6 +83,107 @@ def test_embeddings_that_loss_or_validation_refuse_stop_the_run_the_same_way(val
     status = read_status(config.folder)
     assert (status["state"], status["retry"]) == ("failed", False)
     assert (config.folder / "failed.pt").exists()
+
+
+@pytest.fixture
+def read_every_ten(monkeypatch):
+    """Losses are read as on a GPU."""
+    monkeypatch.setattr(loop, "reading_interval", lambda device: 10)
+
+
+class BadAt(HistogramLoss):
+    """Calls `bad` with the loss and the number of the call, which returns the loss."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def forward(self, embeddings, labels):
+        self.calls += 1
+        return self.bad(super().forward(embeddings, labels), self.calls)
+
+
+def nan_from_17(loss, call):
+    return loss + (float("nan") if call >= 17 else 0)  # a gradient without NaN, so that training goes on
+
+
+def refused_from_17(loss, call):
+    """A check of the embeddings that the loss postpones."""
+
+    def verify(numbers):
+        if numbers != [0, 0]:
+            raise NotFiniteError(f"embeddings rows [{numbers[0]}] hold NaN or infinity")
+
+    verify_or_defer(torch.tensor([call, call] if call >= 17 else [0, 0]), verify)
+    return loss
+
+
+def raising_at_19(loss, call):
+    if call == 19:
+        raise ValueError("the batch has no positive pair")
+    return nan_from_17(loss, call)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message", "read"),
+    [
+        (nan_from_17, "the loss is nan", 20),
+        (refused_from_17, r"embeddings rows \[17\] hold NaN or infinity", 20),
+        (raising_at_19, "the loss is nan", 18),
+    ],
+)
+def test_a_loss_read_later_ends_the_run_with_the_iteration_at_which_it_began(
+    bad, message, read, settings, monkeypatch, read_every_ten
+):
+    config = parse_config({**settings, "iterations": 30, "validate_every": 30, "checkpoint_seconds": 1e6})
+    batches = Batches(open_dataset(config.data_folder), open_dataset(config.data_folder).rows("train"), config)
+    for _ in range(17):
+        next(batches)
+    batches.close()
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: BadAt(bad))
+    message += rf" at iteration 17 \(read after iteration {read}\); try a lower learning_rate"
+    with pytest.raises(RunError, match=message):
+        run(config, quiet)
+    failed = torch.load(config.folder / "failed.pt", weights_only=True)
+    assert failed["batch"] == batches.rows[batches.current].tolist()
+    assert failed["progress"]["iteration"] == read
+    assert len(failed["progress"]["losses"]["choose"]) == 16
+    assert not (config.folder / "result.json").exists()
+
+
+def test_losses_read_later_change_no_result(settings, tmp_path, monkeypatch):
+    """Validations, checkpoints and the end come between two readings."""
+    settings = {**settings, "iterations": 27, "validate_every": 12}
+    expected = run(parse_config(settings), quiet)
+    history = pd.read_parquet(parse_config(settings).folder / "history.parquet")
+    monkeypatch.setattr(loop, "reading_interval", lambda device: 10)
+    for seconds in (0.0, 1e6):
+        config = parse_config({**settings, "checkpoint_seconds": seconds, "runs_dir": str(tmp_path / str(seconds))})
+        found = run(config, quiet)
+        assert found["network_sha256"] == expected["network_sha256"]
+        assert found["metrics"] == expected["metrics"]
+        pd.testing.assert_frame_equal(pd.read_parquet(config.folder / "history.parquet"), history)
+
+
+def test_a_run_stopped_between_two_readings_continues_to_the_same_bits(settings, tmp_path, monkeypatch, read_every_ten):
+    settings = {**settings, "iterations": 27, "checkpoint_seconds": 1e6, "horizontal_flip": True}
+    whole = run(parse_config(settings), quiet)
+    config = parse_config({**settings, "images": "device", "runs_dir": str(tmp_path / "stopped")})
+
+    def stop_at_13(loss, call):
+        if call == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: BadAt(stop_at_13))
+        with pytest.raises(RunStopped):
+            run(config, quiet)
+    saved = torch.load(config.folder / "checkpoint.pt", weights_only=True)["progress"]
+    assert saved["iteration"] == len(saved["losses"]["choose"]) == 13
+    lines = []
+    assert run(config, lines.append)["network_sha256"] == whole["network_sha256"]
+    assert lines[0] == "continued from iteration 13 (choose)"
 
 
 def test_a_refit_tells_its_own_rate(settings, monkeypatch):

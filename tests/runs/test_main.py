@@ -1,4 +1,4 @@
-"""The command line of runs: one run from a file of settings, the networks of a study."""
+"""Command line of runs: execute one run, list and delete the networks of a study."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ def quiet(line):
     pass
 
 
-def test_the_command_carries_out_a_run_or_says_why_not(settings, tmp_path):
+def test_command_executes_a_run_or_prints_the_error(settings, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**settings, "dataset": "tinny"}))
     command = [sys.executable, "-m", "hloss.runs", str(file)]
@@ -31,12 +31,12 @@ def test_the_command_carries_out_a_run_or_says_why_not(settings, tmp_path):
         assert result[key] == expected[key]
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_refuses_a_missing_settings_file(tmp_path):
     with pytest.raises(SystemExit, match=r"hloss\.runs: .*nowhere\.json"):
         main([str(tmp_path / "nowhere.json")])
 
 
-def test_the_networks_of_a_study_are_listed_and_deleted(settings, capsys):
+def test_lists_and_deletes_the_networks_of_a_study(settings, capsys):
     short = {**settings, "iterations": 4}
     kept = [parse_config({**short, "seed": seed}) for seed in (0, 1)]
     kept.append(parse_config({**short, "loss": "none", "network": "pixels", "iterations": 0}))
@@ -58,6 +58,6 @@ def test_the_networks_of_a_study_are_listed_and_deleted(settings, capsys):
     assert capsys.readouterr().out == "0 networks, 0.0 MiB\n"
 
 
-def test_a_study_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"hloss\.runs: there is no study 'quikc' in "):
+def test_refuses_a_missing_study(tmp_path):
+    with pytest.raises(SystemExit, match=r"hloss\.runs: study 'quikc' does not exist: .* has no folder of this name"):
         main(["networks", "quikc", "--runs-dir", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The networks: sizes, what is shared, how they start, what they see, whose weights they take."""
+"""Networks: parameters, shared weights, initialisation, input scaling and pretrained weights."""
 
 from urllib.error import URLError
 
@@ -29,7 +29,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def googlenet_file(tmp_path_factory):
-    """A state dict of torchvision's GoogLeNet as it is published: with its classifier and its auxiliary ones."""
+    """A state dict of torchvision's GoogLeNet with its main and auxiliary classifiers, as torchvision publishes it."""
     torch.manual_seed(1)
     file = tmp_path_factory.mktemp("weights") / "googlenet.pth"
     torch.save(models.googlenet(weights=None, aux_logits=True, init_weights=True).state_dict(), file)
@@ -46,7 +46,7 @@ def googlenet_file(tmp_path_factory):
         ("torchvision:mobilenet_v3_small", (64, 64, 1), 64, 2_542_856 - 1_025_000 + 1024 * 64 + 64),
     ],
 )
-def test_a_network_gives_unit_embeddings_and_has_as_many_parameters_as_published(
+def test_network_returns_unit_embeddings_and_has_the_published_number_of_parameters(
     name, shape, embedding_dim, parameters
 ):
     network = build_network(name, shape, embedding_dim)
@@ -56,7 +56,7 @@ def test_a_network_gives_unit_embeddings_and_has_as_many_parameters_as_published
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
 
 
-def test_the_embedding_is_left_raw_where_a_loss_wants_it():
+def test_normalize_false_returns_raw_embeddings():
     torch.manual_seed(0)
     raw = build_network("glyphnet", (32, 32, 1), 16, normalize=False).eval()
     torch.manual_seed(0)
@@ -66,8 +66,8 @@ def test_the_embedding_is_left_raw_where_a_loss_wants_it():
     torch.testing.assert_close(F.normalize(raw(some)), unit(some))
 
 
-def test_the_parts_network_is_the_released_one(parts):
-    """Against a computation written from the released definition, in float64."""
+def test_parts_network_equals_the_released_definition(parts):
+    """Compare with an independent computation after the released definition, in float64."""
     network = parts.double().eval()
     rgb = images(2, 160, 60, 3)
     weights = network.state_dict()
@@ -86,7 +86,7 @@ def test_the_parts_network_is_the_released_one(parts):
     torch.testing.assert_close(network(rgb), F.normalize(embedding), rtol=1e-10, atol=1e-12)
 
 
-def test_the_parts_share_conv1_and_nothing_else(parts):
+def test_stripes_share_conv1_only(parts):
     shapes = {name: tuple(p.shape) for name, p in parts.backbone.named_parameters() if name.endswith("weight")}
     assert shapes == {"conv1.weight": (64, 3, 7, 7)} | {f"conv2.{i}.weight": (64, 64, 5, 5) for i in range(3)}
     stripes = torch.rand(1, 9, 60, 60, dtype=parts.backbone.conv1.weight.dtype)
@@ -106,7 +106,7 @@ def test_the_parts_share_conv1_and_nothing_else(parts):
     assert all(all_changed[part * 64 : part * 64 + 64].any() for part in range(3))
 
 
-def test_the_parts_network_starts_as_released():
+def test_parts_network_is_initialised_as_released():
     torch.manual_seed(0)
     network = build_network("parts", (160, 60, 3), 500)
     for layer, std in [
@@ -119,8 +119,8 @@ def test_the_parts_network_starts_as_released():
         assert abs(layer.bias.mean().item()) < std
 
 
-def test_googlenet_ends_with_pool5_and_sees_what_its_weights_were_trained_on(googlenet_file):
-    """Ours on uint8 images = torchvision's own, which is fed ImageNet-normalised images and undoes that."""
+def test_googlenet_features_equal_those_of_torchvision(googlenet_file):
+    """torchvision's model takes ImageNet-normalised images and reverts the normalisation; ours takes uint8 images."""
     ours = build_network("googlenet", (96, 96, 3), 512, weights=str(googlenet_file)).eval()
     theirs = models.googlenet(weights=None, aux_logits=True, transform_input=True, init_weights=False)
     theirs.load_state_dict(torch.load(googlenet_file, weights_only=True))
@@ -133,7 +133,7 @@ def test_googlenet_ends_with_pool5_and_sees_what_its_weights_were_trained_on(goo
     torch.testing.assert_close(pool5, theirs.eval()((some / 255 - mean) / std), rtol=1e-4, atol=1e-4)
 
 
-def test_other_backbones_are_scaled_as_their_weights_require():
+def test_torchvision_backbones_are_scaled_as_their_weights_require():
     weights = models.get_model_weights("resnet18").DEFAULT
     network = build_network("torchvision:resnet18", (64, 64, 3), 8)
     grey = torch.full((1, 1, 64, 64), 255, dtype=torch.uint8)
@@ -144,17 +144,17 @@ def test_other_backbones_are_scaled_as_their_weights_require():
 @pytest.mark.parametrize(
     ("name", "side"), [("efficientnet_b0", 32), ("mobilenet_v3_small", 32), ("vgg11", 32), ("inception_v3", 96)]
 )
-def test_only_the_runs_own_dropout_is_before_the_embedding(name, side):
+def test_torchvision_dropout_before_the_embedding_is_removed(name, side):
     network = build_network(f"torchvision:{name}", (side, side, 3), 8)
     leaves = [module for module in network.backbone.modules() if not any(module.children())]
     assert isinstance(leaves[-1], torch.nn.Identity)
     body = [leaf for leaf in leaves if not isinstance(leaf, torch.nn.Identity)]
     assert not isinstance(body[-1], torch.nn.Dropout)
     inner = sum(isinstance(leaf, torch.nn.Dropout) for leaf in body)
-    assert inner == (1 if name == "vgg11" else 0), "between two layers that stay, it stays"
+    assert inner == (1 if name == "vgg11" else 0), "dropout between two remaining layers remains"
 
 
-def test_weights_of_a_local_file_are_taken_whole_or_not_at_all(googlenet_file, tmp_path):
+def test_weights_of_a_file_are_loaded_completely_or_refused(googlenet_file, tmp_path):
     state = torch.load(googlenet_file, weights_only=True)
     network = build_network("googlenet", (64, 64, 3), 8, weights=str(googlenet_file))
     for name, value in network.backbone.state_dict().items():
@@ -164,16 +164,16 @@ def test_weights_of_a_local_file_are_taken_whole_or_not_at_all(googlenet_file, t
     torch.save(state, other)
     with pytest.raises(ValueError, match=r"1 tensors are missing \['conv1.conv.weight'\]"):
         build_network("googlenet", (64, 64, 3), 8, weights=str(other))
-    with pytest.raises(ValueError, match="are another network's"):
+    with pytest.raises(ValueError, match=r"do not fit: .*; use the state dict of the same torchvision model"):
         build_network("torchvision:resnet18", (64, 64, 3), 8, weights=str(googlenet_file))
     other.write_bytes(b"no state dict")
-    with pytest.raises(ValueError, match="cannot be read as a state dict"):
+    with pytest.raises(ValueError, match="is not a readable state dict"):
         build_network("googlenet", (64, 64, 3), 8, weights=str(other))
-    with pytest.raises(ValueError, match="nor a file that exists"):
+    with pytest.raises(ValueError, match=r"nowhere\.pth' does not exist; allowed are"):
         build_network("googlenet", (64, 64, 3), 8, weights=str(tmp_path / "nowhere.pth"))
 
 
-def test_imagenet_weights_come_through_torchvision_or_the_remedy_is_named(googlenet_file, monkeypatch):
+def test_imagenet_weights_are_downloaded_or_the_remedy_is_given(googlenet_file, monkeypatch):
     enum = models.GoogLeNet_Weights
     state = torch.load(googlenet_file, weights_only=True)
     monkeypatch.setattr(enum, "get_state_dict", lambda self, **settings: state)
@@ -184,11 +184,11 @@ def test_imagenet_weights_come_through_torchvision_or_the_remedy_is_named(google
         raise URLError("no network")
 
     monkeypatch.setattr(enum, "get_state_dict", offline)
-    with pytest.raises(ValueError, match=r"could not be fetched .*no network.*give its path"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded .*no network.*set weights to its path"):
         build_network("googlenet", (64, 64, 3), 8, weights="imagenet")
 
 
-def test_frozen_statistics_stay_and_scale_and_shift_are_trained():
+def test_frozen_batchnorm_keeps_statistics_and_trains_scale_and_shift():
     network = build_network("glyphnet", (32, 32, 1), 8)
     before = {k: v.clone() for k, v in network.state_dict().items()}
 
@@ -202,7 +202,7 @@ def test_frozen_statistics_stay_and_scale_and_shift_are_trained():
     assert {name.rsplit(".", 1)[1] for name in moved("live")} == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_embedding_leaves_the_network_as_it_was():
+def test_embed_restores_the_modes_of_the_network():
     network = build_network("glyphnet", (32, 32, 1), 8)
     training_mode(network, "frozen")
     modes = [m.training for m in network.modules()]
@@ -215,13 +215,13 @@ def test_embedding_leaves_the_network_as_it_was():
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("parts", (64, 64, 3), "takes RGB images of 160 x 60 pixels"),
-        ("googlenet", (64, 64, 4), "takes images of 1 or 3 channels, these have 4"),
-        ("torchvision:squeezenet1_0", (64, 64, 3), "no linear layer that an embedding could replace"),
-        ("torchvision:vit_b_16", (64, 64, 3), "cannot take images of 64 x 64 pixels"),
+        ("parts", (64, 64, 3), r"requires images of shape \(160, 60, 3\): got \(64, 64, 3\)"),
+        ("googlenet", (64, 64, 4), "requires images with 1 or 3 channels: got 4"),
+        ("torchvision:squeezenet1_0", (64, 64, 3), "no linear layer that the embedding can replace"),
+        ("torchvision:vit_b_16", (64, 64, 3), "does not accept images of 64 x 64 pixels"),
     ],
 )
-def test_what_a_network_cannot_take_is_refused_by_name(name, shape, message):
+def test_refuses_images_and_models_that_do_not_fit(name, shape, message):
     with pytest.raises(ValueError, match=message):
         build_network(name, shape, 8)
 
@@ -231,18 +231,24 @@ def test_what_a_network_cannot_take_is_refused_by_name(name, shape, message):
     [
         ({"network": "googlenett"}, r"network='googlenett' is unknown.*\(did you mean googlenet\?\)"),
         ({"network": "torchvision:resnet19"}, "network='torchvision:resnet19' is unknown"),
-        ({"weights": "imagenet"}, "weights='imagenet': network 'glyphnet' has no part that comes pretrained"),
-        ({"network": "parts", "pretrained_lr_factor": 0.1}, "pretrained_lr_factor=0.1: network 'parts' has no part"),
-        ({"batchnorm": "warm"}, "batchnorm='warm' is unknown, allowed are live, frozen, slices"),
+        (
+            {"weights": "imagenet"},
+            "weights='imagenet': network 'glyphnet' has no pretrained weights; .* leave weights at 'none'",
+        ),
+        (
+            {"network": "parts", "pretrained_lr_factor": 0.1},
+            "pretrained_lr_factor=0.1: network 'parts' has no pretr.* leave pretrained_lr_factor at None",
+        ),
+        ({"batchnorm": "warm"}, "batchnorm='warm' is unknown; allowed are live, frozen, slices"),
     ],
     ids=str,
 )
-def test_wrong_settings_of_a_network_are_refused_by_name(wrong, message):
+def test_refuses_wrong_settings_of_networks(wrong, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(wrong)
 
 
-def test_a_network_has_the_settings_of_the_paper_unless_told_otherwise():
+def test_network_settings_default_to_those_of_the_paper():
     def settings(**given):
         return parse_config(given).network_settings()
 

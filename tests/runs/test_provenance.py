@@ -1,4 +1,4 @@
-"""The code hash follows what a run executes and nothing else; what a result says of where it came from."""
+"""Hash of the code that a run executes, and the recorded origin of a result."""
 
 import shutil
 import subprocess
@@ -36,7 +36,7 @@ class Model:
 
 @pytest.fixture
 def package(tmp_path):
-    """A package whose `runs.run` imports `numbers` and, within a function, `tools.lazy`, which imports `tools.far`."""
+    """A package whose `runs.run` imports `numbers` and, inside a function, `tools.lazy`, which imports `tools.far`."""
     folder = tmp_path / "small"
     files = {
         "__init__.py": "",
@@ -82,7 +82,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("change", WORDS)
-def test_words_and_layout_keep_the_code_hash(package, change):
+def test_docstrings_and_layout_do_not_change_the_code_hash(package, change):
     before, file = fresh_hash(package), package / "runs/run.py"
     old, new = WORDS[change]
     assert old in file.read_text()
@@ -100,14 +100,14 @@ def test_code_changes_the_code_hash(package, change):
 
 
 @pytest.mark.parametrize("file", ["__init__.py", "tools/__init__.py", "numbers.py", "tools/lazy.py", "tools/far.py"])
-def test_every_module_that_a_run_reaches_counts(package, file):
+def test_every_imported_module_changes_the_code_hash(package, file):
     before = fresh_hash(package)
     with open(package / file, "a") as opened:
         opened.write("\nMORE = 1\n")
     assert fresh_hash(package) != before
 
 
-def test_a_module_that_no_run_reaches_does_not_count_nor_does_the_place(package, tmp_path):
+def test_other_modules_and_the_location_do_not_change_the_code_hash(package, tmp_path):
     before = fresh_hash(package)
     (package / "tools/other.py").write_text("MORE = 1\n")
     (package.parent / "numbers.py").write_text("MORE = 1\n")
@@ -115,14 +115,14 @@ def test_a_module_that_no_run_reaches_does_not_count_nor_does_the_place(package,
     assert fresh_hash(shutil.copytree(package, tmp_path / "elsewhere/small")) == before
 
 
-def test_a_module_under_another_name_changes_the_code_hash(package):
+def test_renamed_module_changes_the_code_hash(package):
     before = fresh_hash(package)
     (package / "numbers.py").rename(package / "figures.py")
     (package / "runs/run.py").write_text(SOURCE.format(name="small").replace("import numbers", "import figures"))
     assert fresh_hash(package) != before
 
 
-def test_the_code_hash_is_the_same_in_all_python_versions(package):
+def test_code_hash_equals_the_value_of_other_python_versions(package):
     """The value was computed by CPython 3.11.3, 3.12.7, 3.13.2 and 3.14.2."""
     assert fresh_hash(package) == "b863c3a8268064a703a84585ff3ea276bce0b9da34f7209258ced2cb57ea222b"
 
@@ -138,7 +138,7 @@ def test_the_code_hash_is_the_same_in_all_python_versions(package):
         ("study/statistics.py", False),
     ],
 )
-def test_of_this_project_the_library_and_the_runs_count_and_studies_do_not(file, counts, tmp_path):
+def test_library_and_runs_change_the_code_hash_and_studies_do_not(file, counts, tmp_path):
     copy = shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     assert fresh_hash(copy) == code_sha256()
     with open(copy / file, "a") as opened:
@@ -146,10 +146,10 @@ def test_of_this_project_the_library_and_the_runs_count_and_studies_do_not(file,
     assert (fresh_hash(copy) != code_sha256()) == counts
 
 
-def test_the_code_hash_is_computed_in_a_moment_and_once():
+def test_code_hash_takes_less_than_a_second_and_is_cached():
     start = time.process_time()
     fresh_hash(PACKAGE)
-    assert time.process_time() - start < 1, "0.1 s on a quiet machine"
+    assert time.process_time() - start < 1, "it takes 0.1 s on an idle machine"
     code_sha256()
     start = time.process_time()
     code_sha256()
@@ -166,7 +166,7 @@ def test_the_code_hash_is_computed_in_a_moment_and_once():
         ({"loss": "pml:MultiSimilarityLoss"}, "pytorch-metric-learning"),
     ],
 )
-def test_the_version_of_a_package_counts_where_a_setting_names_it(settings, package, monkeypatch):
+def test_fingerprint_has_the_versions_of_selected_packages(settings, package, monkeypatch):
     config = parse_config(settings)
     here = fingerprint(config, "card")
     assert set(here) == {"code_sha256", "card_sha256", *([package] if package else [])}
@@ -175,14 +175,14 @@ def test_the_version_of_a_package_counts_where_a_setting_names_it(settings, pack
 
 
 def repository(folder: Path) -> str:
-    """Make a folder a git repository with one commit, which is returned."""
+    """Initialise a git repository with one commit, and return its hash."""
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(folder)]
     subprocess.run([*git, "init", "--quiet"], check=True)
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "Empty"], check=True)
     return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_commit_of_a_result_is_the_projects_own_or_none(tmp_path, monkeypatch):
+def test_git_commit_is_that_of_the_project_or_none(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PACKAGE", tmp_path / "outer/unpacked/hloss")
     module.PACKAGE.mkdir(parents=True)
     repository(tmp_path / "outer")

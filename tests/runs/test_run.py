@@ -10,10 +10,12 @@ import torch
 from torchvision import models
 
 from hloss.runs.checkpoints import read_status, write_status
-from hloss.runs.config import PRECISIONS, parse_config
-from hloss.runs.errors import ConfigError, DatasetError
+from hloss.runs.config import PRECISIONS, RunConfig, parse_config
+from hloss.runs.errors import ConfigError, DatasetError, GPUMemoryError
 from hloss.runs.files import run_lock
+from hloss.runs.loop import Loop
 from hloss.runs.run import run
+from tests.helpers.gpu_waits import counted_waits
 
 
 def quiet(line):
@@ -121,7 +123,7 @@ def test_a_refusal_is_noted_in_a_folder_that_exists_and_makes_none(settings, tmp
 def test_devices_that_are_not_there_are_noted_too(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     config = parse_config({**settings, "device": "cuda"})
-    with pytest.raises(ConfigError, match="torch finds 0 CUDA devices here"):
+    with pytest.raises(ConfigError, match="torch finds too few CUDA devices: got 0"):
         run(config, quiet)
     assert read_status(config.folder)["state"] == "failed"
     assert read_status(config.folder)["retry"] is False
@@ -225,3 +227,100 @@ def test_settings_that_do_not_fit_the_data_are_refused_before_training(wrong, me
     with pytest.raises(ConfigError, match=message):
         run(parse_config({**settings, **wrong}), lines.append)
     assert lines == []
+
+
+def test_images_on_the_device_give_the_bits_of_those_on_the_host(settings, tmp_path):
+    settings = {**settings, "horizontal_flip": True, "refit": True}
+    results = {}
+    for where in ("host", "device"):
+        config = parse_config({**settings, "images": where, "runs_dir": str(tmp_path / where)})
+        results[where] = run(config, quiet)
+    assert outcome(results["device"]) == outcome(results["host"])
+    assert results["device"]["network_sha256"] == results["host"]["network_sha256"]
+
+
+@pytest.mark.parametrize(("images", "advice"), [("host", "share the GPU. CUDA"), ("device", r'images="host", which')])
+def test_a_gpu_without_enough_memory_is_answered_with_advice(images, advice, settings, monkeypatch):
+    class Filling(torch.nn.Module):
+        def forward(self, embeddings, labels):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: Filling())
+    config = parse_config({**settings, "images": images})
+    with pytest.raises(GPUMemoryError, match=f"24 images embedded at once: set micro_batch .*{advice}"):
+        run(config, quiet)
+    status = read_status(config.folder)
+    assert (status["state"], status["retry"]) == ("failed", True)
+    assert status["message"].endswith("Tried to allocate 2.00 GiB.")
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_CUDA = {"device": "cuda", "iterations": 45, "validate_every": 15, "checkpoint_seconds": 1e6, "horizontal_flip": True}
+SMALL_NETWORKS = [
+    {},
+    {"precision": "bf16-mixed"},
+    {"tf32": "all", "dropout": 0.3},
+    {"network": "torchvision:resnet18", "batchnorm": "live", "iterations": 15, "validate_every": 5},
+]
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("network", SMALL_NETWORKS, ids=str)
+def test_a_run_on_a_gpu_that_was_killed_continues_to_the_same_bits(network, settings, tmp_path):
+    settings = {**settings, **ON_CUDA, **network}
+    whole = run(parse_config(settings), quiet)
+    broken = parse_config({**settings, "checkpoint_seconds": 0.0, "runs_dir": str(tmp_path / "broken")})
+    last = 2 * broken.validate_every
+
+    def killed(line):
+        if line.startswith(f"iteration {last}/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed)
+    lines = []
+    again = run(broken, lines.append)
+    assert lines[0] == f"continued from iteration {last - 1} (choose)"
+    assert again["network_sha256"] == whole["network_sha256"]
+    assert outcome(again) == outcome(whole)
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("network", SMALL_NETWORKS, ids=str)
+def test_images_on_the_gpu_give_the_losses_of_those_on_the_host(network, settings, tmp_path):
+    results, losses = {}, {}
+    for where in ("host", "device"):
+        given = {**settings, **ON_CUDA, **network, "images": where, "runs_dir": str(tmp_path / where)}
+        results[where] = run(parse_config(given), quiet)
+        losses[where] = pd.read_parquet(parse_config(given).folder / "history.parquet")
+    pd.testing.assert_frame_equal(losses["device"], losses["host"], check_exact=True)
+    assert outcome(results["device"]) == outcome(results["host"])
+    assert results["device"]["network_sha256"] == results["host"]["network_sha256"]
+    assert results["device"]["provenance"]["tf32"] == network.get("tf32", "convolutions")
+
+
+class MeanSquare(torch.nn.Module):
+    """A loss that reads nothing from the device."""
+
+    def forward(self, embeddings, labels):
+        return embeddings.float().square().mean()
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("images", ["host", "device"])
+def test_steps_on_a_gpu_do_not_wait_for_it(images, settings, monkeypatch):
+    """Between two readings of the losses; the second reading waits once."""
+    monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: MeanSquare())
+    step, waits = Loop.step, []
+
+    def counted(self):
+        with counted_waits() as found:
+            step(self)
+        waits.append(len(found))
+
+    monkeypatch.setattr(Loop, "step", counted)
+    run(parse_config({**settings, **ON_CUDA, "iterations": 30, "validate_every": 30, "images": images}), quiet)
+    assert waits[11:20] == [0] * 8 + [1]

@@ -1,6 +1,7 @@
 """One step: the rates of the paper, batches that can be shared and continued, the exact gradient in slices."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -12,8 +13,10 @@ from torch import nn
 from hloss.numerics import NotFiniteError
 from hloss.runs.config import LOSSES, parse_config
 from hloss.runs.datasets import Dataset
+from hloss.runs.images import channels_last
 from hloss.runs.launch import build_fabric
 from hloss.runs.models import Embedder, Scale, build_network, training_mode
+from hloss.runs.resident import ResidentDataset, fits, place_images
 from hloss.runs.step import Batches, build_optimizer, gradient, parameter_groups, seed_of, set_learning_rates
 
 # The settings of the paper's text and the authors' released solver, per dataset.
@@ -48,7 +51,7 @@ def gradients(fabric, network, criterion, images, labels, micro_batch, batchnorm
     training_mode(network, batchnorm)
     wrapped = fabric.setup(network)
     value = gradient(fabric, wrapped, criterion, images, labels, micro_batch, lambda part: seed_of(7, part))
-    return value, {name: p.grad for name, p in network.named_parameters()}, network
+    return value.item(), {name: p.grad for name, p in network.named_parameters()}, network
 
 
 def assert_same(found, expected, tolerance):
@@ -163,6 +166,13 @@ def test_a_loss_that_is_not_finite_leaves_no_gradient(micro_batch, fabric):
     assert all(p.grad is None for p in network.parameters())
 
 
+def test_a_loss_that_is_not_checked_is_returned(fabric):
+    network = small_network()
+    found = gradient(fabric, fabric.setup(network), lambda e, _: e.sum() / 0, *a_batch(8), None, hash, check=False)
+    assert found.isinf()
+    assert all(p.grad is not None for p in network.parameters())
+
+
 @pytest.mark.parametrize("dataset", PAPER)
 def test_the_rates_are_those_of_the_paper(dataset):
     """The last layer at the full rate, GoogLeNet's others at a tenth; re-ID a tenth of it after 100,000 iterations."""
@@ -236,6 +246,39 @@ def test_batches_continue_where_their_state_was_taken(ahead, dataset):
     for (images, labels), (expected, expected_labels) in zip(drawn(second, 5), whole[3:], strict=True):
         assert torch.equal(images, expected)
         assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("view", [{}, {"crop": 9}, {"horizontal_flip": True}, {"crop": 9, "horizontal_flip": True}])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_of_resident_images_equal_those_of_the_host(view, channels, dataset):
+    """Also in shares, and continued by the other from its state."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (100, 14, 11, channels), dtype=np.uint8)
+    host = dataclasses.replace(dataset, images=images)
+    resident = place_images(host, "device", torch.device("cpu"))
+    assert isinstance(resident, ResidentDataset)
+    config = parse_config({"batch_size": 10, "images_per_class": 4, **view})
+    rows = np.arange(15, 90)
+    for share in [(0, 1), (1, 3)]:
+        expected = drawn(Batches(host, rows, config, share), 6)
+        first, second = (Batches(resident, rows, config, share) for _ in range(2))
+        found = drawn(first, 3)
+        second.load_state_dict(first.state_dict())
+        found += drawn(second, 3)
+        for (images, labels), (host_images, host_labels) in zip(found, expected, strict=True):
+            assert torch.equal(images, host_images)
+            assert torch.equal(labels, host_labels)
+            assert images.stride() == channels_last(host_images).stride()
+    assert torch.equal(resident.pixels(rows), host.pixels(rows))
+
+
+def test_auto_keeps_images_on_a_gpu_only_if_they_fit(dataset, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * dataset.images.nbytes, 10**12))
+    assert fits(dataset.images.nbytes, gpu)
+    assert not fits(dataset.images.nbytes + 1, gpu)
+    assert place_images(dataset, "auto", torch.device("cpu")) is dataset
+    assert place_images(dataset, "host", gpu) is dataset
 
 
 def test_seeds_differ_for_every_tuple():

@@ -78,7 +78,7 @@ def test_refuses_invalid_resources(study, resources, device, message):
         (lambda t: t.update(seed=[1]), r"the study has wrong keys: got unknown \['seed'\]"),
         (lambda t: t["runs"][0].pop("set"), r"run 'histogram' has wrong keys: got unknown \[\] and missing \['set'\]"),
         (lambda t: t["runs"][0]["cross"].update(n_bins=[0]), "histogram, n_bins 0: n_bins must be a whole number"),
-        (lambda t: t["fixed"].update(lr=1.0), "lr=1.0 is no setting"),
+        (lambda t: t["fixed"].update(lr=1.0), "lr=1.0 is not a setting"),
     ],
 )
 def test_refuses_an_invalid_study(study, change, message):
