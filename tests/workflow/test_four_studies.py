@@ -75,7 +75,7 @@ def test_each_study_goes_from_the_archive_to_its_report_and_paper_reports_all_wi
     assert set(summary[summary["dataset"] == "cuhk03"]["n"]) == {len(SPLITS)}
     claims = pd.read_csv(reports / "paper" / "claims.csv")
     assert set(RUNS) <= set(claims["dataset"])
-    assert "no such runs here" in claims[claims["claim"] == "Table 1"]["evidence"].iloc[0]  # of batches of 256
+    assert "has no such runs" in claims[claims["claim"] == "Table 1"]["evidence"].iloc[0]  # of batches of 256
     for name in RUNS:
         own = pd.read_csv(reports / name / "summary.csv")
         pooled = summary[summary["dataset"] == name]
