@@ -170,4 +170,4 @@ def test_the_command_exits_with_1_and_names_the_columns_that_differ(results):
     assert f"{DIFFERENT} recall@1" in answer.stdout
     assert "1 of 1 runs differ from" in answer.stderr
     missing = subprocess.run([*command[:2], str(ROOT / "hloss")], cwd=ROOT, capture_output=True, text=True)
-    assert (missing.returncode, "has no results.parquet" in missing.stderr) == (1, True)
+    assert (missing.returncode, "must be a folder with results.parquet" in missing.stderr) == (1, True)
