@@ -311,21 +311,24 @@ def _multiply(product: Product, places: Tensor, slopes: Tensor, others: Side) ->
 def _sums_of_blocks(
     kept: Kept, labels: Tensor, reference_labels: Tensor | None, wanted: tuple[bool, bool], plan: Plan
 ) -> list[Tensor | None]:
-    """Gradients of the unit rows of both sides, each (rows, d), by blocks of slopes."""
+    """Gradients of the unit rows of both sides, each (rows, d), by blocks of slopes.
+
+    The first product of a row overwrites it (beta = 0). Autocast leaves products in place as they are.
+    """
     row_labels, column_labels = _both_labels(labels, reference_labels, plan.device)
     rows, columns = kept.rows.units, (kept.columns or kept.rows).units
     memory = torch.empty(plan.memory_shape, device=plan.device)
-    by_rows = torch.zeros_like(rows) if wanted[0] else None
-    by_columns = by_rows if plan.within else torch.zeros_like(columns) if wanted[1] else None
+    by_rows = torch.empty_like(rows) if wanted[0] else None
+    by_columns = by_rows if plan.within else torch.empty_like(columns) if wanted[1] else None
     precision = swap_cuda_precision("ieee")
     try:
         for launch, i, j, mirrored in plan.blocks:
             launch(rows, columns, row_labels, column_labels, kept.slopes, memory)
             found = _part(memory, slice(0, i.stop - i.start), slice(0, j.stop - j.start))
             if by_rows is not None:
-                _part(by_rows, i).addmm_(found, _part(columns, j))  # autocast changes no product in place
+                _part(by_rows, i).addmm_(found, _part(columns, j), beta=int(j.start > 0))
             if by_columns is not None and (mirrored or not plan.within):
-                _part(by_columns, j).addmm_(found.T, _part(rows, i))
+                _part(by_columns, j).addmm_(found.T, _part(rows, i), beta=int(i.start > 0))
     finally:
         swap_cuda_precision(precision)
     return [by_rows, None if plan.within else by_columns]
@@ -368,9 +371,10 @@ def _finish(table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 def ready(x: Tensor, device: torch.device) -> Tensor:
     """x on the device, contiguous, and beginning at a multiple of 16 bytes."""
-    if x.device == device and x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    return x.to(device, non_blocking=True).clone(memory_format=torch.contiguous_format)
+    if x.device != device:
+        x = x.to(device, non_blocking=True)
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _both_labels(labels: Tensor, reference_labels: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
