@@ -57,6 +57,17 @@ def whole_number(name: str, value: int, least: int) -> int:
     return value
 
 
+def swap_cuda_precision(precision: str) -> str:
+    """Set the precision of float32 products on CUDA, "ieee" for exact ones; returns what it was."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        before, matmul.fp32_precision = matmul.fp32_precision, precision
+    else:  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else precision)
+    return before
+
+
 def check_embeddings(name: str, embeddings: Tensor) -> None:
     """Raise ValueError unless embeddings are floating-point of shape (n, d)."""
     if embeddings.ndim != 2 or not embeddings.is_floating_point():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ class DeferredChecks:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.pending: list[tuple[Tensor, Callable[[list[int]], None]]] = []
+        self.pending: list[tuple[Tensor, Callable[..., None], list[Any]]] = []
 
-    def add(self, values: Tensor, verify: Callable[[list[int]], None]) -> None:
-        """Add values for `verify`; read all pending checks after every `every` additions."""
-        self.pending.append((values, verify))
+    def add(self, values: Tensor, verify: Callable[..., None], inputs: tuple[Any, ...]) -> None:
+        """Add values for `verify`; read all pending checks after every `every` additions. Inputs are kept without graph."""
+        self.pending.append((values, verify, [x.detach() if isinstance(x, Tensor) else x for x in inputs]))
         if len(self.pending) >= self.every:
             self.raise_if_bad()
 
@@ -25,8 +26,9 @@ class DeferredChecks:
         """Read all pending checks at once and raise the error of the earliest that failed."""
         pending, self.pending = self.pending, []
         if pending:
-            for values, (_, verify) in zip(torch.stack([v for v, _ in pending]).tolist(), pending, strict=True):
-                verify(values)
+            read = torch.stack([values for values, *_ in pending]).tolist()
+            for values, (_, verify, inputs) in zip(read, pending, strict=True):
+                verify(values, *inputs)
 
 
 _deferred: ContextVar[DeferredChecks | None] = ContextVar("deferred", default=None)
@@ -62,10 +64,10 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
         _deferred.reset(token)
 
 
-def verify_or_defer(values: Tensor, verify: Callable[[list[int]], None]) -> None:
-    """Call `verify` with the numbers in `values`: now, or later within `deferred_checks`."""
+def verify_or_defer(values: Tensor, verify: Callable[..., None], *inputs: Any) -> None:
+    """Call `verify` with the numbers in `values` and the inputs: now, or later within `deferred_checks`."""
     checks = _deferred.get()
     if checks is None:
-        verify(values.tolist())
+        verify(values.tolist(), *inputs)
     else:
-        checks.add(values, verify)
+        checks.add(values, verify, inputs)
