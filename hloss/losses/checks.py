@@ -14,11 +14,18 @@ class DeferredChecks:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.pending: list[tuple[Tensor, Callable[..., None], list[Any]]] = []
+        self.pending: list[tuple[Tensor, Callable[[list[int]], None]]] = []
 
     def add(self, values: Tensor, verify: Callable[..., None], inputs: tuple[Any, ...]) -> None:
-        """Add values for `verify`; read all pending checks after every `every` additions. Inputs are kept without graph."""
-        self.pending.append((values, verify, [x.detach() if isinstance(x, Tensor) else x for x in inputs]))
+        """Add values for `verify`; read all pending checks after every `every` additions.
+
+        Args:
+            values: numbers on the device, of the same shape for all checks.
+            verify: called as `verify(numbers, *inputs)`; raises if the numbers are bad.
+            inputs: kept without the graph that they are part of.
+        """
+        kept = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        self.pending.append((values, lambda numbers: verify(numbers, *kept)))
         if len(self.pending) >= self.every:
             self.raise_if_bad()
 
@@ -26,9 +33,9 @@ class DeferredChecks:
         """Read all pending checks at once and raise the error of the earliest that failed."""
         pending, self.pending = self.pending, []
         if pending:
-            read = torch.stack([values for values, *_ in pending]).tolist()
-            for values, (_, verify, inputs) in zip(read, pending, strict=True):
-                verify(values, *inputs)
+            read = torch.stack([values for values, _ in pending]).tolist()
+            for numbers, (_, verify) in zip(read, pending, strict=True):
+                verify(numbers)
 
 
 _deferred: ContextVar[DeferredChecks | None] = ContextVar("deferred", default=None)
