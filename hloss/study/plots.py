@@ -3,10 +3,11 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from hloss.losses.histogram import PairHistograms, PairSlopes
+
+# Functions import seaborn where they need it: it imports scipy, and the notebook of a run would wait a second for it.
 
 POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
 HIT, MISS = "#1a7f37", "#cf222e"
@@ -24,6 +25,8 @@ def recall_curves(recalls: pd.DataFrame) -> Figure:
     Args:
         recalls: one row per run and K, with the columns method, seed, K, recall (%).
     """
+    import seaborn as sns
+
     figure, axes = plt.subplots(figsize=(8, 4.5))
     sns.lineplot(recalls, x="K", y="recall", hue="method", style="method", markers=True, dashes=False, ax=axes,
                  errorbar=("pi", 100))  # fmt: skip
@@ -86,6 +89,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
     Args:
         history: one row per validation, with the columns method, seed, iteration, recall (%).
     """
+    import seaborn as sns
+
     figure, axes = plt.subplots(figsize=(8, 4))
     sns.lineplot(history, x="iteration", y="recall", hue="method", units="seed", estimator=None, ax=axes)
     axes.set(xlabel="iteration", ylabel="validation Recall@1 (%)", ylim=(0, None))
@@ -139,6 +144,8 @@ def images_per_class(sizes: pd.DataFrame) -> Figure:
     Args:
         sizes: one row per class, with the columns split and images.
     """
+    import seaborn as sns
+
     splits = list(dict.fromkeys(sizes["split"]))
     figure, grid = plt.subplots(1, len(splits), figsize=(3.6 * len(splits), 3), sharex=True, squeeze=False)
     for axes, split in zip(grid.flat, splits, strict=True):
@@ -199,6 +206,8 @@ def linear_binning(nodes: np.ndarray, weights: np.ndarray, similarities: list[fl
         weights: weights, shape (similarities, m).
         similarities: the similarities.
     """
+    import seaborn as sns
+
     figure, axes = plt.subplots(figsize=(7, 2.6))
     for row, s, color in zip(weights, similarities, sns.color_palette("dark"), strict=False):
         used = row > 0
@@ -276,6 +285,8 @@ def discretisation(errors: pd.DataFrame) -> Figure:
     Args:
         errors: one row per estimate, with the columns n_bins, estimate, error.
     """
+    import seaborn as sns
+
     figure, axes = plt.subplots(figsize=(6, 3.4))
     sns.lineplot(errors, x="n_bins", y="error", hue="estimate", style="estimate", markers=True, dashes=False, ax=axes)
     axes.set(

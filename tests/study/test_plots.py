@@ -1,5 +1,8 @@
 """Figures show the given numbers: the tests read them back from the drawn artists."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -150,3 +153,8 @@ def test_order_costs_and_discretisation_show_one_line_each():
     errors = pd.DataFrame({"n_bins": [10, 100], "estimate": ["loss"] * 2, "error": [0.1, 0.01]})
     (axes,) = plots.discretisation(errors).axes
     assert [[10, 0.1], [100, 0.01]] in [line.get_xydata().tolist() for line in axes.get_lines()]
+
+
+def test_import_leaves_out_seaborn_and_scipy():
+    code = "import sys; from hloss.study import plots; sys.exit('seaborn' in sys.modules or 'scipy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
