@@ -274,5 +274,5 @@ def test_only_another_tf32_than_the_default_changes_a_run_id():
     assert parse_config({"tf32": "convolutions", "images": "host"}).run_id == default.run_id
     changed = {parse_config({"tf32": value}).run_id for value in ("none", "all")}
     assert len(changed | {default.run_id}) == 3
-    with pytest.raises(ConfigError, match="tf32='yes' is unknown, allowed are none, convolutions, all"):
+    with pytest.raises(ConfigError, match="tf32='yes' is unknown; allowed are none, convolutions, all"):
         parse_config({"tf32": "yes"})
