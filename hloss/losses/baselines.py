@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hloss.losses.pairwise import cosine_similarities, root, squared_distances
-from hloss.losses.settings import ON_DEGENERATE, number
+from hloss.losses.settings import ON_DEGENERATE, number, switch
 from hloss.numerics import check_embeddings, check_finite, check_labels, full_precision, one_of
 
 ROUNDING = 1e-12  # Closer squared distances of unit vectors count as equal: their float64 error is about 1e-15.
@@ -22,17 +22,14 @@ class BaselineLoss(nn.Module):
 
     Args:
         on_degenerate: "raise" a ValueError for an undefined loss, or return "zero" with a zero gradient.
-        normalize: whether the loss L2-normalises the embeddings.
     """
 
     needs_both_groups = True
+    normalize = True
 
-    def __init__(self, on_degenerate: str, normalize: bool = True) -> None:
+    def __init__(self, on_degenerate: str) -> None:
         super().__init__()
         self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
-        if not isinstance(normalize, bool):
-            raise ValueError(f"normalize must be True or False: got {normalize!r}")
-        self.normalize = normalize
 
     @property
     def metric(self) -> str:
@@ -122,7 +119,8 @@ class LiftedStructure(BaselineLoss):
     """
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
-        super().__init__(on_degenerate, normalize)
+        super().__init__(on_degenerate)
+        self.normalize = switch("normalize", normalize)
         self.margin = number("margin", margin)
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
@@ -194,7 +192,8 @@ class Contrastive(BaselineLoss):
     needs_both_groups = False
 
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
-        super().__init__(on_degenerate, normalize)
+        super().__init__(on_degenerate)
+        self.normalize = switch("normalize", normalize)
         self.margin = number("margin", margin, above=0)
 
     def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:

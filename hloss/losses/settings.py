@@ -72,6 +72,13 @@ def number(name: str, value: object, least: float = -math.inf, above: float = -m
     return float(value)  # type: ignore[arg-type]
 
 
+def switch(name: str, value: bool) -> bool:
+    """Check that `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False: got {value!r}")
+    return value
+
+
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean NAME?)` with the most similar allowed name, or an empty string if none is similar."""
     similar = difflib.get_close_matches(value, list(allowed), n=1)
