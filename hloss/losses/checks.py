@@ -1,4 +1,4 @@
-"""Checks of a loss on a GPU that may wait on the device."""
+"""Deferred checks of a loss on a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,13 +9,14 @@ from torch import Tensor
 
 
 class DeferredChecks:
-    """Checks that were computed on the device and not yet read by the host."""
+    """Checks that the device computes and the host has not read yet."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.pending: list[tuple[Tensor, Callable[[list[int]], None]]] = []
 
     def add(self, values: Tensor, verify: Callable[[list[int]], None]) -> None:
+        """Add values for `verify`; read all pending checks after every `every` additions."""
         self.pending.append((values, verify))
         if len(self.pending) >= self.every:
             self.raise_if_bad()
@@ -33,14 +34,17 @@ _deferred: ContextVar[DeferredChecks | None] = ContextVar("deferred", default=No
 
 @contextmanager
 def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
-    """Let the fused CUDA loss postpone its checks, so that no iteration waits for the GPU.
+    """Defer the checks of the fused CUDA loss, so that no iteration waits for the GPU.
 
-    The error of a bad batch is raised after at most `every` losses, by `raise_if_bad()`, or at the end of the context.
-    Until then such a batch has a loss and a gradient without meaning. The pending checks keep their batch's embeddings.
-    Losses on other paths (CPU, float64, the Beta density) are checked at once, as always.
+    The error of a wrong batch is raised after at most `every` losses, by `raise_if_bad()`, or at the end of the
+    context. Until then its loss and gradient are meaningless. Pending checks keep the embeddings of their batches in
+    memory. Losses on other paths (CPU, float64, the Beta density) are checked at once.
 
     Args:
         every: number of losses after which their checks are read, at least 1.
+
+    Yields:
+        The pending checks, with `raise_if_bad()`.
 
     Example:
         with deferred_checks() as checks:

@@ -168,7 +168,7 @@ def _sums_of_blocks(
     by_rows = torch.zeros_like(rows) if wanted[0] else None
     by_columns = by_rows if pairs.within else torch.zeros_like(columns) if wanted[1] else None
     height = min(BLOCK_ROWS, _filled(len(rows)))
-    width = height if pairs.within else min(BLOCK_PAIRS // height, _filled(len(columns)))
+    width = height if pairs.within else min(max(FILL, BLOCK_PAIRS // height // FILL * FILL), _filled(len(columns)))
     memory = torch.empty(height, width, device=rows.device)
     with exact_products(rows.device):
         for i in _blocks(len(rows), height):

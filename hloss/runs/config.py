@@ -208,8 +208,8 @@ class RunConfig(BaseModel):
     images: str = ExecutionField(
         "auto",
         description=(
-            "where images are kept: device (all in its memory), host (read batch by batch), or auto (device if it is a GPU "
-            "and they take at most half of its free memory)"
+            "where images are kept: device (all in its memory), host (read batch by batch), or auto (device if it is a "
+            "GPU and they take at most half of its free memory)"
         ),
     )
     threads: int = ExecutionField(1, ge=1, description="CPU threads of torch per process, at least 1")

@@ -157,7 +157,7 @@ def test_references_and_matrices(monkeypatch, matrix, m, kept):
     if not kept:  # several blocks
         monkeypatch.setattr(passes, "KEPT_PAIRS", 0)
         monkeypatch.setattr(passes, "BLOCK_ROWS", 64)
-        monkeypatch.setattr(passes, "BLOCK_PAIRS", 64 * 128)
+        monkeypatch.setattr(passes, "BLOCK_PAIRS", 64 * 129)  # not in whole tiles
     x, z = batch(100, m=m, n_bins=60)
     inputs = (pair_matrix(100, m), z) if matrix else (classes(100), z, None if m is None else classes(m, 1))
     found = outcome({"n_bins": 60}, x, *inputs)

@@ -16,7 +16,7 @@ import torch
 
 from hloss.runs.checkpoints import load_checkpoint, read_status, save_checkpoint, write_status
 from hloss.runs.config import parse_config
-from hloss.runs.errors import RunError, RunStopped
+from hloss.runs.errors import GPUMemoryError, RunError, RunStopped
 from hloss.runs.files import run_lock
 from hloss.runs.run import run
 
@@ -241,23 +241,23 @@ def test_failed_save_keeps_the_checkpoints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "retry"),
+    ("error", "raised", "retry"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("Connection closed by peer"), True),
-        (MemoryError(), True),
-        (TypeError("no such thing"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), GPUMemoryError, True),
+        (RuntimeError("Connection closed by peer"), RuntimeError, True),
+        (MemoryError(), MemoryError, True),
+        (TypeError("no such thing"), TypeError, False),
     ],
     ids=repr,
 )
-def test_status_retry_depends_on_the_error(error, retry, settings, monkeypatch, uninterrupted):
+def test_status_retry_depends_on_the_error(error, raised, retry, settings, monkeypatch, uninterrupted):
     config = parse_config(settings)
 
     def report(line):
         if line.startswith("iteration 30/"):
             raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(raised):
         run(config, report)
     status = read_status(config.folder)
     assert (status["state"], status["iteration"], status["retry"]) == ("failed", 30, retry)

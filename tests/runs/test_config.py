@@ -191,7 +191,7 @@ runs:
             {"loss": "triplet", "miner": "BatchHardMiner"},
             "loss 'triplet' has no setting miner; it has margin, on_degenerate",
         ),
-        ({"loss": "triplet", "margin": 0.0}, "margin must be a finite number above 0, got 0.0"),
+        ({"loss": "triplet", "margin": 0.0}, "margin must be a finite number above 0: got 0.0"),
         ({"loss": "lifted", "normalize": 1}, "normalize=1: Input should be a valid boolean"),
         ({"loss": "pml"}, "loss='pml' is unknown; allowed are histogram, binomial, lifted"),
         ({"metric": "cosin"}, r"metric='cosin' is unknown; allowed are cosine, euclidean \(did you mean cosine\?\)"),
@@ -235,7 +235,7 @@ def test_baselines_have_no_parameters():
     ("wrong", "message"),
     [
         ({"n_bin": 50}, r"n_bin=50 is not a setting of a run \(did you mean n_bins\?\)"),
-        ({"n_bins": 0}, "n_bins must be a whole number of at least 1, got 0"),
+        ({"n_bins": 0}, "n_bins must be a whole number of at least 1: got 0"),
         ({"n_bins": "fifty"}, "n_bins='fifty': Input should be a valid integer"),
         (
             {"loss": "histogramm"},
@@ -274,5 +274,5 @@ def test_only_another_tf32_than_the_default_changes_a_run_id():
     assert parse_config({"tf32": "convolutions", "images": "host"}).run_id == default.run_id
     changed = {parse_config({"tf32": value}).run_id for value in ("none", "all")}
     assert len(changed | {default.run_id}) == 3
-    with pytest.raises(ConfigError, match="tf32='yes' is unknown, allowed are none, convolutions, all"):
+    with pytest.raises(ConfigError, match="tf32='yes' is unknown; allowed are none, convolutions, all"):
         parse_config({"tf32": "yes"})

@@ -328,9 +328,7 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(device, gpus, se
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: pytest.fail("a process was started"))
     config = parse_config({**settings, "devices": 2, "device": device})
-    with pytest.raises(
-        ConfigError, match=f"with devices=2: torch finds too few CUDA devices: got {gpus}; lower devices"
-    ):
+    with pytest.raises(ConfigError, match=f"devices=2: torch finds too few CUDA devices: got {gpus}; lower devices"):
         run(config)
     status = read_status(config.folder)
     assert (status["state"], status["retry"]) == ("failed", False)

@@ -215,10 +215,10 @@ def test_pretrained_weights_decide_a_result_by_their_content(settings, tmp_path)
     ("wrong", "message"),
     [
         ({"crop": 17}, "crop=17 is larger than the images of tiny, 16 x 16"),
-        ({"network": "parts"}, "takes RGB images of 160 x 60 pixels"),
+        ({"network": "parts"}, r"requires images of shape \(160, 60, 3\)"),
         ({"micro_batch": 8}, 'set batchnorm to "frozen" .* or "slices"'),
         ({"network": "torchvision:resnet18", "weights": "nowhere.pth"}, "nor a file that exists"),
-        ({"network": "googlenet", "crop": 16, "weights": __file__}, "cannot be read as a state dict"),
+        ({"network": "googlenet", "crop": 16, "weights": __file__}, "is not a readable state dict"),
     ],
     ids=str,
 )
