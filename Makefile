@@ -1,12 +1,12 @@
 # make study [STUDY=quick] [PROFILE=local] [CORES=2] [KEEP=1]   run a study and write its report
-# make plan [STUDY=quick] [PROFILE=local]   what a study still has to run, and the time, memory and disk it will take
-# make report [STUDY=quick]  the report of a study that is not complete: it says what is missing
+# make plan [STUDY=quick] [PROFILE=local]   list the runs left, with their time, memory and disk
+# make report [STUDY=quick]  write the report of the results so far; it names the missing runs
 # make verify [RESULTS=reports/sample] [RUNS=5] [SEED=0]   repeat a few runs of given results and compare them
-# make lab                  JupyterLab on the notebooks
-# make test                 every test and notebook but the slow ones
-# make test-all             the slow ones: studies killed and continued, a Slurm of one node, a browser
-# make check-gpu            the first thing to run on a machine with GPUs
-# An existing environment: make study BIN=/path/to/environment/bin
+# make lab                  open the notebooks in JupyterLab
+# make test                 run all tests and notebooks except the slow tests
+# make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser
+# make check-gpu            check a machine with GPUs; run it there before the first study
+# To use an existing environment: make study BIN=/path/to/environment/bin
 
 STUDY ?= quick
 PROFILE ?= local
@@ -19,7 +19,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN ?= $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
-# glibc would give the memory of every step's activations back and fault it in again: a third of a step on glyphs.
+# By default glibc returns the memory of activations to the system after every step, which takes a third of the time of a
+# step on glyphs.
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
@@ -66,7 +67,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-study: pyproject.toml | $(VENV)/bin/python
-	@echo "installing into $(VENV) (some minutes, once)"
+	@echo "installing into $(VENV); this takes some minutes, once"
 	$(VENV)/bin/python -m pip install --progress-bar on -e '.[study]'
 	@touch $@
 

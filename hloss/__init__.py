@@ -1,4 +1,4 @@
-"""The histogram loss of Ustinova & Lempitsky (2016) and what it is compared with; needs torch alone."""
+"""The histogram loss of Ustinova & Lempitsky (2016), baseline losses, samplers and retrieval. It needs torch alone."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -31,5 +31,5 @@ __all__ = [
 
 try:
     __version__ = version("hloss")
-except PackageNotFoundError:  # imported from its folder without having been installed
+except PackageNotFoundError:  # Imported from its folder without an installation.
     __version__ = "unknown"

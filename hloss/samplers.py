@@ -1,41 +1,44 @@
-"""How a batch is drawn: endless batch samplers for `DataLoader(batch_sampler=...)`.
+"""Endless batch samplers for `DataLoader(batch_sampler=...)`.
 
-A sampler yields lists of exactly `batch_size` image indices for ever: iterations, not epochs, drive training.
-Randomness comes from the passed generator alone, so that the same seed gives the same batches. `state_dict()` is the
-position right after the last batch yielded, in plain tensors and lists; a sampler built alike that loads it continues
-with the same batches (with DataLoader workers, which fetch ahead, take the state once the batches in flight are used).
+A sampler yields lists of exactly `batch_size` image indices without end: iterations, not epochs, drive training. The
+generator is the only source of randomness: the same seed gives the same batches. Labels that cannot fill the batches
+raise ValueError.
 
-Within a class every sampler walks through the images in a shuffled order and reshuffles at its end: no image is drawn
-twice in one visit, and every image of a class of n is seen within ceil(n / images per visit) visits. (The authors' code
-reshuffles after every visit, which promises nothing about an image of a class above the cap.)
+Within a class, every sampler draws the images in a shuffled order and shuffles again at its end. No image is drawn
+twice in one visit, and a class of n images is seen within ceil(n / images per visit) visits. (The authors' code
+shuffles after every visit, so an image of a large class may never be drawn.)
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hloss.numerics import whole_number
+
 
 class ClassSampler:
-    """The walk through each class's images, and the state that the samplers share."""
+    """Base class of the samplers: draws images of a class, and saves and restores the state."""
+
+    kept_lists: tuple[str, ...] = ()  # Lists of a subclass that belong to its state, without the underscore.
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
         labels = torch.as_tensor(labels)
         if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0:
-            raise ValueError(f"labels must be integers of shape (n,), n > 0, got {labels.dtype} {tuple(labels.shape)}")
-        self.batch_size = _at_least("batch_size", batch_size, 2)
-        self.images_per_class = _at_least("images_per_class", images_per_class, 2)
+            raise ValueError(f"labels must be integers of shape (n,), n > 0: got {labels.dtype} {tuple(labels.shape)}")
+        self.batch_size = whole_number("batch_size", batch_size, 2)
+        self.images_per_class = whole_number("images_per_class", images_per_class, 2)
         self.generator = generator
         self.labels = labels
-        _, counts = labels.unique(return_counts=True)
+        counts = labels.unique(return_counts=True)[1]
         if counts.max() < 2:
             raise ValueError(f"none of the {len(counts)} classes has two images: no batch can have a positive pair")
         self.sizes: list[int] = counts.tolist()
         by_class = labels.argsort(stable=True).split(self.sizes)
-        self._images = [images.tolist() for images in by_class]  # shuffled; lists, for so few at a time, are faster
-        self._position = self.sizes.copy()  # at the end: the first visit shuffles
+        self._images = [images.tolist() for images in by_class]  # Lists are faster than tensors for so few elements.
+        self._position = self.sizes.copy()  # At the end, so that the first visit shuffles.
+        self._order: list[int] = []  # Classes that remain in the current pass over the classes.
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
@@ -44,33 +47,44 @@ class ClassSampler:
     def _draw_batch(self) -> list[int]:
         raise NotImplementedError
 
+    def _check_filled(self, **images_per_class: int) -> None:
+        """Raise ValueError if all classes together, with so many images of each, do not fill a batch."""
+        ((name, n),) = images_per_class.items()
+        most = sum(min(size, n) for size in self.sizes)
+        if most < self.batch_size:
+            classes = f"{len(self.sizes)} classes with {name}={n}"
+            raise ValueError(f"batch_size must be at most {most} for {classes}: got {self.batch_size}")
+
     def _visit(self, label: int, n: int) -> list[int]:
-        """The next n images of a class (all of it, if it has fewer), none of them twice."""
+        """Draw the next n distinct images of a class, or all of them if it has fewer."""
         images, start = self._images[label], self._position[label]
         n = min(n, len(images))
         taken = images[start : start + n]
         self._position[label] = start + n
-        if len(taken) < n:  # begin another pass, with the images just taken at its end
-            shuffled = [images[i] for i in self._permutation(len(images)).tolist()]
-            again = set(taken)
-            self._images[label] = [i for i in shuffled if i not in again] + [i for i in shuffled if i in again]
+        if len(taken) < n:  # Begin another pass, with the images just taken at its end.
+            self._images[label] = self._shuffled(images, last=set(taken))
             self._position[label] = n - len(taken)
             taken = taken + self._images[label][: n - len(taken)]
         return taken
 
-    def _permutation(self, n: int) -> Tensor:
-        return torch.randperm(n, generator=self.generator)
+    def _shuffled(self, items: list[int], last: Container[int] = ()) -> list[int]:
+        """Shuffle the items, those in `last` after all others."""
+        shuffled = [items[i] for i in torch.randperm(len(items), generator=self.generator).tolist()]
+        return [i for i in shuffled if i not in last] + [i for i in shuffled if i in last]
+
+    def _shuffled_classes(self, last: Container[int] = ()) -> list[int]:
+        return self._shuffled(list(range(len(self.sizes))), last)
 
     def state_dict(self) -> dict[str, Tensor | list[int]]:
-        """Everything the next batch depends on, readable by `torch.load(weights_only=True)`."""
+        """Return the state after the last batch, in tensors and lists. No DataLoader worker may be ahead of it."""
         return {
             "generator": self.generator.get_state(),
             "images": torch.tensor(list(chain.from_iterable(self._images))),
             "position": self._position.copy(),
-        }
+        } | {name: list(getattr(self, f"_{name}")) for name in self.kept_lists}
 
     def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
-        """Continue after the batch at which `state` was taken; the sampler must have been built for the same labels."""
+        """Continue after the batch at which `state` was taken; raise ValueError if it is for other labels."""
         images = torch.as_tensor(state["images"])
         own = torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
@@ -78,99 +92,109 @@ class ClassSampler:
         self.generator.set_state(torch.as_tensor(state["generator"]))
         self._images = [part.tolist() for part in images.split(self.sizes)]
         self._position = list(state["position"])
+        for name in self.kept_lists:
+            setattr(self, f"_{name}", list(state[name]))
 
 
 class ClassShuffleSampler(ClassSampler):
-    """The authors' sampler: shuffle the classes, visit each in turn, cut the stream of their images into batches.
+    """The authors' sampler: visit the classes in a shuffled order and cut the sequence of their images into batches.
 
-    A visit yields up to `images_per_class` images (the authors' cap is 10 on CUB and Market-1501), so a class may
-    straddle two batches, and every class is seen once per walk. A batch that spans two walks takes the classes it
-    already holds last, so that no image is in it twice if a walk yields at least batch_size + images_per_class images.
+    A visit yields up to `images_per_class` images (the authors use 10 on CUB and Market-1501), so a class may lie in
+    two consecutive batches. A pass visits every class once. In a batch of two passes, classes of the first come last in
+    the second: no image is in it twice if a pass yields at least batch_size + images_per_class images.
+
+    Args:
+        labels: integer class labels of all images, (n,).
+        batch_size: images in a batch, at least 2, at most what one pass yields.
+        images_per_class: most images of a class in one visit, at least 2.
+        generator: the source of randomness.
+
+    Example:
+        >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
+        >>> next(iter(ClassShuffleSampler(labels, 4, 2, generator)))
+        [5, 4, 0, 1]
     """
+
+    kept_lists = ("order", "pending", "pending_class")
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
         super().__init__(labels, batch_size, images_per_class, generator)
-        walk = sum(min(size, images_per_class) for size in self.sizes)
-        if walk < batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} cannot be filled: {len(self.sizes)} classes with at most {images_per_class} "
-                f"images each yield {walk} in a walk; lower batch_size or raise images_per_class"
-            )
-        self._order: list[int] = []  # classes still to visit in this walk
-        self._pending: list[int] = []  # images visited but not yet in a batch
-        self._pending_class = -1
+        self._check_filled(images_per_class=images_per_class)
+        self._pending: list[int] = []  # Images that were drawn and are in no batch yet.
+        self._pending_class = [-1]  # The class of these images.
 
     def _draw_batch(self) -> list[int]:
-        batch, held = self._pending, {self._pending_class}
+        batch, visited = self._pending, set(self._pending_class)
         while len(batch) < self.batch_size:
-            if not self._order:
-                walk = self._permutation(len(self.sizes)).tolist()
-                self._order = [c for c in walk if c not in held] + [c for c in walk if c in held]
-            self._pending_class = self._order.pop(0)
-            held.add(self._pending_class)
-            batch = batch + self._visit(self._pending_class, self.images_per_class)
+            self._order = self._order or self._shuffled_classes(last=visited)
+            self._pending_class = [self._order.pop(0)]
+            visited.update(self._pending_class)
+            batch = batch + self._visit(self._pending_class[0], self.images_per_class)
         self._pending = batch[self.batch_size :]
         return batch[: self.batch_size]
 
-    def state_dict(self) -> dict[str, Tensor | list[int]]:
-        own = {"order": self._order.copy(), "pending": self._pending.copy(), "pending_class": [self._pending_class]}
-        return super().state_dict() | own
-
-    def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
-        super().load_state_dict(state)
-        self._order, self._pending = list(state["order"]), list(state["pending"])
-        (self._pending_class,) = state["pending_class"]
-
 
 class BalancedSampler(ClassSampler):
-    """P x K: every batch holds batch_size / images_per_class classes with exactly images_per_class images of each.
+    """P x K sampling: every batch has batch_size / images_per_class classes with images_per_class images each.
 
-    The classes are walked in a shuffled order, every class once per walk; a batch that spans two walks takes the
-    classes it already holds last, so that it never holds a class twice. Every class must have images_per_class images:
-    to draw some twice would make positive pairs of an image with itself.
+    The classes come in a shuffled order, each once per pass, and no class comes twice in a batch. A class with fewer
+    images is refused, because an image drawn twice makes a positive pair with itself.
+
+    Args:
+        labels: integer class labels of all images, (n,).
+        batch_size: images in a batch, a multiple of `images_per_class`.
+        images_per_class: images of every class in a batch, at least 2, at most the size of the smallest class.
+        generator: the source of randomness.
+
+    Example:
+        >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
+        >>> next(iter(BalancedSampler(labels, 4, 2, generator)))
+        [5, 4, 0, 1]
     """
+
+    kept_lists = ("order",)
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
         super().__init__(labels, batch_size, images_per_class, generator)
         self.classes_per_batch, rest = divmod(batch_size, images_per_class)
         if rest:
-            raise ValueError(f"batch_size {batch_size} is no multiple of images_per_class {images_per_class}")
+            raise ValueError(f"batch_size {batch_size} is not a multiple of images_per_class {images_per_class}")
         if self.classes_per_batch > len(self.sizes):
-            raise ValueError(
-                f"batch_size {batch_size} with {images_per_class} images per class needs {self.classes_per_batch} "
-                f"classes, there are {len(self.sizes)}; lower batch_size or raise images_per_class"
-            )
+            needed = f"batch_size {batch_size} with images_per_class {images_per_class} needs {self.classes_per_batch}"
+            raise ValueError(f"{needed} classes: got {len(self.sizes)}")
         small = sum(size < images_per_class for size in self.sizes)
         if small:
             raise ValueError(
                 f"{small} of {len(self.sizes)} classes have fewer than images_per_class {images_per_class} images "
                 f"(the smallest {min(self.sizes)}); lower images_per_class, or use another sampler"
             )
-        self._order: list[int] = []  # classes still to visit in this walk
 
     def _draw_batch(self) -> list[int]:
         chosen, self._order = self._order[: self.classes_per_batch], self._order[self.classes_per_batch :]
-        if len(chosen) < self.classes_per_batch:
-            walk = self._permutation(len(self.sizes)).tolist()
-            walk = [c for c in walk if c not in chosen] + [c for c in walk if c in chosen]
-            missing = self.classes_per_batch - len(chosen)
+        missing = self.classes_per_batch - len(chosen)
+        if missing:
+            walk = self._shuffled_classes(last=chosen)
             chosen, self._order = chosen + walk[:missing], walk[missing:]
         return [image for label in chosen for image in self._visit(label, self.images_per_class)]
 
-    def state_dict(self) -> dict[str, Tensor | list[int]]:
-        return super().state_dict() | {"order": self._order.copy()}
-
-    def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
-        super().load_state_dict(state)
-        self._order = list(state["order"])
-
 
 class RandomClassSampler(ClassSampler):
-    """Random classes, and of each a random number of images between min_images_per_class and images_per_class.
+    """Random classes, with a random number of images of each.
 
-    A batch draws its classes without replacement, each equally likely whatever its size, independently of the batches
-    before: nothing promises when a class comes. A class that has fewer images gives all of them; the last class of a
-    batch is cut to the batch size.
+    A batch draws classes uniformly without replacement, independently of other batches, whatever their sizes. A class
+    with too few images gives all of them. The last class of a batch is cut to the batch size.
+
+    Args:
+        labels: integer class labels of all images, (n,).
+        batch_size: images in a batch, at least 2.
+        images_per_class: most images of a class in a batch.
+        generator: the source of randomness.
+        min_images_per_class: fewest images of a class in a batch, at least 2, at most `images_per_class`.
+
+    Example:
+        >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
+        >>> next(iter(RandomClassSampler(labels, 4, 2, generator, min_images_per_class=2)))
+        [4, 5, 1, 0]
     """
 
     def __init__(
@@ -182,69 +206,21 @@ class RandomClassSampler(ClassSampler):
         min_images_per_class: int = 5,
     ) -> None:
         super().__init__(labels, batch_size, images_per_class, generator)
-        self.min_images_per_class = _at_least("min_images_per_class", min_images_per_class, 2)
+        self.min_images_per_class = whole_number("min_images_per_class", min_images_per_class, 2)
         if min_images_per_class > images_per_class:
             raise ValueError(
                 f"min_images_per_class {min_images_per_class} is above images_per_class {images_per_class}"
             )
-        certain = sum(min(size, min_images_per_class) for size in self.sizes)
-        if certain < batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} may not be filled: {len(self.sizes)} classes with {min_images_per_class} "
-                f"images each yield {certain}; lower batch_size or raise min_images_per_class"
-            )
+        self._check_filled(min_images_per_class=min_images_per_class)
 
     def _draw_batch(self) -> list[int]:
         batch: list[int] = []
-        for label in self._permutation(len(self.sizes)).tolist():
+        for label in self._shuffled_classes():
             n = int(torch.randint(self.min_images_per_class, self.images_per_class + 1, (1,), generator=self.generator))
             batch += self._visit(label, min(n, self.batch_size - len(batch)))
             if len(batch) == self.batch_size:
                 break
         return batch
-
-
-class Coverage(NamedTuple):
-    """What a number of batches held."""
-
-    batches: int
-    classes_seen: float  # fraction of the classes, in [0, 1]
-    images_seen: float  # fraction of the images, in [0, 1]
-    classes_per_batch: float  # mean
-    min_positives: int  # positive pairs i < j in the batch with the fewest
-    mean_positives: float
-
-
-def coverage(labels: Tensor, batches: Iterable[list[int]]) -> Coverage:
-    """How much of the images a sampler shows, and how many positive pairs a batch has.
-
-    labels (n,) integers; batches of indices into them, for example one epoch:
-    `coverage(labels, itertools.islice(sampler, len(labels) // batch_size))`. ValueError if there is no batch.
-    """
-    labels = torch.as_tensor(labels)
-    seen = torch.zeros(len(labels), dtype=torch.bool)
-    classes, positives = [], []
-    for batch in batches:
-        seen[batch] = True
-        _, counts = labels[batch].unique(return_counts=True)
-        classes.append(len(counts))
-        positives.append(int((counts * (counts - 1) // 2).sum()))
-    if not positives:
-        raise ValueError("there is no batch to summarise")
-    return Coverage(
-        len(positives),
-        len(labels[seen].unique()) / len(labels.unique()),
-        seen.double().mean().item(),
-        sum(classes) / len(classes),
-        min(positives),
-        sum(positives) / len(positives),
-    )
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return value
 
 
 SAMPLERS: dict[str, type[ClassSampler]] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hloss.samplers import SAMPLERS, ClassShuffleSampler, coverage
+from hloss.samplers import SAMPLERS, ClassShuffleSampler
 
 SIZES = (2, 3, 5, 8, 12, 16, 16, 16, 30, 40)
 OPTIONS = {
@@ -110,11 +110,11 @@ def test_class_shuffle_lets_a_class_straddle_two_batches():
 @pytest.mark.parametrize(
     ("sizes", "options", "message"),
     [
-        ((5, 5), {"batch_size": 20}, "batch_size 20 cannot be filled"),
+        ((5, 5), {"batch_size": 20}, "batch_size must be at most 10 for 2 classes with images_per_class=10: got 20"),
         ((1,) * 40, {}, "none of the 40 classes has two images"),
-        (SIZES, {"batch_size": 1}, "batch_size must be an integer of at least 2, got 1"),
-        (SIZES, {"images_per_class": 1}, "images_per_class must be an integer of at least 2, got 1"),
-        (SIZES, {"images_per_class": 2.5}, "images_per_class must be an integer of at least 2, got 2.5"),
+        (SIZES, {"batch_size": 1}, "batch_size must be a whole number of at least 2: got 1"),
+        (SIZES, {"images_per_class": 1}, "images_per_class must be a whole number of at least 2: got 1"),
+        (SIZES, {"images_per_class": 2.5}, "images_per_class must be a whole number of at least 2: got 2.5"),
     ],
 )
 def test_class_shuffle_refuses_what_cannot_make_batches(sizes, options, message):
@@ -158,18 +158,23 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
 @pytest.mark.parametrize(
     ("name", "sizes", "options", "message"),
     [
-        ("balanced", (8,) * 5, {"batch_size": 9}, "batch_size 9 is no multiple of images_per_class 2"),
-        ("balanced", (8,) * 3, {}, "needs 4 classes, there are 3"),
+        ("balanced", (8,) * 5, {"batch_size": 9}, "batch_size 9 is not a multiple of images_per_class 2"),
+        ("balanced", (8,) * 3, {}, "needs 4 classes: got 3"),
         ("balanced", SIZES, {"images_per_class": 4}, r"2 of 10 classes have fewer than .* 4 images \(the smallest 2\)"),
         ("balanced", (1,) * 20, {}, "none of the 20 classes has two images"),
         ("balanced", (1, *SIZES), {}, "1 of 11 classes have fewer than images_per_class 2 images"),
-        ("random-class", (4,) * 5, {}, "batch_size 24 may not be filled: 5 classes with 5 images each yield 20"),
+        (
+            "random-class",
+            (4,) * 5,
+            {},
+            "batch_size must be at most 20 for 5 classes with min_images_per_class=5: got 24",
+        ),
         ("random-class", SIZES, {"images_per_class": 4}, "min_images_per_class 5 is above images_per_class 4"),
         (
             "random-class",
             SIZES,
             {"min_images_per_class": 1},
-            "min_images_per_class must be an integer of at least 2, got 1",
+            "min_images_per_class must be a whole number of at least 2: got 1",
         ),
         ("random-class", (1,) * 40, {}, "none of the 40 classes has two images"),
     ],
@@ -177,16 +182,6 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
 def test_the_other_samplers_refuse_what_cannot_make_batches(name, sizes, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, sizes=sizes, **options)
-
-
-def test_coverage_counts_classes_images_and_positive_pairs():
-    summary = coverage(torch.tensor([0, 0, 0, 1, 1, 2]), [[0, 1, 3], [0, 1, 2], [3, 5]])
-    assert summary == (3, 1.0, 5 / 6, (2 + 1 + 2) / 3, 0, (1 + 3 + 0) / 3)
-    epoch = coverage(labels(), take(build("class-shuffle"), len(labels()) // 20))
-    assert epoch.classes_seen == 1
-    assert 0.5 < epoch.images_seen < 1
-    with pytest.raises(ValueError, match="no batch"):
-        coverage(labels(), [])
 
 
 def test_labels_of_the_wrong_kind_are_refused():

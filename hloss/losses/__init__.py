@@ -1,1 +1,1 @@
-"""Losses on embeddings. Start with `reference` (the equations), then `histogram` (the module to import)."""
+"""Losses on embeddings. Read `reference` first, for the equations; import from `histogram` and `baselines`."""

@@ -1,18 +1,7 @@
-"""The losses that the histogram loss is compared with, each as its own paper defines it.
+"""Baseline losses, each as its own paper defines it.
 
-Read `hloss.losses.pairwise` (similarities and distances of all pairs) before.
-
-Every loss is called as `loss(embeddings, labels)` with floating embeddings of shape (n, d) and integer labels of shape
-(n,), and returns a scalar of the embeddings' dtype (float32 for half precision; autocast is off inside). Pairs are the
-pairs i < j of the batch, each counted once. ValueError for wrong shapes, NaN and out-of-range options. A batch on which
-a loss is undefined is a ValueError, or with `on_degenerate="zero"` a zero that still has a (zero) gradient.
-
-`loss.metric` is the similarity that the loss trains, and by which its embeddings are to be searched: "cosine" where it
-normalises the embeddings, "euclidean" where it takes them as they are.
-
-Memory is O(n^2), also for the losses over triplets and quadruplets: a hinge is linear where it is active, so the sum
-over them is a sum over pairs, each weighted by the number of active terms it is in, and sorting tells that number.
-A call reads from the embeddings' device once, for its checks; labels may be on the CPU.
+Memory is O(n^2), also for losses over triplets and quadruplets. An active hinge is linear, so the sum over triplets is
+a sum over pairs, each weighted by its number of active terms. Sorting gives these numbers. Pairs are i < j.
 """
 
 import math
@@ -22,231 +11,256 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hloss.losses.pairwise import cosine_similarities, root, squared_distances
-from hloss.losses.settings import ON_DEGENERATE, above_zero, at_least_zero, finite, one_of, switch
-from hloss.numerics import check_embeddings, check_finite, check_labels, full_precision
+from hloss.losses.settings import ON_DEGENERATE, number, switch
+from hloss.numerics import check_embeddings, check_finite, check_labels, full_precision, one_of
 
-ROUNDING = 1e-12  # squared distances of unit vectors that differ by less are equal: their float64 error is about 1e-15
+ROUNDING = 1e-12  # Closer squared distances of unit vectors count as equal: their float64 error is about 1e-15.
 
 
-class BinomialDeviance(nn.Module):
-    """Binomial deviance, equations 7-8 of the paper (after Yi et al. 2014), on cosine similarities s.
+class BaselineLoss(nn.Module):
+    """Base class: `loss(embeddings, labels)`. Without a positive or a negative pair the loss is undefined.
 
-    mean over positives of log(1 + exp(-alpha (s - beta))) + mean over negatives of log(1 + exp(alpha C (s - beta))).
-    C is inside the exponent: the slope for negatives, not a weight. alpha = 2, beta = 0.5 are the authors' values on
-    CUB and Online Products; C = 25 there, 10 on CUHK03. Undefined without a positive or without a negative pair.
+    Args:
+        on_degenerate: "raise" a ValueError for an undefined loss, or return "zero" with a zero gradient.
     """
 
-    metric = "cosine"
+    needs_both_groups = True
+    normalize = True
 
-    def __init__(self, alpha: float = 2.0, beta: float = 0.5, C: float = 10.0, on_degenerate: str = "raise") -> None:
+    def __init__(self, on_degenerate: str) -> None:
         super().__init__()
-        self.alpha = above_zero("alpha", alpha)
-        self.beta = finite("beta", beta)
-        self.C = above_zero("C", C)
-        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings, same = _checked(embeddings, labels)
-        n_positive, n_negative = _pair_counts(embeddings, same)
-        if not (n_positive and n_negative):
-            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
-        slope = self.alpha * embeddings.new_full(same.shape, self.C).masked_fill_(same, -1)
-        weight = embeddings.new_full(same.shape, 1 / n_negative).masked_fill_(same, 1 / n_positive).fill_diagonal_(0)
-        similarity = cosine_similarities(embeddings)
-        deviance = F.softplus(slope * (similarity - self.beta), threshold=40)  # the default 20 is off by 2e-9
-        return (deviance * weight).sum()
-
-
-class LiftedStructure(nn.Module):
-    """Lifted structured similarity softmax, equation 4 of Song et al. 2016, on Euclidean distances D (not squared).
-
-    J_ij = log(sum over negatives k of i of exp(margin - D_ik) + sum over negatives l of j of exp(margin - D_jl)) + D_ij
-    of each positive pair; the loss is sum max(0, J_ij)^2 / (2 |P|). The paper does not normalise the embeddings, and
-    evaluates by Euclidean distance; with `normalize=True` the distances are at most 2 and the loss is another one.
-    Undefined without a positive or without a negative pair.
-    """
-
-    def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
-        super().__init__()
-        self.margin = finite("margin", margin)
-        self.normalize = switch("normalize", normalize)
         self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
 
     @property
     def metric(self) -> str:
+        """Similarity for retrieval: "cosine" if the loss normalises the embeddings, else "euclidean"."""
         return "cosine" if self.normalize else "euclidean"
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings, same = _checked(embeddings, labels)
-        n_positive, n_negative = _pair_counts(embeddings, same)
-        if not (n_positive and n_negative):
-            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
-        distance = root(squared_distances(embeddings, self.normalize))
-        rivals = (self.margin - distance).masked_fill(same, -torch.inf)
-        # A row without any negative does not exist here: it would have all labels equal to its own.
-        hinges = all_hinges if embeddings.is_cuda else listed_hinges
-        hinge = hinges(rivals.logsumexp(1), distance, same)
-        return (hinge.square().sum() / n_positive).to(embeddings.dtype)
+        """Return the loss of a batch. Synchronises with the embeddings' device once.
+
+        Args:
+            embeddings: floating-point (n, d); half precision is computed in float32, also under autocast.
+            labels: integer class labels (n,), on any device.
+
+        Returns:
+            Scalar of the embeddings' dtype, float32 for half precision.
+
+        Raises:
+            ValueError: a shape or dtype is wrong, an embedding is NaN or infinite, or the loss is undefined.
+        """
+        check_embeddings("embeddings", embeddings)
+        check_labels("labels", labels, len(embeddings))
+        embeddings, labels = full_precision(embeddings), labels.to(embeddings.device, non_blocking=embeddings.is_cuda)
+        same = labels[:, None] == labels
+        total, n_same = torch.stack([embeddings.detach().sum(dtype=torch.float64), same.sum()]).tolist()
+        if not math.isfinite(total):
+            check_finite(embeddings)
+        n_positive, n_negative = int(n_same) - len(same), len(same) ** 2 - int(n_same)
+        if (n_positive and n_negative) or (len(same) > 1 and not self.needs_both_groups):
+            return self._loss(embeddings, same, n_positive, n_negative).to(embeddings.dtype)
+        if self.on_degenerate == "zero":
+            return embeddings.sum() * 0
+        raise ValueError(
+            f"a batch of {len(embeddings)} with {n_positive // 2} positive and {n_negative // 2} negative pairs leaves "
+            'this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
+        )
+
+    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
+        """Compute the loss from the mask (n, n) of equal labels and the numbers of ordered pairs."""
+        raise NotImplementedError
 
 
-class Triplet(nn.Module):
-    """Triplet hinge on squared Euclidean distances d of L2-normalised embeddings, over all triplets that violate it.
+class BinomialDeviance(BaselineLoss):
+    """Binomial deviance on cosine similarities s, equations 7-8 of the histogram loss's paper (after Yi et al. 2014).
 
-    The mean of d_ap - d_an + margin over the triplets (anchor a, positive p, negative n) where it is above 0, each
-    ordered (a, p) counted; 0 with a zero gradient where no triplet violates the margin. Undefined without a positive or
-    without a negative pair. The hinge is that of Schroff et al. 2015 (FaceNet), equation 3, whose margin is 0.2.
+    Mean of log(1 + exp(-alpha (s - beta))) over positive pairs plus mean of log(1 + exp(alpha C (s - beta))) over
+    negative pairs. C scales the slope for negative pairs; it is no weight.
+
+    Args:
+        alpha: slope, above 0; the authors use 2.
+        beta: similarity where the deviance bends; the authors use 0.5.
+        C: factor of the slope for negative pairs, above 0; the authors use 25, and 10 on CUHK03.
+        on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
+
+    Example:
+        >>> BinomialDeviance(C=25)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
+        tensor(2.9408)
     """
 
-    metric = "cosine"
+    def __init__(self, alpha: float = 2.0, beta: float = 0.5, C: float = 10.0, on_degenerate: str = "raise") -> None:
+        super().__init__(on_degenerate)
+        self.alpha = number("alpha", alpha, above=0)
+        self.beta = number("beta", beta)
+        self.C = number("C", C, above=0)
+
+    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
+        slope = self.alpha * embeddings.new_full(same.shape, self.C).masked_fill_(same, -1)
+        weight = embeddings.new_full(same.shape, 1 / n_negative).masked_fill_(same, 1 / n_positive).fill_diagonal_(0)
+        similarity = cosine_similarities(embeddings)
+        deviance = F.softplus(slope * (similarity - self.beta), threshold=40)  # The default threshold errs by 2e-9.
+        return (deviance * weight).sum()
+
+
+class LiftedStructure(BaselineLoss):
+    """Lifted structured loss on Euclidean distances D, equation 4 of Song et al. 2016.
+
+    For each of the |P| positive pairs, J_ij = D_ij + log(sum over negatives k of i of exp(margin - D_ik) + sum over
+    negatives l of j of exp(margin - D_jl)). The loss is sum max(0, J_ij)^2 / (2 |P|).
+
+    Args:
+        margin: margin of the distances.
+        normalize: L2-normalise the embeddings, which the paper does not do; distances are then at most 2.
+        on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
+
+    Example:
+        >>> LiftedStructure()(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
+        tensor(0.7256)
+    """
+
+    def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
+        super().__init__(on_degenerate)
+        self.normalize = switch("normalize", normalize)
+        self.margin = number("margin", margin)
+
+    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
+        distance = root(squared_distances(embeddings, self.normalize))
+        rivals = (self.margin - distance).masked_fill(same, -torch.inf)
+        # Every row has a negative: a row without one would share its label with the whole batch.
+        hinges = all_hinges if embeddings.is_cuda else listed_hinges
+        return hinges(rivals.logsumexp(1), distance, same).square().sum() / n_positive
+
+
+class Triplet(BaselineLoss):
+    """Triplet hinge on squared Euclidean distances d of L2-normalised embeddings, equation 3 of Schroff et al. 2015.
+
+    The mean of d_ap - d_an + margin over all triplets (anchor a, positive p, negative n) where it is above 0. Zero with
+    a zero gradient if there is no such triplet.
+
+    Args:
+        margin: margin of the squared distances, above 0; the paper (FaceNet) uses 0.2.
+        on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
+
+    Example:
+        >>> Triplet(margin=1.0)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
+        tensor(0.6000)
+    """
+
     semi_hard = False
 
     def __init__(self, margin: float = 0.2, on_degenerate: str = "raise") -> None:
-        super().__init__()
-        self.margin = above_zero("margin", margin)
-        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
+        super().__init__(on_degenerate)
+        self.margin = number("margin", margin, above=0)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings, same = _checked(embeddings, labels)
-        n_positive, n_negative = _pair_counts(embeddings, same)
-        if not (n_positive and n_negative):
-            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
+    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         distance = squared_distances(embeddings, normalize=True)
         margins = (self.margin, ROUNDING) if self.semi_hard else (self.margin,)
         weight = _memberships(distance.detach(), same, margins)
         n_triplets = weight.clamp(min=0).sum()
         total = (weight * distance).sum() + self.margin * n_triplets
-        return (total / n_triplets.clamp(min=1)).to(embeddings.dtype)
+        return total / n_triplets.clamp(min=1)
 
 
 class SemiHardTriplet(Triplet):
-    """`Triplet` over the semi-hard triplets alone: those with d_ap < d_an < d_ap + margin, all of the batch.
+    """`Triplet` over all semi-hard triplets of the batch: those with d_ap < d_an < d_ap + margin.
 
-    0 with a zero gradient where no triplet is semi-hard. (FaceNet picks semi-hard negatives; TensorFlow Addons' loss of
-    the name takes one negative per positive pair and falls back to the farthest.)
+    FaceNet samples semi-hard negatives instead; TensorFlow Addons takes one negative per positive pair.
+
+    Example:
+        >>> SemiHardTriplet(margin=1.0)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
+        tensor(0.6000)
     """
 
     semi_hard = True
 
 
-class Contrastive(nn.Module):
-    """Contrastive loss of Hadsell, Chopra & LeCun 2006, on Euclidean distances D, over all pairs of the batch.
+class Contrastive(BaselineLoss):
+    """Contrastive loss on Euclidean distances D, of Hadsell, Chopra & LeCun 2006. Undefined for a batch of one.
 
-    The mean over pairs of D^2 / 2 for positives and max(0, margin - D)^2 / 2 for negatives. Its paper takes embeddings
-    as they are, whose scale the margin must then fit; `normalize=True` L2-normalises them, and is the one to compare
-    with (on glyphs 45 against 23 % Recall@1 after 400 iterations with the margin 1, one seed). Undefined for a batch of
-    one.
+    The mean over pairs of D^2 / 2 for positive and max(0, margin - D)^2 / 2 for negative pairs.
+
+    Args:
+        margin: distance from which negative pairs cost nothing, above 0.
+        normalize: L2-normalise the embeddings, which the paper does not do; the margin need not fit their scale then.
+        on_degenerate: "raise" or "zero", for a batch of one embedding.
+
+    Example:
+        >>> Contrastive(normalize=True)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
+        tensor(0.0685)
     """
 
+    needs_both_groups = False
+
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
-        super().__init__()
-        self.margin = above_zero("margin", margin)
+        super().__init__(on_degenerate)
         self.normalize = switch("normalize", normalize)
-        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
+        self.margin = number("margin", margin, above=0)
 
-    @property
-    def metric(self) -> str:
-        return "cosine" if self.normalize else "euclidean"
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings, same = _checked(embeddings, labels)
-        check_finite(embeddings)
-        if len(labels) < 2:
-            return _undefined(embeddings, 0, 0, self.on_degenerate)
+    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         negative, positive = ~same, same.fill_diagonal_(False)
         squared = squared_distances(embeddings, self.normalize)
         hinge = F.relu(self.margin - root(squared)).square()
-        n_pairs = len(labels) * (len(labels) - 1)  # both triangles, as in the sum
-        return ((squared * positive + hinge * negative).sum() / (2 * n_pairs)).to(embeddings.dtype)
+        return (squared * positive + hinge * negative).sum() / (2 * (n_positive + n_negative))
 
 
-class Quadruplet(nn.Module):
-    """Quadruplet hinge on cosine similarities: what the histogram loss with the linear cost tends to for many bins.
+class Quadruplet(BaselineLoss):
+    """Quadruplet hinge on cosine similarities, the limit of the histogram loss with the linear cost for many bins.
 
-    The mean of max(0, margin + s_negative - s_positive) over all pairs of a positive and a negative pair, the two
-    sharing an image or not: O(n^4) terms, told exactly from one sorting of the pairs. Undefined without a positive or
-    without a negative pair.
+    The mean of max(0, margin + s_negative - s_positive) over all combinations of a positive and a negative pair. These
+    are O(n^4) terms; sorting the pairs sums them exactly.
+
+    Args:
+        margin: margin of the similarities, at least 0.
+        on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
+
+    Example:
+        >>> Quadruplet()(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
+        tensor(0.)
     """
 
-    metric = "cosine"
-
     def __init__(self, margin: float = 0.1, on_degenerate: str = "raise") -> None:
-        super().__init__()
-        self.margin = at_least_zero("margin", margin)
-        self.on_degenerate = one_of("on_degenerate", on_degenerate, ON_DEGENERATE)
+        super().__init__(on_degenerate)
+        self.margin = number("margin", margin, least=0)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        embeddings, same = _checked(embeddings, labels)
-        n_positive, n_negative = _pair_counts(embeddings, same)
-        if not (n_positive and n_negative):
-            return _undefined(embeddings, n_positive, n_negative, self.on_degenerate)
+    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
         similarity = cosine_similarities(embeddings.double())
-        positives = listed(similarity, same.triu(1), n_positive // 2)
-        negatives = listed(similarity, (~same).triu(), n_negative // 2)
+        positives = _listed(similarity, same.triu(1), n_positive // 2)
+        negatives = _listed(similarity, (~same).triu(), n_negative // 2)
         reach = negatives.detach() + self.margin
         below, above = positives.detach().sort().values, reach.sort().values
-        # Active where s_positive < s_negative + margin: how many such partners each pair has.
+        # A term is active where s_positive < s_negative + margin. Each pair is weighted by its number of active terms.
         by_positive = len(above) - torch.searchsorted(above, positives.detach(), right=True)
         by_negative = torch.searchsorted(below, reach)
         total = by_negative.double() @ (negatives + self.margin) - by_positive.double() @ positives
-        return (total / (len(positives) * len(negatives))).to(embeddings.dtype)
-
-
-def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings in full precision, and which pairs are of one class: (n, n), the diagonal included."""
-    check_embeddings("embeddings", embeddings)
-    check_labels(labels, len(embeddings))
-    labels = labels.to(embeddings.device, non_blocking=embeddings.is_cuda)
-    return full_precision(embeddings), labels[:, None] == labels
-
-
-def _pair_counts(embeddings: Tensor, same: Tensor) -> tuple[int, int]:
-    """Numbers of positive and of negative pairs, both orders of a pair counted.
-
-    NotFiniteError for NaN and infinite embeddings: one read from the device tells both.
-    """
-    total, n_same = torch.stack([embeddings.detach().sum(dtype=torch.float64), same.sum()]).tolist()
-    if not math.isfinite(total):
-        check_finite(embeddings)
-    return int(n_same) - len(same), len(same) ** 2 - int(n_same)
-
-
-def _undefined(embeddings: Tensor, n_positive: int, n_negative: int, on_degenerate: str) -> Tensor:
-    if on_degenerate == "zero":
-        return embeddings.sum() * 0
-    raise ValueError(
-        f"a batch of {len(embeddings)} with {n_positive // 2} positive and {n_negative // 2} "
-        'negative pairs leaves this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
-    )
+        return total / (len(positives) * len(negatives))
 
 
 def listed_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:
-    """max(0, J_ij) of the lifted structure loss, for the positive pairs i < j one by one."""
+    """Return max(0, J_ij) of the lifted structured loss for each positive pair i < j, as a vector."""
     i, j = same.triu(1).nonzero(as_tuple=True)
     return F.relu(torch.logaddexp(nearest[i], nearest[j]) + distance[i, j])
 
 
 def all_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:
-    """The same as a matrix (n, n) with 0 for all other pairs."""
+    """Return the same as a matrix (n, n) that is 0 for all other pairs. It does not synchronise."""
     hinge = F.relu(torch.logaddexp(nearest[:, None], nearest) + distance)
     return hinge.masked_fill(~same.triu(1), 0)
 
 
-def listed(matrix: Tensor, mask: Tensor, n: int) -> Tensor:
-    """The n entries of a matrix where the mask is true, row by row."""
-    if not matrix.is_cuda:
-        return matrix[mask]
-    return matrix.flatten().gather(0, true_places(mask, n))
+def _listed(matrix: Tensor, mask: Tensor, n: int) -> Tensor:
+    """Return the n entries of a matrix where the mask is true, row by row."""
+    return matrix.flatten().gather(0, true_places(mask, n)) if matrix.is_cuda else matrix[mask]
 
 
 def true_places(mask: Tensor, n: int) -> Tensor:
-    """Flat indices of the n true entries of a mask, in order. Unlike `nonzero` it does not wait for the device."""
+    """Return the flat indices of the n true entries of a mask, in order. Unlike `nonzero` it does not synchronise."""
     return mask.flatten().byte().sort(descending=True, stable=True).indices[:n]
 
 
 def _memberships(distance: Tensor, same: Tensor, margins: tuple[float, ...]) -> Tensor:
-    """Number of triplets with d_an < d_ap + margin that each (anchor, other) is in: (n, n), negated for negatives.
+    """Count the triplets with d_an < d_ap + margin of each (anchor, other): (n, n), negated for negative pairs.
 
-    With two margins, the number by the first minus the number by the second.
+    With two margins, return the count for the first minus the count for the second.
     """
     reach = torch.stack([distance + margin for margin in margins])
     negatives = distance.masked_fill(same, torch.inf).sort(1).values.expand_as(reach)

@@ -1,22 +1,31 @@
-"""Checks of a loss on a GPU that may wait on the device."""
+"""Deferred checks of a loss on a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class DeferredChecks:
-    """Checks that were computed on the device and not yet read by the host."""
+    """Checks that the device computes and the host has not read yet."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.pending: list[tuple[Tensor, Callable[[list[int]], None]]] = []
 
-    def add(self, values: Tensor, verify: Callable[[list[int]], None]) -> None:
-        self.pending.append((values, verify))
+    def add(self, values: Tensor, verify: Callable[..., None], inputs: tuple[Any, ...]) -> None:
+        """Add values for `verify`; read all pending checks after every `every` additions.
+
+        Args:
+            values: numbers on the device, of the same shape for all checks.
+            verify: called as `verify(numbers, *inputs)`; raises if the numbers are bad.
+            inputs: kept without the graph that they are part of.
+        """
+        kept = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        self.pending.append((values, lambda numbers: verify(numbers, *kept)))
         if len(self.pending) >= self.every:
             self.raise_if_bad()
 
@@ -24,8 +33,9 @@ class DeferredChecks:
         """Read all pending checks at once and raise the error of the earliest that failed."""
         pending, self.pending = self.pending, []
         if pending:
-            for values, (_, verify) in zip(torch.stack([v for v, _ in pending]).tolist(), pending, strict=True):
-                verify(values)
+            read = torch.stack([values for values, _ in pending]).tolist()
+            for numbers, (_, verify) in zip(read, pending, strict=True):
+                verify(numbers)
 
 
 _deferred: ContextVar[DeferredChecks | None] = ContextVar("deferred", default=None)
@@ -33,14 +43,17 @@ _deferred: ContextVar[DeferredChecks | None] = ContextVar("deferred", default=No
 
 @contextmanager
 def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
-    """Let the fused CUDA loss postpone its checks, so that no iteration waits for the GPU.
+    """Defer the checks of the fused CUDA loss, so that no iteration waits for the GPU.
 
-    The error of a bad batch is raised after at most `every` losses, by `raise_if_bad()`, or at the end of the context.
-    Until then such a batch has a loss and a gradient without meaning. The pending checks keep their batch's embeddings.
-    Losses on other paths (CPU, float64, the Beta density) are checked at once, as always.
+    The error of a wrong batch is raised after at most `every` losses, by `raise_if_bad()`, or at the end of the
+    context. Until then its loss and gradient are meaningless. Pending checks keep the embeddings of their batches in
+    memory. Losses on other paths (CPU, float64, the Beta density) are checked at once.
 
     Args:
         every: number of losses after which their checks are read, at least 1.
+
+    Yields:
+        The pending checks, with `raise_if_bad()`.
 
     Example:
         with deferred_checks() as checks:
@@ -58,10 +71,10 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
         _deferred.reset(token)
 
 
-def verify_or_defer(values: Tensor, verify: Callable[[list[int]], None]) -> None:
-    """Call `verify` with the numbers in `values`: now, or later within `deferred_checks`."""
+def verify_or_defer(values: Tensor, verify: Callable[..., None], *inputs: Any) -> None:
+    """Call `verify` with the numbers in `values` and the inputs: now, or later within `deferred_checks`."""
     checks = _deferred.get()
     if checks is None:
-        verify(values.tolist())
+        verify(values.tolist(), *inputs)
     else:
-        checks.add(values, verify)
+        checks.add(values, verify, inputs)

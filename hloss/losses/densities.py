@@ -1,6 +1,6 @@
-"""The densities of positive and negative similarities, the loss from them, and the slope of each pair.
+"""Densities of the positive and negative similarities, the loss, and its derivative by each similarity.
 
-Read `hloss.losses.pairs` first. `HistogramDensity` implements equations 1 and 2, `expected_cost` equations 4 and 6.
+`HistogramDensity` implements equations 1 and 2, `expected_cost` equations 4 and 6.
 """
 
 import math
@@ -13,32 +13,34 @@ from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock
 from hloss.losses.settings import LossSettings
 
 CPU_LANES = 16
-ONE_PAIR = 2**42  # above the sum of LANE_PAIRS fractions of 24 bits
-LANE_PAIRS = 2**18  # most pairs that one packed number, or one int64 sum of fractions of 44 bits, holds
-BETA_ENDS = (1e-5, 0.999)  # where the authors' layer evaluates the Beta density in place of 0 and 1
+ONE_PAIR = 2**42  # Above the sum of LANE_PAIRS fractions of 24 bits.
+LANE_PAIRS = 2**18  # Most pairs in one packed number, and in one int64 sum of 44-bit fractions.
+BETA_ENDS = (1e-5, 0.999)  # The authors' layer evaluates the Beta density here instead of at 0 and 1.
 
 
 class HistogramDensity:
-    """Counts and sums of f per interval and group (equation 2), the loss from them, and dL/ds by look-up."""
+    """Histograms from the counts and the sums of f per interval and group (equation 2); dL/ds is a table."""
 
     def __init__(self, s: LossSettings, device: torch.device) -> None:
-        self.s, self.size = s, s.n_bins + 1  # the last interval is a point: s = 1 has b = n_bins, f = 0
+        self.s, self.size = s, s.n_bins + 1  # The last interval is the point s = 1.
         self.counts = torch.zeros(3, self.size, dtype=torch.int64, device=device)
         self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
 
     def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """Add pairs at `position` (s + 1) / Delta in [0, n_bins], shape (rows, columns), used up; returns `places`."""
+        """Add a block of pairs at `position` (s + 1) / Delta in [0, n_bins], overwrite it, and return their places."""
         places = code = self.places(position, block, buffers)
         n = 1 if block.groups is None else 3
-        # A table has several lanes: on CUDA for few collisions of atomic additions, on CPU one or more per thread.
+        # Several lanes reduce collisions of atomic additions on CUDA, and give each CPU thread its own table.
         lanes = len(code) if code.is_cuda else math.gcd(len(code), CPU_LANES)
         table = torch.zeros(lanes, n * self.size, dtype=torch.int64, device=code.device)
         code, fraction = code.view(lanes, -1), position.frac_().view(lanes, -1)
         number = buffers.take("number", code.shape, torch.int64, code.device)
-        if fraction.dtype == torch.float32:  # its 24 bits leave room for the count: one number a pair, one pass
+        if fraction.dtype == torch.float32:  # With its 24 bits the count fits into the same number.
             number.copy_(fraction.mul_(2.0**24)).add_(ONE_PAIR)
-            counts, sums = _unpack(table.scatter_add_(1, code, number), code.numel())
-            sums = sums.double() / 2.0**24
+            table.scatter_add_(1, code, number)
+            if code.numel() <= LANE_PAIRS:  # The sum over lanes fits as well.
+                table = table.sum(0, keepdim=True)
+            counts, sums = (table // ONE_PAIR).sum(0), (table % ONE_PAIR).sum(0).double() / 2.0**24
         else:
             counts = table.scatter_add_(1, code, number.fill_(1)).sum(0)
             number.copy_(fraction.mul_(2.0**44))
@@ -50,44 +52,38 @@ class HistogramDensity:
         return places
 
     def places(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """Interval of each pair, moved on by `size` for a positive and by 2 `size` for an ignored one."""
+        """Return the interval of each pair, plus `size` for a positive and 2 `size` for an ignored pair."""
         code = buffers.take("code", position.shape, torch.int64, position.device).copy_(position)
         if block.groups is not None:
             code[:, block.window].add_(block.groups, alpha=self.size)
         return code
 
     def finish(self) -> None:
+        """Set `undefined` to the reason why there is no loss, empty if there is one. Synchronises once."""
         self.totals = self.counts[:2].sum(1)
         negatives, positives = self.totals.tolist()
         self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
 
     def densities(self) -> Tensor:
-        """p_neg and p_pos, (2, n_bins + 1)."""
+        """Return p_neg and p_pos, (2, n_bins + 1)."""
         mass = self.counts[:2].double() - self.fractions[:2]
         mass[:, 1:] += self.fractions[:2, :-1]
         h = mass / self.totals[:, None].double()
         return h if self.s.kernel == "triangular" else h @ kernel_matrix(self.s, h.device).T
 
     def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
+        """Return the loss and the table (3, n_bins + 1) of dL/ds by group and interval, equation 5."""
         loss, by_density = expected_cost(self.densities(), self.s)
         by_mass = by_density if self.s.kernel == "triangular" else by_density @ kernel_matrix(self.s, loss.device)
         slopes = by_mass.new_zeros(3, self.size)
         torch.div(by_mass.diff(dim=1), self.s.delta * self.totals[:, None].double(), out=slopes[:2, :-1])
-        slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval
+        slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval.
         return loss, slopes
 
     def slope(self, slopes: Tensor, places: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """dL/ds of the pairs at `places`, from the (3, n_bins + 1) table of slopes."""
+        """Return dL/ds of the pairs at `places`."""
         found = buffers.take("slope", places.shape, slopes.dtype, slopes.device)
         return torch.gather(slopes.view(1, -1).expand(len(places), -1), 1, places, out=found)
-
-
-def _unpack(table: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """Counts and sums of 24-bit fractions over all lanes of packed numbers."""
-    if pairs <= LANE_PAIRS:
-        both = table.sum(0)
-        return both // ONE_PAIR, both % ONE_PAIR
-    return (table // ONE_PAIR).sum(0), (table % ONE_PAIR).sum(0)
 
 
 class BetaDensity:
@@ -96,9 +92,10 @@ class BetaDensity:
     def __init__(self, s: LossSettings, device: torch.device) -> None:
         self.s = s
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # sums of x - 1/2 and its square, by group
+        self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # Sums of x - 1/2 and its square.
 
     def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        """Add a block of pairs at `position`, overwrite it, and return their places."""
         places = buffers.take("places", position.shape, position.dtype, position.device).copy_(position)
         x = position.div_(self.s.n_bins).sub_(0.5)
         negatives: int | Tensor = x.numel()
@@ -111,6 +108,7 @@ class BetaDensity:
         return places
 
     def places(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
+        """Return the positions: the slope depends on them."""
         return position
 
     def _add(self, group: int, x: Tensor, n: Tensor | int) -> None:
@@ -119,6 +117,7 @@ class BetaDensity:
         self.moments[group, 1] += torch.linalg.vector_norm(x, dtype=torch.float64).square()
 
     def finish(self) -> None:
+        """Set `undefined` to the reason why there is no loss, empty if there is one."""
         n = self.counts[:2].double()
         mean = self.moments[:, 0] / n
         variance = (self.moments[:, 1] - n * mean**2) / (n - 1)
@@ -128,12 +127,11 @@ class BetaDensity:
         self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
         if not self.undefined and not (negative_fits and positive_fits):
             group = "negative" if positive_fits else "positive"
-            self.undefined = f"no Beta density fits the {group} pairs, whose similarities do not vary between -1 and 1"
+            self.undefined = f"the similarities of the {group} pairs have no variance that a Beta density fits"
 
-    def densities(self) -> Tensor:
-        return self._densities(self.mean_variance)
-
-    def _densities(self, mean_variance: Tensor) -> Tensor:
+    def densities(self, mean_variance: Tensor | None = None) -> Tensor:
+        """Return p_neg and p_pos, (2, n_bins + 1)."""
+        mean_variance = self.mean_variance if mean_variance is None else mean_variance
         mean, variance = mean_variance[:, :1], mean_variance[:, 1:]
         total = mean * (1 - mean) / variance - 1
         a, b = mean * total, (1 - mean) * total
@@ -143,19 +141,20 @@ class BetaDensity:
         return log_density.exp() * (self.s.delta / 2)
 
     def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
+        """Return the loss and the table (3, 2) of the constant and factor of dL/ds by group."""
         with torch.enable_grad():
             moments = self.mean_variance.detach().requires_grad_()
-            densities = self._densities(moments)
+            densities = self.densities(moments)
             loss, by_density = expected_cost(densities.detach(), self.s)
             by_mean, by_variance = torch.autograd.grad(densities, moments, by_density)[0].unbind(1)
         n = self.counts[:2].double()
-        linear = by_variance / (n - 1)  # dx/ds = 1/2, d variance/dx = 2 (x - mean) / (n - 1)
+        linear = by_variance / (n - 1)  # dx/ds = 1/2, d variance/dx = 2 (x - mean) / (n - 1).
         constant = by_mean / (2 * n) - linear * self.mean_variance[:, 0]
         slopes = torch.stack([constant, linear / self.s.n_bins], dim=1)
         return loss, torch.cat([slopes, torch.zeros_like(slopes[:1])])
 
     def slope(self, slopes: Tensor, places: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """dL/ds of the pairs at `places`, their positions, from (3, 2) of constants and factors of the position."""
+        """Return dL/ds of the pairs at `places`."""
         constant, linear = slopes.unbind(1)
         slope = places * linear[NEGATIVE] + constant[NEGATIVE]
         if block.groups is not None:
@@ -164,21 +163,19 @@ class BetaDensity:
         return slope
 
 
-DENSITY_CLASSES: dict[str, type[HistogramDensity] | type[BetaDensity]] = {
-    "histogram": HistogramDensity,
-    "beta": BetaDensity,
-}
+Density = HistogramDensity | BetaDensity
+DENSITY_CLASSES: dict[str, type[Density]] = {"histogram": HistogramDensity, "beta": BetaDensity}
 
 
 def grid_nodes(n_bins: int, device: torch.device) -> Tensor:
-    """t_r = -1 + r Delta."""
+    """Return the nodes t_r = -1 + r Delta."""
     return torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64, device=device)
 
 
 def expected_cost(densities: Tensor, s: LossSettings) -> tuple[Tensor, Tensor]:
-    """The loss p_neg' C p_pos and its derivative by (p_neg, p_pos), shape (2, n_bins + 1)."""
+    """Return the loss p_neg' C p_pos and its derivative by (p_neg, p_pos), shape (2, n_bins + 1)."""
     negative, positive = densities
-    if s.order_cost == "step":  # cumulative sums instead of C, equations 4 and 6
+    if s.order_cost == "step":  # Cumulative sums instead of C: equations 4 and 6.
         by_negative, by_positive = positive.cumsum(0), negative.flip(0).cumsum(0).flip(0)
         if s.margin_nodes:
             r = torch.arange(len(negative), device=negative.device)
@@ -192,7 +189,7 @@ def expected_cost(densities: Tensor, s: LossSettings) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=8)
 def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
-    """C[r, q], the cost of a negative at t_r with a positive at t_q."""
+    """Return C[r, q], the cost of a negative pair at t_r and a positive pair at t_q."""
     nodes = grid_nodes(s.n_bins, device)
     if s.order_cost == "step":
         r = torch.arange(len(nodes), device=device)
@@ -205,7 +202,7 @@ def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
-    """K[r, b]: the kernel's mass in the cell r +- 1/2 around node b, reflected at both ends; columns sum to 1."""
+    """Return K[r, b], the mass in the cell r +- 1/2 of the kernel at b, reflected at both ends; columns sum to 1."""
     assert s.bandwidth is not None
     half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel] * s.bandwidth
     reach = math.ceil(half_width)
@@ -213,7 +210,7 @@ def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
     edges = torch.cat([offsets - 0.5, offsets[-1:] + 0.5]).double()
     mass = _kernel_cumulative(s.kernel, edges / s.bandwidth).diff()
     size = s.n_bins + 1
-    target = (torch.arange(size) + offsets[:, None]) % (2 * size)  # reflection at both ends has period 2 R
+    target = (torch.arange(size) + offsets[:, None]) % (2 * size)  # Reflection has the period 2 R.
     target = torch.where(target < size, target, 2 * size - 1 - target)
     matrix = torch.zeros(size, size, dtype=torch.float64)
     matrix.scatter_add_(0, target, (mass / mass.sum())[:, None].expand_as(target).contiguous())
@@ -221,7 +218,7 @@ def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 
 def _kernel_cumulative(kernel: str, z: Tensor) -> Tensor:
-    """The kernel's mass below z, a kernel of standard deviation 1."""
+    """Return the mass below z of a kernel of standard deviation 1."""
     if kernel == "gaussian":
         return torch.special.ndtr(z)
     if kernel == "uniform":
@@ -231,6 +228,7 @@ def _kernel_cumulative(kernel: str, z: Tensor) -> Tensor:
 
 
 def missing_pairs(positives: int, negatives: int) -> str:
+    """Return the error message for a batch without positive or without negative pairs."""
     return (
         f"the histogram loss of {positives} positive and {negatives} negative pairs is undefined; "
         'draw several images of several classes, or set on_degenerate="zero"'

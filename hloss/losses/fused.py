@@ -14,14 +14,18 @@ from hloss.losses.passes import (
     Kept,
     Side,
     backward_pass,
+    find_plan,
     forward_pass,
     is_copied,
-    kept_places,
+    places_dtype,
+    places_shape,
+    ready,
 )
 from hloss.losses.settings import LossSettings
 
 PRECISION = "tf32x3"  # of matrix products: as exact as float32, on tensor cores; "ieee": float32 without them
 MOST_PAIRS = 2**39  # most pairs whose sum of 24-bit fractions surely fits into 63 bits
+MOST_ROWS = 2**30  # most rows, and columns, that 32-bit numbers count in whole tiles
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 TRITON = importlib.util.find_spec("triton") is not None
@@ -47,7 +51,7 @@ def _fits(embeddings: Tensor, labels: Tensor, references: Tensor | None, referen
     m = columns.shape[0]
     if n == 0 or m == 0 or depth == 0 or columns.shape[1] != depth or columns.device != embeddings.device:
         return False
-    if n * m > MOST_PAIRS or labels.dtype not in INTEGERS:
+    if n * m > MOST_PAIRS or max(n, m) > MOST_ROWS or labels.dtype not in INTEGERS:
         return False
     if labels.ndim == 2 or references is None:
         return reference_labels is None and labels.shape in ((n, m), (n,))
@@ -105,10 +109,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeddings, references, labels, reference_labels, s, precision):  # type: ignore[no-untyped-def]
-        loss, kept = forward_pass(embeddings, references, labels, reference_labels, s, precision)
+        ctx.plan = find_plan(embeddings, references, labels, s, precision)
+        loss, kept = forward_pass(embeddings, references, labels, reference_labels, ctx.plan)
         rows, columns = kept.rows, kept.columns or (None, None)
         ctx.save_for_backward(labels, reference_labels, *rows, *columns, kept.slopes, kept.places)
-        ctx.settings, ctx.precision, ctx.dtype = s, precision, embeddings.dtype
         return loss
 
     @staticmethod
@@ -121,10 +125,7 @@ class _Fused(torch.autograd.Function):
         labels, reference_labels, units, scales, column_units, column_scales, slopes, places = ctx.saved_tensors
         columns = None if column_units is None else Side(column_units, column_scales)
         kept = Kept(Side(units, scales), columns, slopes, places)
-        wanted = ctx.needs_input_grad[:2]
-        gradients = backward_pass(
-            upstream, kept, labels, reference_labels, ctx.dtype, wanted, ctx.settings, ctx.precision
-        )
+        gradients = backward_pass(upstream, kept, labels, reference_labels, ctx.needs_input_grad[:2], ctx.plan)
         return *gradients, None, None, None, None
 
 
@@ -146,9 +147,10 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; for the backward pass units and scales of both sides, slopes, places; empty tensors stand for None."""
     s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
-    loss, (rows, columns, slopes, places) = forward_pass(embeddings, references, labels, reference_labels, s, precision)
+    plan = find_plan(embeddings, references, labels, s, precision)
+    loss, (rows, columns, slopes, places) = forward_pass(embeddings, references, labels, reference_labels, plan)
     empty = partial(torch.empty, 0, device=embeddings.device)
-    copied = is_copied(embeddings, normalize)  # else the units are the embeddings: no operator returns its input
+    copied = plan.is_copied  # else the units are the embeddings: no operator returns its input
     sides = [
         rows.units if copied else empty(),
         rows.scales,
@@ -162,15 +164,15 @@ def _operator(
 def _operator_shapes(embeddings, labels, references, reference_labels, n_bins, *settings):  # type: ignore[no-untyped-def]
     normalize, device = settings[5], embeddings.device
     columns = embeddings if references is None else references
-    copied = is_copied(embeddings, normalize)
+    copied = is_copied(embeddings.dtype, normalize)
     sides = []
     for x in (embeddings, references):
         sides.append(torch.empty(x.shape if x is not None and copied else 0, device=device))
         sides.append(torch.empty(0 if x is None else len(x), dtype=torch.float64, device=device))
-    places = kept_places(len(embeddings), len(columns), n_bins + 1, device)
-    nothing = torch.empty(0, dtype=torch.int16, device=device)
+    shape = places_shape(len(embeddings), len(columns))
+    places = torch.empty(shape or 0, dtype=places_dtype(n_bins + 1) if shape else torch.int16, device=device)
     loss, slopes = torch.empty((), device=device), torch.empty(2 * n_bins + 3, device=device)
-    return loss, *sides, slopes, nothing if places is None else places
+    return loss, *sides, slopes, places
 
 
 @torch.library.custom_op("hloss::histogram_loss_backward", mutates_args=())
@@ -192,16 +194,15 @@ def _backward_operator(
     wanted: list[bool],
 ) -> list[Tensor]:
     """The gradients that are wanted, of the embeddings and of the references."""
-    copied = is_copied(embeddings, normalize)
-    rows = Side(units if copied else embeddings.contiguous(), scales)
+    copied, device = is_copied(embeddings.dtype, normalize), embeddings.device
+    rows = Side(units if copied else ready(embeddings, device), scales)
     columns = None
     if references is not None:
-        columns = Side(column_units if copied else references.contiguous(), column_scales)
+        columns = Side(column_units if copied else ready(references, device), column_scales)
     kept = Kept(rows, columns, slopes, places if places.numel() else None)
     s = LossSettings(n_bins, "triangular", None, "step", 0.0, 1.0, "histogram", normalize, "raise")
-    both = backward_pass(
-        upstream, kept, labels, reference_labels, embeddings.dtype, (wanted[0], wanted[1]), s, precision
-    )
+    plan = find_plan(embeddings, references, labels, s, precision)
+    both = backward_pass(upstream, kept, labels, reference_labels, (wanted[0], wanted[1]), plan)
     return [gradient for gradient in both if gradient is not None]
 
 

@@ -22,16 +22,17 @@ def prepare(
     given,
     units,
     scales,
-    flags,
+    table,
     n,
     depth,
     longest,
-    NORMALIZE: tl.constexpr,
+    FLAG: tl.constexpr,
     WRITE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Inverse norms and unit rows in float32; counts the rows that are refused in `flags`."""
+    """Inverse norms and unit rows in float32; counts the rows that are refused at FLAG of the table."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     start = r.to(tl.int64)[:, None] * depth
     squares = tl.zeros((BR,), tl.float64)
@@ -46,7 +47,7 @@ def prepare(
         good = (norm > 0) & (norm <= LARGEST)
     bad = tl.sum(((r < n) & (good == 0)).to(tl.int64), 0)
     if bad > 0:
-        tl.atomic_add(flags, bad, sem="relaxed")
+        tl.atomic_add(table + FLAG, bad, sem="relaxed")
     scale = 1.0 / tl.where(norm > 0, norm, 1.0)
     tl.store(scales + r, scale, mask=r < n)
     if WRITE:

@@ -1,7 +1,4 @@
-"""Which pairs of a batch are positive, negative or ignored, block by block.
-
-Read `hloss.losses.reference` first: it states the loss over a dense matrix of pairs.
-"""
+"""Blocks of the pairs of a batch, with the group of each pair: positive, negative or ignored."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,30 +8,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hloss.numerics import rows_where
+from hloss.numerics import check_labels, rows_where
 
-NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # the group of a pair
-ROWS, COLUMNS = 256, 1024  # largest block of pairs held at once on a CPU: 2^18 of them fit into its caches
-GPU_ROWS, GPU_COLUMNS = 1024, 4096  # on a GPU: enough work for each of its kernels
+NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # The group of a pair.
+ROWS, COLUMNS = 256, 1024  # Largest block of pairs on a CPU: 2^18 pairs fit into its caches.
+GPU_ROWS, GPU_COLUMNS = 1024, 4096  # Largest block on a GPU: enough work for each kernel.
 
 
 class PairBlock(NamedTuple):
-    """A block of pairs: all of them negative but for those of a window of its columns, whose groups are told."""
+    """A block of pairs. All are negative except in a window of its columns, where `groups` gives their group."""
 
     rows: slice
     columns: slice
-    window: slice  # within the columns
-    groups: Tensor | None  # int8 (rows, window); None where the window is empty
+    window: slice  # Relative to the first of the columns.
+    groups: Tensor | None  # int8 (rows, window); None if the window is empty.
 
 
 class Buffers:
-    """Memory that the blocks of one pass share: memory that is new to the process costs time."""
+    """Memory that the blocks of one pass share, because allocating new memory takes time."""
 
     def __init__(self) -> None:
         self.taken: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: torch.Size | tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor that reuses the buffer `name`."""
+        """Return an uninitialised tensor that reuses the buffer `name`."""
         n = shape[0] * shape[1]
         if name not in self.taken or len(self.taken[name]) < n:
             self.taken[name] = torch.empty(n, dtype=dtype, device=device)
@@ -42,7 +39,7 @@ class Buffers:
 
 
 class LabelPairs:
-    """Pairs told by class labels. Sorted by label, the positives of a block of rows lie in one window of columns."""
+    """Pairs from class labels. In the order of the labels, positive pairs of a block lie in one window of columns."""
 
     def __init__(self, labels: Tensor, reference_labels: Tensor | None) -> None:
         rows, self.row_order = labels.sort(stable=True)
@@ -50,15 +47,16 @@ class LabelPairs:
         if reference_labels is not None:
             columns, self.column_order = reference_labels.sort(stable=True)
         self.n_columns, self.within = len(columns), reference_labels is None
-        # Row i has its positives in the columns first[i] ... last[i] - 1; within one batch they begin behind i itself.
+        # The positives of row i are the columns first[i] ... last[i] - 1. Within one batch they begin after i itself.
         self.column = torch.arange(1, self.n_columns + 1, device=rows.device, dtype=torch.int32)
         self.last = torch.searchsorted(columns, rows, right=True, out_int32=True)
         self.first = self.column if self.within else torch.searchsorted(columns, rows, out_int32=True)
         self.cuts = _row_cuts(len(rows), rows.device)
         ends = torch.tensor(self.cuts, device=rows.device, dtype=torch.int64)
-        self.windows = torch.stack([self.first[ends[:-1]], self.last[ends[1:] - 1]], 1).tolist()  # synchronises, once
+        self.windows = torch.stack([self.first[ends[:-1]], self.last[ends[1:] - 1]], 1).tolist()  # Synchronises once.
 
     def blocks(self) -> Iterator[PairBlock]:
+        """Yield all pairs; within one batch the pairs i < j, others in these blocks are ignored."""
         for top, bottom, (left, right) in zip(self.cuts, self.cuts[1:], self.windows, strict=False):
             rows = slice(top, bottom)
             for columns in _chunks(top if self.within else 0, self.n_columns, self.last.device):
@@ -67,7 +65,7 @@ class LabelPairs:
                 yield PairBlock(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
 
     def _groups(self, rows: slice, window: slice) -> Tensor:
-        groups = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # columns are numbered from 1
+        groups = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # Columns are numbered from 1.
         if not self.within:
             return groups - (self.column[window] <= self.first[rows, None]).view(torch.int8)
         if window.start == rows.start:
@@ -82,51 +80,54 @@ def _lower_triangle(n: int, device: torch.device) -> Tensor:
 
 
 class MatrixPairs:
-    """Pairs told by a matrix of +1 (positive), -1 (negative) and 0 (ignored)."""
+    """Pairs from a matrix of +1 (positive), -1 (negative) and 0 (ignored)."""
 
     def __init__(self, matrix: Tensor, within: bool) -> None:
         self.matrix, self.within = matrix, within
         self.row_order, self.column_order = (torch.arange(size, device=matrix.device) for size in matrix.shape)
 
     def blocks(self) -> Iterator[PairBlock]:
+        """Yield all pairs; within one batch the pairs i < j, others in these blocks are ignored."""
         n, m = self.matrix.shape
         for top, bottom in itertools.pairwise(_row_cuts(n, self.matrix.device)):
             rows = slice(top, bottom)
             for columns in _chunks(top if self.within else 0, m, self.matrix.device):
                 sign = self.matrix[rows, columns]
                 groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
-                if self.within:  # the pairs i < j alone
+                if self.within:
                     behind = torch.ones_like(groups, dtype=torch.bool).tril_(top - columns.start)
                     groups.masked_fill_(behind, IGNORED)
                 yield PairBlock(rows, columns, slice(0, groups.shape[1]), groups)
 
 
-def find_pairs(
-    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None
-) -> LabelPairs | MatrixPairs:
+Pairs = LabelPairs | MatrixPairs
+
+
+def find_pairs(embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None) -> Pairs:
+    """Return the pairs of a batch, or of a batch with references. Arguments as for `HistogramLoss.forward`."""
     n, m = len(embeddings), len(embeddings if references is None else references)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+        raise ValueError(f"labels must be integers: got {labels.dtype}")
     labels = labels.to(embeddings.device)
     if labels.ndim == 2:
         return _matrix_pairs(labels, reference_labels, n, m, references is None)
     if labels.shape != (n,):
-        raise ValueError(f"labels must have shape ({n},) or be a ({n}, {m}) matrix of pairs, got {tuple(labels.shape)}")
+        raise ValueError(f"labels must have shape ({n},) or be a ({n}, {m}) matrix of pairs: got {tuple(labels.shape)}")
     if references is None:
         if reference_labels is not None:
-            raise ValueError("reference_labels were given without reference_embeddings")
+            raise ValueError("reference_labels need reference_embeddings: got none")
         return LabelPairs(labels, None)
-    if reference_labels is None or reference_labels.shape != (m,) or reference_labels.is_floating_point():
-        got = "none" if reference_labels is None else f"{reference_labels.dtype} {tuple(reference_labels.shape)}"
-        raise ValueError(f"reference_labels must be integers of shape ({m},), got {got}")
+    if reference_labels is None:
+        raise ValueError(f"reference_labels must be integers of shape ({m},): got None")
+    check_labels("reference_labels", reference_labels, m)
     return LabelPairs(labels, reference_labels.to(labels.device))
 
 
 def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: int, within: bool) -> MatrixPairs:
     if matrix.shape != (n, m):
-        raise ValueError(f"the matrix of pairs must have shape ({n}, {m}), got {tuple(matrix.shape)}")
+        raise ValueError(f"the matrix of pairs must have shape ({n}, {m}): got {tuple(matrix.shape)}")
     if reference_labels is not None:
-        raise ValueError("reference_labels were given beside a matrix of pairs, which already tells every pair")
+        raise ValueError("reference_labels must be None with a matrix of pairs")
     rows = rows_where((matrix.abs() > 1).any(1))
     if rows:
         raise ValueError(f"the matrix of pairs may hold +1, -1 and 0 alone; rows {rows} hold other values")
@@ -137,11 +138,11 @@ def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: in
 
 
 def block_rows(device: torch.device) -> int:
+    """Return the number of rows of a block."""
     return GPU_ROWS if device.type == "cuda" else ROWS
 
 
 def _row_cuts(n: int, device: torch.device) -> list[int]:
-    """Bounds of the row blocks."""
     return [*range(0, n, block_rows(device)), n]
 
 

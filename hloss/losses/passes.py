@@ -9,7 +9,7 @@ of the matrix of slopes at a time, which cuBLAS multiplies: memory does not grow
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +20,16 @@ from hloss.losses.densities import LANE_PAIRS, cost_matrix, kernel_matrix, missi
 from hloss.losses.pairs import find_pairs
 from hloss.losses.settings import LossSettings
 from hloss.losses.streaming import checked_sides
-from hloss.numerics import LONGEST, exact_products
+from hloss.numerics import LONGEST, swap_cuda_precision
 
-KEPT_PAIRS = 2**21  # places of so many pairs are kept for the backward pass: 4 MiB
+KEPT_PAIRS = 2**22  # places of so many pairs are kept for the backward pass: 8 MiB
 BLOCK_ROWS = 2**13  # most rows, and columns within one batch, of a block of slopes
 BLOCK_PAIRS = 2**26  # most slopes held at once: 256 MiB
 PROGRAMS_PER_PROCESSOR = 4
 LANES_BYTES = 2**26  # most memory of the lanes
 LEAST_PART = 64  # fewest columns that a program multiplies with
 FORM_TILE = 16, 256  # rows and columns of a bilinear form that a program handles at once
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}
+HERE = nullcontext()
 
 
 class Tile(NamedTuple):
@@ -58,18 +56,192 @@ class Side(NamedTuple):
     scales: Tensor  # (n,) float64, inverse norms
 
 
-class PairLabels(NamedTuple):
-    """Labels of the rows and of the columns, or a matrix of pairs with its strides."""
+class Launch:
+    """A kernel and all it is launched with but the tensors, which always have the same types.
 
-    rows: Tensor
-    columns: Tensor
-    stride_r: int
-    stride_c: int
-    within: bool
+    What it was compiled to is remembered: Triton finds it more slowly. In Triton's interpreter there is nothing to
+    remember. Tensors must be `ready`: Triton compiles another program for those that begin elsewhere.
+    """
 
-    @property
-    def is_matrix(self) -> bool:
-        return self.rows.ndim == 2
+    def __init__(
+        self, name: str, grid: tuple[int, ...], tile: Tile | None, numbers: tuple[Any, ...], **constants: Any
+    ) -> None:
+        self.name, self.grid, self.tile, self.numbers, self.constants = name, grid, tile, numbers, constants
+        self.rest = *numbers, *constants.values()
+        self.program: Any = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch on these tensors; the first call compiles."""
+        if self.program is not None:
+            self.program(*tensors, *self.rest)
+            return
+        compiled = _launch(self.name, self.grid, self.tile, *tensors, *self.numbers, **self.constants)
+        if compiled is not None:
+            self.program = compiled[(*self.grid, 1, 1)[:3]]
+
+
+class Product(NamedTuple):
+    """The launch of `multiply`, and the shape of its result: parts to be summed, rows, depth."""
+
+    launch: Launch
+    shape: tuple[int, int, int]
+
+
+class Block(NamedTuple):
+    """A block of the matrix of slopes and the launch that finds it."""
+
+    launch: Launch
+    rows: slice
+    columns: slice
+    mirrored: bool  # its transpose is another block, which is found no more
+
+
+class Plan:
+    """All of the two passes but the tensors, for batches of the same shapes and types.
+
+    Args:
+        shape: of the embeddings.
+        reference_shape: of the references, None for the pairs within one batch.
+        matrix: whether the labels are a matrix of pairs.
+        types: dtypes of the embeddings and of the labels.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        reference_shape: tuple[int, int] | None,
+        matrix: bool,
+        types: tuple[torch.dtype, torch.dtype],
+        device: torch.device,
+        s: LossSettings,
+        precision: str,
+    ) -> None:
+        self.device, self.s, self.precision = device, s, precision
+        self.within, self.matrix = reference_shape is None, matrix
+        self.n, self.depth = shape
+        self.m = (reference_shape or shape)[0]
+        self.dtype, self.nodes = types[0], s.n_bins + 1
+        self.is_copied = is_copied(self.dtype, s.normalize)
+        self.places_shape = places_shape(self.n, self.m)
+        self.places_dtype = places_dtype(self.nodes)
+        self._plan_forward()
+        if self.places_shape is None:
+            self._plan_blocks()
+        else:
+            width = self.places_shape[1]
+            self.product = self._multiply(self.n, self.m, (width, 1))
+            self.column_product = self._multiply(self.m, self.n, (1, width))
+        parts = (1, 1) if self.places_shape is None else (self.product.shape[0], self.column_product.shape[0])
+        self.through_norm = self._by_rows("through_norm", self.n, (parts[0],))
+        self.column_through_norm = self._by_rows("through_norm", self.m, (parts[1],))
+
+    def _plan_forward(self) -> None:
+        n, m, nodes, s = self.n, self.m, self.nodes, self.s
+        tile = SMALL_TILE if max(n, m) <= SMALL else LARGE_TILE
+        down, across = _filled(n) // tile.rows, _filled(m) // tile.rows
+        tiles = down * (down + 1) // 2 if self.within else down * across
+        programs = max(1, min(tiles, _programs(self.device), LANES_BYTES // (16 * nodes)))
+        # 2 nodes counts, 2 nodes sums of fractions, 2 flags, and 2 nodes packed numbers per program
+        self.table_size = 4 * nodes + 2 + programs * 2 * nodes
+        prepare = {"FLAG": 4 * nodes, "WRITE": self.is_copied}
+        self.prepare = self._by_rows("prepare", n, (LONGEST,), **prepare)
+        self.column_prepare = self._by_rows("prepare", m, (LONGEST,), **prepare)
+        stride = 0 if self.places_shape is None else self.places_shape[1]
+        self.bin_pairs = Launch(
+            "bin_pairs",
+            (programs,),
+            tile,
+            (n, m, self.depth, *self._label_strides(), stride, tiles, across),
+            NODES=nodes,
+            WITHIN=self.within,
+            MATRIX=self.matrix,
+            KEEP=self.places_shape is not None,
+            TILES_TO_FLUSH=max(1, LANE_PAIRS // tile.rows**2),
+            CHUNK=max(512, _chunk(2 * nodes)),  # no two threads hold the same number
+            **self._product_constants(tile),
+        )
+        self.forms: tuple[Tensor, ...] = ()
+        if s.kernel == "triangular" and s.order_cost == "step":
+            constants = {"NODES": nodes, "SHIFT": s.margin_nodes, "CHUNK": _chunk(nodes)}
+            self.finish = Launch("finish_step", (1,), None, (), **constants)
+        else:
+            self.forms = (bilinear_forms(s, self.device),)
+            constants = {"NODES": nodes, "CHUNK": _chunk(nodes), "BR": FORM_TILE[0], "BC": FORM_TILE[1]}
+            self.finish = Launch("finish_matrix", (_cdiv(nodes, FORM_TILE[0]) + 1,), None, (), **constants)
+
+    def _plan_blocks(self) -> None:
+        """Within one batch the blocks on and above the diagonal; a block's mirror is its transpose."""
+        height = min(BLOCK_ROWS, _filled(self.n))
+        width = height if self.within else min(max(FILL, BLOCK_PAIRS // height // FILL * FILL), _filled(self.m))
+        self.memory_shape = height, width
+        self.blocks = [
+            self._block(i, j)
+            for i in _blocks(self.n, height)
+            for j in _blocks(self.m, width)
+            if not self.within or j.start >= i.start
+        ]
+
+    def _block(self, i: slice, j: slice) -> Block:
+        tile, on_diagonal = LARGE_TILE, self.within and i == j
+        down, across = _cdiv(i.stop - i.start, tile.rows), _cdiv(j.stop - j.start, tile.rows)
+        launch = Launch(
+            "find_slopes",
+            (down * (down + 1) // 2 if on_diagonal else down * across,),
+            tile,
+            (i.start, j.start, i.stop, j.stop, self.depth, *self._label_strides(), self.memory_shape[1], across),
+            NODES=self.nodes,
+            WITHIN=self.within,
+            MATRIX=self.matrix,
+            MIRROR=on_diagonal,
+            **self._product_constants(tile),
+        )
+        return Block(launch, i, j, self.within and not on_diagonal)
+
+    def _multiply(self, rows: int, m: int, strides: tuple[int, int]) -> Product:
+        """The slopes of all rows times the other side, in as many parts as are work for a GPU."""
+        tile = GRADIENT_TILE
+        grid = _cdiv(rows, tile.rows), _cdiv(self.depth, tile.columns)
+        wanted = max(1, _programs(self.device) // (grid[0] * grid[1]))
+        part = _cdiv(max(_cdiv(m, wanted), LEAST_PART), tile.depth) * tile.depth
+        parts = _cdiv(m, part)
+        launch = Launch(
+            "multiply",
+            (*grid, parts),
+            tile,
+            (rows, m, self.depth, part, *strides),
+            NODES=self.nodes,
+            BM=tile.rows,
+            BN=tile.columns,
+            BK=tile.depth,
+            EVEN=self.depth % tile.columns == 0,
+            PRECISION=self.precision,
+        )
+        return Product(launch, (parts, rows, self.depth))
+
+    def _by_rows(self, name: str, rows: int, numbers: tuple[Any, ...], **constants: Any) -> Launch:
+        constants |= {"NORMALIZE": self.s.normalize, "BR": _row_tile(self.depth), "BD": _chunk(self.depth)}
+        return Launch(name, (_cdiv(rows, _row_tile(self.depth)),), None, (rows, self.depth, *numbers), **constants)
+
+    def _label_strides(self) -> tuple[int, int]:
+        return (self.m, 1) if self.matrix else (0, 0)
+
+    def _product_constants(self, tile: Tile) -> dict[str, Any]:
+        return {
+            "BM": tile.rows,
+            "BK": tile.depth,
+            "EVEN": self.depth % tile.depth == 0,
+            "PRECISION": self.precision,
+        }
+
+
+_find_plan = lru_cache(maxsize=64)(Plan)
+
+
+def find_plan(embeddings: Tensor, references: Tensor | None, labels: Tensor, s: LossSettings, precision: str) -> Plan:
+    """The plan of such inputs, made when they first come."""
+    shape = None if references is None else references.shape
+    types = embeddings.dtype, labels.dtype
+    return _find_plan(embeddings.shape, shape, labels.ndim == 2, types, embeddings.device, s, precision)
 
 
 class Kept(NamedTuple):
@@ -82,44 +254,23 @@ class Kept(NamedTuple):
 
 
 def forward_pass(
-    embeddings: Tensor,
-    references: Tensor | None,
-    labels: Tensor,
-    reference_labels: Tensor | None,
-    s: LossSettings,
-    precision: str,
+    embeddings: Tensor, references: Tensor | None, labels: Tensor, reference_labels: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Kept]:
-    with _on(embeddings.device):
-        given = [x.detach().contiguous() for x in (embeddings, references) if x is not None]
-        pairs = _pair_labels(labels, reference_labels, embeddings, references)
-        n, m, nodes = len(embeddings), len(given[-1]), s.n_bins + 1
-        tile = SMALL_TILE if max(n, m) <= SMALL else LARGE_TILE
-        down, across = _filled(n) // tile.rows, _filled(m) // tile.rows
-        tiles = down * (down + 1) // 2 if pairs.within else down * across
-        programs = max(1, min(tiles, _programs(embeddings.device), LANES_BYTES // (16 * nodes)))
-        # 2 nodes counts, 2 nodes sums of fractions, 2 flags, and 2 nodes packed numbers per program
-        size = 4 * nodes + 2 + programs * 2 * nodes
-        table = torch.zeros(size, dtype=torch.int64, device=embeddings.device)
-        sides = [_prepare(x, table[4 * nodes :], s.normalize) for x in given]
-        places = kept_places(n, m, nodes, embeddings.device)
-        into = (table, 0) if places is None else (places, places.stride(0))
-        _launch(
-            "bin_pairs",
-            (programs,),
-            tile,
-            *(sides[0].units, sides[-1].units, pairs.rows, pairs.columns, table, into[0], n, m, given[0].shape[1]),
-            *(pairs.stride_r, pairs.stride_c, into[1], tiles, across),
-            NODES=nodes,
-            WITHIN=pairs.within,
-            MATRIX=pairs.is_matrix,
-            KEEP=places is not None,
-            TILES_TO_FLUSH=max(1, LANE_PAIRS // tile.rows**2),
-            CHUNK=max(512, _chunk(2 * nodes)),  # no two threads hold the same number
-            **_product_constants(tile, given[0].shape[1], precision),
-        )
-        loss, slopes, checks = _finish(table, s)
-        verify_or_defer(checks, partial(_verify, embeddings.detach(), labels, references, reference_labels, s))
-    return loss, Kept(sides[0], None if references is None else sides[1], slopes, places)
+    """Return the loss, a scalar float32, and what the backward pass needs."""
+    device, s = plan.device, plan.s
+    with _on(device):
+        table = torch.zeros(plan.table_size, dtype=torch.int64, device=device)
+        rows = _prepare(plan.prepare, embeddings, table, plan)
+        columns = None if references is None else _prepare(plan.column_prepare, references, table, plan)
+        places = None
+        if plan.places_shape:
+            places = torch.empty(plan.places_shape, dtype=plan.places_dtype, device=device)
+        row_labels, column_labels = _both_labels(labels, reference_labels, device)
+        column_units = (columns or rows).units
+        plan.bin_pairs(rows.units, column_units, row_labels, column_labels, table, table if places is None else places)
+        loss, slopes, checks = _finish(table, plan)
+        verify_or_defer(checks, _verify, s, embeddings, labels, references, reference_labels)
+    return loss, Kept(rows, columns, slopes, places)
 
 
 def backward_pass(
@@ -127,164 +278,119 @@ def backward_pass(
     kept: Kept,
     labels: Tensor,
     reference_labels: Tensor | None,
-    dtype: torch.dtype,
     wanted: tuple[bool, bool],
-    s: LossSettings,
-    precision: str,
+    plan: Plan,
 ) -> list[Tensor | None]:
     """Gradients of the embeddings and of the references, None where they are not wanted."""
-    with _on(kept.slopes.device):
-        references = None if kept.columns is None else kept.columns.units
-        pairs = _pair_labels(labels, reference_labels, kept.rows.units, references)
+    rows, columns = kept.rows, kept.columns or kept.rows
+    with _on(plan.device):
         if kept.places is None:
-            sums = _sums_of_blocks(kept, pairs, wanted, s, precision)
+            sums = _sums_of_blocks(kept, labels, reference_labels, wanted, plan)
         else:
-            sums = _sums_of_places(kept, kept.places, wanted, s, precision)
+            sums = _sums_of_places(kept, kept.places, wanted, plan)
+        upstream = ready(upstream, plan.device)
         return [
-            None if parts is None else _through_norm(parts, side, upstream, dtype, s)
-            for parts, side in zip(sums, (kept.rows, kept.columns or kept.rows), strict=True)
+            _through_norm(plan.through_norm, sums[0], rows, upstream, plan),
+            _through_norm(plan.column_through_norm, sums[1], columns, upstream, plan),
         ]
 
 
-def _sums_of_places(
-    kept: Kept, places: Tensor, wanted: tuple[bool, bool], s: LossSettings, precision: str
-) -> list[Tensor | None]:
+def _sums_of_places(kept: Kept, places: Tensor, wanted: tuple[bool, bool], plan: Plan) -> list[Tensor | None]:
     """Gradients of the unit rows of both sides, each in parts (parts, rows, d), by the places that are kept."""
-    rows, columns = kept.rows, kept.columns
+    rows, columns = kept.rows, kept.columns or kept.rows
     return [
-        _multiply(places, kept.slopes, columns or rows, len(rows.units), s, precision) if wanted[0] else None,
-        _multiply(places.T, kept.slopes, rows, len(columns.units), s, precision) if columns and wanted[1] else None,
+        _multiply(plan.product, places, kept.slopes, columns) if wanted[0] else None,
+        _multiply(plan.column_product, places, kept.slopes, rows) if wanted[1] else None,
     ]
 
 
+def _multiply(product: Product, places: Tensor, slopes: Tensor, others: Side) -> Tensor:
+    parts = torch.empty(product.shape, device=slopes.device)
+    product.launch(places, slopes, others.units, parts)
+    return parts
+
+
 def _sums_of_blocks(
-    kept: Kept, pairs: PairLabels, wanted: tuple[bool, bool], s: LossSettings, precision: str
+    kept: Kept, labels: Tensor, reference_labels: Tensor | None, wanted: tuple[bool, bool], plan: Plan
 ) -> list[Tensor | None]:
-    """Gradients of the unit rows of both sides, each as (1, rows, d), by blocks of slopes.
+    """Gradients of the unit rows of both sides, each (rows, d), by blocks of slopes.
 
-    Within one batch the blocks on and above the diagonal are computed; a block's mirror is its transpose.
+    The first product of a row overwrites it (beta = 0). Autocast leaves products in place as they are.
     """
+    row_labels, column_labels = _both_labels(labels, reference_labels, plan.device)
     rows, columns = kept.rows.units, (kept.columns or kept.rows).units
-    by_rows = torch.zeros_like(rows) if wanted[0] else None
-    by_columns = by_rows if pairs.within else torch.zeros_like(columns) if wanted[1] else None
-    height = min(BLOCK_ROWS, _filled(len(rows)))
-    width = height if pairs.within else min(BLOCK_PAIRS // height, _filled(len(columns)))
-    memory = torch.empty(height, width, device=rows.device)
-    with exact_products(rows.device):
-        for i in _blocks(len(rows), height):
-            for j in _blocks(len(columns), width):
-                mirror = pairs.within and i == j
-                if pairs.within and j.start < i.start:
-                    continue
-                found = _find_slopes(memory, kept, pairs, i, j, mirror, s, precision)
-                if by_rows is not None:
-                    by_rows[i].addmm_(found, columns[j])
-                if by_columns is not None and not mirror:
-                    by_columns[j].addmm_(found.T, rows[i])
-    return [x if x is None else x[None] for x in (by_rows, None if pairs.within else by_columns)]
+    memory = torch.empty(plan.memory_shape, device=plan.device)
+    by_rows = torch.empty_like(rows) if wanted[0] else None
+    by_columns = by_rows if plan.within else torch.empty_like(columns) if wanted[1] else None
+    precision = swap_cuda_precision("ieee")
+    try:
+        for launch, i, j, mirrored in plan.blocks:
+            launch(rows, columns, row_labels, column_labels, kept.slopes, memory)
+            found = _part(memory, slice(0, i.stop - i.start), slice(0, j.stop - j.start))
+            if by_rows is not None:
+                _part(by_rows, i).addmm_(found, _part(columns, j), beta=int(j.start > 0))
+            if by_columns is not None and (mirrored or not plan.within):
+                _part(by_columns, j).addmm_(found.T, _part(rows, i), beta=int(i.start > 0))
+    finally:
+        swap_cuda_precision(precision)
+    return [by_rows, None if plan.within else by_columns]
 
 
-def _find_slopes(
-    memory: Tensor, kept: Kept, pairs: PairLabels, i: slice, j: slice, mirror: bool, s: LossSettings, precision: str
-) -> Tensor:
-    """The slopes of rows i with columns j, written to `memory`."""
-    rows, columns, tile = kept.rows.units, (kept.columns or kept.rows).units, LARGE_TILE
-    down, across = _cdiv(i.stop - i.start, tile.rows), _cdiv(j.stop - j.start, tile.rows)
-    _launch(
-        "find_slopes",
-        (down * (down + 1) // 2 if mirror else down * across,),
-        tile,
-        *(rows, columns, pairs.rows, pairs.columns, kept.slopes, memory, i.start, j.start, i.stop, j.stop),
-        *(rows.shape[1], pairs.stride_r, pairs.stride_c, memory.stride(0), across),
-        NODES=s.n_bins + 1,
-        WITHIN=pairs.within,
-        MATRIX=pairs.is_matrix,
-        MIRROR=mirror,
-        **_product_constants(tile, rows.shape[1], precision),
-    )
-    return memory[: i.stop - i.start, : j.stop - j.start]
+def _part(x: Tensor, rows: slice, columns: slice | None = None) -> Tensor:
+    """Some rows and columns of x. A view takes as long as a launch: none is made of the whole."""
+    if rows.stop - rows.start < x.shape[0]:
+        x = x[rows]
+    return x if columns is None or columns.stop - columns.start == x.shape[1] else x[:, columns]
 
 
 def _blocks(size: int, block: int) -> list[slice]:
     return [slice(start, min(start + block, size)) for start in range(0, size, block)]
 
 
-def _through_norm(parts: Tensor, side: Side, upstream: Tensor, dtype: torch.dtype, s: LossSettings) -> Tensor:
-    n, depth = side.units.shape
-    gradient = torch.empty(n, depth, dtype=dtype, device=parts.device)
-    _launch(
-        "through_norm",
-        (_cdiv(n, _row_tile(depth)),),
-        None,
-        *(parts, side.units, side.scales, upstream, gradient, n, depth, len(parts)),
-        NORMALIZE=s.normalize,
-        BR=_row_tile(depth),
-        BD=_chunk(depth),
-    )
+def _through_norm(launch: Launch, parts: Tensor | None, side: Side, upstream: Tensor, plan: Plan) -> Tensor | None:
+    if parts is None:
+        return None
+    gradient = torch.empty(side.units.shape, dtype=plan.dtype, device=plan.device)
+    launch(parts, side.units, side.scales, upstream, gradient)
     return gradient
 
 
-def _multiply(places: Tensor, slopes: Tensor, others: Side, rows: int, s: LossSettings, precision: str) -> Tensor:
-    """The slopes of a block of rows times the other side, as (parts, rows, d) to be summed: enough work for a GPU."""
-    m, depth = others.units.shape
-    tile = GRADIENT_TILE
-    grid = _cdiv(rows, tile.rows), _cdiv(depth, tile.columns)
-    wanted = max(1, _programs(slopes.device) // (grid[0] * grid[1]))
-    part = _cdiv(max(_cdiv(m, wanted), LEAST_PART), tile.depth) * tile.depth
-    parts = torch.empty(_cdiv(m, part), rows, depth, device=slopes.device)
-    _launch(
-        "multiply",
-        (*grid, len(parts)),
-        tile,
-        *(places, slopes, others.units, parts, rows, m, depth, part, *places.stride()),
-        NODES=s.n_bins + 1,
-        BM=tile.rows,
-        BN=tile.columns,
-        BK=tile.depth,
-        EVEN=depth % tile.columns == 0,
-        PRECISION=precision,
-    )
-    return parts
-
-
-def _prepare(given: Tensor, flags: Tensor, normalize: bool) -> Side:
-    n, depth = given.shape
-    copied = is_copied(given, normalize)
-    units = torch.empty(n, depth, device=given.device) if copied else given
-    scales = torch.empty(n, dtype=torch.float64, device=given.device)
-    _launch(
-        "prepare",
-        (_cdiv(n, _row_tile(depth)),),
-        None,
-        *(given, units, scales, flags, n, depth, LONGEST),
-        NORMALIZE=normalize,
-        WRITE=copied,
-        BR=_row_tile(depth),
-        BD=_chunk(depth),
-    )
+def _prepare(launch: Launch, given: Tensor, table: Tensor, plan: Plan) -> Side:
+    given = ready(given, plan.device)
+    units = torch.empty(given.shape, device=plan.device) if plan.is_copied else given
+    scales = torch.empty(given.shape[0], dtype=torch.float64, device=plan.device)
+    launch(given, units, scales, table)
     return Side(units, scales)
 
 
-def _finish(table: Tensor, s: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _finish(table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, slopes, and checks: number of negative pairs, positive pairs, refused rows, refused entries of a matrix."""
-    nodes, device = s.n_bins + 1, table.device
-    loss, slopes = torch.empty((), device=device), torch.empty(2 * nodes + 1, device=device)
-    checks = torch.empty(4, dtype=torch.int64, device=device)
-    if s.kernel == "triangular" and s.order_cost == "step":
-        constants = {"NODES": nodes, "SHIFT": s.margin_nodes, "CHUNK": _chunk(nodes)}
-        _launch("finish_step", (1,), None, table, loss, slopes, checks, **constants)
-    else:
-        grid, matrices = (_cdiv(nodes, FORM_TILE[0]) + 1,), bilinear_forms(s, device)
-        constants = {"NODES": nodes, "CHUNK": _chunk(nodes), "BR": FORM_TILE[0], "BC": FORM_TILE[1]}
-        _launch("finish_matrix", grid, None, table, matrices, loss, slopes, checks, **constants)
+    loss, slopes = torch.empty((), device=plan.device), torch.empty(2 * plan.nodes + 1, device=plan.device)
+    checks = torch.empty(4, dtype=torch.int64, device=plan.device)
+    plan.finish(table, *plan.forms, loss, slopes, checks)
     return loss, slopes, checks
+
+
+def ready(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x` on the device, contiguous, and beginning at a multiple of 16 bytes."""
+    if x.device != device:
+        x = x.to(device, non_blocking=True)
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _both_labels(labels: Tensor, reference_labels: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    labels = ready(labels, device)
+    return labels, labels if reference_labels is None else ready(reference_labels, device)
 
 
 @lru_cache(maxsize=8)
 def bilinear_forms(s: LossSettings, device: torch.device) -> Tensor:
-    """(3, n_bins + 1, n_bins + 1) float64: A, so that the loss is n' A p for masses n, p of negatives and positives at
-    the nodes, before any kernel; and the two matrices whose products with p and n are the slopes of the negatives and
-    of the positives."""
+    """Return three matrices that give loss and slopes from the masses at the nodes, before any kernel.
+
+    Shape (3, n_bins + 1, n_bins + 1), float64. With masses n of the negatives and p of the positives, the first is A in
+    the loss n' A p. The products of the others with p and n are the slopes of the negatives and of the positives.
+    """
     form = cost_matrix(s, device)
     if s.kernel != "triangular":
         kernel = kernel_matrix(s, device)
@@ -294,12 +400,12 @@ def bilinear_forms(s: LossSettings, device: torch.device) -> Tensor:
 
 
 def _verify(
+    checks: list[int],
+    s: LossSettings,
     embeddings: Tensor,
     labels: Tensor,
     references: Tensor | None,
     reference_labels: Tensor | None,
-    s: LossSettings,
-    checks: list[int],
 ) -> None:
     """Raise what the plain path raises, which names the rows."""
     negatives, positives, refused_rows, refused_pairs = checks
@@ -311,39 +417,23 @@ def _verify(
         raise ValueError(missing_pairs(positives, negatives))
 
 
-def is_copied(embeddings: Tensor, normalize: bool) -> bool:
+def is_copied(dtype: torch.dtype, normalize: bool) -> bool:
     """Whether the unit rows are others than the embeddings themselves."""
-    return normalize or embeddings.dtype != torch.float32
+    return normalize or dtype != torch.float32
 
 
-def _pair_labels(
-    labels: Tensor, reference_labels: Tensor | None, embeddings: Tensor, references: Tensor | None
-) -> PairLabels:
-    labels = labels.to(embeddings.device, non_blocking=True).contiguous()
-    if labels.ndim == 2:
-        return PairLabels(labels, labels, labels.stride(0), 1, references is None)
-    if reference_labels is None:
-        return PairLabels(labels, labels, 0, 0, True)
-    return PairLabels(labels, reference_labels.to(embeddings.device, non_blocking=True).contiguous(), 0, 0, False)
+def places_shape(n: int, m: int) -> tuple[int, int] | None:
+    """Shape of the places that are kept for the backward pass, in whole tiles; None if they are too many."""
+    return (_filled(n), _filled(m)) if n * m <= KEPT_PAIRS else None
 
 
-def kept_places(n: int, m: int, nodes: int, device: torch.device) -> Tensor | None:
-    """Memory for the places that are kept for the backward pass, None if they are too many."""
-    return _empty_places(n, m, nodes, device) if n * m <= KEPT_PAIRS else None
-
-
-def _empty_places(n: int, m: int, nodes: int, device: torch.device) -> Tensor:
-    """Memory for (n, m) places in whole tiles."""
-    dtype = torch.int16 if 2 * nodes < 2**15 else torch.int32
-    return torch.empty(_filled(n), _filled(m), dtype=dtype, device=device)
+def places_dtype(nodes: int) -> torch.dtype:
+    """Smallest integer type that holds all places."""
+    return torch.int16 if 2 * nodes < 2**15 else torch.int32
 
 
 def _filled(size: int) -> int:
     return _cdiv(size, FILL) * FILL
-
-
-def _product_constants(tile: Tile, depth: int, precision: str) -> dict[str, Any]:
-    return {"BM": tile.rows, "BK": tile.depth, "EVEN": depth % tile.depth == 0, "PRECISION": precision}
 
 
 @lru_cache
@@ -369,28 +459,13 @@ def _cdiv(a: int, b: int) -> int:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return HERE
     return torch.cuda.device(device)
 
 
-def _launch(name: str, grid: tuple[int, ...], tile: Tile | None, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel, its constants in order. What it was compiled to is remembered: Triton finds it more slowly.
-
-    In Triton's interpreter there is nothing to remember.
-    """
-    key = name, tile, *constants.values(), *map(_kind, arguments), arguments[0].device
-    program = _compiled.get(key)
-    if program is not None:
-        program[(*grid, 1, 1)[:3]](*arguments, *constants.values())
-        return
+def _launch(name: str, grid: tuple[int, ...], tile: Tile | None, *arguments: Any, **constants: Any) -> Any:
+    """Launch a kernel by Triton, its constants in order. Returns what it was compiled to, None in the interpreter."""
     from hloss.losses import kernels  # needs Triton
 
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    _compiled[key] = getattr(kernels, name)[grid](*arguments, **constants, **options)
-
-
-def _kind(argument: Any) -> Any:
-    """What Triton compiles another program for: a tensor's type and alignment; a number that is 1, or divisible."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument if argument == 1 else (argument % 16 == 0, argument < 2**31)
+    return getattr(kernels, name)[grid](*arguments, **constants, **options)

@@ -1,9 +1,8 @@
-"""Losses and miners of pytorch-metric-learning by name, called like the other losses. Nothing to read before.
+"""Losses and miners of pytorch-metric-learning by name: `PMLLoss("TripletMarginLoss", miner="TripletMarginMiner")`.
 
-`PMLLoss("MultiSimilarityLoss", {"alpha": 2.0}, miner="MultiSimilarityMiner")`. An option that takes an object is given
-by its name, with its options: `{"distance": "CosineSimilarity"}`, `{"distance": {"LpDistance": {"power": 2}}}`.
-Losses with proxies or class weights need labels that count from 0, and their parameters belong to the optimiser.
-Losses that need more than one batch and its labels, or that wrap another loss, are left out (`LEFT_OUT`).
+An option that takes an object is given by its name, or by its name with options: `{"distance": "CosineSimilarity"}`,
+`{"distance": {"LpDistance": {"power": 2}}}`. Losses with proxies or class weights need labels that count from 0, and
+the optimiser must get their parameters. Losses that need more than one batch, or that wrap another loss, are excluded.
 """
 
 import inspect
@@ -19,39 +18,29 @@ from hloss.losses.settings import did_you_mean
 from hloss.numerics import full_precision
 
 PREFIX = "pml:"
-NAMED_PARTS = {
-    "distance": "distances",
-    "reducer": "reducers",
-    "embedding_regularizer": "regularizers",
-    "weight_regularizer": "regularizers",
-}
+NAMED_PARTS = {"distance": "distances", "reducer": "reducers"}
+NAMED_PARTS |= dict.fromkeys(("embedding_regularizer", "weight_regularizer"), "regularizers")
 LEFT_OUT = (
-    "BaseLossWrapper",
-    "BaseMetricLossFunction",
-    "BaseMiner",
-    "CrossBatchMemory",
-    "EmbeddingsAlreadyPackagedAsTriplets",
-    "GenericPairLoss",
-    "ManifoldLoss",
-    "MultipleLosses",
-    "SelfSupervisedLoss",
-    "VICRegLoss",
+    *("BaseLossWrapper", "BaseMetricLossFunction", "BaseMiner", "CrossBatchMemory", "GenericPairLoss", "ManifoldLoss"),
+    *("EmbeddingsAlreadyPackagedAsTriplets", "MultipleLosses", "SelfSupervisedLoss", "VICRegLoss"),
 )
-PROVIDED = ("num_classes", "embedding_size", "descriptors_dim")  # from the data and the network, never an option
+PROVIDED = ("num_classes", "embedding_size", "descriptors_dim")  # From the data and the network, never an option.
 
 
 class PMLLoss(nn.Module):
-    """A loss of pytorch-metric-learning, on a miner's pairs, triplets or weights, or on the whole batch.
+    """A loss of pytorch-metric-learning, on the pairs, triplets or weights of a miner, or on the whole batch.
 
     Args:
         name: a class of `pytorch_metric_learning.losses`.
-        options: its arguments; an unknown one is refused.
+        options: arguments of the loss.
         miner: a class of `pytorch_metric_learning.miners`, or None.
-        miner_options: the miner's arguments.
+        miner_options: arguments of the miner.
         n_classes: number of training classes, for losses with class weights or proxies.
         embedding_dim: dimensions of the embeddings, for the same losses.
 
-    ValueError that names an unknown loss, miner or option. ImportError without pytorch-metric-learning.
+    Raises:
+        ValueError: a loss, miner or option is unknown or unusable.
+        ImportError: pytorch-metric-learning is not installed.
     """
 
     def __init__(
@@ -67,19 +56,20 @@ class PMLLoss(nn.Module):
         if find_spec("pytorch_metric_learning") is None:
             raise ImportError(f"loss {PREFIX}{name} needs pytorch-metric-learning: pip install 'hloss[pml]'")
         if miner_options and miner is None:
-            raise ValueError(f"miner_options={dict(miner_options)!r} without a miner")
+            raise ValueError(f"miner_options={dict(miner_options)!r} without a miner; set miner")
         provided = {"num_classes": n_classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim}
         self.loss = _built("losses", name, options or {}, provided)
         self.miner = None if miner is None else _built("miners", miner, miner_options or {}, {})
 
     @property
     def metric(self) -> str:
-        """The similarity the loss trains: "euclidean" for an LpDistance that does not normalise, else "cosine"."""
+        """Similarity for retrieval: "euclidean" for an LpDistance that does not normalise, else "cosine"."""
         distance: Any = self.loss.distance
         raw = type(distance).__name__ == "LpDistance" and not distance.normalize_embeddings
         return "euclidean" if raw else "cosine"
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of floating-point embeddings (n, d) with integer labels (n,)."""
         embeddings = full_precision(embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
             mined = None if self.miner is None else self.miner(embeddings, labels)
@@ -87,21 +77,21 @@ class PMLLoss(nn.Module):
 
 
 def pml_metric(options: Mapping[str, Any] | None) -> str:
-    """`PMLLoss(name, options).metric`, without building the loss: no loss has an unnormalised distance by default."""
+    """Return `PMLLoss(name, options).metric` without building the loss. All losses normalise by default."""
     distance = (options or {}).get("distance")
     raw = isinstance(distance, Mapping) and not (distance.get("LpDistance") or {}).get("normalize_embeddings", True)
     return "euclidean" if raw else "cosine"
 
 
 def available(module: str) -> dict[str, type[nn.Module]]:
-    """The classes of a module of pytorch-metric-learning ("losses", "miners", ...) that can be named."""
+    """Return the usable classes of a module of pytorch-metric-learning: "losses", "miners", ..."""
     found = vars(import_module(f"pytorch_metric_learning.{module}"))
     classes = {name: c for name, c in found.items() if inspect.isclass(c) and issubclass(c, nn.Module)}
     return {name: classes[name] for name in sorted(classes) if name not in LEFT_OUT}
 
 
 def _built(module: str, name: str, options: Mapping[str, Any], provided: Mapping[str, Any]) -> nn.Module:
-    """An object of a module of pytorch-metric-learning, from a name and plain options."""
+    """Build an object of a module of pytorch-metric-learning from its name and options."""
     classes = available(module)
     _check(f"{PREFIX}{name}" if module == "losses" else name, name, classes, f"pytorch_metric_learning.{module}")
     taken = _parameters(classes[name])
@@ -111,7 +101,7 @@ def _built(module: str, name: str, options: Mapping[str, Any], provided: Mapping
         arguments[option] = _part(NAMED_PARTS[option], value) if option in NAMED_PARTS else value
     missing = [n for n, p in taken.items() if p.default is inspect.Parameter.empty and n not in arguments]
     if missing:
-        raise ValueError(f"{name} needs the options {', '.join(missing)}, which must be given and be plain values")
+        raise ValueError(f"{name} needs the options {', '.join(missing)}: got {sorted(options)}")
     try:
         return classes[name](**arguments)
     except (TypeError, AttributeError, AssertionError, NotImplementedError) as error:
@@ -119,18 +109,18 @@ def _built(module: str, name: str, options: Mapping[str, Any], provided: Mapping
 
 
 def _part(module: str, value: str | Mapping[str, Any]) -> nn.Module:
-    """A distance, reducer or regulariser, from its name or `{name: options}`."""
+    """Build a distance, reducer or regulariser from its name or `{name: options}`."""
     named = {value: {}} if isinstance(value, str) else value
     if not isinstance(named, Mapping) or len(named) != 1:
-        raise ValueError(f"one of pytorch_metric_learning.{module} must be a name or {{name: options}}, got {value!r}")
+        raise ValueError(f"one of pytorch_metric_learning.{module} must be a name or {{name: options}}: got {value!r}")
     ((name, options),) = named.items()
     return _built(module, name, options or {}, {})
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of a class, and those of its bases that its **kwargs pass on.
+    """Return the named arguments of a class, and those of its bases that its **kwargs pass on.
 
-    A base's required arguments are left out, since the class sets them, unless its *args pass them on.
+    The class itself sets the required arguments of a base, so they are left out unless its *args pass them on.
     """
     taken: dict[str, inspect.Parameter] = {}
     needed = True
@@ -148,4 +138,4 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 def _check(shown: str, value: str, allowed: Iterable[str], where: str) -> None:
     if value not in allowed:
         names = sorted(allowed)
-        raise ValueError(f"{shown} is unknown to {where}, which has {', '.join(names)}{did_you_mean(value, names)}")
+        raise ValueError(f"{shown} is unknown to {where}; known are {', '.join(names)}{did_you_mean(value, names)}")

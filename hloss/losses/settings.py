@@ -1,12 +1,14 @@
-"""The settings of the histogram loss, and the checks of settings that all losses share. Nothing to read before.
+"""Settings of the histogram loss, and checks of settings that losses share.
 
-A check returns the value it was given, or raises a ValueError that names the setting and the value.
+A check returns the given value, or raises a ValueError with the name of the setting and the value.
 """
 
 import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from hloss.numerics import one_of, whole_number
 
 KERNELS = ("triangular", "gaussian", "epanechnikov", "uniform")
 ORDER_COSTS = ("step", "linear", "softplus")
@@ -16,7 +18,7 @@ ON_DEGENERATE = ("raise", "zero")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The arguments of `HistogramLoss`, which declares their meaning and defaults, checked."""
+    """The checked arguments of `HistogramLoss`, which documents their meaning and defaults."""
 
     n_bins: int
     kernel: str
@@ -29,84 +31,55 @@ class LossSettings:
     on_degenerate: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n_bins, int) or isinstance(self.n_bins, bool) or self.n_bins < 1:
-            raise ValueError(f"n_bins must be a whole number of at least 1, got {self.n_bins!r}")
+        whole_number("n_bins", self.n_bins, 1)
         one_of("kernel", self.kernel, KERNELS)
         one_of("order_cost", self.order_cost, ORDER_COSTS)
         one_of("density", self.density, DENSITIES)
         one_of("on_degenerate", self.on_degenerate, ON_DEGENERATE)
-        at_least_zero("margin", self.margin)
-        above_zero("alpha", self.alpha)
-        self._check_order_cost()
-        self._check_density()
-
-    def _check_order_cost(self) -> None:
+        number("margin", self.margin, least=0)
+        number("alpha", self.alpha, above=0)
         if self.alpha != 1 and self.order_cost != "softplus":
-            raise ValueError(
-                f'alpha belongs to order_cost "softplus", {self.order_cost!r} takes none; got {self.alpha!r}'
-            )
+            raise ValueError(f'alpha is only for order_cost "softplus": got {self.alpha!r} with {self.order_cost!r}')
         if self.order_cost == "step" and abs(self.margin / self.delta - self.margin_nodes) > 1e-6:
             raise ValueError(
-                f"margin of the step cost must be a whole number of bins: a multiple of {self.delta:g} "
-                f"for n_bins={self.n_bins}, got {self.margin!r}"
+                f"margin of the step cost must be a multiple of the bin width {self.delta:g} (n_bins={self.n_bins}): "
+                f"got {self.margin!r}"
             )
-
-    def _check_density(self) -> None:
         if self.density == "beta" and self.kernel != "triangular":
-            raise ValueError(f"the beta density takes no kernel, got kernel={self.kernel!r}")
+            raise ValueError(f"kernel is only for the histogram density: got {self.kernel!r} with the beta density")
         if self.kernel != "triangular":
-            above_zero(f"bandwidth of the {self.kernel} kernel (standard deviation in nodes)", self.bandwidth)
+            number(f"bandwidth of the {self.kernel} kernel (standard deviation in nodes)", self.bandwidth, above=0)
         elif self.bandwidth is not None:
-            raise ValueError(
-                f"bandwidth belongs to the other kernels, the triangular takes none; got {self.bandwidth!r}"
-            )
+            raise ValueError(f"bandwidth is not for the triangular kernel: got {self.bandwidth!r}")
 
     @property
     def delta(self) -> float:
-        """Delta, the distance of two nodes."""
+        """Delta, the distance between neighbouring nodes."""
         return 2 / self.n_bins
 
     @property
     def margin_nodes(self) -> int:
-        """mu of equation 6."""
+        """The margin mu of equation 6, in nodes."""
         return round(self.margin / self.delta)
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value
-
-
-def finite(name: str, value: object) -> float:
-    if not _is_number(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def above_zero(name: str, value: object) -> float:
-    if not (_is_number(value) and value > 0):  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def at_least_zero(name: str, value: object) -> float:
-    if not (_is_number(value) and value >= 0):  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+def number(name: str, value: object, least: float = -math.inf, above: float = -math.inf) -> float:
+    """Check that `value` is a finite number of at least `least` and above `above`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and least <= value > above):  # type: ignore[operator]
+        bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
+        raise ValueError(f"{name} must be a finite number{bound}: got {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 
 def switch(name: str, value: bool) -> bool:
+    """Check that `value` is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False: got {value!r}")
     return value
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
-    """` (did you mean NAME?)` for the allowed name most like `value`, empty if none is like it."""
-    near = difflib.get_close_matches(value, list(allowed), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return ` (did you mean NAME?)` with the most similar allowed name, or an empty string if none is similar."""
+    similar = difflib.get_close_matches(value, list(allowed), n=1)
+    return f" (did you mean {similar[0]}?)" if similar else ""

@@ -1,1 +1,1 @@
-"""Retrieval on embeddings: `ranks`, evaluation `protocols`, nearest `neighbors`."""
+"""Retrieval with embeddings: exact `ranks`, evaluation `protocols`, nearest `neighbors`."""

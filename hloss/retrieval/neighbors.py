@@ -1,8 +1,7 @@
-"""The k nearest images of a gallery: through faiss where it is installed (on a GPU where faiss has one), else torch.
+"""Exact nearest neighbours, by faiss if it is installed (on a GPU if faiss supports it), else by torch.
 
-Exact, and the same from both: they propose some more candidates than asked for by float32 products, which are put in
-order by their float64 similarity, equals by their index. Only which of more than `SPARE` images that are as near as the
-k-th are listed is left to the backend. Nothing of the size of all pairs is stored.
+Both backends propose a few more candidates than needed, from float32 products. These are sorted by float64 similarity
+and, for ties, by index. The backends differ only if more than `SPARE` images are tied with the k-th.
 """
 
 from importlib.util import find_spec
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.numerics import exact_products
+from hloss.numerics import exact_products, one_of
 from hloss.retrieval.ranks import METRICS
 
 BACKENDS = ("faiss", "torch")
 SPARE = 16
-QUERIES = 256  # rows of similarity held at once on the CPU
-PAIRS = 2**27  # and pairs on a GPU
-COMPONENTS = 2**24  # of candidates held at once
+QUERIES = 256  # Queries of a block on a CPU.
+PAIRS = 2**27  # Pairs of a block on a GPU.
+COMPONENTS = 2**24  # Numbers of a block of candidates.
 
 
 @torch.no_grad()
@@ -30,23 +29,30 @@ def neighbors(
     own: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest gallery images of each query, nearest first.
+    """Return the k nearest gallery images of each query, nearest first.
 
     Args:
-        queries, gallery: embeddings (q, d) and (n, d), floating.
-        k: at most n, or n - 1 with `own`.
-        metric: "cosine" or "euclidean" (of the raw embeddings).
-        own: (q,) the index of each query in the gallery, never among its neighbors.
-        backend: "faiss" or "torch"; None takes faiss where it is installed.
+        queries: floating-point embeddings (q, d).
+        gallery: floating-point embeddings (n, d).
+        k: number of neighbours, from 1 to n, or to n - 1 with `own`.
+        metric: "cosine", or "euclidean" for the embeddings as they are.
+        own: index of each query in the gallery (q,), which is not among its neighbours.
+        backend: "faiss" or "torch"; None chooses faiss if it is installed.
 
-    Returns (q, k) float64 cosines, or Euclidean distances, and (q, k) int64 indices into the gallery, on the CPU.
-    ValueError for an unknown metric or backend and a k out of range.
+    Returns:
+        Float64 cosines or Euclidean distances (q, k), and int64 indices into the gallery (q, k), on the CPU.
+
+    Raises:
+        ValueError: metric or backend is unknown, or k is out of range.
     """
     backend = backend or ("faiss" if find_spec("faiss") else "torch")
-    _check_settings(k, len(gallery) - (own is not None), metric, backend)
+    one_of("metric", metric, METRICS)
+    one_of("backend", backend, BACKENDS)
+    if not 1 <= k <= len(gallery) - (own is not None):
+        raise ValueError(f"k must be between 1 and {len(gallery) - (own is not None)}, the number of images: got {k!r}")
     if metric == "cosine":
         queries, gallery = F.normalize(queries.double()), F.normalize(gallery.double())
-    else:  # distances do not change, and float32 keeps their digits
+    else:  # Centred embeddings have the same distances and lose fewer digits in float32.
         centre = gallery.mean(0, dtype=torch.float64)
         queries, gallery = queries.double() - centre, gallery.double() - centre
     n_candidates = min(k + SPARE, len(gallery))
@@ -58,15 +64,6 @@ def neighbors(
     similarity, place = similarity.sort(dim=1, descending=True, stable=True)
     nearest = candidates.gather(1, place)[:, :k]
     return (similarity if metric == "cosine" else -similarity)[:, :k].cpu(), nearest.cpu()
-
-
-def _check_settings(k: int, most: int, metric: str, backend: str) -> None:
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}, known are {', '.join(METRICS)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}, known are {', '.join(BACKENDS)}")
-    if not 1 <= k <= most:
-        raise ValueError(f"k must be between 1 and {most}, the images to choose from, got {k!r}")
 
 
 def _proposed_by_torch(queries: Tensor, gallery: Tensor, k: int, metric: str) -> Tensor:
@@ -82,7 +79,7 @@ def _proposed_by_faiss(queries: Tensor, gallery: Tensor, k: int, metric: str) ->
 
     measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
     if torch.cuda.is_available() and getattr(faiss, "get_num_gpus", int)():
-        import faiss.contrib.torch_utils  # faiss then takes tensors, on a GPU or not, and returns them on their device
+        import faiss.contrib.torch_utils  # It makes faiss accept and return tensors.
 
         device = gallery.device.index if gallery.is_cuda else -1
         return faiss.knn_gpu(faiss.StandardGpuResources(), queries, gallery, k, metric=measure, device=device)[1]
@@ -91,7 +88,7 @@ def _proposed_by_faiss(queries: Tensor, gallery: Tensor, k: int, metric: str) ->
 
 
 def _exact_similarity(queries: Tensor, gallery: Tensor, candidates: Tensor, metric: str) -> Tensor:
-    """Float64 cosine, or minus the Euclidean distance, of each query with each of its candidates."""
+    """Return the float64 cosine, or minus the Euclidean distance, of each query with each of its candidates."""
     rows = max(COMPONENTS // (candidates.shape[1] * gallery.shape[1]), 1)
     similarity = []
     for block, chosen in zip(queries.split(rows), candidates.split(rows), strict=True):

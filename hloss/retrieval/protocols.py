@@ -1,40 +1,37 @@
-"""The evaluation protocols by name: who queries whom, what is left out; their Recall@K and average precision.
+"""Evaluation protocols by name: which images query which gallery, and their Recall@K and average precision.
 
-All-vs-rest (CUB-200-2011, Online Products), the single-shot and the 767/700 protocol of CUHK03, single and multiple
-queries of Market-1501. Similarity, ties and exactness are those of `hloss.retrieval.ranks`. A query without any match
-is reported, never counted as right or wrong.
+Similarity, ties and exactness are those of `hloss.retrieval.ranks`. Queries without a match are counted separately.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.numerics import exact_products
+from hloss.numerics import check_labels, exact_products, one_of
 from hloss.retrieval.ranks import SimilaritySpace, checked_embeddings, match_ranks, match_scores, recall_fractions
 
-ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")  # what an image is for, where a protocol asks
-PAIRS, GPU_PAIRS = 2**22, 2**25  # held at once in float64
-GPU_LANES = 32  # of the counters of `match_ranks`
-DRAWS = 100  # of the single-shot protocols
+ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")  # The use of an image in a protocol.
+PAIRS, GPU_PAIRS = 2**22, 2**25  # Pairs of a block, in float64.
+GPU_LANES = 32  # Copies of the counters of `match_ranks`.
+DRAWS = 100  # Drawings of the single-shot protocols.
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What a protocol measured. Metrics are fractions in [0, 1], means over the queries that have a match.
+    """Result of a protocol. Metrics are fractions in [0, 1], means over the queries that have a match.
 
-    `ranks[i]` is the 1-based rank of the first match of query `query_index[i]` (an index into the embeddings given),
-    0 where the gallery holds no match. The metrics are `recall@K` (for re-identification: the CMC at K) and, but for
-    the single-shot protocols,
+    `ranks[i]` is the rank (from 1) of the first match of query `query_index[i]`, a row of the embeddings; 0 means no
+    match. The metrics are `recall@K` (the CMC at K in re-identification) and, except for the single-shot protocols,
 
-    - `map`: mean average precision, the mean over matches of (matches up to it) / (its rank), as scikit-learn's;
-    - `map_trapezoid`: the same with each precision averaged with the one just before the match (the Oxford buildings'
-      trapezoid rule, used by some re-identification code): do not compare it with the other;
-    - `r_precision`: the fraction of matches among the R nearest, R the number of the query's matches;
-    - `map@r`: the mean over the R nearest of the precision there, where there is a match (Musgrave et al. 2020).
+    - `map`: mean average precision, the mean over matches of (matches up to it) / (its rank), as in scikit-learn;
+    - `map_trapezoid`: the same with each precision averaged with the one just before the match (the trapezoid rule of
+      the Oxford buildings benchmark); its values are not comparable with `map`;
+    - `r_precision`: the fraction of matches among the R nearest, for a query with R matches;
+    - `map@r`: the mean over the R nearest of the precision at each match (Musgrave et al. 2020).
     """
 
     protocol: str
@@ -55,32 +52,34 @@ def evaluate(
     roles: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Retrieval:
-    """Measure retrieval by a named protocol, on the rows of one split.
+    """Evaluate retrieval by a named protocol.
 
     Args:
-        protocol: one of `PROTOCOLS`:
-            "all-vs-rest": every image queries all others (CUB-200-2011, Online Products, glyphs);
-            "cuhk03-single-shot": the old protocol of CUHK03. Of each identity one image of the first view (the lower
-            camera) queries a gallery of one image per identity of the second view. The mean over 100 drawings by
-            `seed`, and `expected_recall@K`, the exact expectation over all drawings;
-            "cuhk03-single-shot-two-way": the same with the second view's queries added;
-            "cuhk03-767-700": the new protocol of CUHK03, by roles; images of the query's identity and camera are left
-            out of its ranking;
-            "market1501": single query, by roles; as before, junk is left out too, distractors are rivals;
-            "market1501-multi-query": the query is the mean of the images of role pool of the query's identity and
-            camera (normalised before, if the metric is the cosine); metrics `max_...` are for their maximum instead.
-        embeddings: (n, d), floating.
-        labels: (n,) integers.
-        k: the K of `recall@K`.
-        metric: "cosine" or "euclidean".
-        cameras: (n,) integers; needed by all but all-vs-rest. Single-shot takes exactly two: the views.
-        roles: n of query, gallery, both, junk, distractor, pool; needed by the protocols that go by roles.
-        seed: of the drawings.
+        protocol: "all-vs-rest": every image queries all others (CUB-200-2011, Online Products).
+            "cuhk03-single-shot": the old protocol of CUHK03. For each identity, one image of the first view (the lower
+            camera) queries one image per identity of the second view: the mean over 100 drawings, and
+            `expected_recall@K`, the exact expectation.
+            "cuhk03-single-shot-two-way": the same, plus queries of the second view.
+            "cuhk03-767-700": the new protocol of CUHK03. Images of the query's identity and camera are ignored.
+            "market1501": the same. Junk is ignored, and distractors never match.
+            "market1501-multi-query": the same for the mean of the pool images of the query's identity and camera,
+            normalised for the cosine. Metrics `max_...` are for their maximum.
+        embeddings: floating-point (n, d).
+        labels: integer identities or classes (n,).
+        k: the values of K in `recall@K`.
+        metric: "cosine", or "euclidean" for the embeddings as they are.
+        cameras: integers (n,), for all protocols except all-vs-rest; exactly two for single-shot.
+        roles: n of query, gallery, both, junk, distractor, pool; for 767-700 and Market-1501.
+        seed: seed of the drawings.
 
-    ValueError for an unknown protocol, missing or unusable cameras and roles, and a protocol without any query.
+    Raises:
+        ValueError: an argument is unknown, missing or wrong, or there is no query.
+
+    Example:
+        >>> evaluate("all-vs-rest", torch.eye(4), torch.tensor([0, 0, 0, 1])).metrics["recall@4"]
+        1.0
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}, known are {', '.join(PROTOCOLS)}")
+    one_of("protocol", protocol, PROTOCOLS)
     embeddings, labels = checked_embeddings(embeddings, labels)
     rows = _Rows(protocol, SimilaritySpace(embeddings, metric), labels, tuple(k), cameras, roles, seed)
     with torch.no_grad(), exact_products(embeddings.device):
@@ -89,7 +88,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a split and what a protocol asks about them."""
+    """The rows of a split, and the arguments of `evaluate`."""
 
     protocol: str
     space: SimilaritySpace
@@ -102,33 +101,22 @@ class _Rows:
     @property
     def cameras(self) -> Tensor:
         if self.given_cameras is None:
-            raise ValueError(f"protocol {self.protocol!r} needs cameras, one integer per embedding")
+            raise ValueError(f"cameras must be given for protocol {self.protocol!r}: got None")
         cameras = torch.as_tensor(self.given_cameras, device=self.labels.device)
-        if cameras.shape != self.labels.shape or cameras.is_floating_point():
-            raise ValueError(
-                f"cameras must be integers of shape ({len(self.labels)},), got {cameras.dtype} {tuple(cameras.shape)}"
-            )
+        check_labels("cameras", cameras, len(self.labels))
         return cameras
 
-    @cached_property
-    def role_codes(self) -> Tensor:
-        """The place in `ROLES` of each row's role."""
-        if self.given_roles is None:
-            raise ValueError(f"protocol {self.protocol!r} needs roles, one of {', '.join(ROLES)} per embedding")
-        if len(self.given_roles) != len(self.labels) or not set(self.given_roles) <= set(ROLES):
-            raise ValueError(
-                f"roles must be {len(self.labels)} of {', '.join(ROLES)}, "
-                f"got {len(self.given_roles)} of {', '.join(sorted(set(self.given_roles)))}"
-            )
-        code = {role: i for i, role in enumerate(ROLES)}
-        return torch.tensor([code[role] for role in self.given_roles])
-
     def of_role(self, *roles: str) -> Tensor:
-        """Indices of the rows of these roles."""
-        wanted = torch.tensor([ROLES.index(role) for role in roles])
-        found = torch.isin(self.role_codes, wanted).nonzero().flatten()
+        """Return the indices of the rows with these roles."""
+        given = self.given_roles
+        if given is None:
+            raise ValueError(f"roles must be given for protocol {self.protocol!r}: got None")
+        if len(given) != len(self.labels) or not set(given) <= set(ROLES):
+            got = f"{len(given)} of {', '.join(sorted(set(given)))}"
+            raise ValueError(f"roles must be {len(self.labels)} of {', '.join(ROLES)}: got {got}")
+        found = torch.tensor([role in roles for role in given]).nonzero().flatten()
         if not len(found):
-            raise ValueError(f"protocol {self.protocol!r} needs rows of role {' or '.join(roles)}, there are none")
+            raise ValueError(f"protocol {self.protocol!r} needs rows of role {' or '.join(roles)}: got none")
         return found.to(self.labels.device)
 
 
@@ -144,13 +132,13 @@ def _all_vs_rest(rows: _Rows) -> Retrieval:
 
 
 def _other_cameras(rows: _Rows) -> Retrieval:
-    """Queries against the gallery, images of the query's identity and camera left out."""
+    """Rank the gallery without images of the query's identity and camera."""
     queries = rows.of_role("query", "both")
     return _measured(rows, queries, _against_other_cameras(rows, queries, rows.space.exact_vectors(queries)))
 
 
 def _multi_query(rows: _Rows) -> Retrieval:
-    """The same with the images of role pool of the query's identity and camera pooled: their mean, their maximum."""
+    """Do the same with the mean, and the maximum, of the pool images of the query's identity and camera."""
     queries, pool = rows.of_role("query", "both"), rows.of_role("pool")
     vectors, cameras = rows.space.exact_vectors(pool), rows.cameras
     pooled = (rows.labels[queries, None] == rows.labels[pool]) & (cameras[queries, None] == cameras[pool])
@@ -160,7 +148,7 @@ def _multi_query(rows: _Rows) -> Retrieval:
             f"{without} of {len(queries)} queries have no image of role pool of their identity and camera; "
             "prepare the dataset with its images for multiple queries (Market-1501: gt_bbox)"
         )
-    members, sizes = vectors[pooled.nonzero()[:, 1]], pooled.sum(1)  # query after query
+    members, sizes = vectors[pooled.nonzero()[:, 1]], pooled.sum(1)  # Grouped by query.
     mean, largest = (torch.segment_reduce(members, by, lengths=sizes, unsafe=True) for by in ("mean", "max"))
     if rows.space.metric == "cosine":
         mean, largest = F.normalize(mean), F.normalize(largest)
@@ -171,10 +159,10 @@ def _multi_query(rows: _Rows) -> Retrieval:
 
 
 def _against_other_cameras(rows: _Rows, queries: Tensor, vectors: Tensor) -> dict[str, Tensor]:
-    """`_scored` of the queries, whose vectors are given, against all of the gallery but their own cameras."""
+    """Score queries with the given vectors against the gallery without their identity and camera."""
     gallery = rows.of_role("gallery", "distractor", "both")
     known = torch.zeros(len(rows.labels), dtype=torch.bool, device=rows.labels.device)
-    known[rows.of_role("gallery", "both")] = True  # a distractor matches nobody, whatever its label
+    known[rows.of_role("gallery", "both")] = True  # A distractor never matches.
     cameras, labels = rows.cameras, rows.labels
 
     def match_and_ignored(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +179,7 @@ def _scored(
     gallery: Tensor,
     match_and_ignored: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> dict[str, Tensor]:
-    """`match_scores` of query vectors against gallery vectors, by blocks of queries."""
+    """Return the `match_scores` of query vectors against gallery vectors, by blocks of queries."""
     pairs, lanes = (GPU_PAIRS, GPU_LANES) if queries.is_cuda else (PAIRS, 1)
     blocks = torch.arange(len(queries), device=queries.device).split(max(pairs // len(gallery), 1))
     parts = []
@@ -209,25 +197,13 @@ def _measured(rows: _Rows, queries: Tensor, scores: dict[str, Tensor]) -> Retrie
     return Retrieval(rows.protocol, ranks, queries.cpu(), metrics, len(ranks), int((ranks == 0).sum()))
 
 
-def _single_shot(rows: _Rows) -> Retrieval:
-    return _one_per_identity_and_view(rows, both_ways=False)
-
-
-def _single_shot_two_way(rows: _Rows) -> Retrieval:
-    return _one_per_identity_and_view(rows, both_ways=True)
-
-
-def _one_per_identity_and_view(rows: _Rows, both_ways: bool) -> Retrieval:
+def _single_shot(rows: _Rows, both_ways: bool) -> Retrieval:
     views = rows.cameras.unique().tolist()
     if len(views) != 2:
-        raise ValueError(f"protocol {rows.protocol!r} needs cameras of exactly two views, got {views}")
-    ranks, query_index, expected = [], [], []
-    for a, b in [views, views[::-1]] if both_ways else [views]:
-        shot = _SingleShot(rows, a, b)
-        drawn_ranks, drawn_queries = shot.drawings(rows.seed)
-        ranks.append(drawn_ranks)
-        query_index.append(drawn_queries)
-        expected.append(shot.expected_cmc(rows.k))  # (identities with a match, K)
+        raise ValueError(f"protocol {rows.protocol!r} needs cameras of exactly two views: got {views}")
+    shots = [_SingleShot(rows, a, b) for a, b in ([views, views[::-1]] if both_ways else [views])]
+    ranks, query_index = zip(*(shot.drawings(rows.seed) for shot in shots), strict=True)
+    expected = [shot.expected_cmc(rows.k) for shot in shots]
     measured = _measured(rows, torch.cat(query_index), {"first": torch.cat(ranks).cpu()})
     means = torch.cat(expected).mean(0).tolist()
     measured.metrics.update({f"expected_recall@{at}": value for at, value in zip(rows.k, means, strict=True)})
@@ -238,53 +214,53 @@ class _SingleShot:
     """Queries of view a against one image per identity of view b."""
 
     def __init__(self, rows: _Rows, a: int, b: int) -> None:
-        self.queries, self.query_label, self.query_size = self._sorted(rows, a)
-        self.gallery, self.gallery_label, self.gallery_size = self._sorted(rows, b)
+        self.queries, query_label, self.query_identity, self.query_size = self._sorted(rows, a)
+        self.gallery, gallery_label, self.gallery_identity, self.gallery_size = self._sorted(rows, b)
         self.similarity = rows.space.exact(self.queries, self.gallery)
         self.tie = rows.space.tie
-        self.same = self.query_label[:, None] == self.gallery_label  # by identity of either view
+        self.same = query_label[:, None] == gallery_label
         self.pairs = GPU_PAIRS if self.same.is_cuda else PAIRS
 
     @staticmethod
-    def _sorted(rows: _Rows, view: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The view's images by identity, and the identities with their numbers of images."""
+    def _sorted(rows: _Rows, view: int) -> tuple[Tensor, ...]:
+        """Return the view's images by identity, the identities, that of each image, and their numbers of images."""
         images = (rows.cameras == view).nonzero().flatten()
         images = images[rows.labels[images].argsort(stable=True)]
-        return images, *rows.labels[images].unique_consecutive(return_counts=True)
+        return images, *rows.labels[images].unique_consecutive(return_inverse=True, return_counts=True)
 
     def drawings(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Ranks of the matches, and the queries, of `DRAWS` drawings one after the other."""
+        """Return the ranks of the matches, and the queries, of `DRAWS` drawings."""
         generator = torch.Generator().manual_seed(seed)
         sizes = torch.cat([self.query_size, self.gallery_size])
         uniform = torch.rand(DRAWS, len(sizes), generator=generator, dtype=torch.float64).to(sizes.device)
         drawn = (uniform * sizes).long().split([len(self.query_size), len(self.gallery_size)], dim=1)
-        queries, gallery = drawn[0] + _starts(self.query_size), drawn[1] + _starts(self.gallery_size)
+        sides = zip(drawn, (self.query_size, self.gallery_size), strict=True)
+        queries, gallery = (of_side + size.cumsum(0) - size for of_side, size in sides)
         at_once = max(self.pairs // self.same.numel(), 1)
         ranks = [self._ranks(*block) for block in zip(queries.split(at_once), gallery.split(at_once), strict=True)]
         return torch.cat(ranks).flatten(), self.queries[queries].flatten()
 
     def _ranks(self, queries: Tensor, gallery: Tensor) -> Tensor:
-        """Ranks of the matches, given a query and a gallery image of each identity: (drawings, query identities)."""
+        """Return ranks (drawings, query identities) of the matches for one query and gallery image per identity."""
         similarity = self.similarity[queries[:, :, None], gallery[:, None]]
         best = similarity.masked_fill(~self.same, -torch.inf).amax(2, keepdim=True)
         rivals = ((similarity >= best - self.tie) & ~self.same).sum(2)
         return torch.where(self.same.any(1), rivals + 1, 0)
 
     def expected_cmc(self, k: tuple[int, ...]) -> Tensor:
-        """The probability of a rank <= K over all drawings, for each identity with a match: float64 (identities, K).
+        """Return P(rank <= K) over all drawings for each identity with a match, float64 (identities, K).
 
-        Given the query and its match, each other identity stands before the match with the share of its images that do,
-        independently of the others: their number is Poisson-binomial, computed by convolution up to the largest K.
+        Given the query and its match, each other identity precedes the match with the fraction of its images that do,
+        independently of the others. Their number is Poisson-binomial, computed by convolution up to the largest K.
         """
-        query_identity, gallery_identity = _runs(self.query_size), _runs(self.gallery_size)
-        cases = self.same[query_identity][:, gallery_identity].nonzero()  # query and match, query after query
+        cases = self.same[self.query_identity][:, self.gallery_identity].nonzero()  # Queries and matches, by query.
         parts = []
         for query, match in (block.unbind(1) for block in cases.split(max(self.pairs // len(self.gallery), 1))):
             similarity = self.similarity[query]
             ahead = similarity >= similarity.gather(1, match[:, None]) - self.tie
             share = similarity.new_zeros(len(query), len(self.gallery_size))
-            share.index_add_(1, gallery_identity, ahead.double()).div_(self.gallery_size)
-            share.scatter_(1, gallery_identity[match, None], 0)
+            share.index_add_(1, self.gallery_identity, ahead.double()).div_(self.gallery_size)
+            share.scatter_(1, self.gallery_identity[match, None], 0)
             parts.append(_at_most(share, [at - 1 for at in k]))
         cmc = torch.cat(parts).cpu()
         n_cases = self.query_size * (self.same * self.gallery_size).sum(1)
@@ -292,18 +268,8 @@ class _SingleShot:
         return torch.stack(means) if means else cmc
 
 
-def _starts(sizes: Tensor) -> Tensor:
-    """Where each run of the given sizes starts."""
-    return sizes.cumsum(0) - sizes
-
-
-def _runs(sizes: Tensor) -> Tensor:
-    """The number of the run that each position lies in, of runs of the given sizes."""
-    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-
-
 def _at_most(probability: Tensor, counts: list[int]) -> Tensor:
-    """P(number of successes <= count) of independent trials, float64 (cases, counts); probability (cases, trials)."""
+    """Return P(successes <= count), (cases, counts), of independent trials with `probability` (cases, trials)."""
     trials = probability.shape[1]
     number = probability.new_zeros(len(probability), min(max(counts), trials) + 1)
     number[:, 0] = 1
@@ -317,8 +283,8 @@ def _at_most(probability: Tensor, counts: list[int]) -> Tensor:
 
 PROTOCOLS: dict[str, Callable[[_Rows], Retrieval]] = {
     "all-vs-rest": _all_vs_rest,
-    "cuhk03-single-shot": _single_shot,
-    "cuhk03-single-shot-two-way": _single_shot_two_way,
+    "cuhk03-single-shot": partial(_single_shot, both_ways=False),
+    "cuhk03-single-shot-two-way": partial(_single_shot, both_ways=True),
     "cuhk03-767-700": _other_cameras,
     "market1501": _other_cameras,
     "market1501-multi-query": _multi_query,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Image.init()  # registers the formats of Pillow
@@ -109,6 +109,8 @@ def decode(data: bytes) -> Image.Image:
             return _rgb(image)
     except BadImage:
         raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image of a supported format; supported are {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise many types on broken bytes.
         raise BadImage(f"{type(error).__name__}: {error}") from error
 

@@ -112,7 +112,9 @@ def loss_curve(loss: np.ndarray, name: str) -> Figure:
 
 
 def retrieval_panel(images: np.ndarray, panel: dict[str, list]) -> Figure:
-    """Show queries (left) and their nearest images, nearest first; hits have a green frame, misses a red one and a cross.
+    """Show queries (left) and their nearest images, nearest first.
+
+    Hits have a green frame; misses have a red frame and a cross.
 
     Args:
         images: images of the dataset, shape (n, height, width, channels), uint8.

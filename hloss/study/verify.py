@@ -1,4 +1,4 @@
-"""Repeat runs of a table of results and compare what they measure."""
+"""Repeat runs of a table of results and compare the measured values."""
 
 import json
 import tempfile
@@ -29,32 +29,32 @@ TOLERANCE_POINTS = 4.0
 EXACT, CLOSE, DIFFERENT = "bit for bit", f"within {TOLERANCE_POINTS:g} points", "different"
 OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split"}
 NOT_COMPARED = {*MADE_BY, *RunConfig.model_fields, *OF_THE_STUDY, "training_seconds"}
-ROUNDING_DECIDES = ("chosen_iteration", "panel")  # beside columns of several numbers
+ROUNDING_DECIDES = ("chosen_iteration", "panel")  # rounding can change these, and columns of several numbers
 
 
 def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Repeat `n` runs of a table of results, drawn by `seed`, and write `verified.json` beside the table.
+    """Repeat randomly drawn runs of a table of results, and write verified.json to the folder of the table.
 
-    On a machine of the same kind (processor or GPU, and version of torch), all that was measured must be equal bit by
-    bit. On another, every fraction must lie within `TOLERANCE_POINTS`: see `differing_columns`.
+    On a machine of the same kind (processor or GPU, and version of torch) all measured values must be equal bit for
+    bit. On another machine every fraction must lie within `TOLERANCE_POINTS` (see `differing_columns`).
 
     Args:
-        results: a study's `results.parquet`.
-        n: number of runs to repeat; all if there are fewer.
-        seed: of the draw.
-        report: gets a line per run.
+        results: the results.parquet of a study.
+        n: number of runs to repeat; all if the table has fewer.
+        seed: seed of the draw.
+        report: called with one line per run.
 
     Returns:
-        The content of `verified.json`: `runs` gives each repeated run's outcome and the columns that differ.
+        The content of verified.json; `runs` has the outcome and the differing columns of each repeated run.
 
     Raises:
-        ConfigError: the table has settings under old names, other data, or runs of a GPU that is not here.
+        ConfigError: if the table has old names of settings, was made from other data, or needs a missing GPU.
     """
     table = pd.read_parquet(results)
     if old := sorted(set(OLD_NAMES) & set(table.columns)):
         raise ConfigError(
-            f"{results} has settings under old names: got {', '.join(old)}; "
-            "`python workflow/scripts/rename_results.py` renames them"
+            f"{results} has old names of settings: got {', '.join(old)}; rename them with "
+            "`python workflow/scripts/rename_results.py`"
         )
     complete = table[table["complete"]]
     drawn = complete.sample(min(n, len(complete)), random_state=seed)
@@ -80,27 +80,46 @@ def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], Non
 
 
 def repeated(row: pd.Series, folder: str) -> dict[str, Any]:
-    """The row of a table of results that its run gives here and now; the run writes into `folder`."""
+    """Repeat the run of a row.
+
+    Args:
+        row: a row of a results.parquet.
+        folder: folder for the repeated run.
+
+    Returns:
+        The columns of the new result.
+
+    Raises:
+        ConfigError: if the dataset differs from that of the results, or a GPU is missing.
+    """
     config = config_of(row, folder)
     dataset = open_dataset(config.data_folder)
     if dataset.card_sha256 != row["card_sha256"]:
         raise ConfigError(
-            f"run {row['run_id']}: dataset {config.dataset} here is not the one of the results: got card "
-            f"{dataset.card_sha256[:8]}, the results have {row['card_sha256'][:8]}; prepare the dataset again"
+            f"run {row['run_id']}: dataset {config.dataset} differs from that of the results: got card "
+            f"{dataset.card_sha256[:8]}; the results have {row['card_sha256'][:8]}: prepare the dataset again"
         )
     result = run(config, lambda line: None)
     return result_columns(config, result, dataset, exact=bool(pd.notna(row["reverse_probability"])))
 
 
 def config_of(row: pd.Series, runs_dir: str) -> RunConfig:
-    """The config of a run from its row in a table of results, to be carried out in another folder."""
+    """The config of the run of a row.
+
+    Args:
+        row: a row of a results.parquet.
+        runs_dir: folder for the repeated run.
+
+    Raises:
+        ConfigError: if the run was made on a GPU and torch finds none.
+    """
     on_gpu = row["device"] not in CPU_NAMES
     if on_gpu and not torch.cuda.is_available():
-        raise ConfigError(f"run {row['run_id']} was made on {row['device']}, and torch finds no GPU here")
+        raise ConfigError(f"run {row['run_id']} needs a GPU ({row['device']}): torch finds none on this machine")
     names = [name for name in RunConfig.model_fields if name in row and not _is_missing(row[name])]
     settings = {name: _plain(name, row[name]) for name in names}
     if not has_pretrained_part(row["network"]):
-        settings.pop("pretrained_lr_factor", None)  # the row has its default, which such a network cannot be given
+        settings.pop("pretrained_lr_factor", None)  # the row has its default, which such a network refuses
     where = {"dataset": row["split"], "device": "cuda" if on_gpu else "cpu", "study": "verify", "runs_dir": runs_dir}
     return parse_config(settings | where)
 
@@ -110,16 +129,25 @@ def _is_missing(value: object) -> bool:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value of a table as the setting of that name takes it."""
-    if isinstance(value, dict):  # with the keys of all rows
+    """A value of a table, converted to the type of the setting `name`."""
+    if isinstance(value, dict):  # it has the keys of all rows
         return {key: _plain("", inner) for key, inner in value.items() if not _is_missing(inner)}
     if name and RunConfig.model_fields[name].annotation in (int, int | None):
-        return int(value)  # 1.0 beside rows without a value
+        return int(value)  # a column with missing values has floats
     return value.item() if isinstance(value, np.generic) else value
 
 
 def compared(row: pd.Series, again: dict[str, Any]) -> dict[str, Any]:
-    """The outcome of a repeated run, the columns that differ in a way they must not, and the largest difference."""
+    """Compare a repeated run with its row.
+
+    Args:
+        row: a row of a results.parquet.
+        again: the columns of the repeated run, from `repeated`.
+
+    Returns:
+        "outcome" (`EXACT`, `CLOSE` or `DIFFERENT`), "columns" (names of columns that differ too much) and
+        "largest_difference_points" (of all fractions).
+    """
     bits = differing_columns(row, again)
     columns = bits if machine_kind(row) == machine_kind(again) else differing_columns(row, again, exactly=False)
     fractions = (name for name in bits if isinstance(row[name], float) and name not in ROUNDING_DECIDES)
@@ -129,15 +157,22 @@ def compared(row: pd.Series, again: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_kind(made: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Device, name of the processor and version of torch; the processor is empty where it was not recorded."""
+    """Device, name of the processor ("" if not recorded) and version of torch.
+
+    Args:
+        made: a row of a results.parquet, or the columns of a repeated run.
+    """
     return made["device"], str(made.get("processor", "")).rpartition(", ")[0], made["torch"]
 
 
 def differing_columns(row: pd.Series, again: dict[str, Any], exactly: bool = True) -> list[str]:
-    """The columns of a row, of all that the run measured, in which it differs from its repetition.
+    """Names of measured columns in which a row and its repetition differ.
 
-    exactly: bit by bit. Otherwise fractions may differ by `TOLERANCE_POINTS`; densities, histories, the chosen
-    iteration and the panel are not compared.
+    Args:
+        row: a row of a results.parquet.
+        again: the columns of the repeated run.
+        exactly: compare bit for bit. Otherwise fractions may differ by `TOLERANCE_POINTS`, and densities, histories,
+            the chosen iteration and the panel are not compared.
     """
     same = _is_same if exactly else _is_close
     return [name for name in row.index if name not in NOT_COMPARED and not same(name, row[name], again.get(name))]
@@ -158,14 +193,26 @@ def _is_close(name: str, a: Any, b: Any) -> bool:
 
 
 def read_verified(results: Path) -> dict[str, Any] | None:
-    """`verified.json` beside a table of results; None if there is none, or if it is of another table."""
+    """Read the verified.json in the folder of a table of results.
+
+    Args:
+        results: a results.parquet.
+
+    Returns:
+        Its content; None if the file is missing or belongs to another version of the table.
+    """
     file = results.with_name("verified.json")
     verified = json.loads(file.read_text()) if file.exists() else None
     return verified if verified and verified["results_sha256"] == sha256(results.read_bytes()).hexdigest() else None
 
 
 def origin(runs: pd.DataFrame, results: Path) -> str:
-    """A sentence on the code that made the runs of a table of results, and on the code that verified them."""
+    """Describe in Markdown the code that made the runs of a table, and the code that verified them.
+
+    Args:
+        runs: rows with the columns code_sha256 and git_commit.
+        results: the results.parquet.
+    """
     versions = [_version(*made) for made in runs[["code_sha256", "git_commit"]].drop_duplicates().to_numpy()]
     made = f"Made by {' and '.join(versions)}"
     if len(versions) > 1:

@@ -1,4 +1,4 @@
-"""Where no Slurm can be started its tests are skipped, and say what is missing. Not slow: this is for every machine."""
+"""Tests of Slurm are skipped, with the reason, on a machine where it cannot be started."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def only_these(monkeypatch, tmp_path):
-    """`only_these(programs)`: nothing else is found on this machine, where root has configured no Slurm."""
+    """`only_these(programs)`: this machine finds only these programs and has no configured Slurm."""
 
     def prepare(programs):
         (tmp_path / "bin").mkdir()
@@ -29,12 +29,12 @@ def only_these(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [PROGRAMS, ["munged"], ["slurmctld", "slurmd"]], ids=", ".join)
-def test_the_programs_that_are_missing_are_named(missing, only_these):
+def test_names_missing_programs(missing, only_these):
     only_these(set(PROGRAMS) - set(missing))
     assert why_not() == f"{', '.join(missing)} not installed (Debian: apt-get install slurm-wlm munge)"
 
 
-def test_an_installed_slurm_is_refused_to_others_than_root_and_beside_another_one(only_these, monkeypatch, tmp_path):
+def test_refuses_users_other_than_root_and_a_second_slurm(only_these, monkeypatch, tmp_path):
     only_these(PROGRAMS)
     assert why_not() is None
     (tmp_path / "slurm.conf").touch()
@@ -43,12 +43,12 @@ def test_an_installed_slurm_is_refused_to_others_than_root_and_beside_another_on
     assert why_not() == "the daemons need root"
 
 
-def test_without_slurm_its_tests_are_skipped_by_name(tmp_path):
+def test_without_slurm_its_tests_are_skipped(tmp_path):
     pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}"]
     answer = subprocess.run(
         [*pytest_command, "-m", "slow", "-rs", "tests/cluster/test_slurm.py"],
         cwd=ROOT,
-        env=os.environ | {"PATH": str(tmp_path)},  # what is in /usr/sbin is found nevertheless; sbatch is not
+        env=os.environ | {"PATH": str(tmp_path)},  # programs in /usr/sbin are still found; sbatch is not
         capture_output=True,
         text=True,
     )

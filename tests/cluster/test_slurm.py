@@ -1,4 +1,4 @@
-"""Studies as jobs of a real Slurm of one node: the same report as on this machine, whatever happens to the jobs."""
+"""Studies as jobs of a real Slurm of one node give the report of this machine, even if jobs fail."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ SHORT = {"dataset": "glyphs", "batch_size": 128, "validate_every": 10, "iteratio
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """The variables that reach the daemons."""
+    """Environment variables for access to the daemons."""
     reason = why_not()
     if reason is None:
         pytest.importorskip("snakemake_executor_plugin_slurm", reason="pip install -e '.[slurm]'")
@@ -41,14 +41,14 @@ def slurm(tmp_path_factory):
 
 
 def called(slurm, *command):
-    """What a program of Slurm prints; a hanging or failing one fails the test."""
+    """The output of a Slurm program; the test fails if the program hangs or fails."""
     environment = os.environ | slurm
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=True).stdout
 
 
 @pytest.fixture
 def new_project(jobs, tmp_path):
-    """`new_project(name, study)`; its starts end before its jobs do, or they would submit them again."""
+    """`new_project(name, study)`; at the end starts are killed before jobs, so that they submit none again."""
     with projects(tmp_path) as new:
         yield new
 
@@ -74,13 +74,13 @@ def jobs(slurm):
 
 
 def quick_study():
-    """The quick study as it is, but saved often enough to be met in mid-run; this is no part of a run's settings."""
+    """The quick study with frequent checkpoints, which are no part of the settings of a run."""
     study = yaml.safe_load((ROOT / "workflow/studies/quick.yaml").read_text())
     study["fixed"]["checkpoint_seconds"] = 2.0
     return study
 
 
-def test_jobs_that_do_not_end_well_are_retried_to_the_quick_studys_report_of_this_machine(slurm, jobs, new_project):
+def test_failed_jobs_are_retried_to_the_report_of_this_machine(slurm, jobs, new_project):
     here = new_project("here", quick_study(), "quick")
     assert here.finish(here.start()) == 0, here.printed()
 
@@ -107,7 +107,7 @@ def test_jobs_that_do_not_end_well_are_retried_to_the_quick_studys_report_of_thi
     def let_time_run_out():
         called(slurm, "scontrol", "update", f"JobId={first_job(overdue)}", "EndTime=now+1")
 
-    def warn():  # Slurm looks every half a minute whom to warn, a minute before the end as the profile asks
+    def warn():  # Slurm sends warnings every 30 seconds, a minute before the end as set in the profile
         called(slurm, "scontrol", "update", f"JobId={first_job(warned)}", "EndTime=now+88")
         wait_until("the warned run stops", lambda: read_status(warned)["state"] == "stopped", 60, during=start)
         assert read_status(warned)["message"].startswith("stopped by SIGTERM")
@@ -140,7 +140,7 @@ def iteration_of(checkpoint):
     return torch.load(checkpoint, weights_only=True)["progress"]["iteration"]
 
 
-def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu_for_two(slurm, jobs, new_project):
+def test_killed_start_continues_without_running_anything_twice(slurm, jobs, new_project):
     study = {
         "title": "four runs on two GPUs",
         "fixed": SHORT,
@@ -150,7 +150,7 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
     }
     project = new_project("project", study)
     project.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5, "jobs": 3})
-    file = project.folder / "hloss" / "study" / "notebooks.py"  # the GPUs are stand-ins, for which there is no driver
+    file = project.folder / "hloss" / "study" / "notebooks.py"  # the simulated GPUs have no driver
     counted = "torch.cuda.device_count() if given and torch.cuda.is_available() else 0"
     assert counted in file.read_text()
     file.write_text(file.read_text().replace(counted, "given"))
@@ -173,7 +173,7 @@ def test_a_start_that_was_killed_and_started_again_runs_nothing_twice_and_no_gpu
     assert_no_gpu_for_two(list(folder.iterdir()), {"0", "1"})
 
 
-def test_an_interrupted_start_takes_its_jobs_with_it(slurm, jobs, new_project):
+def test_interrupted_start_cancels_its_jobs(slurm, jobs, new_project):
     study = {
         "title": "one run",
         "fixed": SHORT,

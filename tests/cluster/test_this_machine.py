@@ -1,4 +1,4 @@
-"""Studies on this machine: killed anywhere and started again, interrupted, repeated, on GPUs of their own."""
+"""Studies on this machine: killed at any time and started again, interrupted, repeated, with locked GPUs."""
 
 import os
 import shutil
@@ -31,11 +31,11 @@ def new_project(tmp_path):
 
 
 def left_behind(project):
-    """What still runs of a project's starts; the tests' own process has another PYTHONPATH."""
+    """Processes of a project's starts that still run; the process of the tests has another PYTHONPATH."""
     return processes("", PYTHONPATH=str(project.folder))
 
 
-def test_a_study_killed_anywhere_is_continued_and_only_what_is_missing_is_run(new_project):
+def test_killed_study_continues_with_the_missing_runs(new_project):
     study = {
         "title": "a short study",
         "fixed": QUICK,
@@ -81,7 +81,7 @@ def test_a_study_killed_anywhere_is_continued_and_only_what_is_missing_is_run(ne
     assert report.stat().st_mtime_ns > made
 
 
-def test_what_fails_after_the_result_costs_no_training(new_project):
+def test_failure_after_the_result_does_not_repeat_training(new_project):
     study = {
         "title": "one run",
         "fixed": QUICK | {"iterations": 10},
@@ -98,7 +98,7 @@ def test_what_fails_after_the_result_costs_no_training(new_project):
     assert project.finish(project.start()) != 0
     assert "no picture today" in project.printed()
     assert len(starts(run)) == 3
-    assert (run / "run.log").read_text().count("test Recall@1") == 1  # the other attempts found the result
+    assert (run / "run.log").read_text().count("test Recall@1") == 1  # the other attempts read the result
     assert (run / "result.json").exists()
 
     shutil.copy(ROOT / "notebooks" / "20_train.ipynb", file)
@@ -107,7 +107,7 @@ def test_what_fails_after_the_result_costs_no_training(new_project):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_an_interrupted_start_leaves_checkpoints_and_no_process(number, new_project):
+def test_interrupted_start_leaves_checkpoints_and_no_process(number, new_project):
     study = {
         "title": "one run",
         "fixed": QUICK,
@@ -120,7 +120,7 @@ def test_an_interrupted_start_leaves_checkpoints_and_no_process(number, new_proj
     (run,) = project.runs().values()
     wait_until("a checkpoint", lambda: has_checkpoint(run), during=start)
     if number == signal.SIGINT:
-        os.killpg(start.pid, number)  # a terminal's Ctrl-C
+        os.killpg(start.pid, number)  # as Ctrl-C in a terminal does
     else:
         start.send_signal(number)
     assert project.finish(start, 60) != 0
@@ -130,7 +130,7 @@ def test_an_interrupted_start_leaves_checkpoints_and_no_process(number, new_proj
     assert len(starts(run)) == 1
 
 
-def test_each_run_has_a_gpu_of_its_own(new_project, tmp_path):
+def test_each_run_has_its_own_gpu(new_project, tmp_path):
     study = {
         "title": "four runs on two GPUs",
         "fixed": QUICK,
@@ -139,6 +139,6 @@ def test_each_run_has_a_gpu_of_its_own(new_project, tmp_path):
         "runs": [{"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}}],
     }
     project = new_project("project", study)
-    environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}  # no such devices: torch takes the CPU
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}  # no such devices, so torch uses the CPU
     assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
     assert_no_gpu_for_two(list((project.folder / "runs" / "short").iterdir()), {"0", "1"})

@@ -1,4 +1,4 @@
-"""A copy of the project to run studies in, in which a training step can be made to last."""
+"""A copy of the project in which tests run studies, with training steps that can be slowed down."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ torch.optim.Optimizer.zero_grad = _slow_zero_grad
 
 
 class Project:
-    """The copy, its study, and the start of it."""
+    """The copied project, its study and its start."""
 
     def __init__(self, folder: Path, study: dict, name: str) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class Project:
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | settings))
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
-        """`make study`; what it prints is added to start.log."""
+        """Start `make study`; its output is appended to start.log."""
         command = ["make", "study", f"STUDY={self.study}", f"BIN={Path(sys.executable).parent}", *arguments]
         ours = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         with open(self.folder / "start.log", "a") as log:
@@ -73,7 +73,7 @@ class Project:
         return start
 
     def finish(self, start: subprocess.Popen, seconds: float = 900) -> int:
-        """The exit status; a start that takes longer is ended and fails the test."""
+        """Wait for the exit status; a start that takes longer is killed, and the test fails."""
         try:
             return start.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -84,7 +84,7 @@ class Project:
         return (self.folder / "start.log").read_text()
 
     def runs(self) -> dict[str, Path]:
-        """Name of a run, with its seed -> its folder."""
+        """Name of a run with its seed -> folder of the run."""
         code = "import json, sys; from hloss.study.spec import load_study as s"
         code += "; print(json.dumps({r.name: r.config.run_id for r in s(sys.argv[1]).runs}))"
         answer = subprocess.run(
@@ -98,7 +98,7 @@ class Project:
         return {name: self.folder / "runs" / self.study / run_id for name, run_id in ids.items()}
 
     def results(self) -> dict[str, dict]:
-        """What the training of each run decided, without times and places."""
+        """The results of each run without times and paths."""
         deciding = ("metrics", "chosen", "validation_recall@1", "similarity_density", "panel", "fingerprint")
         files = {name: json.loads((run / "result.json").read_text()) for name, run in self.runs().items()}
         return {name: {key: result[key] for key in deciding} for name, result in files.items()}
@@ -111,7 +111,7 @@ class Project:
         return pd.read_csv(self.reports / "summary.csv")
 
     def claims(self) -> pd.DataFrame:
-        """The claims but the one on the cost of the loss, which is measured anew for every report."""
+        """The verdicts without that on the cost of the loss, which is measured for every report."""
         claims = pd.read_csv(self.reports / "claims.csv")
         measured = claims["claim"] == "quadratic cost"
         assert measured.sum() == 1
@@ -120,7 +120,7 @@ class Project:
 
 @contextmanager
 def projects(folder: Path) -> Iterator[Callable[..., Project]]:
-    """Makes copies in a folder: `new(name, study)`; what still runs of their starts at the end is killed."""
+    """`new(name, study)` makes copies in a folder; at the end, processes that still run are killed."""
     made: list[Project] = []
 
     def new(name: str, study: dict, study_name: str = "short") -> Project:
@@ -141,7 +141,7 @@ def projects(folder: Path) -> Iterator[Callable[..., Project]]:
 
 
 def kill_tree(start: subprocess.Popen) -> None:
-    """SIGKILL to the start and to everything that it started."""
+    """Send SIGKILL to the start and to all its descendants."""
     tree = [psutil.Process(start.pid), *psutil.Process(start.pid).children(recursive=True)]
     for process in tree:
         if process.is_running():
@@ -153,7 +153,7 @@ def kill_tree(start: subprocess.Popen) -> None:
 def wait_until(
     what: str, condition: Callable[[], object], seconds: float = 300, during: subprocess.Popen | None = None
 ) -> None:
-    """ImageSettings until it is so; `during`: a start that must not end before."""
+    """Wait until a condition is true; the start `during` must not end before."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert during is None or during.poll() is None, f"the start has ended; still not: {what}"
@@ -166,7 +166,7 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def starts(run: Path) -> list[str]:
-    """The lines that say when the run was started, and on which GPUs."""
+    """The lines of a log that give the start time and the GPUs of a run."""
     return [line for line in (run / "run.log").read_text().splitlines() if "started: 20_train" in line]
 
 
@@ -188,7 +188,7 @@ def processes(word: str, **environment: str) -> list[psutil.Process]:
 
 
 def assert_no_gpu_for_two(runs: list[Path], gpus: set[str]) -> None:
-    """By their logs, runs used all of these GPUs, some at the same time, and no GPU for two runs at once."""
+    """Check by the logs that runs used all of these GPUs, some in parallel, and no GPU for two runs at once."""
     spans = sorted(span_of(run) for run in runs)
     assert {gpu for *_, gpu in spans} == gpus
     assert any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans)), "never two at once"
@@ -197,7 +197,7 @@ def assert_no_gpu_for_two(runs: list[Path], gpus: set[str]) -> None:
 
 
 def span_of(run: Path) -> tuple[datetime, datetime, str]:
-    """When a run began and ended, and its GPU, by its log."""
+    """Start, end and GPU of a run, from its log."""
     lines = (run / "run.log").read_text().splitlines()
     times = [datetime.fromisoformat(found[0]) for line in lines if (found := re.match(r"\d{4}-\S+ [\d:]+,\d+", line))]
     (gpu,) = re.findall(r"GPUs '(\w+)'", "\n".join(starts(run)))

@@ -1,4 +1,4 @@
-"""How often the host waits for the GPU."""
+"""Count synchronisations of the host with the GPU."""
 
 import contextlib
 import warnings
@@ -9,11 +9,11 @@ import torch
 
 @contextlib.contextmanager
 def counted_waits() -> Iterator[list[str]]:
-    """A list that holds one message per synchronisation of the host with the GPU, once the block has ended."""
+    """After the block, the list has one message per synchronisation of the host with the GPU."""
     waits: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("warn")  # torch warns that this mode is a prototype
         try:
             yield waits
         finally:

@@ -1,4 +1,4 @@
-"""`python tests/helpers/keeping.py CONFIG.json`: a run that keeps its last checkpoint."""
+"""`python tests/helpers/keeping.py CONFIG.json`: execute a run and keep its last checkpoint."""
 
 from hloss.runs import __main__, run
 

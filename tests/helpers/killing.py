@@ -1,4 +1,4 @@
-"""`python tests/helpers/killing.py CONFIG.json KILLS SEED`: kill a run again and again by SIGKILL, then let it end.
+"""`python tests/helpers/killing.py CONFIG.json KILLS SEED`: kill a run repeatedly with SIGKILL, then let it finish.
 
 Each attempt is a child forked from this process, which has imported everything and computed nothing. A quarter of them
 is killed from outside after a random time; the others kill themselves at a random checkpoint: amid its bytes, or before
@@ -27,7 +27,7 @@ def die() -> None:
 
 
 def arm(moment: str, count: int) -> None:
-    """Make this process kill itself at the `count`-th such moment."""
+    """Make this process kill itself at the `count`-th such event."""
     left = count
 
     def is_time() -> bool:
@@ -59,7 +59,7 @@ def arm(moment: str, count: int) -> None:
 
 
 def attempt(config: RunConfig, moment: str, random_moment: random.Random) -> int:
-    """Run in a child that is killed; the wait status of its end."""
+    """Execute the run in a child process that is killed; return the wait status."""
     child = os.fork()
     if child == 0:
         random.seed(random_moment.random())
@@ -74,7 +74,7 @@ def attempt(config: RunConfig, moment: str, random_moment: random.Random) -> int
 
 
 def main() -> None:
-    """Kill, and kill again, then let the run end."""
+    """Kill the run several times, then let it finish."""
     config = parse_config(json.loads(Path(sys.argv[1]).read_text()))
     random_moment = random.Random(int(sys.argv[3]))
     config.folder.parent.mkdir(parents=True)

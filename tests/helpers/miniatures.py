@@ -1,4 +1,4 @@
-"""Small copies of the original archives in their exact formats, and what is done with a prepared dataset."""
+"""Small copies of the original archives in their exact formats, and helpers for prepared datasets."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from hloss.samplers import SAMPLERS
 
 
 def encoded(pixels, format="JPEG", mode=None, **settings):
-    """An image file's bytes from an array or an Image."""
+    """The bytes of an image file for an array or an Image."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     file = io.BytesIO()
     (image.convert(mode) if mode else image).save(file, format, **settings)
@@ -27,7 +27,7 @@ def encoded(pixels, format="JPEG", mode=None, **settings):
 
 
 def photo(seed, height=24, width=32, **settings):
-    """A JPEG of smooth colours, of `mode` L for a grey one."""
+    """A JPEG with smooth colours; `mode` L gives a grey image."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
     return encoded(coarse.resize((width, height), Image.Resampling.BICUBIC), quality=90, **settings)
@@ -115,7 +115,7 @@ MARKET_IDENTITIES = 20
 
 
 def market_files():
-    """Twelve identities to train on, eight to test, junk, distractors, hand-drawn boxes, stray files."""
+    """Twelve identities for training and eight for test, junk, distractors, hand-drawn boxes, extra files."""
     names = {"bounding_box_train": [], "query": [], "bounding_box_test": [], "gt_bbox": []}
     for identity in range(1, 21):
         for camera in (1 + identity % 6, 1 + (identity + 2) % 6):
@@ -140,7 +140,7 @@ def market_files():
 
 
 def hash_of(name):
-    """The same seed for all images of one identity, so that retrieval has something to find."""
+    """One seed for all images of an identity, so that they are similar and retrieval can find them."""
     return int(hashlib.md5(name[:4].encode()).hexdigest()[:8], 16)
 
 
@@ -164,7 +164,7 @@ def write_mat(path, pair_sizes, slots, boxes=("labeled",), test_sets=20, test_si
         sets = [[everybody[i] for i in rng.choice(len(everybody), test_size, replace=False)] for _ in range(test_sets)]
         references = [cells.create_dataset(f"t{i}", data=np.array(s, float).T).ref for i, s in enumerate(sets)]
         mat.create_dataset("testsets", data=np.array([references], dtype=h5py.ref_dtype))
-    with open(path, "r+b") as file:  # what MATLAB writes before the HDF5 data
+    with open(path, "r+b") as file:  # MATLAB writes this header before the HDF5 data
         file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM")
     return [set(s) for s in sets]
 
@@ -181,7 +181,7 @@ def _write_pair(cells, name, pair, size, slots, shape, rng):
 
 
 def expect(monkeypatch, module, published, archive=None, **others):
-    """Let a dataset's module expect a miniature: its counts, and its checksum where an archive is given."""
+    """Make a dataset's module expect the counts of a miniature, and the checksum of `archive` if it is given."""
     digest = hashlib.sha256(archive.read_bytes()).hexdigest() if archive else None
     size = archive.stat().st_size if archive else None
     original = dataclasses.replace(module.ORIGINAL, size=size, md5=None, sha256=digest)
@@ -192,7 +192,7 @@ def expect(monkeypatch, module, published, archive=None, **others):
 
 
 def prepared(name, source, out, *options):
-    """Prepare by the command line and open what came of it."""
+    """Prepare a dataset from the command line and open it."""
     command_line.main([name, "--source", str(source), "--out", str(out), *options])
     return open_dataset(out)
 
@@ -208,7 +208,7 @@ def a_batch(dataset, batch_size=8, images_per_class=2):
 
 
 def evaluated(dataset, split="test", protocol=None, **settings):
-    """Retrieval by the pixels themselves, under the dataset's protocol."""
+    """Evaluate the pixels as embeddings with the protocol of the dataset."""
     rows = dataset.rows(split)
     pixels = dataset.pixels(rows).float().flatten(1)
     embeddings = pixels - pixels.mean(0)

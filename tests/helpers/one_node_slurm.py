@@ -1,4 +1,4 @@
-"""A real Slurm of one node for the tests: munged, slurmctld and slurmd on loopback, with two stand-in GPUs.
+"""A real Slurm of one node for the tests: munged, slurmctld and slurmd on loopback, with two simulated GPUs.
 
 The GPUs are character devices: Slurm counts them, hands them out and sets CUDA_VISIBLE_DEVICES. There are no cgroups,
 so memory is watched by polling. The node claims one CPU more than GPUs, so that GPUs run out first.
@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo")
-DAEMONS = ("slurmd", "slurmctld", "munged")  # in the order of stopping
-ETC = Path("/etc/slurm")  # a job step that drops SLURM_CONF looks here
+DAEMONS = ("slurmd", "slurmctld", "munged")  # in the order in which they are stopped
+ETC = Path("/etc/slurm")  # a job step without SLURM_CONF reads this folder
 CPUS = 3
 
 CONF = """
@@ -65,7 +65,7 @@ PartitionName=second Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP
 
 
 def why_not() -> str | None:
-    """Why no Slurm can be started here, or None."""
+    """The reason why Slurm cannot be started on this machine, or None."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=search_path()) is None]
     if missing:
         return f"{', '.join(missing)} not installed (Debian: apt-get install slurm-wlm munge)"
@@ -123,7 +123,7 @@ def write_configuration(folder: Path) -> None:
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
+    """Different free ports."""
     sockets = [socket.socket() for _ in range(n)]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
@@ -134,7 +134,7 @@ def free_ports(n: int) -> list[int]:
 
 
 def start(folder: Path) -> dict[str, str]:
-    """The daemons, up to an idle node; RuntimeError with the ends of their logs if it does not get there."""
+    """Start the daemons and wait for an idle node; RuntimeError with the ends of their logs otherwise."""
     ours = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": search_path()}
     environment = os.environ | ours
     munged = ["munged", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket"]
@@ -153,7 +153,7 @@ def start(folder: Path) -> dict[str, str]:
 
 
 def stop(folder: Path) -> None:
-    """Stop exactly the daemons whose pid files the folder holds and what runs under them, and take away its links."""
+    """Stop the daemons with pid files in the folder, and their descendants; remove the links."""
     for daemon in DAEMONS:
         file = folder / f"{daemon}.pid"
         if file.exists() and (pid := file.read_text().strip()) and is_running(pid, daemon):
@@ -161,7 +161,7 @@ def stop(folder: Path) -> None:
             deadline = time.monotonic() + 20
             while is_running(pid, daemon) and time.monotonic() < deadline:
                 time.sleep(0.1)
-    for process in psutil.process_iter():  # without cgroups Slurm loses sight of a process whose parent it killed
+    for process in psutil.process_iter():  # without cgroups Slurm does not find a process whose parent it killed
         with contextlib.suppress(psutil.Error):
             if process.environ().get("SLURM_CONF") == str(folder / "slurm.conf"):
                 process.kill()

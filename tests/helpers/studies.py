@@ -1,4 +1,4 @@
-"""Small studies to test with."""
+"""Small studies for tests."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from hloss.study.spec import Entry, Resources, Study, StudyRun, load_study
 
 
 class SmallStudy(NamedTuple):
-    """The content of a study's file, to be changed before it is loaded, and the folder of the file."""
+    """The content of a study's file, which tests change before loading, and the folder of the file."""
 
     content: dict[str, Any]
     folder: Path
@@ -28,7 +28,7 @@ class SmallStudy(NamedTuple):
 
 
 def study_of(*configs: RunConfig, **resources: Any) -> Study:
-    """A study of these runs, whose methods are "method 0", "method 1", ..."""
+    """A study with these runs; their methods are "method 0", "method 1", ..."""
     runs = [
         StudyRun(config, Resources(**{"gpus": 0, **resources}), {"losses": f"method {n}"}, config.dataset)
         for n, config in enumerate(configs)

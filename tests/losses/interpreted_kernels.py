@@ -22,7 +22,8 @@ VARIANTS = [
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """HistogramLoss takes the fused path for CPU tensors, but not for float64."""
+    """HistogramLoss takes the fused path for CPU tensors, but not for float64; each test makes its own plans."""
+    passes._find_plan.cache_clear()
     monkeypatch.setattr(fused, "_obstacle", lambda device: "")
     monkeypatch.setattr(
         fused, "serves", lambda *inputs: fused._fits(*inputs[:4]) and fused.is_available(inputs[0].device)
@@ -157,7 +158,7 @@ def test_references_and_matrices(monkeypatch, matrix, m, kept):
     if not kept:  # several blocks
         monkeypatch.setattr(passes, "KEPT_PAIRS", 0)
         monkeypatch.setattr(passes, "BLOCK_ROWS", 64)
-        monkeypatch.setattr(passes, "BLOCK_PAIRS", 64 * 128)
+        monkeypatch.setattr(passes, "BLOCK_PAIRS", 64 * 129)  # not in whole tiles
     x, z = batch(100, m=m, n_bins=60)
     inputs = (pair_matrix(100, m), z) if matrix else (classes(100), z, None if m is None else classes(m, 1))
     found = outcome({"n_bins": 60}, x, *inputs)
@@ -244,6 +245,7 @@ def test_tables_at_their_bound(monkeypatch, lane_pairs, holds):
     monkeypatch.setattr(passes, "LANE_PAIRS", lane_pairs)
     monkeypatch.setattr(passes, "PROGRAMS_PER_PROCESSOR", 1)
     passes._programs.cache_clear()
+    passes._find_plan.cache_clear()
     options = {"n_bins": 1, "normalize": False, "order_cost": "linear", "margin": 0.5}
     loss = HistogramLoss(**options)(*one_full_interval())
     expected = HistogramLoss(**options)(*(t.double() if t.is_floating_point() else t for t in one_full_interval()))
@@ -257,6 +259,7 @@ def test_the_tables_do_not_depend_on_programs_and_flushes(monkeypatch):
     for programs, lane_pairs in ((1, 32**2), (3, 2 * 32**2), (1000, 2**18)):
         monkeypatch.setattr(passes, "_programs", lambda device, n=programs: n)
         monkeypatch.setattr(passes, "LANE_PAIRS", lane_pairs)
+        passes._find_plan.cache_clear()
         assert outcome({"n_bins": 60}, x, classes(150))[0] == expected[0]
 
 

@@ -248,7 +248,7 @@ def test_unusable_input_is_refused_by_name(name):
     loss = BASELINES[name]()
     with pytest.raises(ValueError, match=r"labels must be integers of shape \(14,\)"):
         loss(embeddings, labels[:-1])
-    with pytest.raises(ValueError, match="embeddings must be floating"):
+    with pytest.raises(ValueError, match=r"embeddings must be floating-point \(n, d\): got torch.int64 \(14,\)"):
         loss(labels, labels)
     with pytest.raises(ValueError, match=r"embeddings rows \[3\] hold NaN or infinity"):
         loss(embeddings.detach().index_fill(0, torch.tensor([3]), math.nan), labels)

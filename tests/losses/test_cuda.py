@@ -20,6 +20,14 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_plans():
+    """Tests change what plans are made of."""
+    passes._find_plan.cache_clear()
+    yield
+    passes._find_plan.cache_clear()
+
+
 def outcome(options, device, dtype=torch.float64, n=700, d=64):
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(n, d, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
@@ -165,6 +173,22 @@ def test_half_precision(options, dtype):
     close(found, full_outcome(options, inputs, torch.float64, "cpu"), 1e-2)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_inputs_may_begin_anywhere(monkeypatch, kept):
+    """The programs are compiled for tensors that begin at multiples of 16 bytes."""
+    if not kept:
+        monkeypatch.setattr(passes, "KEPT_PAIRS", 0)
+    loss = HistogramLoss(normalize=False)
+    x = 0.9 * torch.nn.functional.normalize(torch.randn(301, 33, device="cuda"))
+    labels = torch.arange(301, device="cuda") // 4
+    found = []
+    for y, classes in ((x[1:].clone(), labels[1:].clone()), (x[1:], labels[1:])):
+        leaf = y.detach().requires_grad_()
+        (torch.stack([leaf.new_zeros(()), loss(leaf, classes)]) * leaf.new_tensor([1.0, 2.0])).sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
 def test_refused_rows_are_named():
     x, labels = torch.randn(300, 16, device="cuda"), torch.arange(300, device="cuda") // 4
     for value, reason in ((float("nan"), "hold NaN or infinity"), (0.0, "are zero and have no direction")):
@@ -224,7 +248,7 @@ def test_131072_embeddings(monkeypatch):
     """Counts and sums exactly, 512 rows of the gradient against float64, and memory."""
     n_bins, found = 200, []
     finish = passes._finish
-    monkeypatch.setattr(passes, "_finish", lambda table, s: found.append(table.clone()) or finish(table, s))
+    monkeypatch.setattr(passes, "_finish", lambda table, plan: found.append(table.clone()) or finish(table, plan))
     embeddings, labels = exact_batch(131_072)
     embeddings.requires_grad_()
     torch.cuda.reset_peak_memory_stats()

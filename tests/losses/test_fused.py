@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hloss import HistogramLoss
-from hloss.losses import densities, fused, pairs
+from hloss.losses import densities, fused, pairs, passes
 
 HERE = Path(__file__).parent
 NEEDS_TRITON = pytest.mark.skipif(not fused.TRITON, reason="needs Triton")
@@ -63,6 +63,16 @@ def test_float64_wrong_references_and_no_rows_are_left_to_the_plain_path():
     assert not fused._fits(embeddings, labels, embeddings, labels.int())
     assert not fused._fits(embeddings[:0], labels[:0], None, None)
     assert not fused._fits(torch.empty(2**20, 1, device="meta"), torch.empty(2**20, device="meta").long(), None, None)
+
+
+def test_compiled_programs_get_tensors_that_begin_at_16_bytes():
+    whole = torch.arange(40)
+    assert passes.ready(whole, whole.device) is whole
+    for view in (whole[1:], whole[::2], whole.view(4, 10)[:, 1:]):
+        copy = passes.ready(view, whole.device)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        assert torch.equal(copy, view)
 
 
 def test_missing_kernels_are_told_of_once(monkeypatch):

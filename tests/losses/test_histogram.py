@@ -234,7 +234,7 @@ def test_a_batch_without_one_kind_of_pair_is_refused_or_zero(labels, density):
         (lambda e, y: (e, signs(y) * 2), {}, "may hold \\+1, -1 and 0 alone"),
         (lambda e, y: (e, y[1:]), {}, r"labels must have shape \(24,\)"),
         (lambda e, y: (e, y.double()), {}, "labels must be integers"),
-        (lambda e, y: (e[0], y), {}, r"embeddings must be floating of shape \(n, d\)"),
+        (lambda e, y: (e[0], y), {}, r"embeddings must be floating-point \(n, d\)"),
     ],
 )
 def test_unusable_input_is_refused_by_row(spoil, options, message):
@@ -246,15 +246,18 @@ def test_unusable_input_is_refused_by_row(spoil, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_bins": 0}, "n_bins must be a whole number of at least 1, got 0"),
+        ({"n_bins": 0}, "n_bins must be a whole number of at least 1: got 0"),
         ({"n_bins": 10.0}, "n_bins"),
-        ({"kernel": "cosine"}, "kernel must be one of triangular, gaussian, epanechnikov, uniform, got 'cosine'"),
-        ({"kernel": "gaussian"}, "bandwidth of the gaussian kernel .* must be a finite number above 0, got None"),
-        ({"bandwidth": 1.0}, "the triangular takes none"),
-        ({"margin": 0.015}, "a multiple of 0.01"),
+        ({"kernel": "cosine"}, "kernel must be one of triangular, gaussian, epanechnikov, uniform: got 'cosine'"),
+        ({"kernel": "gaussian"}, "bandwidth of the gaussian kernel .* must be a finite number above 0: got None"),
+        ({"bandwidth": 1.0}, "bandwidth is not for the triangular kernel: got 1.0"),
+        ({"margin": 0.015}, "a multiple of the bin width 0.01 .*got 0.015"),
         ({"margin": -0.1}, "margin must be a finite number of at least 0"),
-        ({"alpha": 2.0}, "alpha belongs to order_cost"),
-        ({"density": "beta", "kernel": "uniform", "bandwidth": 1.0}, "the beta density takes no kernel"),
+        ({"alpha": 2.0}, "alpha is only for order_cost .softplus.: got 2.0 with 'step'"),
+        (
+            {"density": "beta", "kernel": "uniform", "bandwidth": 1.0},
+            "kernel is only for the histogram density: got 'uniform'",
+        ),
         ({"on_degenerate": "ignore"}, "on_degenerate must be one of raise, zero"),
     ],
     ids=str,

@@ -86,11 +86,11 @@ def test_half_precision_and_autocast_do_not_change_the_loss():
         (("MultiSimilarityLos",), r"pml:MultiSimilarityLos is unknown .*\(did you mean MultiSimilarityLoss\?\)"),
         (
             ("ContrastiveLoss", {"posmargin": 1}),
-            r"posmargin=1 is unknown to ContrastiveLoss, .*did you mean pos_margin",
+            r"posmargin=1 is unknown to ContrastiveLoss; .*did you mean pos_margin",
         ),
         (("ContrastiveLoss", {"distance": "Cosine"}), "Cosine is unknown to pytorch_metric_learning.distances"),
         (("ContrastiveLoss", {"distance": {"LpDistance": {"powr": 2}}}), "powr=2 is unknown to LpDistance.*mean power"),
-        (("ContrastiveLoss", {"distance": 2}), r"must be a name or \{name: options\}, got 2"),
+        (("ContrastiveLoss", {"distance": 2}), r"must be a name or \{name: options\}: got 2"),
         (("ArcFaceLoss", {"num_classes": 3}), "num_classes=3 is unknown to ArcFaceLoss"),
         (("RankedListLoss",), "RankedListLoss needs the options margin, Tn"),
         (("TripletMarginLoss", {}, "TripletMiner"), "TripletMiner is unknown to pytorch_metric_learning.miners"),

@@ -159,7 +159,7 @@ def test_refuses_images_that_cannot_be_embedded(short, tmp_path):
         with pytest.raises(ValueError, match="images is empty"):
             loaded.embed(nothing)
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(BadImage, match=r"broken\.png: UnidentifiedImageError"):
+    with pytest.raises(BadImage, match=r"broken\.png: not an image of a supported format; supported are JPEG, PNG"):
         loaded.embed([tmp_path / "broken.png"])
 
 

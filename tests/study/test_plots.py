@@ -1,4 +1,4 @@
-"""Every figure shows the numbers it was given: they are read back from what was drawn."""
+"""Figures show the given numbers: the tests read them back from the drawn artists."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def line_of(axes, label):
     return line.get_xydata()
 
 
-def test_a_comparison_shows_each_seed_the_means_and_their_intervals(results):
+def test_comparison_shows_seeds_means_and_intervals(results):
     table = summary(results, ["recall@1"])
     (axes,) = plots.comparison("losses", results, table).axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a", "c"]
@@ -46,7 +46,7 @@ def test_a_comparison_shows_each_seed_the_means_and_their_intervals(results):
     assert bars[2] == [5.0, 5.0]  # one seed has no interval
 
 
-def test_recall_curves_are_means_over_seeds_with_their_range():
+def test_recall_curves_show_mean_and_range_over_seeds():
     values = {("a", 0): (10, 30), ("a", 1): (20, 50), ("b", 0): (5, 9)}
     rows = [(m, s, k, v) for (m, s), pair in values.items() for k, v in zip((1, 10), pair, strict=True)]
     (axes,) = plots.recall_curves(pd.DataFrame(rows, columns=["method", "seed", "K", "recall"])).axes
@@ -69,7 +69,7 @@ def test_densities_are_per_unit_of_similarity():
     assert heights == [[0.75, 0.5], [1.5, 1.0]]
 
 
-def test_training_curves_have_a_line_per_run():
+def test_training_curves_have_one_line_per_run():
     history = pd.DataFrame(
         {"method": ["a"] * 4 + ["b"] * 2, "seed": [0, 0, 1, 1, 0, 0], "iteration": [1, 2] * 3, "recall": range(6)}
     )
@@ -80,13 +80,13 @@ def test_training_curves_have_a_line_per_run():
     assert colors[0] == colors[1] != colors[2]
 
 
-def test_a_loss_curve_counts_iterations_from_one():
+def test_loss_curve_counts_iterations_from_one():
     (axes,) = plots.loss_curve(np.array([0.5, 0.25]), "histogram").axes
     assert axes.get_lines()[0].get_xydata().tolist() == [[1, 0.5], [2, 0.25]]
     assert axes.get_ylabel() == "histogram loss of the batch"
 
 
-def test_a_panel_shows_these_images_and_frames_hits_and_misses():
+def test_panel_shows_the_images_and_frames_hits_and_misses():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
     panel = {"queries": [4], "neighbors": [[2, 0]], "hits": [[True, False]]}
     query, hit, miss = plots.retrieval_panel(images, panel).axes
@@ -104,7 +104,7 @@ def test_images_per_class_counts_classes():
     assert sum(bar.get_height() for bar in test.patches) == 1
 
 
-def test_a_contact_sheet_has_a_line_per_title():
+def test_contact_sheet_has_one_line_per_title():
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
     axes = plots.contact_sheet(images, [[3, 1], [2]], ["x", "y"]).axes
     assert [a.images[0].get_array().max() for a in axes if a.images] == [3, 1, 2]
@@ -112,14 +112,14 @@ def test_a_contact_sheet_has_a_line_per_title():
     assert [a.get_visible() for a in axes] == [True, True, True, False]
 
 
-def test_a_similarity_matrix_is_drawn_as_it_is():
+def test_similarity_matrix_shows_the_matrix():
     matrix = np.array([[1.0, -0.5], [-0.5, 1.0]])
     axes = plots.similarity_matrix(matrix).axes[0]
     assert axes.images[0].get_array().tolist() == matrix.tolist()
     assert axes.images[0].get_clim() == (-1, 1)
 
 
-def test_linear_binning_draws_the_weights_of_the_nodes_in_use():
+def test_linear_binning_shows_the_positive_weights():
     nodes = np.array([-1.0, 0.0, 1.0])
     (axes,) = plots.linear_binning(nodes, np.array([[0.0, 0.75, 0.25]]), [0.25]).axes
     segments = [segment.tolist() for segment in axes.collections[0].get_segments()]
@@ -135,7 +135,7 @@ def test_expected_reversals_show_both_histograms_and_the_cumulative_share():
     assert above.get_lines()[0].get_ydata().tolist() == [0, 0.5, 1.0]
 
 
-def test_the_anatomy_has_densities_above_and_slopes_below():
+def test_anatomy_shows_densities_above_and_slopes_below():
     embeddings = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(12) // 3
     density, slopes = pair_histograms(embeddings, labels, n_bins=10), pair_slopes(embeddings, labels, n_bins=10)
@@ -147,7 +147,7 @@ def test_the_anatomy_has_densities_above_and_slopes_below():
     assert np.allclose(drawn[1], slopes.negative)
 
 
-def test_order_costs_and_discretisation_draw_a_line_each():
+def test_order_costs_and_discretisation_show_one_line_each():
     (axes,) = plots.order_costs(np.array([-1.0, 1.0]), {"step": np.array([0, 1]), "linear": np.array([0, 2])}).axes
     assert line_of(axes, "linear").tolist() == [[-1, 0], [1, 2]]
     errors = pd.DataFrame({"n_bins": [10, 100], "estimate": ["loss"] * 2, "error": [0.1, 0.01]})

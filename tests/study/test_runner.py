@@ -22,7 +22,7 @@ def test_one_study_runs_at_a_time(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     message = "another process is running a study in this folder"
     with project_lock():
-        with pytest.raises(LockedError, match=f"{message}; wait for it or end it"), project_lock(0.1):
+        with pytest.raises(LockedError, match=f"{message}; wait until it ends, or end it"), project_lock(0.1):
             pass
         assert capsys.readouterr().out == f"{message}; waiting for at most 0 s\n"
     with project_lock(0.0):

@@ -127,13 +127,13 @@ def test_without_the_name_of_a_processor_the_machine_counts_as_another(table, re
 def test_other_data_and_old_names_and_a_missing_gpu_are_refused(table, results, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     table.assign(card_sha256="0" * 64).to_parquet(results)
-    with pytest.raises(ConfigError, match="dataset tiny here is not the one of the results"):
+    with pytest.raises(ConfigError, match="dataset tiny differs from that of the results"):
         verify(results)
     table.rename(columns={"horizontal_flip": "mirror"}).to_parquet(results)
-    with pytest.raises(ConfigError, match=r"under old names: got mirror; .*rename_results.py"):
+    with pytest.raises(ConfigError, match=r"old names of settings: got mirror; .*rename_results.py"):
         verify(results)
     table.assign(device="NVIDIA H100").to_parquet(results)
-    with pytest.raises(ConfigError, match="was made on NVIDIA H100, and torch finds no GPU here"):
+    with pytest.raises(ConfigError, match=r"needs a GPU \(NVIDIA H100\): torch finds none"):
         verify(results)
     assert not results.with_name("verified.json").exists()
 
@@ -170,4 +170,4 @@ def test_the_command_exits_with_1_and_names_the_columns_that_differ(results):
     assert f"{DIFFERENT} recall@1" in answer.stdout
     assert "1 of 1 runs differ from" in answer.stderr
     missing = subprocess.run([*command[:2], str(ROOT / "hloss")], cwd=ROOT, capture_output=True, text=True)
-    assert (missing.returncode, "has no results.parquet" in missing.stderr) == (1, True)
+    assert (missing.returncode, "must be a folder with results.parquet" in missing.stderr) == (1, True)

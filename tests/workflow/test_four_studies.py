@@ -1,4 +1,4 @@
-"""The studies of the paper's datasets, in miniature: from the original archives to their reports, by `make study`.
+"""The studies of the paper's datasets in miniature, from the original archives to the reports of `make study`.
 
 And the ablations of one of them, run by run.
 """
@@ -19,12 +19,12 @@ from tests.helpers.copied_project import projects
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SPLITS = (1, 2)  # of CUHK03's five
+SPLITS = (1, 2)  # of the five splits of CUHK03
 RUNS = {"cub": 11, "sop": 8, "cuhk03": 2 * 11, "market1501": 9}
 
 
 def shrink(file, seeds):
-    """The study's own entries, on few small batches and few seeds."""
+    """The entries of the study with few small batches and few seeds."""
     study = yaml.safe_load(file.read_text())
     study["fixed"] |= {"batch_size": 8, "images_per_class": 3, "iterations": 2, "validate_every": 1}
     if "weights" in study["fixed"]:
@@ -39,7 +39,7 @@ def shrink(file, seeds):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A copy of the project with small copies of the four datasets, prepared."""
+    """A copy of the project with prepared small copies of the four datasets."""
     with projects(tmp_path) as new:
         project = new("project", {"title": "unused", "include": ["paper"]}, "unused")
         data = project.folder / "data"
@@ -55,7 +55,7 @@ def project(tmp_path, monkeypatch):
         yield project
 
 
-def test_each_study_goes_from_the_archive_to_its_report_and_paper_reports_all_without_running_any_again(project):
+def test_each_study_gives_a_report_and_paper_reports_all_without_new_runs(project):
     reports = project.folder / "reports"
     for name, runs in RUNS.items():
         assert project.finish(project.start(f"STUDY={name}", "CORES=2")) == 0, project.printed()
@@ -75,14 +75,14 @@ def test_each_study_goes_from_the_archive_to_its_report_and_paper_reports_all_wi
     assert set(summary[summary["dataset"] == "cuhk03"]["n"]) == {len(SPLITS)}
     claims = pd.read_csv(reports / "paper" / "claims.csv")
     assert set(RUNS) <= set(claims["dataset"])
-    assert "no such runs here" in claims[claims["claim"] == "Table 1"]["evidence"].iloc[0]  # of batches of 256
+    assert "has no such runs" in claims[claims["claim"] == "Table 1"]["evidence"].iloc[0]  # needs batches of 256
     for name in RUNS:
         own = pd.read_csv(reports / name / "summary.csv")
         pooled = summary[summary["dataset"] == name]
         assert pooled["recall@1"].tolist() == own["recall@1"].tolist()
         assert (reports / "paper" / f"{name}_losses.svg").exists()
     page = (reports / "paper" / "report.html").read_text()
-    assert page.count("data-beside=") >= len(made)  # each run's notebook, from the appendix
+    assert page.count("data-beside=") >= len(made)  # links to the notebooks of all runs
 
 
 SMALL = {32: 4, 64: 6, 128: 8, 256: 10, 1024: 12}  # batches of the ablations, and of their miniature
@@ -90,7 +90,7 @@ BRIEF = {"iterations": 2, "validate_every": 1}
 
 
 def shrink_ablation(entry):
-    """An entry on few small batches, with two values of its last axis and one of the others."""
+    """An entry with few small batches, two values of its last axis and one of each other axis."""
     entry.pop("resources", None)
     settings, axes = entry["set"], entry.get("cross", {})
     settings |= {name: value for name, value in BRIEF.items() if name in settings}
@@ -99,21 +99,21 @@ def shrink_ablation(entry):
     if "micro_batch" in settings:
         settings |= {"micro_batch": 4, "batchnorm": "slices"}
     if "sampler" in axes:
-        settings["images_per_class"] = 5  # random-class draws no fewer
+        settings["images_per_class"] = 5  # the minimum of the random-class sampler
     for n, axis in enumerate(axes, 1):
         axes[axis] = axes[axis][: 2 if n == len(axes) else 1]
     if "batch_size" in axes:
         axes["batch_size"] = [SMALL[size] for size in axes["batch_size"]]
 
 
-def test_the_ablations_of_a_dataset_of_splits_go_from_choosing_settings_to_one_table(tmp_path, monkeypatch):
-    for split in (1, 6):  # the first seed's, and that of the runs that choose
+def test_ablations_on_splits_choose_settings_and_give_one_table(tmp_path, monkeypatch):
+    for split in (1, 6):  # the splits of the first seed and of the tuning seed
         cuhk03_dataset(tmp_path, monkeypatch, f"cuhk03-{split}", split)
     for name in ("cuhk03", "cuhk03-ablations"):
         (tmp_path / f"{name}.yaml").write_text((STUDIES / f"{name}.yaml").read_text())
     shrink(tmp_path / "cuhk03.yaml", [1])
     base = yaml.safe_load((tmp_path / "cuhk03.yaml").read_text())
-    base["fixed"] |= {"network": "glyphnet", "embedding_dim": 16}  # ten times as fast as the paper's
+    base["fixed"] |= {"network": "glyphnet", "embedding_dim": 16}  # ten times as fast as the network of the paper
     base["fixed"] |= {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
     (tmp_path / "cuhk03.yaml").write_text(yaml.safe_dump(base))
     ablations = yaml.safe_load((tmp_path / "cuhk03-ablations.yaml").read_text())

@@ -15,14 +15,14 @@ DATASETS = ("cub", "sop", "cuhk03", "market1501")
 
 
 def tuned_grids(name):
-    """What each loss of a study is tuned over, but for the rates, which are the dataset's own."""
+    """The grid of each loss of a study without learning rates, which differ between datasets."""
     entries = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())["runs"]
     crosses = {entry["name"]: dict(entry["cross"]) for entry in entries if entry.get("tune")}
     return {loss: (len(cross.pop("learning_rate")), cross) for loss, cross in crosses.items()}
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_the_ablations_of_every_dataset_tune_the_same_losses_and_see_as_many_images(name):
+def test_ablations_of_every_dataset_have_equal_grids_and_numbers_of_images(name):
     assert tuned_grids(f"{name}-ablations") == tuned_grids("glyphs")
     runs = load_study(f"{name}-ablations").runs
     equal = [run.config for run in runs if "batch at equal images" in run.methods]
@@ -31,7 +31,7 @@ def test_the_ablations_of_every_dataset_tune_the_same_losses_and_see_as_many_ima
         assert len({c.batch_size * (getattr(c, setting) or 0) for c in equal}) == 1, setting
 
 
-def test_the_papers_studies_with_their_ablations_hold_all_of_its_runs():
+def test_paper_ablations_contain_all_runs_of_the_paper():
     everything, paper = load_study("paper-ablations"), load_study("paper")
     assert {run.config.folder for run in paper.runs} < {run.config.folder for run in everything.runs}
     assert {run.dataset for run in everything.waiting} == set(DATASETS)
@@ -40,7 +40,7 @@ def test_the_papers_studies_with_their_ablations_hold_all_of_its_runs():
 HISTOGRAM = {"kernel": "triangular", "margin": 0.0, "order_cost": "step", "density": "histogram", "metric": "cosine"}
 
 
-ADAPTED = {  # the paper's: layers that come trained at a tenth of the rate; the rest is Song et al.'s (2016)
+ADAPTED = {  # from the paper: pretrained layers at a tenth of the learning rate; other values from Song et al. (2016)
     "network": "googlenet",
     "weights": "imagenet",
     "embedding_dim": 512,
@@ -55,7 +55,7 @@ ADAPTED = {  # the paper's: layers that come trained at a tenth of the rate; the
 }
 
 
-REIDENTIFIED = {  # the authors' network and solver for CUHK03
+REIDENTIFIED = {  # network and solver of the authors for CUHK03
     "network": "parts",
     "embedding_dim": 500,
     "learning_rate": 1e-4,
@@ -66,7 +66,7 @@ REIDENTIFIED = {  # the authors' network and solver for CUHK03
     "crop": None,
     "horizontal_flip": False,
     "iterations": 150_000,
-    "images_per_class": 10,  # no cap on CUHK03, where nobody has more
+    "images_per_class": 10,  # no identity of CUHK03 has more
     "sampler": "class-shuffle",
 }
 
@@ -80,13 +80,13 @@ PAPER = {
 
 
 def configs_of(name, comparison, loss):
-    """The resolved settings of one loss's runs in a comparison of a study."""
+    """The resolved settings of the runs of one loss in a comparison of a study."""
     runs = [run.config for run in load_study(name).runs if comparison in run.methods]
     return [config.resolved() for config in runs if config.loss == loss]
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_the_paper_studies_train_the_histogram_loss_as_the_paper_does(name):
+def test_histogram_loss_has_the_settings_of_the_paper(name):
     expected = HISTOGRAM | PAPER[name]
     for made in load_study(name).runs:
         if made.config.loss == "histogram":
@@ -96,7 +96,7 @@ def test_the_paper_studies_train_the_histogram_loss_as_the_paper_does(name):
         assert (config["batch_size"], config["n_bins"]) == (128, 200)
 
 
-def test_the_paper_studies_cross_what_the_papers_figures_and_table_1_do():
+def test_studies_cross_the_values_of_the_figures_and_table_1():
     assert {c["n_bins"] for c in configs_of("cub", "bins", "histogram")} == {50, 100, 200, 400}
     for name in ("cuhk03", "market1501"):
         assert {128, 256} <= {c["batch_size"] for c in configs_of(name, "batch", "histogram")}
@@ -105,7 +105,7 @@ def test_the_paper_studies_cross_what_the_papers_figures_and_table_1_do():
 
 
 @pytest.mark.parametrize(("name", "slope"), [("cub", 25.0), ("sop", 25.0), ("cuhk03", 10.0), ("market1501", 25.0)])
-def test_the_paper_studies_hold_the_rivals_settings(name, slope):
+def test_baseline_losses_have_the_settings_of_the_paper(name, slope):
     deviances = configs_of(name, "losses", "binomial")
     assert slope in {c["C"] for c in deviances}
     assert {(c["alpha"], c["beta"]) for c in deviances} == {(2.0, 0.5)}

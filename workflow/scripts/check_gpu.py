@@ -1,7 +1,7 @@
-"""`make check-gpu`: the first thing to run on a machine with GPUs. Under five minutes; prints what passed.
+"""`make check-gpu`: check a machine with GPUs in under five minutes, before the first study.
 
-The tests marked `cuda`, a short run on one GPU and on all, the benchmarks of the losses on the GPU. Exit status 0: all
-passed, 1: not all, 3: torch finds no CUDA device and nothing was checked.
+Runs the tests marked `cuda`, a short training run on one GPU and on all GPUs, and the benchmarks of the losses. Exit
+status: 0 if all checks passed, 1 if not, 3 if torch finds no CUDA device.
 """
 
 import sys

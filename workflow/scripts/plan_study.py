@@ -1,4 +1,4 @@
-"""`python workflow/scripts/plan_study.py STUDY [--profile P] [--cores N]`: the runs left, and what they cost."""
+"""`python workflow/scripts/plan_study.py STUDY [--profile P] [--cores N]`: print the runs left and their cost."""
 
 import argparse
 import os
@@ -18,7 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="workflow/scripts/plan_study.py", description=__doc__)
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
     parser.add_argument("--profile", default="local", help="name of a folder in workflow/profiles")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU threads at once, on this machine")
+    parser.add_argument(
+        "--cores", type=int, default=os.cpu_count(), help="number of CPU threads at once on this machine"
+    )
     options = parser.parse_args()
     try:
         study = resolve_tuning(load_study(options.study))
@@ -27,8 +29,8 @@ def main() -> None:
         sys.exit(f"study {options.study}: {error}")
     gpus = None if cluster else len(visible_devices())
     print(plan_text(study, plan_runs(study, gpus, read_costs() | measured_costs(Path("runs")))))
-    at_once = "as many at once as the cluster gives" if cluster else f"CORES={options.cores} and {gpus} GPUs"
-    print(f"Runs side by side divide the hours: here {at_once}.")
+    parallel = "the cluster decides how many run at once" if cluster else f"CORES={options.cores} and {gpus} GPUs"
+    print(f"The hours are for runs in sequence; parallel runs divide them ({parallel}).")
 
 
 if __name__ == "__main__":

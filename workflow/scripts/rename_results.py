@@ -1,7 +1,7 @@
-"""`python workflow/scripts/rename_results.py RESULTS.parquet`: give a table of results the present names of settings.
+"""`python workflow/scripts/rename_results.py RESULTS.parquet`: rename old settings in a table of results.
 
-For results that were made before settings were renamed (CHANGELOG.md has the table). Recorded run ids, code hashes and
-commits stay as they were made. A table that has the present names already stays as it is.
+For results that were made before settings were renamed (CHANGELOG.md lists the names). Run ids, code hashes and commits
+keep their recorded values. A table with current names does not change.
 """
 
 import argparse
@@ -26,7 +26,11 @@ def main() -> None:
 
 
 def renamed(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the present names of settings as columns, and of the keys of `panel`."""
+    """Rename the columns of settings, and the keys of `panel`, to their current names.
+
+    Args:
+        table: a table of results.
+    """
     panels = table["panel"].map(_renamed_panel, na_action="ignore")
     return table.rename(columns=OLD_NAMES).assign(panel=panels)
 

@@ -1,4 +1,4 @@
-"""`run_notebook.py run STUDY RUN_ID [--attempt N] [--own-gpus] | report STUDY`: execute one notebook by papermill."""
+"""`run_notebook.py run STUDY RUN_ID [--attempt N] [--own-gpus] | report STUDY`: execute one notebook with papermill."""
 
 import argparse
 
@@ -9,12 +9,12 @@ from hloss.study.tuning import resolve_tuning
 
 
 def main() -> None:
-    """Execute a run or a report; exits with 1 and the last line of the error if the notebook fails."""
+    """Execute a run or a report; if the notebook fails, print the last line of the error and exit with 1."""
     parser = argparse.ArgumentParser(prog="workflow/scripts/run_notebook.py", description=__doc__)
     parser.add_argument("kind", choices=["run", "report"])
     parser.add_argument("study")
     parser.add_argument("run_id", nargs="?")
-    parser.add_argument("--attempt", type=int, default=1, help="how often the engine has started this run")
+    parser.add_argument("--attempt", type=int, default=1, help="number of this attempt, from 1")
     parser.add_argument("--own-gpus", action="store_true", help="choose and lock GPUs of this machine")
     options = parser.parse_args()
     end_with_parent()

@@ -1,6 +1,6 @@
-"""`python workflow/scripts/run_study.py STUDY [--profile P] [--cores N] [--keep]`: run what is not complete.
+"""`python workflow/scripts/run_study.py STUDY [--profile P] [--cores N] [--keep]`: run the incomplete runs of a study.
 
-What can be refused is refused before any training. One study runs at a time in a clone.
+Invalid settings and missing data are refused before any training. One study runs at a time in a clone.
 """
 
 import argparse
@@ -21,8 +21,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="workflow/scripts/run_study.py", description=__doc__)
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
     parser.add_argument("--profile", default="local", help="name of a folder in workflow/profiles")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU threads at once, on this machine")
-    parser.add_argument("--keep", action="store_true", help="keep stale runs, and say so in the report")
+    parser.add_argument(
+        "--cores", type=int, default=os.cpu_count(), help="number of CPU threads at once on this machine"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep results of other code or data; the report says so")
     parser.add_argument("--collect", action="store_true", help="only write reports/STUDY/results.parquet")
     options = parser.parse_args()
     if "MAKELEVEL" in os.environ:

@@ -1,6 +1,6 @@
 """`python workflow/scripts/verify_results.py FOLDER [--runs N] [--seed S]`: repeat runs of FOLDER/results.parquet.
 
-Compares what they measure and writes FOLDER/verified.json, which the report cites. Exits with 1 if any run differs.
+Compares the measured values and writes FOLDER/verified.json, which the report cites. Exits with 1 if a run differs.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from hloss.study.verify import DIFFERENT, verify
 def main() -> None:
     """Verify the results of a folder from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="holds results.parquet, as reports/sample does")
-    parser.add_argument("--runs", type=int, default=5, help="how many runs to repeat")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of these runs")
+    parser.add_argument("folder", type=Path, help="folder with results.parquet, such as reports/sample")
+    parser.add_argument("--runs", type=int, default=5, help="number of runs to repeat")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draw of these runs")
     options = parser.parse_args()
     file = options.folder / "results.parquet"
     if not file.is_file():
-        sys.exit(f"RESULTS={options.folder} has no results.parquet; reports/sample has one")
+        sys.exit(f"RESULTS={options.folder} must be a folder with results.parquet, such as reports/sample")
     try:
         verified = verify(file, options.runs, options.seed, lambda line: print(line, flush=True))
     except (ConfigError, DatasetError, RunError) as error:
@@ -28,7 +28,7 @@ def main() -> None:
     differing = [run_id for run_id, run in verified["runs"].items() if run["outcome"] == DIFFERENT]
     if differing:
         sys.exit(f"{len(differing)} of {len(verified['runs'])} runs differ from {file}: {', '.join(differing)}")
-    print(f"{len(verified['runs'])} runs agree with {file}; {file.with_name('verified.json')} says so")
+    print(f"{len(verified['runs'])} runs agree with {file}; wrote {file.with_name('verified.json')}")
 
 
 if __name__ == "__main__":
