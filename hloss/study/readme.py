@@ -100,9 +100,10 @@ def _is_best_last(recalls: list[float]) -> bool:
 def _reading() -> str:
     margin = f"±{EQUIVALENCE_MARGIN:g} points"
     return fill(
-        "A cell gives the verdict and the difference that decides it, in points of test Recall@1 (for the overlap, in "
-        f"% of the mass). Equivalent: the 90 % confidence interval (CI) lies within {margin}. A claim that A is above "
-        "B fails if the two are equivalent. Criteria, all differences and all runs: `reports/sample/report.html`.",
+        "Each cell gives a verdict and the difference that decides it, in points of test Recall@1. All were measured "
+        "on glyphs, also where a claim names another dataset. Equivalent: the 90 % confidence interval (CI) lies "
+        f'within {margin}. "A above B" is not reproduced if A and B are equivalent. The report has the criteria and '
+        "all runs: `reports/sample/report.html`.",
         width=120,
     )
 
@@ -126,7 +127,8 @@ def _cell(verdicts: pd.DataFrame) -> str:
 
 def typeset(evidence: str) -> str:
     """A part of the evidence with real minus signs, and with the unit of its difference."""
-    evidence = re.sub(r"(: [+-]\d+\.\d)(?= \()", r"\1 points", evidence)
+    unit = "% of the mass" if evidence.startswith("overlap") else "points"
+    evidence = re.sub(r"(: [+-]\d+\.\d)(?= \()", rf"\1 {unit}", evidence)
     return re.sub(r"(?<!\S)-(?=\d)", "−", evidence)
 
 
