@@ -25,7 +25,7 @@ class Sides:
 
     def blocks(self, pairs: Pairs, buffers: Buffers) -> Iterator[tuple[PairBlock, Tensor]]:
         """Yield blocks of pairs with their positions (s + 1) / Delta, clipped to [0, n_bins], in a shared buffer."""
-        half = self.rows.new_tensor(self.half_bins)
+        half = self.rows.new_full((), self.half_bins)  # on a GPU, without waiting for it
         for block in pairs.blocks():
             rows, columns = self.rows[block.rows], self.columns[block.columns]
             position = buffers.take("position", (len(rows), len(columns)), rows.dtype, rows.device)

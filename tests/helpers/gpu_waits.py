@@ -18,4 +18,4 @@ def counted_waits() -> Iterator[list[str]]:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+    waits += [str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)]

@@ -1,7 +1,6 @@
 """The loss on a GPU: equal to the CPU's at any global precision, the same every time, with one synchronisation."""
 
-import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from hloss import HistogramLoss
 from hloss.losses import fused, passes
 from hloss.losses.checks import deferred_checks
+from tests.helpers.gpu_waits import counted_waits
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VARIANTS = [
@@ -72,20 +72,6 @@ def test_the_result_is_the_same_every_time(options):
         assert torch.equal(first[1], again[1])
 
 
-@contextmanager
-def recorded_waits():
-    """A list that receives a warning for each synchronisation of the host with the GPU."""
-    waits: list[warnings.WarningMessage] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")  # warns by itself that it is a prototype
-        try:
-            yield waits
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits += [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
-
-
 def waits(options, n, labels_device="cuda", deferred=False):
     """Number of synchronisations of the forward pass and of the backward pass."""
     embeddings = torch.randn(n, 32, device="cuda").requires_grad_()
@@ -93,9 +79,9 @@ def waits(options, n, labels_device="cuda", deferred=False):
     loss = HistogramLoss(**options)
     loss(embeddings, labels).backward()  # compiles and fills caches
     with deferred_checks() if deferred else nullcontext():
-        with recorded_waits() as forward:
+        with counted_waits() as forward:
             value = loss(embeddings, labels)
-        with recorded_waits() as backward:
+        with counted_waits() as backward:
             value.backward()
     return len(forward), len(backward)
 
