@@ -8,7 +8,6 @@ pass, and `multiply` looks it up while it multiplies. Otherwise `find_slopes` co
 of the matrix of slopes at a time, which cuBLAS multiplies: memory does not grow with the number of pairs.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -271,15 +270,15 @@ def forward_pass(
         columns = None
         if references is not None:
             columns = _prepare(plan.column_prepare, references, table, both_labels, plan)
-        # Class labels tell before any product whether the batch is refused: the host waits for no more.
-        is_refused = None if plan.matrix or is_deferred() else _reader(table[plan.flags])
+        # Norms and class labels tell whether the batch is refused: the host does not wait for the products.
+        is_checked = not (plan.matrix or is_deferred() or _is_refused(table[plan.flags]))
         places = None
         if plan.places_shape:
             places = torch.empty(plan.places_shape, dtype=plan.places_dtype, device=device)
         column_units = (columns or rows).units
         plan.bin_pairs(rows.units, column_units, row_labels, column_labels, table, table if places is None else places)
         loss, slopes, checks = _finish(table, plan)
-        if is_refused is None or is_refused():
+        if not is_checked:
             verify_or_defer(checks, _verify, s, embeddings, labels, references, reference_labels)
     return loss, Kept(rows, columns, slopes, places)
 
@@ -374,20 +373,10 @@ def _prepare(launch: Launch, given: Tensor, table: Tensor, labels: tuple[Tensor,
     return Side(units, scales)
 
 
-def _reader(flags: Tensor) -> Callable[[], bool]:
-    """Begin to read the flags. The result waits for them, and returns whether they refuse the batch."""
-    read = flags.to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event() if flags.is_cuda else None
-    if arrived:
-        arrived.record()
-
-    def is_refused() -> bool:
-        if arrived:
-            arrived.synchronize()
-        refused_rows, refused_pairs, some_negative, some_positive = read.tolist()
-        return bool(refused_rows or refused_pairs or not (some_negative and some_positive))
-
-    return is_refused
+def _is_refused(flags: Tensor) -> bool:
+    """Read the flags: whether the batch is refused."""
+    refused_rows, refused_pairs, some_negative, some_positive = flags.tolist()
+    return bool(refused_rows or refused_pairs or not (some_negative and some_positive))
 
 
 def _finish(table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
