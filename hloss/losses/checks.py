@@ -55,7 +55,8 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
     Yields:
         The pending checks, with `raise_if_bad()`.
 
-    Example:
+    Example::
+
         with deferred_checks() as checks:
             for images, labels in batches:
                 loss(network(images), labels).backward()
