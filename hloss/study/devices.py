@@ -1,4 +1,4 @@
-"""GPUs of this machine, and locks that give each GPU to one run at a time."""
+"""GPUs of this machine, and locks that give each GPU to one run, or to a few small runs, at a time."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ import torch
 from hloss.runs.errors import LockedError
 from hloss.runs.files import file_lock
 
+SLOTS = 16  # locks per GPU: the most runs that share it
 CPU_NAMES = ("x86_64", "AMD64", "aarch64", "arm64")  # devices of results that were not made on a GPU
 
 
@@ -25,13 +26,14 @@ def visible_devices() -> list[str]:
 
 
 @contextmanager
-def own_devices(count: int) -> Iterator[list[str]]:
-    """Wait for GPUs, lock them, and set CUDA_VISIBLE_DEVICES to them.
+def own_devices(count: int, runs_per_gpu: int = 1) -> Iterator[list[str]]:
+    """Wait for GPUs, lock them or a share of them, and set CUDA_VISIBLE_DEVICES to them.
 
     The lock files belong to the user and are shared by all clones on this machine. A lock ends with its process.
 
     Args:
         count: number of GPUs; at most as many as the machine has are locked.
+        runs_per_gpu: number of runs that may share each of these GPUs; a divisor of SLOTS.
 
     Yields:
         Names of the locked GPUs.
@@ -39,7 +41,7 @@ def own_devices(count: int) -> Iterator[list[str]]:
     devices = visible_devices()
     count = min(count, len(devices))
     with contextlib.ExitStack() as held:
-        while len(mine := _lock_free(devices, count, held)) < count:
+        while len(mine := _lock_free(devices, count, runs_per_gpu, held)) < count:
             held.close()  # keep none while waiting: two runs could wait for each other's devices forever
             time.sleep(1)
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -53,14 +55,23 @@ def own_devices(count: int) -> Iterator[list[str]]:
                 os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _lock_free(devices: list[str], count: int, held: contextlib.ExitStack) -> list[str]:
-    """Lock up to `count` free devices; their locks end with `held`."""
+def _lock_free(devices: list[str], count: int, runs_per_gpu: int, held: contextlib.ExitStack) -> list[str]:
+    """Lock shares of up to `count` GPUs, of the emptiest first; the locks end with `held`."""
     mine: list[str] = []
-    for device in devices:
-        if len(mine) == count:
-            break
-        file = Path(tempfile.gettempdir()) / f"hloss-{os.getuid()}-gpu-{device}.lock"
-        with suppress(LockedError):
-            held.enter_context(file_lock(file, f"is using GPU {device}"))
-            mine.append(device)
+    size = SLOTS // runs_per_gpu
+    for first in range(0, SLOTS, size):
+        for device in devices:
+            if len(mine) < count and device not in mine and _lock_slots(device, range(first, first + size), held):
+                mine.append(device)
     return mine
+
+
+def _lock_slots(device: str, slots: range, held: contextlib.ExitStack) -> bool:
+    """Lock all of these slots of a GPU until the end of `held`, or none of them."""
+    with contextlib.ExitStack() as locks, suppress(LockedError):
+        for slot in slots:
+            file = Path(tempfile.gettempdir()) / f"hloss-{os.getuid()}-gpu-{device}-{slot}.lock"
+            locks.enter_context(file_lock(file, f"is using GPU {device}"))
+        held.push(locks.pop_all())
+        return True
+    return False

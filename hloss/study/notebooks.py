@@ -83,6 +83,7 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(folder) or {}
+    runs_per_gpu = 1 if run.needs_own_gpu() else run.resources.runs_per_gpu
     if attempt > 1 and is_final(status):
         fail(f"{run.name} is not attempted again: {status['message']}")
     if is_final(status):  # an earlier start wrote it; this start attempts the run again
@@ -95,7 +96,8 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
         if not is_final(read_status(folder) or {}):  # the run has not written its status
             write_status(folder, "failed", iteration, message)
 
-    with own_devices(run.resources.gpus) if own_gpus or not run.resources.gpus else contextlib.nullcontext():
+    gpus, locks = run.resources.gpus, own_gpus or not run.resources.gpus
+    with own_devices(gpus, runs_per_gpu) if locks else contextlib.nullcontext():
         execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log", on_refusal)
     if read_result(folder) is None:
         fail(f"{run.name}: the notebook ended without a result; the log is {folder / 'run.log'}")

@@ -55,3 +55,41 @@ def test_run_on_two_gpus_locks_both_or_none(two_gpus):
             assert other == ["1"]
     waiting.join(10)
     assert got.is_set()
+
+
+def test_small_runs_share_gpus_evenly(two_gpus):
+    with own_devices(1, 2) as first, own_devices(1, 4) as second, own_devices(1, 2) as third, own_devices(1, 16) as last:
+        assert [first, second, third, last] == [["0"], ["1"], ["0"], ["1"]]
+
+
+def test_at_most_the_given_number_of_runs_share_a_gpu(two_gpus):
+    got = threading.Event()
+
+    def wait_for_a_share():
+        with own_devices(1, 2):
+            got.set()
+
+    with own_devices(1, 2), own_devices(1, 2), own_devices(1, 2), own_devices(1, 2) as last:
+        assert last == ["1"]
+        waiting = threading.Thread(target=wait_for_a_share)
+        waiting.start()
+        assert not got.wait(0.2)
+    waiting.join(10)
+    assert got.is_set()
+
+
+def test_run_with_its_own_gpu_waits_for_all_that_share_it(two_gpus):
+    got = threading.Event()
+
+    def wait_for_both():
+        with own_devices(2):
+            got.set()
+
+    with own_devices(1, 16):
+        waiting = threading.Thread(target=wait_for_both)
+        waiting.start()
+        assert not got.wait(0.2)
+        with own_devices(1) as other:
+            assert other == ["1"]
+    waiting.join(10)
+    assert got.is_set()
