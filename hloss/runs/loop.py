@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
 
 from hloss.losses.checks import DeferredChecks, deferred_checks
 from hloss.losses.distributed import global_batch
@@ -20,6 +18,7 @@ from hloss.numerics import NotFiniteError
 from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_status
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
+from hloss.runs.engine import Fabric
 from hloss.runs.errors import RunError, RunStopped
 from hloss.runs.evaluation import validation_recall
 from hloss.runs.files import atomic_save
@@ -258,6 +257,8 @@ class Loop:
 
     def _progress_bar(self) -> Any:
         """A progress bar in a terminal or a notebook; a log has the lines of the validations."""
+        from tqdm.auto import tqdm  # imported here because the import decides for a terminal or a notebook
+
         shell = sys.modules.get("IPython")
         interactive = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)
         hidden = not interactive or not self.context.fabric.is_global_zero

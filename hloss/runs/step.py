@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
 from hloss.numerics import NotFiniteError
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
+from hloss.runs.engine import Fabric, FabricModule
 from hloss.runs.images import augment, draw_views
 from hloss.runs.models import batchnorms
 from hloss.runs.resident import ResidentDataset
@@ -168,7 +167,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 
 def gradient(
     fabric: Fabric,
-    network: _FabricModule,
+    network: FabricModule,
     criterion: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
