@@ -1,7 +1,7 @@
 """Lightning Fabric, imported without torch's compiler: no run uses it, and its import takes a second.
 
-Fabric needs one type of the compiler, and torch's optimisers two functions. Until something uses more of `torch._dynamo`,
-a module with these three stands for it; then the compiler is imported, and everything works as without this module.
+Fabric needs one type of the compiler, and torch's optimisers two functions. A module with these three stands for
+`torch._dynamo` until something uses more of it; then the compiler is imported, and all works as without this module.
 """
 
 import sys

@@ -120,8 +120,9 @@ class Loop:
         iteration = progress["iteration"] + 1
         # The same in all processes; with a third number, because seed and iteration alone draw the crops.
         loss_seed = seed_of(config.seed, iteration, fabric.world_size) if fabric.world_size > 1 else None
-        images, labels = (part.to(fabric.device, non_blocking=True) for part in next(self.batches))
+        images, labels = next(self.batches)
         if self.on_host:
+            images, labels = (part.to(fabric.device, non_blocking=True) for part in (images, labels))
             images = channels_last(images)
         set_learning_rates(self.optimizer, config, iteration)
         self.optimizer.zero_grad(set_to_none=True)

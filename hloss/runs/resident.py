@@ -1,6 +1,7 @@
 """Datasets whose images are in the memory of the device, so that a training step copies no pixels from the host."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -56,9 +57,15 @@ class ResidentDataset(Dataset):
         tops, lefts, flips = (part.numpy() for part in views[:3])
         starts, steps = lefts + (views.columns - 1) * flips, 1 - 2 * flips.astype(np.int64)
         index, found, top, start, step = send(np.stack([rows, labels, tops, starts, steps]), self.resident.device)
-        down = top[:, None] + torch.arange(views.rows, device=top.device)
-        across = torch.addcmul(start[:, None], step[:, None], torch.arange(views.columns, device=top.device))
+        down = top[:, None] + _numbers(views.rows, top.device)
+        across = torch.addcmul(start[:, None], step[:, None], _numbers(views.columns, top.device))
         return self.resident[index[:, None, None], down[:, :, None], across[:, None]].permute(0, 3, 1, 2), found
+
+
+@lru_cache
+def _numbers(n: int, device: torch.device) -> Tensor:
+    """The whole numbers below n, int64 (n,)."""
+    return torch.arange(n, device=device)
 
 
 def send(numbers: np.ndarray, device: torch.device) -> Tensor:

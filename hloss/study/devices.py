@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,23 @@ def visible_devices() -> list[str]:
     if named is None:
         return [str(number) for number in range(torch.cuda.device_count())]
     return [name.strip() for name in named.split(",") if name.strip()]
+
+
+def usable_gpus() -> int:
+    """Number of GPUs that torch can use.
+
+    A forked process asks torch, because a process that has asked cannot fork a kernel that uses CUDA.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the other process does not need
+        child = os.fork()
+    if not child:
+        found = 0
+        try:
+            found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        finally:
+            os._exit(found)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Any
 
+import torch
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 INLINE = "module://matplotlib_inline.backend_inline"
@@ -98,6 +99,8 @@ def _run_kernel(arguments: list[str], environment: dict[str, str], folder: str) 
     os.environ.update(environment)
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if torch.cuda._is_in_bad_fork():  # the forking process used CUDA
+        os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *arguments])
     logging.basicConfig(level=logging.WARNING, handlers=[logging.StreamHandler()], force=True)
     if "matplotlib" in sys.modules:  # it read the variable when it was imported
         sys.modules["matplotlib"].rcParams["backend"] = os.environ.get("MPLBACKEND", INLINE)
@@ -120,7 +123,8 @@ class ForkedProvisioner(LocalProvisioner):
         kernel = self.waiting.pop()
         self.cwd = options.get("cwd") or os.getcwd()
         kernel.start(cmd[cmd.index("-f") :], options["env"], str(self.cwd))
-        self.process, self.pid, self.pgid = kernel, kernel.pid, kernel.pid
+        self.process = kernel  # type: ignore[assignment]
+        self.pid = self.pgid = kernel.pid
         return self.connection_info
 
 

@@ -27,7 +27,7 @@ from hloss.runs.checkpoints import read_status, write_status
 from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write, read_result
-from hloss.study.devices import own_devices
+from hloss.study.devices import own_devices, usable_gpus
 from hloss.study.kernels import use_forked_kernel
 from hloss.study.spec import Study, StudyRun
 
@@ -111,7 +111,7 @@ def _check_given_gpus(run: StudyRun, iteration: int) -> None:
     Without this check the run would train on the CPU, because torch also counts GPUs that it cannot initialise.
     """
     given = run.resources.gpus
-    found = torch.cuda.device_count() if given and torch.cuda.is_available() else 0
+    found = usable_gpus() if given else 0
     if given > found:
         message = (
             f"{run.name}: torch {torch.__version__} can use too few GPUs on {platform.node()}: got {found}, Slurm "

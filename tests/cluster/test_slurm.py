@@ -101,8 +101,10 @@ def test_failed_jobs_are_retried_to_the_report_of_this_machine(slurm, jobs, new_
         called(slurm, "scancel", first_job(cancelled))
 
     def kill():
-        for kernel in processes("ipykernel_launcher", SLURM_JOB_ID=first_job(killed)):
-            kernel.kill()
+        for runner in processes("run_notebook.py run", SLURM_JOB_ID=first_job(killed)):
+            for kernel in runner.children():
+                if "run_notebook.py" in " ".join(kernel.cmdline()):  # forked from the runner
+                    kernel.kill()
 
     def let_time_run_out():
         called(slurm, "scontrol", "update", f"JobId={first_job(overdue)}", "EndTime=now+1")

@@ -1,5 +1,6 @@
 """GPUs of this machine, locked by the runs that use them."""
 
+import contextlib
 import os
 import threading
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from hloss.study import devices
-from hloss.study.devices import own_devices, visible_devices
+from hloss.study.devices import own_devices, usable_gpus, visible_devices
 
 
 @pytest.fixture
@@ -25,6 +26,14 @@ def test_visible_devices_follow_the_environment(monkeypatch):
     assert visible_devices() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_devices() == [str(n) for n in range(torch.cuda.device_count())]
+
+
+def test_count_of_gpus_leaves_cuda_of_this_process_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(1) or True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert usable_gpus() == 3
+    assert not asked
 
 
 def test_each_run_sees_its_own_gpus(monkeypatch, two_gpus):
@@ -58,8 +67,9 @@ def test_run_on_two_gpus_locks_both_or_none(two_gpus):
 
 
 def test_small_runs_share_gpus_evenly(two_gpus):
-    with own_devices(1, 2) as first, own_devices(1, 4) as second, own_devices(1, 2) as third, own_devices(1, 16) as last:
-        assert [first, second, third, last] == [["0"], ["1"], ["0"], ["1"]]
+    shares = (2, 4, 2, 16)
+    with contextlib.ExitStack() as held:
+        assert [held.enter_context(own_devices(1, share)) for share in shares] == [["0"], ["1"], ["0"], ["1"]]
 
 
 def test_at_most_the_given_number_of_runs_share_a_gpu(two_gpus):
