@@ -15,6 +15,7 @@ from hloss.runs.errors import LockedError
 from hloss.runs.files import file_lock
 
 SLOTS = 16  # locks per GPU: the most runs that share it
+CANNOT_ASK = 255  # exit status
 CPU_NAMES = ("x86_64", "AMD64", "aarch64", "arm64")  # devices of results that were not made on a GPU
 
 
@@ -22,7 +23,7 @@ def visible_devices() -> list[str]:
     """Names of the GPUs that a study may use: those in CUDA_VISIBLE_DEVICES, or all of the machine if it is not set."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return [str(number) for number in range(torch.cuda.device_count())]
+        return [str(number) for number in range(usable_gpus())]
     return [name.strip() for name in named.split(",") if name.strip()]
 
 
@@ -35,12 +36,17 @@ def usable_gpus() -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the other process does not need
         child = os.fork()
     if not child:
-        found = 0
+        found = CANNOT_ASK
         try:
-            found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            found = CANNOT_ASK if torch.cuda._is_in_bad_fork() else _count_gpus()
         finally:
             os._exit(found)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return _count_gpus() if found == CANNOT_ASK else found
+
+
+def _count_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager
@@ -56,7 +62,7 @@ def own_devices(count: int, runs_per_gpu: int = 1) -> Iterator[list[str]]:
     Yields:
         Names of the locked GPUs.
     """
-    devices = visible_devices()
+    devices = visible_devices() if count else []
     count = min(count, len(devices))
     with contextlib.ExitStack() as held:
         while len(mine := _lock_free(devices, count, runs_per_gpu, held)) < count:

@@ -32,8 +32,12 @@ def test_count_of_gpus_leaves_cuda_of_this_process_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(1) or True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
     assert usable_gpus() == 3
     assert not asked
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)  # this process has asked before
+    assert usable_gpus() == 3
+    assert asked
 
 
 def test_each_run_sees_its_own_gpus(monkeypatch, two_gpus):
