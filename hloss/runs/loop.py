@@ -73,8 +73,9 @@ class Loop:
         share = (fabric.global_rank, fabric.world_size)
         on_gpu = fabric.device.type == "cuda"
         self.on_host = on_gpu and not isinstance(context.dataset, ResidentDataset)  # the images
-        self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host)
-        self.unread, self.checks = UnreadLosses(reading_interval(fabric.device)), DeferredChecks(sys.maxsize)
+        interval = reading_interval(fabric.device)
+        self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host, at_once=interval)
+        self.unread, self.checks = UnreadLosses(interval), DeferredChecks(sys.maxsize)
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
         self.loss = loss.to(fabric.device)

@@ -83,7 +83,8 @@ def marked_files(mark: str, folder: Path, most_seconds: float) -> list[Check]:
     Returns:
         The rows of `marked_tests`.
     """
-    files = sorted(str(file) for file in Path("tests").rglob("test_*.py") if f"mark.{mark}" in file.read_text())
+    files = [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if f"mark.{mark}" in file.read_text()]
+    files = [file for file in files if not file.startswith("tests/benchmarks/")]
     files.remove(NCCL)
     with ThreadPoolExecutor(len(files)) as pool:
         found = pool.map(lambda file: marked_tests(mark, folder, most_seconds, file), files)
