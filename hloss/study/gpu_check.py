@@ -23,8 +23,8 @@ from hloss.study.processes import prepare
 from hloss.study.throughput import MEASURED as THROUGHPUT
 
 NO_CUDA = 3
-TESTS_SECONDS, NCCL_SECONDS, BENCHMARK_SECONDS, SPEED_SECONDS = 80, 30, 40, 40
-RUN_SECONDS, SMALL_SECONDS = 20, 30  # RUN_SECONDS for each of two runs
+TESTS_SECONDS, NCCL_SECONDS, BENCHMARK_SECONDS, SPEED_SECONDS = 80, 30, 35, 35
+RUN_SECONDS, SMALL_SECONDS = 25, 30  # RUN_SECONDS for each of two runs
 STOP_SECONDS = 5  # for each of the seven commands; all limits together are below 300 s
 SPEED_FILE = Path("throughput.csv")
 NCCL = "tests/losses/test_nccl.py"
