@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
 
 from hloss.losses.checks import DeferredChecks, deferred_checks
 from hloss.losses.distributed import global_batch
@@ -20,6 +18,7 @@ from hloss.numerics import NotFiniteError
 from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_status
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
+from hloss.runs.engine import Fabric
 from hloss.runs.errors import RunError, RunStopped
 from hloss.runs.evaluation import validation_recall
 from hloss.runs.files import atomic_save
@@ -74,8 +73,9 @@ class Loop:
         share = (fabric.global_rank, fabric.world_size)
         on_gpu = fabric.device.type == "cuda"
         self.on_host = on_gpu and not isinstance(context.dataset, ResidentDataset)  # the images
-        self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host)
-        self.unread, self.checks = UnreadLosses(reading_interval(fabric.device)), DeferredChecks(sys.maxsize)
+        interval = reading_interval(fabric.device)
+        self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host, at_once=interval)
+        self.unread, self.checks = UnreadLosses(interval), DeferredChecks(sys.maxsize)
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
         self.loss = loss.to(fabric.device)
@@ -121,8 +121,9 @@ class Loop:
         iteration = progress["iteration"] + 1
         # The same in all processes; with a third number, because seed and iteration alone draw the crops.
         loss_seed = seed_of(config.seed, iteration, fabric.world_size) if fabric.world_size > 1 else None
-        images, labels = (part.to(fabric.device, non_blocking=True) for part in next(self.batches))
+        images, labels = next(self.batches)
         if self.on_host:
+            images, labels = (part.to(fabric.device, non_blocking=True) for part in (images, labels))
             images = channels_last(images)
         set_learning_rates(self.optimizer, config, iteration)
         self.optimizer.zero_grad(set_to_none=True)
@@ -258,6 +259,8 @@ class Loop:
 
     def _progress_bar(self) -> Any:
         """A progress bar in a terminal or a notebook; a log has the lines of the validations."""
+        from tqdm.auto import tqdm  # imported here because the import decides for a terminal or a notebook
+
         shell = sys.modules.get("IPython")
         interactive = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)
         hidden = not interactive or not self.context.fabric.is_global_zero

@@ -8,7 +8,7 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import file_lock
-from hloss.study.devices import visible_devices
+from hloss.study.devices import SLOTS, visible_devices
 from hloss.study.notebooks import check_parameters
 from hloss.study.processes import call
 from hloss.study.profiles import profile_folder, uses_slurm
@@ -69,7 +69,7 @@ def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, 
         status = _run_on_slurm(study, command, progress, queue)
     else:
         gpus = available_gpus(study)
-        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
+        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={SLOTS * gpus}"], progress)
     if status:
         sys.exit(
             f"study {study.name} is not complete; run the same command again to continue "

@@ -30,33 +30,64 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.losses.settings import did_you_mean
+from hloss.runs.checkpoints import read_status
 from hloss.runs.config import RunConfig, parse_config
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, GPUMemoryError
+from hloss.study.devices import SLOTS
 
 STUDIES = Path("workflow/studies")
 LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
 CHOICE = ": choice"  # suffix of the comparison that contains the runs of a grid
+SMALL_NETWORKS = ("glyphnet", "pixels")  # with few multiplications: a run leaves most of a GPU idle
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 
 
 class Resources(BaseModel):
-    """Resources of one run. A cluster uses all of them, this machine only `gpus`."""
+    """Resources of one run. A cluster uses all of them, this machine only `gpus` and `runs_per_gpu`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     partition: str = Field("", description="Slurm partition; empty: the cluster's default")
     account: str = Field("", description="Slurm account; empty: the user's default")
     gpus: int = Field(ge=0, description="GPUs of the run; 0: it runs on the CPU. Default: the run's `devices`")
+    runs_per_gpu: Literal[1, 2, 4, 8, 16] = Field(
+        1, description=f"runs that may share a GPU. Default: {SLOTS} for {' and '.join(SMALL_NETWORKS)}, else 1"
+    )
+    gpu_parts: str = Field(
+        "",
+        pattern=r"^(\w+:[1-9]\d*)?$",
+        description="Slurm's generic resource for a part of a GPU, and the parts of each GPU: shard:16 or mps:100. "
+        "Empty: the cluster has none, and a run gets whole GPUs",
+    )
     memory_gb: float = Field(8.0, gt=0, description="main memory of the first attempt, in GiB; a retry asks for more")
     hours: float = Field(4.0, gt=0, description="time limit of the first attempt; a retry asks for more")
     max_memory_gb: float = Field(64.0, gt=0, description="memory of a node: no retry asks for more")
     max_hours: float = Field(24.0, gt=0, description="the partition's time limit: no retry asks for more")
+
+    def gpu_slots(self, alone: bool) -> int:
+        """Slots of this machine's GPUs, of which each has SLOTS.
+
+        Args:
+            alone: the run shares no GPU.
+        """
+        return self.gpus * SLOTS // (1 if alone else self.runs_per_gpu)
+
+    def slurm_gpus(self, alone: bool) -> tuple[int, str]:
+        """Whole GPUs and generic resources for a job of Slurm, one of them 0 or empty.
+
+        Args:
+            alone: as in `gpu_slots`.
+        """
+        if alone or self.runs_per_gpu == 1 or not (self.gpus and self.gpu_parts):
+            return self.gpus, ""
+        name, _, parts = self.gpu_parts.partition(":")
+        return 0, f"{name}:{max(int(parts) // self.runs_per_gpu, 1)}"
 
     def memory_mib(self, attempt: int) -> int:
         """Main memory of an attempt in MiB: memory_gb × attempt, at most max_memory_gb.
@@ -100,6 +131,11 @@ class StudyRun:
     def name(self) -> str:
         """Its method and seed."""
         return f"{self.method}, seed {self.config.seed}"
+
+    def needs_own_gpu(self) -> bool:
+        """Whether its last attempt ran out of the memory of a GPU, so that the next attempt shares none."""
+        status = read_status(self.config.folder) or {}
+        return status.get("message", "").startswith(GPUMemoryError.__name__)
 
 
 @dataclass(frozen=True)
@@ -283,7 +319,11 @@ def _study_run(file: StudyFile, entry: dict[str, Any], combination: dict[str, An
 
 def _checked_resources(file: Path, method: str, config: RunConfig, *mappings: dict[str, Any] | None) -> Resources:
     """The resources of a run; later mappings replace values of earlier ones."""
-    settings: dict[str, Any] = {"gpus": 0 if config.device == "cpu" else config.devices}
+    small = config.network in SMALL_NETWORKS and config.devices == 1
+    settings: dict[str, Any] = {
+        "gpus": 0 if config.device == "cpu" else config.devices,
+        "runs_per_gpu": SLOTS if small else 1,
+    }
     for mapping in mappings:
         _check_keys(file, "resources", mapping or {}, set(), set(Resources.model_fields))
         settings |= mapping or {}
@@ -297,6 +337,11 @@ def _checked_resources(file: Path, method: str, config: RunConfig, *mappings: di
         raise ConfigError(
             f"{file}, {method}: resources gpus does not fit the run: got {resources.gpus}; with "
             f"device={config.device!r} and devices={config.devices} allowed are {' or '.join(map(str, allowed))}"
+        )
+    if resources.gpus > 1 and resources.runs_per_gpu > 1:
+        raise ConfigError(
+            f"{file}, {method}: a run on several GPUs shares none: got runs_per_gpu={resources.runs_per_gpu} with "
+            f"gpus={resources.gpus}; set runs_per_gpu to 1"
         )
     return resources
 
