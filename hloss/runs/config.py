@@ -28,6 +28,7 @@ from hloss.runs.models import (
     has_pretrained_part,
     is_known_network,
     network_defaults,
+    torchvision_names,
 )
 from hloss.samplers import SAMPLERS, ClassSampler
 
@@ -225,6 +226,8 @@ class RunConfig(BaseModel):
         _check_name("dataset", self.dataset, None)
         _check_name("study", self.study, None)
         if not is_known_network(self.network):
+            if self.network.startswith(TORCHVISION):
+                _check_name("network", self.network, tuple(f"{TORCHVISION}{name}" for name in torchvision_names()))
             _check_name("network", self.network, (*NETWORKS, f"{TORCHVISION}NAME"))
         if not self.loss.startswith(PREFIX):
             _check_name("loss", self.loss, (*LOSSES, f"{PREFIX}NAME", NO_LOSS))
@@ -361,11 +364,15 @@ class RunConfig(BaseModel):
             ValueError: a setting is given that the sampler does not have, or the batch size does not fit the sampler.
         """
         defaults = _defaults(SAMPLERS[self.sampler], SAMPLER_SETTINGS)
-        if self.min_images_per_class is not None and not defaults:
-            raise ValueError(
-                f"min_images_per_class={self.min_images_per_class}: sampler {self.sampler!r} has no setting "
-                'min_images_per_class; use sampler "random-class"'
-            )
+        for name in SAMPLER_SETTINGS:
+            if getattr(self, name) is not None and name not in defaults:
+                owners = [
+                    f'"{sampler}"' for sampler, called in SAMPLERS.items() if name in _signature(called).parameters
+                ]
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: sampler {self.sampler!r} has no setting {name}; "
+                    f"use sampler {' or '.join(owners)}"
+                )
         if self.sampler == "balanced" and self.batch_size % self.images_per_class:
             raise ValueError(
                 f'batch_size={self.batch_size}: sampler "balanced" requires a multiple of '
@@ -476,7 +483,7 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
         except ValidationError as error:
             for e in error.errors():
                 name = ".".join(str(part) for part in e["loc"])
-                message = e["msg"].removeprefix("Value error, ")
+                message = e["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
                 problems.append(f"{name}={e['input']!r}: {message}" if name else message)
     raise ConfigError("; ".join(problems)) from None
 

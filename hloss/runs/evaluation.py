@@ -61,7 +61,7 @@ def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, d
 
 
 def validation_protocol(dataset: Dataset) -> str:
-    """Protocol of the test set, with single queries: validation images have no role "pool" for multiple queries."""
+    """Protocol of the test set, but with single queries, because no validation image has the role "pool"."""
     return str(dataset.card["protocol"]).removesuffix("-multi-query")
 
 

@@ -55,8 +55,8 @@ class Loop:
 
     Args:
         context: the run.
-        network: as it is initialised; the training changes it in place.
-        rows: of the dataset's index, the images to train on.
+        network: the initial network; training changes it in place.
+        rows: row numbers of the training images in the dataset's index.
         until: the last iteration.
         saved: the checkpoint to continue from; None for a new training.
     """
@@ -184,7 +184,7 @@ class Loop:
         return self.context.progress["iteration"] % every == 0 or self.context.progress["iteration"] == self.until
 
     def _validate(self) -> None:
-        """Add the validation Recall@1 of this iteration; keep the network if it is the best, earliest of equals."""
+        """Add the validation Recall@1 of this iteration; keep the network if it is better than all before."""
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
             return

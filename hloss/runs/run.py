@@ -113,8 +113,8 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
 def _record_refusal(folder: Path, error: Exception) -> None:
     """Write to `status.json` that a run was refused before its folder was locked.
 
-    Does nothing if the folder does not exist (a mistyped setting shall make none), if another process has locked it, or
-    if it holds a result, which stays valid without its data.
+    Does nothing if the folder does not exist (a mistyped setting must not create one), if another process has locked
+    it, or if it holds a result, which stays valid without its data.
     """
     if folder.is_dir() and read_result(folder) is None:
         with suppress(RunError, OSError), run_lock(folder, patience_seconds=0.0):
@@ -127,7 +127,7 @@ def _write_refused_status(folder: Path, error: Exception) -> None:
 
 
 def _identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What a result and a checkpoint must share: settings, fingerprint and the file of the pretrained weights."""
+    """Settings, fingerprint and pretrained weights of this run. Its result and checkpoint must have the same."""
     weights = config.weights_file
     if weights and not weights.is_file():
         raise ConfigError(f'weights={config.weights!r} is neither "none" nor "imagenet" nor a file that exists')
@@ -144,7 +144,7 @@ def _matching_result(config: RunConfig, identity: dict[str, Any]) -> dict[str, A
 
 
 def _run_with_status(context: RunContext) -> dict[str, Any]:
-    """Train and evaluate; write to `status.json` how that ended."""
+    """Train and evaluate; write the outcome to `status.json`."""
 
     def write(state: str, message: str = "", retry: bool = False) -> None:
         write_status(context.config.folder, state, context.progress.get("iteration", 0), message, retry)
@@ -179,7 +179,7 @@ def _train_and_evaluate(context: RunContext) -> dict[str, Any]:
 
 
 def _memory_advice(context: RunContext, error: RuntimeError) -> str:
-    """What filled the memory of a GPU, and which settings need less of it."""
+    """Message on a full GPU: its memory in use, and settings that need less."""
     config = context.config
     at_once = config.slice_size or -(-config.batch_size // config.devices)
     images = ""
@@ -192,7 +192,7 @@ def _memory_advice(context: RunContext, error: RuntimeError) -> str:
 
 
 def _carry_out(context: RunContext) -> dict[str, Any]:
-    """Everything from the new network, or the last checkpoint, to the result."""
+    """Start from a new network or the last checkpoint, train, evaluate, and return the result."""
     config, fabric = context.config, context.fabric
     network = new_network(context)
     _check_data_and_devices(context, network)
@@ -231,14 +231,17 @@ def network_for(config: RunConfig, image_shape: tuple[int, int, int], weights: s
     Args:
         config: the settings of the run.
         image_shape: height, width and channels of the dataset's images, before the crop.
-        weights: of the backbone: none, imagenet, or the path of a file.
+        weights: initial weights of the backbone: none, imagenet, or the path of a file.
 
     Raises:
         ConfigError: the images are smaller than the crop, or the network cannot take them or the weights.
     """
     height, width, channels = image_shape
     if config.crop is not None and config.crop > min(height, width):
-        raise ConfigError(f"crop={config.crop} is larger than the images of {config.dataset}, {height} x {width}")
+        raise ConfigError(
+            f"crop={config.crop} is larger than the images of {config.dataset}, {height} x {width} pixels; "
+            f"allowed are 1 to {min(height, width)}"
+        )
     shape = (config.crop or height, config.crop or width, channels)
     settings = config.network_settings()
     size, dropout, normalize = (settings[name] for name in ("embedding_dim", "dropout", "normalize_embeddings"))
@@ -252,16 +255,20 @@ def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
     """Refuse settings that do not fit the dataset or the devices."""
     config, card = context.config, context.dataset.card
     if config.iterations and not len(context.dataset.rows("val")):
-        raise ConfigError(f"dataset {config.dataset!r} has no validation images, by which an iteration could be chosen")
+        raise ConfigError(
+            f"dataset {config.dataset!r} has no validation images to choose the iteration; "
+            "prepare it with --val-fraction"
+        )
     if config.refit and not card.get("val_from_train"):
         raise ConfigError(
-            f"refit=True: the validation classes of {config.dataset!r} were not carved out of its training classes"
+            f"refit=True: the validation classes of {config.dataset!r} are not drawn from its training classes; "
+            "set refit to False"
         )
     live = config.network_settings()["batchnorm"] == "live" and bool(batchnorms(network))
     if live and config.slice_size:
         raise ConfigError(
-            f"micro_batch={config.micro_batch}: network {config.network!r} has BatchNorm, and a batch in slices has no "
-            'live statistics; set batchnorm to "frozen" (those of the weights) or "slices" (each slice its own)'
+            f"micro_batch={config.micro_batch}: network {config.network!r} has BatchNorm, which cannot use statistics "
+            'of the whole batch in slices; set batchnorm to "frozen" (running statistics) or "slices" (of each slice)'
         )
     if live and config.devices > 1 and context.fabric.device.type != "cuda":
         raise ConfigError(

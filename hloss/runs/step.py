@@ -79,7 +79,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 
     Args:
         dataset: the prepared dataset.
-        rows: of the dataset's index, the images to draw from.
+        rows: row numbers of the images to draw from, in the dataset's index.
         config: the settings of the run.
         share: this process's number, from 0, and the number of processes.
         ahead: fetch the next batch in a thread, so that a GPU need not wait for it. On a CPU, and if the images are
@@ -210,11 +210,11 @@ def gradient(
         labels: int64 (n,).
         micro_batch: images per slice; None for no slices. It decides the order in which processes exchange embeddings
             and gradients, so either all processes have it or none.
-        seed: the seed of a slice's dropout, by the slice's number.
-        loss_seed: the seed of the loss, the same in all processes; None if there is one process only: then the loss
-            continues with the generator that dropout used.
-        check: read the loss before its gradient is computed, for which the host waits for a GPU. If False, the caller
-            checks the returned loss.
+        seed: function of a slice's number that returns the seed of its dropout.
+        loss_seed: the seed of the loss, the same in all processes; None for one process: the loss then draws from
+            the generator of dropout.
+        check: refuse a loss that is not finite before its gradient is computed; the host waits for a GPU then. If
+            False, the caller checks the returned loss.
 
     Raises:
         NotFiniteError: the loss is not finite and `check` is true; no parameter's gradient has changed.
@@ -256,7 +256,7 @@ def _loss_of(
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As `torch.manual_seed`, which takes half a millisecond longer because it asks every backend of torch."""
+    """Seed torch's generators. `torch.manual_seed` takes half a millisecond longer, as it seeds all backends."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -170,7 +170,7 @@ def test_refit_is_refused_where_validation_was_never_part_of_training(settings, 
     card = json.loads((tmp_path / "tiny" / "card.json").read_text())
     (tmp_path / "tiny" / "card.json").write_text(json.dumps({**card, "val_from_train": False}))
     config = parse_config({**settings, "refit": True, "data_dir": str(tmp_path)})
-    with pytest.raises(ConfigError, match="refit=True: the validation classes of 'tiny' were not carved out"):
+    with pytest.raises(ConfigError, match="refit=True: the validation classes of 'tiny' are not drawn from its"):
         run(config, quiet)
     assert read_status(config.folder)["state"] == "failed"
     assert read_status(config.folder)["retry"] is False
@@ -214,7 +214,7 @@ def test_pretrained_weights_decide_a_result_by_their_content(settings, tmp_path)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"crop": 17}, "crop=17 is larger than the images of tiny, 16 x 16"),
+        ({"crop": 17}, "crop=17 is larger than the images of tiny, 16 x 16 pixels; allowed are 1 to 16"),
         ({"network": "parts"}, r"requires images of shape \(160, 60, 3\)"),
         ({"micro_batch": 8}, 'set batchnorm to "frozen" .* or "slices"'),
         ({"network": "torchvision:resnet18", "weights": "nowhere.pth"}, "nor a file that exists"),
