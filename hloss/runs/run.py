@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hloss.retrieval.protocols import Retrieval
 from hloss.runs.checkpoints import (
+    PROGRESS,
     StopSignals,
     clean_up_complete_run,
     load_checkpoint,
@@ -199,7 +200,7 @@ def _carry_out(context: RunContext) -> dict[str, Any]:
     network = new_network(context)
     _check_data_and_devices(context, network)
     context.dataset = place_images(context.dataset, config.images, fabric.device)
-    for name in ("result.json", NETWORK_FILE):  # made by other code or data: the folder is written anew
+    for name in ("result.json", NETWORK_FILE, PROGRESS):  # made by other code or data: the folder is written anew
         (config.folder / name).unlink(missing_ok=True)
     saved = load_checkpoint(config.folder, context.identity, context.report)
     if saved:

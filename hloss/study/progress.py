@@ -6,11 +6,12 @@ from pathlib import Path
 
 from hloss.runs.checkpoints import read_status
 from hloss.runs.files import read_result
+from hloss.study.index_page import IndexPage
 from hloss.study.spec import Study, StudyRun
 
 
 class Progress:
-    """Print a line when a run starts, stops, fails or is complete.
+    """Print a line when a run starts, stops, fails or is complete, and keep the study's index page up to date.
 
     Call the object about every second.
 
@@ -19,7 +20,7 @@ class Progress:
     """
 
     def __init__(self, study: Study) -> None:
-        self.study = study
+        self.study, self.page = study, IndexPage(study)
         folders = [(run, run.config.folder) for run in study.runs]
         self.todo = [(run, folder) for run, folder in folders if not (folder / "result.json").exists()]
         self.total, self.first = len(study.runs), len(self.todo)
@@ -30,11 +31,13 @@ class Progress:
     def print_start(self) -> None:
         """Print how many runs are complete."""
         print(f"study {self.study.name}: {self.total - self.first} of {self.total} runs are complete", flush=True)
+        print(f"{self.page.file} shows the runs", flush=True)
 
     def __call__(self) -> None:
         """Print the changes since the last call."""
         with suppress(OSError):  # if a network file system does not answer, the next call prints the changes
             self._print_changes()
+        self.page.write_if_due()
 
     def _print_changes(self) -> None:
         for run, folder in list(self.todo):
