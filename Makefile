@@ -1,5 +1,6 @@
 # make study [STUDY=quick] [PROFILE=local] [CORES=2] [KEEP=1]   run a study and write its report
 # make plan [STUDY=quick] [PROFILE=local]   list the runs left, with their time, memory and disk
+# make watch [STUDY=quick]  keep the page runs/STUDY/index.html up to date; `make study` does so as well
 # make report [STUDY=quick]  write the report of the results so far; it names the missing runs
 # make verify [RESULTS=reports/sample] [RUNS=5] [SEED=0]   repeat a few runs of given results and compare them
 # make docs                 build the site of guides, notebooks and docstrings in build/site
@@ -33,12 +34,15 @@ BROWSER_INSTALLED := $(VENV)/.installed-browser
 DOCS_INSTALLED := $(VENV)/.installed-docs
 endif
 
-.PHONY: study plan report verify docs lab test test-all check-gpu
+.PHONY: study plan watch report verify docs lab test test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
 	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
 plan: $(STUDY_INSTALLED) data/glyphs/card.json
 	@$(BIN)/python workflow/scripts/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
+
+watch: $(STUDY_INSTALLED)
+	@$(BIN)/python workflow/scripts/watch_study.py $(STUDY)
 
 report: $(STUDY_INSTALLED) data/glyphs/card.json
 	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
