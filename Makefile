@@ -2,6 +2,7 @@
 # make plan [STUDY=quick] [PROFILE=local]   list the runs left, with their time, memory and disk
 # make report [STUDY=quick]  write the report of the results so far; it names the missing runs
 # make verify [RESULTS=reports/sample] [RUNS=5] [SEED=0]   repeat a few runs of given results and compare them
+# make docs                 build the site of guides, notebooks and docstrings in build/site
 # make lab                  open the notebooks in JupyterLab
 # make test                 run all tests and notebooks except the slow tests
 # make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser, examples
@@ -30,9 +31,10 @@ TEST_INSTALLED := $(VENV)/.installed-test
 SLURM_INSTALLED := $(VENV)/.installed-slurm
 BROWSER_INSTALLED := $(VENV)/.installed-browser
 EXAMPLES_INSTALLED := $(VENV)/.installed-examples
+DOCS_INSTALLED := $(VENV)/.installed-docs
 endif
 
-.PHONY: study plan report verify lab test test-all check-gpu
+.PHONY: study plan report verify docs lab test test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
 	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
@@ -45,6 +47,10 @@ report: $(STUDY_INSTALLED) data/glyphs/card.json
 
 verify: $(STUDY_INSTALLED) data/glyphs/card.json
 	@$(BIN)/python workflow/scripts/verify_results.py $(RESULTS) --runs $(RUNS) --seed $(SEED)
+
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/site
+	@echo build/site/index.html
 
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
@@ -72,6 +78,6 @@ $(VENV)/.installed-study: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --progress-bar on -e '.[study]'
 	@touch $@
 
-$(VENV)/.installed-test $(VENV)/.installed-slurm $(VENV)/.installed-browser $(VENV)/.installed-examples: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
+$(VENV)/.installed-test $(VENV)/.installed-slurm $(VENV)/.installed-browser $(VENV)/.installed-docs $(VENV)/.installed-examples: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
 	$(VENV)/bin/python -m pip install -e '.[$*]'
 	@touch $@
