@@ -173,7 +173,8 @@ def test_the_default_device_does_not_matter(default, options):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_deterministic_algorithms_give_the_same_bits_again(device, dtype):
+def test_deterministic_algorithms_give_the_same_bits_again(device, dtype, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on CUDA
     embeddings, labels = (x.to(device) for x in batch(n=300, d=16, classes=40, dtype=dtype))
     references, reference_labels = (x.to(device) for x in batch(n=500, d=16, classes=40, seed=5, dtype=dtype))
     sides = [embeddings.requires_grad_(), references.requires_grad_()]
