@@ -28,7 +28,7 @@ class HistogramLoss(BaseMetricLossFunction):
     Call it as `loss(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)`. `indices_tuple` holds the
     triplets or pairs of a miner. The value equals that of `pytorch_metric_learning.losses.HistogramLoss`, except that:
 
-    - equal and opposite embeddings are binned; theirs fails with an index out of range.
+    - equal and opposite embeddings are binned; theirs can fail with an index out of range.
     - all pairs count. Theirs drops the negative pairs of two embeddings that are each alone in their class, and each
       pair of a miner whose anchor has no pair of the other kind.
     - `ref_emb` is accepted: the pairs are those between `embeddings` and `ref_emb`.
@@ -129,7 +129,7 @@ class CrossBatchMemory(BaseCrossBatchMemory):
     ) -> Indices:
         """Return pairs or triplets of the batch and the memory, with the given ones of the batch."""
         if given is not None:
-            anchors = {0, len(given) - 2} if len(given) == 4 else {0}
+            anchors = (0, 2) if len(given) == 4 else (0,)
             given = tuple(x if i in anchors else self.curr_batch_idx[x] for i, x in enumerate(given))
         return super().create_indices_tuple(embeddings, labels, E_mem, L_mem, given, *rest)
 
