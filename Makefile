@@ -6,7 +6,7 @@
 # make docs                 build the site of guides, notebooks and docstrings in build/site
 # make lab                  open the notebooks in JupyterLab
 # make test                 run all tests and notebooks except the slow tests
-# make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser
+# make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser, examples
 # make check-gpu            check a machine with GPUs; run it there before the first study
 # To use an existing environment: make study BIN=/path/to/environment/bin
 
@@ -31,6 +31,7 @@ STUDY_INSTALLED := $(VENV)/.installed-study
 TEST_INSTALLED := $(VENV)/.installed-test
 SLURM_INSTALLED := $(VENV)/.installed-slurm
 BROWSER_INSTALLED := $(VENV)/.installed-browser
+EXAMPLES_INSTALLED := $(VENV)/.installed-examples
 DOCS_INSTALLED := $(VENV)/.installed-docs
 endif
 
@@ -62,7 +63,7 @@ test: $(TEST_INSTALLED) data/glyphs/card.json
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
-test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) data/glyphs/card.json
+test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) data/glyphs/card.json
 	$(BIN)/python -m pytest -m slow -rs --durations=0 tests
 
 check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
@@ -81,6 +82,6 @@ $(VENV)/.installed-study: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --progress-bar on -e '.[study]'
 	@touch $@
 
-$(VENV)/.installed-test $(VENV)/.installed-slurm $(VENV)/.installed-browser $(VENV)/.installed-docs: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
+$(VENV)/.installed-test $(VENV)/.installed-slurm $(VENV)/.installed-browser $(VENV)/.installed-docs $(VENV)/.installed-examples: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
 	$(VENV)/bin/python -m pip install -e '.[$*]'
 	@touch $@

@@ -19,6 +19,7 @@ from hloss.losses.settings import did_you_mean
 from hloss.retrieval.ranks import METRICS
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
+from hloss.runs.memory import MemoryLoss, takes_references
 from hloss.runs.models import (
     BATCHNORMS,
     IMAGENET,
@@ -161,6 +162,14 @@ class RunConfig(BaseModel):
         ge=1,
         description="images per slice; slices save memory and keep the gradient of the whole batch; None: no slices",
     )
+    memory_batches: int = Field(
+        0,
+        ge=0,
+        description="earlier batches whose embeddings form pairs with the batch, for losses with references; 0: none",
+    )
+    memory_start: int = Field(
+        0, ge=0, description="first iterations without the memory of earlier batches, at least 0 (memory_batches)"
+    )
     devices: int = Field(1, ge=1, description="number of processes, one per GPU, that share each batch")
     iterations: int = Field(60, ge=0, description="training iterations, one batch each; 0 requires loss=none")
     validate_every: int = Field(20, ge=1, description="iterations between two validations, at least 1")
@@ -247,7 +256,8 @@ class RunConfig(BaseModel):
         if self.metric is not None:
             _check_name("metric", self.metric, METRICS)
         self.sampler_settings()
-        self.build_loss()
+        loss = self.build_loss()
+        self._check_memory(loss)
         _check_name("batchnorm", self.network_settings()["batchnorm"], BATCHNORMS)
         self._check_pretrained()
         if self.devices > self.batch_size:
@@ -288,6 +298,15 @@ class RunConfig(BaseModel):
                     f"report_at={given} does not fit {name}={value}: with {name} the result at a length is not that of "
                     f"a shorter run; leave {name} at {unset}, or make one run per length"
                 )
+
+    def _check_memory(self, loss: nn.Module | None) -> None:
+        if self.memory_start and not self.memory_batches:
+            raise ValueError(f"memory_start={self.memory_start}: there is no memory; set memory_batches to 1 or more")
+        if self.memory_batches and not (isinstance(loss, MemoryLoss) and takes_references(loss.loss)):
+            raise ValueError(
+                f"memory_batches={self.memory_batches}: loss {self.loss!r} takes no reference embeddings; use another "
+                "loss, such as histogram, or leave memory_batches at 0"
+            )
 
     def _check_pretrained(self) -> None:
         if has_pretrained_part(self.network):
@@ -353,7 +372,8 @@ class RunConfig(BaseModel):
             n_classes: number of training classes, for losses of pytorch-metric-learning with weights per class.
 
         Returns:
-            A module that maps embeddings (n, d) and labels (n,) to a scalar; None for loss "none".
+            A module that maps embeddings (n, d) and labels (n,) to a scalar; None for loss "none". With
+            `memory_batches` it also keeps the embeddings of earlier batches.
 
         Raises:
             ValueError: a setting of the loss is unknown or out of range, or pytorch-metric-learning is not installed.
@@ -362,7 +382,8 @@ class RunConfig(BaseModel):
         if self.loss == NO_LOSS:
             return None
         if not self.loss.startswith(PREFIX):
-            return LOSSES[self.loss](**settings)
+            loss = LOSSES[self.loss](**settings)
+            return MemoryLoss(loss, self.memory_batches, self.memory_start) if self.memory_batches else loss
         options, miner, miner_options = (settings[name] for name in PML_SETTINGS)
         dimensions = self.embedding_dim or network_defaults(self.network, self.weights)["embedding_dim"]
         # Only the CPU generator is seeded, so only its state must be restored.
@@ -434,7 +455,8 @@ class RunConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
 
-        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it.
+        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it. So
+        are the settings of the memory of earlier batches without a memory.
         `report_at` has all lengths, and is left out if `iterations` is the only one.
         """
         general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
@@ -443,6 +465,8 @@ class RunConfig(BaseModel):
             del general["report_at"]
         if self.tf32 == TF32_DEFAULT:
             del general["tf32"]
+        if not self.memory_batches:
+            del general["memory_batches"], general["memory_start"]
         general["metric"] = self.metric or self.trained_metric
         return general | self.network_settings() | self.loss_settings() | self.sampler_settings()
 
