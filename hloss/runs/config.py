@@ -507,7 +507,10 @@ def setting_names(group: str) -> tuple[str, ...]:
 
 LOSS_SETTINGS, PML_SETTINGS, SAMPLER_SETTINGS, EXECUTION = map(setting_names, ("loss", "pml", "sampler", "execution"))
 
-_signature = functools.cache(inspect.signature)  # a study needs a signature about ten times per run
+
+@functools.cache
+def _signature(called: Callable[..., Any]) -> inspect.Signature:  # a study needs a signature about ten times per run
+    return inspect.signature(called)
 
 
 def _defaults(called: Callable[..., Any], names: tuple[str, ...]) -> dict[str, Any]:
