@@ -418,7 +418,9 @@ class RunConfig(BaseModel):
         for name in SAMPLER_SETTINGS:
             if getattr(self, name) is not None and name not in defaults:
                 owners = [
-                    f'"{sampler}"' for sampler, called in SAMPLERS.items() if name in _signature(called).parameters
+                    f'"{sampler}"'
+                    for sampler, called in SAMPLERS.items()
+                    if name in inspect.signature(called).parameters
                 ]
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: sampler {self.sampler!r} has no setting {name}; "
