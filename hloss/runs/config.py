@@ -163,6 +163,13 @@ class RunConfig(BaseModel):
     devices: int = Field(1, ge=1, description="number of processes, one per GPU, that share each batch")
     iterations: int = Field(60, ge=0, description="training iterations, one batch each; 0 requires loss=none")
     validate_every: int = Field(20, ge=1, description="iterations between two validations, at least 1")
+    report_at: list[int] | None = Field(
+        None,
+        description=(
+            "training lengths in iterations at which the test is reported, increasing, at most iterations, which is "
+            "always reported; None: iterations alone"
+        ),
+    )
     learning_rate: float = Field(1e-3, gt=0, description="initial learning rate of Adam, above 0")
     seed: int = Field(0, ge=0, description="seed of initial weights, batches, augmentation and dropout, at least 0")
     weight_decay: float = Field(
@@ -254,7 +261,30 @@ class RunConfig(BaseModel):
             )
         if self.network == "pixels" and self.iterations:
             raise ValueError(f'iterations={self.iterations}: network "pixels" has no parameters; set iterations to 0')
+        self._check_report_at()
         return self
+
+    def _check_report_at(self) -> None:
+        """Refuse lengths at which the result could differ from that of a run of so many iterations."""
+        given = self.report_at
+        if given is None:
+            return
+        if not given or given[0] < 1 or given != sorted(set(given)) or given[-1] > self.iterations:
+            raise ValueError(
+                f"report_at={given}: the lengths must increase; allowed are 1 to iterations={self.iterations}"
+            )
+        for length in given:
+            if length % self.validate_every and length != self.iterations:
+                raise ValueError(
+                    f"report_at={given}: no validation takes place after {length} iterations; allowed are multiples of "
+                    f"validate_every={self.validate_every}"
+                )
+        for name, value, unset in (("refit", self.refit, False), ("lr_step", self.lr_step, None)):
+            if value != unset and len(self.lengths) > 1:
+                raise ValueError(
+                    f"report_at={given} does not fit {name}={value}: with {name} the result at a length is not that of "
+                    f"a shorter run; leave {name} at {unset}, or make one run per length"
+                )
 
     def _check_pretrained(self) -> None:
         if has_pretrained_part(self.network):
@@ -398,8 +428,12 @@ class RunConfig(BaseModel):
         """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
 
         The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it.
+        `report_at` has all lengths, and is left out if `iterations` is the only one.
         """
         general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
+        general["report_at"] = list(self.lengths)
+        if len(self.lengths) == 1:
+            del general["report_at"]
         if self.tf32 == TF32_DEFAULT:
             del general["tf32"]
         general["metric"] = self.metric or self.trained_metric
@@ -409,6 +443,11 @@ class RunConfig(BaseModel):
     def run_id(self) -> str:
         """First 12 hex digits of the SHA-256 hash of the resolved settings, which include the seed."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Iterations at which the test is reported: those of `report_at`, and `iterations`."""
+        return tuple(sorted({*(self.report_at or ()), self.iterations}))
 
     @property
     def slice_size(self) -> int | None:

@@ -140,6 +140,21 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def is_still_improving(validations: list[tuple[int, float]], length: int) -> bool:
+    """Whether the best validation of a training lies in the last tenth of its iterations.
+
+    Args:
+        validations: iteration and Recall@1 of each validation, in order.
+        length: number of iterations of the training; later validations are left out.
+
+    Returns:
+        True if the first of the best validations came after 9/10 of `length`; False without a validation.
+    """
+    until = [(iteration, recall) for iteration, recall in validations if iteration <= length]
+    best = max(until, key=lambda validation: validation[1], default=(0, 0.0))  # the first of equal ones
+    return bool(10 * best[0] > 9 * length)
+
+
 def history_table(progress: dict[str, Any]) -> pd.DataFrame:
     """Tabulate losses and validations of a training.
 
@@ -165,7 +180,8 @@ def write_run_files(
     folder: Path,
     result: dict[str, Any],
     history: pd.DataFrame,
-    retrieval: Retrieval,
+    ranks: Tensor,
+    queries: Tensor,
     embeddings: Tensor,
     network: nn.Module | None,
 ) -> None:
@@ -177,8 +193,8 @@ def write_run_files(
         folder: the run's folder.
         result: content of `result.json`.
         history: content of `history.parquet`.
-        retrieval: `queries.npy` gets the positions of the queries among the test images, int32 (q,); `ranks.npy` the
-            ranks of their first matches, int32 (q,).
+        ranks: content of `ranks.npy`, int32 (lengths, q): the rank of each query's first match at each length.
+        queries: content of `queries.npy`, int32 (q,): positions of the queries among the test images.
         embeddings: content of `embeddings.npy`, float32 (n, d), one row per test image.
         network: its state dict is written to `network.pt`; None to write no network.
 
@@ -186,7 +202,7 @@ def write_run_files(
         OSError: a file cannot be written.
     """
     atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
-    arrays = {"ranks": retrieval.ranks.to(torch.int32), "queries": retrieval.query_index.to(torch.int32)}
+    arrays = {"ranks": ranks.to(torch.int32), "queries": queries.to(torch.int32)}
     for name, array in (arrays | {"embeddings": embeddings}).items():
         atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.cpu().numpy()))  # type: ignore[misc]
     if network is not None:

@@ -195,6 +195,9 @@ class Loop:
         if progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
             progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
+        if progress["iteration"] in context.config.lengths[:-1]:
+            at_length = {"iterations": progress["iteration"], "seconds": progress["seconds"], "best": progress["best"]}
+            progress["shorter"].append(at_length)
 
     def _report(self) -> None:
         context, progress = self.context, self.context.progress

@@ -9,7 +9,7 @@ import pandas as pd
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
 from hloss.study.claims import NOT_RUN
-from hloss.study.results import chosen_settings, read_results
+from hloss.study.results import at_length, chosen_settings, read_results
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS
 from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
 
@@ -62,7 +62,7 @@ def results_section(folder: Path) -> str:
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
     board = pd.read_csv(folder / "claims.csv", keep_default_na=False)
-    means = summary(results, ["recall@1"])
+    means = summary(at_length(results), ["recall@1"])
     lines = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
     lines += [_edges_line(results)]
     title = "Mean test Recall@1 in % (95 % CI over seeds), the highest first:"
@@ -141,7 +141,7 @@ def _means_line(title: str, means: pd.DataFrame, comparison: str) -> str:
 def _edges_line(results: pd.DataFrame) -> str:
     """The losses whose tuned setting is at an edge of its grid."""
     shown = []
-    for _, method, chosen, edges, _ in chosen_settings(results).itertuples(index=False, name=None):
+    for _, method, _, chosen, edges, _ in chosen_settings(at_length(results)).itertuples(index=False, name=None):
         at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
         shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
     return _item("Tuned to an edge of the grid, so a better value may lie beyond it", shown or ["none"])

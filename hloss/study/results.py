@@ -22,6 +22,7 @@ from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
+OF_QUERIES = ("ranks", "query_classes")  # columns with one value per query
 SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # within a dataset; card_sha256 within a split
 MADE_BY = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
 SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # within a dataset
@@ -81,7 +82,7 @@ def write_results(study: Study, keep: bool) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     table, cost = collect(study, keep), measured_loss_cost()
     atomic_write(file.with_name("loss_cost.csv"), lambda part: cost.to_csv(part, index=False))
-    atomic_write(file, lambda part: table.to_parquet(part, index=False))
+    atomic_write(file, lambda part: table.to_parquet(part, index=False, compression="zstd"))
 
 
 def measured_loss_cost() -> pd.DataFrame:
@@ -110,8 +111,9 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         keep: accept results of several versions of the code or of a package.
 
     Returns:
-        One row per run; `complete` is False for a run without a result. Columns: those of the study (study, title,
-        comparison, method, place, settings of the run), of the result (metrics as fractions) and of its provenance.
+        One row per run and length; `complete` is False for a run without a result. Columns: those of the study (study,
+        title, comparison, method, place, settings of the run, length), of the result (metrics as fractions) and of its
+        provenance.
 
     Raises:
         ConfigError: if there is no result; if several versions of the code or of a package that settings name made the
@@ -120,13 +122,16 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     rows, first = [], {run.dataset: run.config.seed for run in sorted(study.runs, key=lambda r: -r.config.seed)}
     opened = functools.cache(open_dataset)
     for run in study.runs:
-        row: dict[str, Any] = {"complete": False}
+        of_lengths: list[dict[str, Any]] = [{"complete": False} for _ in run.config.lengths]
         if result := read_result(run.config.folder):
             dataset = opened(run.config.data_folder)
             exact = run.config.seed == first[run.dataset] and bool(set(LOSS_COMPARISONS) & set(run.methods))
-            row = result_columns(run.config, result, dataset, exact)
-        rows.append(_study_columns(study, run) | row)
-    rows += [_study_columns(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
+            of_lengths = result_rows(run.config, result, dataset, exact)
+            if all(name.endswith(CHOICE) for name in run.methods):  # no claim compares the queries of a grid's runs
+                of_lengths = [{k: v for k, v in row.items() if k not in OF_QUERIES} for row in of_lengths]
+        rows += [a | b for a, b in zip(_study_rows(study, run), of_lengths, strict=True)]
+    rows += [row | {"run_id": "", "complete": False} for run in study.waiting for row in _study_rows(study, run)]
+    rows = [row for row in rows if row["comparison"]]
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result; run `make study STUDY={study.name}` first")
@@ -147,56 +152,99 @@ def _refuse_versions(study: str, table: pd.DataFrame) -> None:
             )
 
 
-def _study_columns(study: Study, run: StudyRun) -> dict[str, Any]:
-    """The columns of a run that follow from the study."""
-    return {
-        "study": run.config.study,
-        "title": study.title,
-        "comparison": list(run.methods),
-        "method": list(run.methods.values()),
-        "place": [study.order[run.dataset, *pair] for pair in run.methods.items()],
-        "run_id": run.config.run_id,
-        **run.config.resolved(),
-        "dataset": run.dataset,
-        "split": run.config.dataset,
-    }
+def _study_rows(study: Study, run: StudyRun) -> list[dict[str, Any]]:
+    """The columns of a run that follow from the study, at each length; `report_at` is in the lengths of the rows."""
+    settings = {name: value for name, value in run.config.resolved().items() if name != "report_at"}
+    rows = []
+    for length in run.config.lengths:
+        methods = {name: method for name, method in run.methods.items() if length in run.lengths_in(name)}
+        row = {
+            "study": run.config.study,
+            "title": study.title,
+            "comparison": list(methods),
+            "method": list(methods.values()),
+            "place": [study.order[run.dataset, *pair] for pair in methods.items()],
+            "run_id": run.config.run_id,
+            **settings,
+            "dataset": run.dataset,
+            "split": run.config.dataset,
+            "length": length,
+        }
+        rows.append(row)
+    return rows
 
 
-def result_columns(config: RunConfig, result: dict[str, Any], dataset: Dataset, exact: bool) -> dict[str, Any]:
-    """The columns of a run that follow from its result.
+def reported(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a run at each of its lengths.
+
+    Args:
+        result: content of a result.json; older ones have one length.
+
+    Returns:
+        The entries of `lengths`, the shortest first.
+    """
+    if "lengths" in result:
+        return result["lengths"]
+    iterations, chosen = result["config"]["iterations"], result["chosen"]["iteration"]
+    entry = {"iterations": iterations, "chosen_iteration": chosen, "still_improving": 10 * chosen > 9 * iterations}
+    same = ("validation_recall@1", "metrics", "panel", "training_seconds", "network_sha256")
+    return [
+        entry | {name: result[name] for name in same} | {"similarity_density": result["similarity_density"]["after"]}
+    ]
+
+
+def result_rows(config: RunConfig, result: dict[str, Any], dataset: Dataset, exact: bool) -> list[dict[str, Any]]:
+    """The columns of a run that follow from its result, at each of its lengths.
+
+    A row at a length is that of a run of so many iterations, except for `reverse_probability`.
 
     Args:
         config: settings of the run.
         result: content of its result.json.
         dataset: the dataset of the run.
-        exact: compute the exact probability of reverse, which is slow; otherwise it is NaN.
+        exact: compute the exact probability of reverse at the last length, which is slow; otherwise it is NaN.
 
     Returns:
-        Column -> value; metrics are fractions.
+        Column -> value for each length, the shortest first; metrics are fractions.
     """
+    lengths = reported(result)
+    of_queries = _query_columns(config.folder, dataset)
+    rows = [
+        _length_columns(config, result, at, dataset) | queries
+        for at, queries in zip(lengths, of_queries, strict=True)
+    ]  # fmt: skip
+    if exact:
+        rows[-1]["reverse_probability"] = _reverse_probability(config.folder, dataset)
+    return rows
+
+
+def _length_columns(config: RunConfig, result: dict[str, Any], at: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """The columns of a run at one length, an entry of `reported`."""
     history = pd.read_parquet(config.folder / "history.parquet")
-    validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
-    density = result["similarity_density"]
+    validated = pd.DataFrame({"iteration": [], "validation_recall@1": []})
+    if len(history):
+        validated = history[history["validation_recall@1"].notna() & (history["iteration"] <= at["iterations"])]
+    density = {"before": result["similarity_density"]["before"], "after": at["similarity_density"]}
     return {
         "complete": True,
         "network": result["config"]["network"],
-        **result["metrics"],
-        **_class_interval(config.folder, dataset),
-        "validation_recall@1": result["validation_recall@1"],
-        "chosen_iteration": result["chosen"]["iteration"],
+        **at["metrics"],
+        "validation_recall@1": at["validation_recall@1"],
+        "chosen_iteration": at["chosen_iteration"],
+        "still_improving": at["still_improving"],
         "chosen_how": result["chosen"]["how"],
         "trained_on": result["trained_on"],
         "protocol": result["protocol"],
         "n_queries": result["n_queries"],
         "n_unmatched": result["n_unmatched"],
         "prepared": json.dumps(dataset.card.get("settings", {})),
-        "training_seconds": result["training_seconds"],
+        "training_seconds": at["training_seconds"],
         "history_iteration": validated["iteration"].astype(int).tolist(),
         "history_recall": validated["validation_recall@1"].tolist(),
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
-        "reverse_probability": _reverse_probability(config.folder, dataset) if exact else math.nan,
-        "panel": json.dumps(result["panel"]),
+        "reverse_probability": math.nan,
+        "panel": json.dumps(at["panel"]),
         **result["fingerprint"],
         **_provenance_columns(result["provenance"]),
     }
@@ -212,13 +260,22 @@ def _provenance_columns(provenance: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _class_interval(folder: Path, dataset: Dataset) -> dict[str, float]:
-    """The 95 % bootstrap interval over test classes of a run's Recall@1, as fractions."""
+def _query_columns(folder: Path, dataset: Dataset) -> list[dict[str, Any]]:
+    """The columns that follow from the ranks of the queries, at each length of a run.
+
+    `ranks`, uint16 (q,), has the rank of each query's first match, at most 65,535; 0: the query has no match.
+    `query_classes`, int32 (q,), has the classes of the queries. `classes_low` and `classes_high` are the 95 % bootstrap
+    interval of Recall@1 over test classes, as fractions.
+    """
     ranks, queries = (np.load(folder / f"{name}.npy") for name in ("ranks", "queries"))
-    classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries]
-    matched = ranks > 0
-    _, low, high = bootstrap_over_classes(ranks[matched] == 1, classes[matched], np.random.default_rng(0))
-    return {"classes_low": low, "classes_high": high}
+    classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries].astype(np.int32)
+    rows = []
+    for found in np.atleast_2d(ranks):  # older runs have one length and one dimension
+        matched = found > 0
+        _, low, high = bootstrap_over_classes(found[matched] == 1, classes[matched], np.random.default_rng(0))
+        packed = np.minimum(found, np.iinfo(np.uint16).max).astype(np.uint16)
+        rows.append({"classes_low": low, "classes_high": high, "ranks": packed, "query_classes": classes})
+    return rows
 
 
 def _reverse_probability(folder: Path, dataset: Dataset) -> float:
@@ -275,19 +332,52 @@ def read_results(file: Path) -> pd.DataFrame:
         file: a results.parquet.
 
     Returns:
-        One row per run and comparison in the order of the study, metrics in %. `complete` is False for a run without a
-        result.
+        One row per run, comparison and length in the order of the study, metrics in %. `length` is the number of
+        iterations after which the test is reported: 0 for a run without training, else one of `report_at` and
+        `iterations`. `chosen_iteration`, `still_improving` (the best validation lies in the last tenth of the length),
+        metrics, histories, densities and ranks are those of the length; `at_length` selects one. `complete` is False
+        for a run without a result. `ranks` and `query_classes` are missing for runs of a grid and in older tables.
 
     Raises:
         ConfigError: if results cannot be compared (`refuse_mixed`).
     """
     table = pd.read_parquet(file)
+    if "length" not in table:  # an older table: one length per run
+        improving = 10 * table["chosen_iteration"] > 9 * table["iterations"]
+        table = table.assign(length=table["iterations"], still_improving=improving)
+    table["still_improving"] = table["still_improving"].eq(True)  # missing in runs without a result
     refuse_mixed(table)
     fractions = ("recall@", "validation_recall@", "map", "r_precision", "classes_")
     metrics = [name for name in table.columns if name.startswith(fractions)]
     table[metrics] *= 100
     table = table.explode(["comparison", "method", "place"])
     return table.sort_values("place", kind="stable", ignore_index=True)
+
+
+def at_length(results: pd.DataFrame, length: int | None = None) -> pd.DataFrame:
+    """The rows of one training length; runs without training belong to every length.
+
+    Args:
+        results: the table of `read_results`, or a table with its columns dataset, comparison, method and length.
+        length: in iterations; None: the longest length of each method of a comparison.
+
+    Returns:
+        The matching rows.
+
+    Raises:
+        ConfigError: if no row has the length.
+    """
+    if length is None:
+        longest = results.groupby(["dataset", "comparison", "method"])["length"].transform("max")
+        return results[results["length"] == longest]
+    if length not in (known := lengths_in(results)):
+        raise ConfigError(f"length is unknown: got {length}; allowed are {', '.join(map(str, known))}")
+    return results[results["length"].isin([0, length])]
+
+
+def lengths_in(results: pd.DataFrame) -> list[int]:
+    """The training lengths of a table, in iterations, the shortest first; 0 (no training) is left out."""
+    return sorted(int(length) for length in set(results["length"]) - {0})
 
 
 def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
@@ -357,32 +447,33 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
-    """The settings that tuning chose.
+    """The settings that tuning chose at each length.
 
     Args:
         results: the table of `read_results`.
 
     Returns:
-        One row per dataset and method. Columns: dataset, method, chosen (values of the settings in the grid), "at an
-        edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the grid).
+        One row per dataset, method and length. Columns: dataset, method, length, chosen (values of the settings in the
+        grid), "at an edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the
+        grid).
     """
     rows = []
     tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
-    for (dataset, method), runs in tuned.groupby(["dataset", "method"], sort=False):
+    grids = results[results["comparison"] == LOSS_COMPARISONS[1] + CHOICE]
+    for (dataset, method, length), runs in tuned.groupby(["dataset", "method", "length"], sort=False):
         first = runs.iloc[0]
-        grid = results[(results["dataset"] == dataset) & (results["comparison"] == LOSS_COMPARISONS[1] + CHOICE)]
-        grid = grid[grid["loss"] == first["loss"]]
+        grid = grids[(grids["dataset"] == dataset) & (grids["length"] == length) & (grids["loss"] == first["loss"])]
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
         edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
         shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
-        at_edge, run_ids = ", ".join(edges), ", ".join(grid.loc[grid["complete"], "run_id"])
         rows.append(
             {
                 "dataset": dataset,
                 "method": method,
+                "length": length,
                 "chosen": shown,
-                "at an edge of its grid": at_edge,
-                "run_ids": run_ids,
+                "at an edge of its grid": ", ".join(edges),
+                "run_ids": ", ".join(grid.loc[grid["complete"], "run_id"]),
             }
         )
     return pd.DataFrame(rows)

@@ -17,15 +17,18 @@ runs:
     tune: true                                  # the combinations are a grid that is run with tuning_seed; the best
                                                 # on the validation classes is run with every seed
 
-A run that belongs to several comparisons is run once. A run of several studies is written to the folder of the study
-that the others extend or include. `load_study` reads only the YAML files; `hloss.study.tuning.resolve_tuning` reads
-from results which settings a grid chose.
+A run that belongs to several comparisons is run once. A run that is as long as one of the lengths in `report_at` of
+another run with its settings is not run: its result is that of the other run at this length. A grid chooses at each
+length, so a tuned method can have other settings after 200 iterations than after 2,000. A run of several studies is
+written to the folder of the study that the others extend or include. `load_study` reads only the YAML files;
+`hloss.study.tuning.resolve_tuning` reads from results which settings a grid chose.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,12 +85,18 @@ class StudyRun:
         resources: requested resources.
         methods: comparison -> method, as in {"bins": "histogram, n_bins 50"}.
         dataset: name of the dataset in results: "cuhk03" for cuhk03-1, cuhk03-2, ...
+        only_at: comparison -> lengths at which the run belongs to it; a comparison that is missing has all lengths.
     """
 
     config: RunConfig
     resources: Resources
     methods: dict[str, str]
     dataset: str
+    only_at: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def lengths_in(self, comparison: str) -> tuple[int, ...]:
+        """Lengths at which the run belongs to a comparison, in iterations."""
+        return self.only_at.get(comparison, self.config.lengths)
 
     @property
     def method(self) -> str:
@@ -107,12 +116,13 @@ class Entry:
     Attributes:
         runs: known runs. An entry with `tune` has the runs of its grid and, after the choice, those of every seed.
         waiting: runs whose settings are not chosen; they have the settings of the grid's first run as placeholders.
-        runs_with: returns the runs of every seed for the config of a run of the grid; None: nothing to choose.
+        runs_with: returns the runs of every seed for the chosen run of the grid at each length; None: nothing to
+            choose.
     """
 
     runs: tuple[StudyRun, ...]
     waiting: tuple[StudyRun, ...] = ()
-    runs_with: Callable[[RunConfig], tuple[StudyRun, ...]] | None = None
+    runs_with: Callable[[Mapping[int, RunConfig]], tuple[StudyRun, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,13 +161,50 @@ class Study:
 
 def _merged(runs: Iterable[StudyRun]) -> tuple[StudyRun, ...]:
     """The runs without repetitions; a repeated run belongs to the comparisons of all of its repetitions."""
-    merged: dict[str, StudyRun] = {}
-    for run in runs:
-        first = merged.setdefault(run.config.run_id, run)
-        if first is not run:
-            methods = first.methods | run.methods | first.methods  # in this order, and the first name of each
-            merged[run.config.run_id] = replace(first, methods=methods)
+    given, merged = list(runs), dict[str, StudyRun]()
+    same_settings = defaultdict(list)
+    for run in given:
+        same_settings[_settings_without_length(run.config)].append(run)
+    for run in given:
+        moved = _moved(run, same_settings[_settings_without_length(run.config)])
+        first = merged.setdefault(moved.config.run_id, moved)
+        if first is not moved:
+            merged[moved.config.run_id] = _joined(first, moved)
     return tuple(merged.values())
+
+
+def _settings_without_length(config: RunConfig) -> str:
+    settings = config.resolved()
+    return repr(sorted((name, settings[name]) for name in settings.keys() - {"iterations", "report_at"}))
+
+
+def _moved(run: StudyRun, others: list[StudyRun]) -> StudyRun:
+    """The longest run that reports at all lengths of `run`, with the comparisons of `run`.
+
+    A run of a grid stays as it is: its entry reads its result by its run id.
+    """
+    if any(name.endswith(CHOICE) for name in run.methods):
+        return run
+    lengths = set(run.config.lengths)
+    longer = max(
+        (other for other in others if lengths <= set(other.config.lengths)),
+        key=lambda other: (other.config.iterations, len(other.config.lengths)),
+    )
+    return _only_at(replace(longer, methods=run.methods), {name: run.lengths_in(name) for name in run.methods})
+
+
+def _joined(first: StudyRun, again: StudyRun) -> StudyRun:
+    """One run for two with the same settings; comparisons in this order, each with its first method."""
+    methods = first.methods | again.methods | first.methods
+    lengths = {
+        name: tuple(sorted({n for run in (first, again) if name in run.methods for n in run.lengths_in(name)}))
+        for name in methods
+    }
+    return _only_at(replace(first, methods=methods), lengths)
+
+
+def _only_at(run: StudyRun, lengths: dict[str, tuple[int, ...]]) -> StudyRun:
+    return replace(run, only_at={name: at for name, at in lengths.items() if at != run.config.lengths})
 
 
 @dataclass(frozen=True)
@@ -236,24 +283,35 @@ def _load_entry(file: StudyFile, entry: dict[str, Any]) -> Entry:
 
 
 def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> Entry:
-    """The grid of an entry with the tuning seed, and its runs with a chosen setting.
+    """The grid of an entry with the tuning seed, and its runs with the chosen settings.
 
-    The runs of the grid choose on the validation classes, so they never train on them: `refit` is False.
+    Settings that are chosen at some lengths only are run for the longest of these lengths. The runs of the grid choose
+    on the validation classes, so they never train on them: `refit` is False.
     """
     tuning_seed = file.content.get("tuning_seed")
     if tuning_seed is None or tuning_seed in file.content["seeds"]:
         raise ConfigError(
             f"{file.path}, run {entry['name']!r}: tune needs a tuning_seed that is not one of seeds: got {tuning_seed}"
         )
+    if wrong := {"iterations", "report_at"} & entry["cross"].keys():
+        raise ConfigError(
+            f"{file.path}, run {entry['name']!r}: a grid cannot choose {wrong.pop()}, because it chooses at each "
+            "length; move it to set, or remove tune"
+        )
     comparison = entry.get("comparison", LOSS_COMPARISONS[0])
     choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}
     grid = _crossed_runs(file, entry | choice, [tuning_seed])
 
-    def runs_with(chosen: RunConfig) -> tuple[StudyRun, ...]:
-        settings = entry["set"] | {axis: getattr(chosen, axis) for axis in entry["cross"]}
-        return _crossed_runs(file, entry | {"set": settings, "cross": {}}, seeds)
+    def runs_with(chosen: Mapping[int, RunConfig]) -> tuple[StudyRun, ...]:
+        runs: list[StudyRun] = []
+        for config in dict.fromkeys(config.run_id for config in chosen.values()):
+            lengths = [length for length, other in chosen.items() if other.run_id == config]
+            axes = {axis: getattr(chosen[lengths[0]], axis) for axis in entry["cross"]}
+            until = {} if len(lengths) == len(chosen) else {"iterations": max(lengths), "report_at": lengths}
+            runs += _crossed_runs(file, entry | {"set": entry["set"] | axes | until, "cross": {}}, seeds)
+        return tuple(runs)
 
-    return Entry(grid, runs_with(grid[0].config), runs_with)
+    return Entry(grid, runs_with(dict.fromkeys(grid[0].config.lengths, grid[0].config)), runs_with)
 
 
 def _crossed_runs(file: StudyFile, entry: dict[str, Any], seeds: Sequence[int]) -> tuple[StudyRun, ...]:

@@ -171,14 +171,15 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
         metrics: columns of `results` to average, in %.
 
     Returns:
-        One row per dataset, comparison and method. Columns: dataset, comparison, method, n (complete runs), of (all
-        runs), for each metric its mean and the bounds "METRIC low" and "METRIC high" of its 95 % interval, run_ids.
+        One row per dataset, comparison, method and length. Columns: dataset, comparison, method, length, n (complete
+        runs), of (all runs), still improving (runs), for each metric its mean and the bounds "METRIC low" and "METRIC
+        high" of its 95 % interval, run_ids.
     """
-    rows = []
-    for key, runs in results.groupby(["dataset", "comparison", "method"], sort=False):
+    rows, names = [], ["dataset", "comparison", "method", "length"]
+    for key, runs in results.groupby(names, sort=False):
         complete = runs[runs["complete"]]
-        row: dict[str, object] = dict(zip(("dataset", "comparison", "method"), key, strict=True))
-        row |= {"n": len(complete), "of": len(runs)}
+        row: dict[str, object] = dict(zip(names, key, strict=True))
+        row |= {"n": len(complete), "of": len(runs), "still improving": int(complete["still_improving"].sum())}
         for metric in metrics if len(complete) else []:
             mean, low, high = t_interval(complete[metric].to_numpy())
             row |= {metric: mean, f"{metric} low": low, f"{metric} high": high}

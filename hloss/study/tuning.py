@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 from hloss.runs.files import read_result
+from hloss.study.results import reported
 from hloss.study.spec import Entry, Study
 
 
 def resolve_tuning(study: Study) -> Study:
     """Add the runs whose settings a complete grid has chosen.
 
-    A grid chooses the settings of the run with the highest validation Recall@1, the first of equal ones. It chooses
-    only when all of its runs have results.
+    At each length a grid chooses the settings of the run with the highest validation Recall@1 up to this length, the
+    first of equal ones. It chooses only when all of its runs have results.
 
     Args:
         study: as `hloss.study.spec.load_study` returns it.
@@ -25,8 +26,11 @@ def _resolved(entry: Entry) -> Entry:
     if entry.runs_with is None:
         return entry
     results = [read_result(run.config.folder) for run in entry.runs]
-    recalls = [result["validation_recall@1"] for result in results if result]
-    if len(recalls) < len(results):
+    if not all(results):
         return entry
-    chosen = entry.runs[recalls.index(max(recalls))].config
+    recalls = [{at["iterations"]: at["validation_recall@1"] for at in reported(result)} for result in results if result]
+    chosen = {}
+    for length in entry.runs[0].config.lengths:
+        of_length = [recall[length] for recall in recalls]
+        chosen[length] = entry.runs[of_length.index(max(of_length))].config
     return Entry(entry.runs + entry.runs_with(chosen))

@@ -11,6 +11,7 @@ from data_prep.prepared import create_images, finish, new_folder
 from hloss.retrieval.protocols import PROTOCOLS, evaluate
 from hloss.retrieval.ranks import first_match_ranks
 from hloss.runs.config import parse_config
+from hloss.runs.evaluation import is_still_improving
 from hloss.runs.run import run
 
 
@@ -25,7 +26,7 @@ def test_files_agree_with_the_result(settings, tiny_data):
     index = pd.read_parquet(tiny_data / "tiny" / "index.parquet")
     labels = torch.tensor(index[index.split == "test"].label.to_numpy())
     ranks = np.load(config.folder / "ranks.npy")
-    assert ranks.tolist() == first_match_ranks(embeddings, labels).tolist()
+    assert ranks.tolist() == [first_match_ranks(embeddings, labels).tolist()]
     assert result["metrics"]["recall@1"] == np.mean(ranks == 1)
     history = pd.read_parquet(config.folder / "history.parquet")
     validated = history.dropna()
@@ -77,7 +78,27 @@ def test_evaluation_uses_the_protocol_cameras_and_roles_of_the_dataset(tmp_path,
     cameras, roles = torch.tensor(view[test]), np.broadcast_to(role, 240)[test].tolist()
     expected = evaluate(protocol, embeddings, torch.tensor(identity[test]), (1, 5), "cosine", cameras, roles)
     assert result["metrics"] == expected.metrics
-    assert np.load(config.folder / "ranks.npy").tolist() == expected.ranks.tolist()
+    assert np.load(config.folder / "ranks.npy").tolist() == [expected.ranks.tolist()]
     assert np.load(config.folder / "queries.npy").tolist() == expected.query_index.tolist()
     shown = [*result["panel"]["queries"], *itertools.chain(*result["panel"]["neighbors"])]
     assert {np.broadcast_to(role, 240)[row] for row in shown} <= {"both", "query", "gallery"}
+
+
+@pytest.mark.parametrize(
+    ("recalls", "length", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 200, True),
+        ([0.1, 0.2, 0.3, 0.3], 200, False),  # the first of equal ones
+        ([0.1, 0.4, 0.3, 0.2], 200, False),
+        ([0.1, 0.4, 0.3, 0.5], 100, True),  # later validations do not count
+        ([], 0, False),
+    ],
+)
+def test_a_run_is_still_improving_if_its_best_validation_is_in_the_last_tenth(recalls, length, expected):
+    validations = [(50 * number, recall) for number, recall in enumerate(recalls, 1)]
+    assert is_still_improving(validations, length) is expected
+
+
+def test_the_last_tenth_begins_after_nine_tenths():
+    assert not is_still_improving([(90, 0.5), (100, 0.4)], 100)
+    assert is_still_improving([(90, 0.5), (91, 0.6), (100, 0.4)], 100)
