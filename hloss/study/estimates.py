@@ -1,14 +1,16 @@
 """Estimates over seeds and test classes, with intervals and one-sided tests.
 
-A result varies with the seed (initial weights, batches) and with the test classes. Where each seed has test classes of
-its own (`dataset: glyphs-{seed}`), the values of the seeds differ in both, so Student's t interval over seeds includes
-both. Where all seeds share the test classes, values of the seeds agree too well: a mean over seeds then has the variance
+A result varies with the seed (initial weights, batches) and with the test classes. If each seed has its own test
+classes (`dataset: glyphs-{seed}`), the values of the seeds differ in both, so Student's t interval over seeds includes
+both. If all seeds share the test classes, the values of the seeds do not show the variation of classes. The variance of
+a mean over n seeds and m classes is then that of a crossed random-effects design,
 
-    V = S / n + C / m - E / (n m)
+    V = S / n + max(0, C / m - E / (n m)),
 
-of a crossed random-effects design (Searle, Casella & McCulloch, Variance Components, 1992, chapter 4), where S, C and E
-are the mean squares of n seeds, of m classes and of what remains, per value. Its degrees of freedom are Satterthwaite's
-(Biometrics Bulletin 1946). Coverage and error rates were checked in simulations (tests/study/test_estimates.py).
+with the variances S of the means of seeds, C of the means of classes, and E of the residuals (Searle, Casella &
+McCulloch, Variance Components, 1992, chapter 4). The mean divided by its error is taken to have the tails of t
+distributions with n - 1 and m - 1 degrees of freedom, weighted by the two parts of V. tests/study/test_estimates.py
+checks coverage and error rates in simulations. The degrees of freedom of Satterthwaite (1946) covered too little there.
 """
 
 import math
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 
 SEEDS, SEEDS_AND_CLASSES = "seeds", "seeds and classes"
 
@@ -27,19 +29,21 @@ class Estimate(NamedTuple):
     Attributes:
         mean: NaN without a seed.
         error: standard error of the mean, in its unit; NaN for fewer than two seeds.
-        freedom: degrees of freedom of the error.
         n: number of seeds.
         varies: the variation that the error includes, `SEEDS` or `SEEDS_AND_CLASSES`.
+        share: share of the seeds in the squared error; the rest is the classes'.
+        classes: number of classes if `share` is below 1.
     """
 
     mean: float
     error: float
-    freedom: float
     n: int
     varies: str = SEEDS
+    share: float = 1.0
+    classes: int = 2
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Student's t confidence interval.
+        """Confidence interval.
 
         Args:
             confidence: confidence level in (0, 1).
@@ -47,11 +51,22 @@ class Estimate(NamedTuple):
         Returns:
             Lower and upper bound; NaN for fewer than two seeds.
         """
-        half = float(stats.t.ppf((1 + confidence) / 2, self.freedom)) * self.error
-        return self.mean - half, self.mean + half
+        if self.n < 2:
+            return math.nan, math.nan
+        tail = (1 - confidence) / 2
+        quantile = float(stats.t.isf(tail, self.n - 1))
+        if self.share < 1:
+            most = 2 * max(quantile, float(stats.t.isf(tail, self.classes - 1)))
+            quantile = optimize.brentq(lambda value: self._tail(value) - tail, 0, most)
+        return self.mean - quantile * self.error, self.mean + quantile * self.error
+
+    def _tail(self, value: float) -> float:
+        """Probability that the error of the mean, in standard errors, is above a value."""
+        of_seeds = stats.t.sf(value, self.n - 1)
+        return float(self.share * of_seeds + (1 - self.share) * stats.t.sf(value, self.classes - 1))
 
     def p_above(self, value: float) -> float:
-        """P value of the one-sided t test whose alternative is that the true mean is above a value.
+        """P value of the one-sided test whose alternative is that the true mean is above a value.
 
         Args:
             value: in the unit of the mean.
@@ -59,15 +74,23 @@ class Estimate(NamedTuple):
         Returns:
             In [0, 1]; 1 for fewer than two seeds.
         """
-        if not self.n > 1:
+        if self.n < 2:
             return 1.0
         if self.error == 0:
             return 0.0 if self.mean > value else 1.0
-        return float(stats.t.sf((self.mean - value) / self.error, self.freedom))
+        return self._tail((self.mean - value) / self.error)
 
     def p_below(self, value: float) -> float:
         """As `p_above`, with the alternative that the true mean is below the value."""
         return self._replace(mean=-self.mean).p_above(-value)
+
+    def p_within(self, margin: float) -> float:
+        """P value of two one-sided tests: the true mean is within ±margin (Schuirmann 1987)."""
+        return max(self.p_above(-margin), self.p_below(margin))
+
+    def p_outside(self, margin: float) -> float:
+        """P value of a two-sided test: the true mean is outside ±margin."""
+        return min(1.0, 2 * min(self.p_above(margin), self.p_below(-margin)))
 
 
 def mean_over_runs(runs: pd.DataFrame, column: str = "recall@1") -> Estimate:
@@ -119,33 +142,33 @@ def _by_seed(name: str, runs: pd.DataFrame, column: str) -> pd.DataFrame:
 def _estimate(values: pd.Series, a: pd.DataFrame, b: pd.DataFrame | None, column: str) -> Estimate:
     n, numbers = len(values), values.to_numpy(dtype=float)
     if n < 2:
-        return Estimate(float(numbers.mean()) if n else math.nan, math.nan, math.nan, n)
+        return Estimate(float(numbers.mean()) if n else math.nan, math.nan, n)
+    mean, error = float(numbers.mean()), float(stats.sem(numbers))
     splits = a["split"].nunique() if "split" in a else 1
     if splits == n:
-        return Estimate(float(numbers.mean()), float(stats.sem(numbers)), n - 1, n, SEEDS_AND_CLASSES)
+        return Estimate(mean, error, n, SEEDS_AND_CLASSES)
     scores = _class_scores(a, b, column) if splits == 1 else None
     if scores is None:
-        return Estimate(float(numbers.mean()), float(stats.sem(numbers)), n - 1, n)
-    return Estimate(float(numbers.mean()), *crossed_error(scores), n, SEEDS_AND_CLASSES)
+        return Estimate(mean, error, n)
+    return Estimate(mean, *crossed_error(scores), scores.shape[1])
 
 
-def crossed_error(scores: np.ndarray) -> tuple[float, float]:
+def crossed_error(scores: np.ndarray) -> tuple[float, int, str, float]:
     """Standard error of the mean of scores of seeds and classes that are both random.
 
     Args:
         scores: shape (seeds, classes), at least two of each.
 
     Returns:
-        The error and its degrees of freedom. The error is at least that over seeds alone.
+        The fields error, n, varies and share of `Estimate`.
     """
     n, m = scores.shape
     seeds, classes = scores.mean(1), scores.mean(0)
     rest = scores - seeds[:, None] - classes + scores.mean()
-    parts = np.array([seeds.var(ddof=1) / n, classes.var(ddof=1) / m, -(rest**2).sum() / ((n - 1) * (m - 1) * n * m)])
-    variance = parts.sum()
-    if variance <= parts[0]:
-        return float(np.sqrt(parts[0])), n - 1
-    return float(np.sqrt(variance)), float(variance**2 / (parts**2 / [n - 1, m - 1, (n - 1) * (m - 1)]).sum())
+    of_seeds = seeds.var(ddof=1) / n
+    of_classes = max(0.0, classes.var(ddof=1) / m - (rest**2).sum() / ((n - 1) * (m - 1) * n * m))
+    variance = of_seeds + of_classes
+    return float(np.sqrt(variance)), n, SEEDS_AND_CLASSES, float(of_seeds / variance) if variance else 1.0
 
 
 def _class_scores(a: pd.DataFrame, b: pd.DataFrame | None, column: str) -> np.ndarray | None:
@@ -159,7 +182,7 @@ def _class_scores(a: pd.DataFrame, b: pd.DataFrame | None, column: str) -> np.nd
     if not (known and column.startswith("recall@")):
         return None
     k = int(column.removeprefix("recall@"))
-    counted = [np.array([_hits_and_sizes(*run, k) for run in zip(t["ranks"], t["query_classes"])]) for t in tables]
+    counted = [np.stack(list(map(_hits_and_sizes, t["ranks"], t["query_classes"], [k] * len(t)))) for t in tables]
     sizes = counted[0][:, 1]
     hits = counted[0][:, 0] - (counted[1][:, 0] if b is not None else 0)
     if sizes.shape[1] < 2:
