@@ -19,7 +19,7 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
-from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
+from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
 OF_QUERIES = ("ranks", "query_classes")  # columns with one value per query
@@ -459,7 +459,8 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
-    grids = results[results["comparison"] == LOSS_COMPARISONS[1] + CHOICE]
+    tuning = LOSS_COMPARISONS[1]
+    grids = results[results["comparison"].isin([tuning + CHOICE, tuning + EXTENDED + CHOICE])]
     for (dataset, method, length), runs in tuned.groupby(["dataset", "method", "length"], sort=False):
         first = runs.iloc[0]
         grid = grids[(grids["dataset"] == dataset) & (grids["length"] == length) & (grids["loss"] == first["loss"])]

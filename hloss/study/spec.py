@@ -15,7 +15,8 @@ runs:
     seeds: [0]                                  # replaces the seeds of the study
     resources: {hours: 6}                       # replaces resources of the study
     tune: true                                  # the combinations are a grid that is run with tuning_seed; the best
-                                                # on the validation classes is run with every seed
+                                                # on the validation classes is run with every seed; a grid whose best is
+                                                # at an edge is extended (hloss.study.tuning)
 
 A run that belongs to several comparisons is run once. A run that is as long as one of the lengths in `report_at` of
 another run with its settings is not run: its result is that of the other run at this length. A grid chooses at each
@@ -112,19 +113,34 @@ class StudyRun:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """What an entry with `tune` chooses from.
+
+    Attributes:
+        axes: values of each setting in the file.
+        runs_on: returns the runs of a grid with these axes, in the comparison with this suffix.
+        runs_with: returns the runs of every seed for the chosen run of the grid at each length, in the comparison with
+            this suffix.
+    """
+
+    axes: dict[str, list[Any]]
+    runs_on: Callable[[dict[str, list[Any]], str], tuple[StudyRun, ...]]
+    runs_with: Callable[[Mapping[int, RunConfig], str], tuple[StudyRun, ...]]
+
+
+@dataclass(frozen=True)
 class Entry:
     """The runs of an entry of a study's file.
 
     Attributes:
         runs: known runs. An entry with `tune` has the runs of its grid and, after the choice, those of every seed.
         waiting: runs whose settings are not chosen; they have the settings of the grid's first run as placeholders.
-        runs_with: returns the runs of every seed for the chosen run of the grid at each length; None: nothing to
-            choose.
+        grid: the grid of an entry with `tune`; None: nothing to choose.
     """
 
     runs: tuple[StudyRun, ...]
     waiting: tuple[StudyRun, ...] = ()
-    runs_with: Callable[[Mapping[int, RunConfig]], tuple[StudyRun, ...]] | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -301,19 +317,24 @@ def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> En
             "length; move it to set, or remove tune"
         )
     comparison = entry.get("comparison", LOSS_COMPARISONS[0])
-    choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}
-    grid = _crossed_runs(file, entry | choice, [tuning_seed])
 
-    def runs_with(chosen: Mapping[int, RunConfig]) -> tuple[StudyRun, ...]:
+    def runs_on(axes: dict[str, list[Any]], suffix: str) -> tuple[StudyRun, ...]:
+        settings = {"comparison": comparison + suffix, "set": entry["set"] | {"refit": False}, "cross": axes}
+        return _crossed_runs(file, entry | settings, [tuning_seed])
+
+    def runs_with(chosen: Mapping[int, RunConfig], suffix: str) -> tuple[StudyRun, ...]:
         runs: list[StudyRun] = []
         for config in dict.fromkeys(config.run_id for config in chosen.values()):
             lengths = [length for length, other in chosen.items() if other.run_id == config]
             axes = {axis: getattr(chosen[lengths[0]], axis) for axis in entry["cross"]}
             until = {} if len(lengths) == len(chosen) else {"iterations": max(lengths), "report_at": lengths}
-            runs += _crossed_runs(file, entry | {"set": entry["set"] | axes | until, "cross": {}}, seeds)
+            settings = {"comparison": comparison + suffix, "set": entry["set"] | axes | until, "cross": {}}
+            runs += _crossed_runs(file, entry | settings, seeds)
         return tuple(runs)
 
-    return Entry(grid, runs_with(dict.fromkeys(grid[0].config.lengths, grid[0].config)), runs_with)
+    first = runs_on(entry["cross"], CHOICE)
+    waiting = runs_with(dict.fromkeys(first[0].config.lengths, first[0].config), "")
+    return Entry(first, waiting, Grid(entry["cross"], runs_on, runs_with))
 
 
 def _crossed_runs(file: StudyFile, entry: dict[str, Any], seeds: Sequence[int]) -> tuple[StudyRun, ...]:
