@@ -18,6 +18,7 @@ from hloss.runs.datasets import Dataset
 from hloss.runs.files import NETWORK_FILE, atomic_save, atomic_write
 from hloss.runs.images import center_crop
 from hloss.runs.models import embed
+from hloss.runs.pair_record import separation, slope_record
 
 PANEL_QUERIES, PANEL_NEIGHBORS = 6, 8
 SIMILARITY_BINS = 100
@@ -38,7 +39,13 @@ def split_embeddings(
     Returns:
         Embeddings, float32 (n, d), and labels, int64 (n,), both on `device`.
     """
-    rows = dataset.rows(split)
+    return embedded_rows(network, dataset, dataset.rows(split), config, device)
+
+
+def embedded_rows(
+    network: nn.Module, dataset: Dataset, rows: np.ndarray, config: RunConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`split_embeddings` of these rows of the dataset's index."""
     found = embed(network, lambda part: center_crop(dataset.pixels(rows[part]), config.crop).to(device), len(rows))
     return found, dataset.labels(rows).to(device)
 
@@ -58,6 +65,35 @@ def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, d
     found = split_embeddings(network, dataset, "val", config, device)
     metric = config.metric or config.trained_metric
     return _evaluate_split(dataset, "val", validation_protocol(dataset), (1,), *found, metric).metrics["recall@1"]
+
+
+def pair_record(
+    network: nn.Module, dataset: Dataset, rows: np.ndarray, config: RunConfig, device: torch.device
+) -> dict[str, float]:
+    """Record slopes and separation of the pairs of a training batch, and the separation of the validation classes.
+
+    The batch is embedded again, in evaluation mode and without augmentation. Neither the network nor a random generator
+    changes.
+
+    Args:
+        network: the network, on `device`.
+        dataset: the prepared dataset.
+        rows: of the dataset's index, the images of the batch.
+        config: the settings of the run.
+        device: the device that embeds.
+
+    Returns:
+        The values of `slope_record`, and `batch_overlap`, `batch_reverse`, `validation_overlap` and
+        `validation_reverse` of `separation` in the metric that the loss trains.
+    """
+    loss = config.build_loss(len(dataset.labels(rows).unique()))
+    assert loss is not None
+    batch = embedded_rows(network, dataset, rows, config, device)
+    record = slope_record(loss, *batch)
+    for name, pairs in (("batch", batch), ("validation", split_embeddings(network, dataset, "val", config, device))):
+        found = separation(*pairs, config.trained_metric)
+        record |= {f"{name}_{value}": number for value, number in found.items()}
+    return record
 
 
 def validation_protocol(dataset: Dataset) -> str:
@@ -163,7 +199,7 @@ def history_table(progress: dict[str, Any]) -> pd.DataFrame:
 
     Returns:
         One row per iteration: iteration, loss, validation_recall@1 (NaN without a validation) and, with `refit`,
-        refit_loss. Empty without training.
+        refit_loss; with `record_pairs`, the values of `pair_record` (NaN without a validation). Empty without training.
     """
     if not progress["losses"]["choose"]:
         return pd.DataFrame()
@@ -171,6 +207,8 @@ def history_table(progress: dict[str, Any]) -> pd.DataFrame:
     history.insert(0, "iteration", range(1, len(history) + 1))
     validations = pd.DataFrame(progress["validations"], columns=["iteration", "validation_recall@1"])
     history = history.merge(validations, how="left")
+    if progress["pairs"]:
+        history = history.merge(pd.DataFrame(progress["pairs"]), how="left")
     if progress["losses"]["refit"]:
         history["refit_loss"] = pd.Series(progress["losses"]["refit"])
     return history

@@ -211,6 +211,7 @@ def _carry_out(context: RunContext) -> dict[str, Any]:
         losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
         context.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
         context.progress["shorter"] = []  # the choice at each length of `report_at` before the last iteration
+        context.progress["pairs"] = []  # with `record_pairs`, one record per validation
         context.progress["seconds_before_stage"] = 0.0
         if fabric.is_global_zero:
             found = split_embeddings(network, context.dataset, "test", config, fabric.device)

@@ -9,7 +9,7 @@ import pandas as pd
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
 from hloss.study.claims import NOT_RUN
-from hloss.study.results import at_length, chosen_settings, read_results
+from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS
 from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
 
@@ -65,7 +65,9 @@ def results_section(folder: Path) -> str:
     means = summary(at_length(results), ["recall@1"])
     lines = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
     lines += [_edges_line(results)]
-    title = "Mean test Recall@1 in % (95 % CI over seeds), the highest first:"
+    losses = at_length(results[results["comparison"].isin(LOSS_COMPARISONS)])
+    trained = " or ".join(f"{length:,}" for length in lengths_in(losses))
+    title = f"Mean test Recall@1 in % after {trained} iterations (95 % CI over seeds), the highest first:"
     return "\n\n".join([_limits(results), _reading(), _claims_table(board), title, "\n".join(lines)])
 
 
@@ -74,14 +76,13 @@ def _limits(results: pd.DataFrame) -> str:
     trained = results[(results["iterations"] > 0) & results["complete"]]
     methods = trained[~trained["comparison"].str.endswith(CHOICE)]
     seeds = methods.groupby(["comparison", "method"])["seed"].nunique()
-    runs = trained.drop_duplicates("run_id")
-    usual = runs["iterations"].mode()[0]
-    improving = sum(map(_is_best_last, runs["history_recall"]))
+    runs = distinct_runs(trained)
+    usual, improving = runs["iterations"].mode()[0], runs["still_improving"].sum()
     return fill(
         f"These results are limited: one dataset of drawn characters (`{DATASET}`), {_range(seeds)} seeds per method, "
-        f"{usual} iterations in {(runs['iterations'] == usual).sum()} of {len(runs)} trained runs. "
-        f"{improving} of the {len(runs)} runs reach their best validation Recall@1 at their last validation, so "
-        "training ended while they still improved. Longer training can change the order of the losses. "
+        f"{usual:,} iterations in {(runs['iterations'] == usual).sum()} of {len(runs)} trained runs. "
+        f"{improving} of the {len(runs)} runs are still improving: their best validation Recall@1 lies in the last "
+        "tenth of training. Longer training can change the order of the losses. "
         "A claim that fails here can still hold on the paper's data.",
         width=120,
     )
@@ -90,11 +91,6 @@ def _limits(results: pd.DataFrame) -> str:
 def _range(numbers: pd.Series) -> str:
     low, high = numbers.min(), numbers.max()
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _is_best_last(recalls: list[float]) -> bool:
-    """Whether the last of a run's validations is above all others."""
-    return len(recalls) > 1 and recalls[-1] > max(recalls[:-1])
 
 
 def _reading() -> str:

@@ -71,6 +71,8 @@ def card_hashes(study: Study, skip_missing: bool = False) -> dict[str, str]:
 def write_results(study: Study, keep: bool) -> None:
     """Write results.parquet (`collect`) and loss_cost.csv (`measured_loss_cost`) to reports/STUDY.
 
+    Also pairs.parquet (`pair_records`), if a run recorded its pairs.
+
     Args:
         study: with its tuning resolved.
         keep: as in `collect`.
@@ -81,6 +83,8 @@ def write_results(study: Study, keep: bool) -> None:
     file = Path("reports") / study.name / "results.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     table, cost = collect(study, keep), measured_loss_cost()
+    if len(pairs := pair_records(study)):
+        atomic_write(file.with_name("pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
     atomic_write(file.with_name("loss_cost.csv"), lambda part: cost.to_csv(part, index=False))
     atomic_write(file, lambda part: table.to_parquet(part, index=False, compression="zstd"))
 
@@ -139,6 +143,30 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         _refuse_versions(study.name, table)
     refuse_mixed(table)
     return table
+
+
+def pair_records(study: Study) -> pd.DataFrame:
+    """Collect the records of pairs of a study's complete runs with `record_pairs`.
+
+    Args:
+        study: with its tuning resolved.
+
+    Returns:
+        One row per run and validation. Columns: dataset, method, seed, run_id, and those of the run's history.parquet:
+        iteration, loss, validation_recall@1 (fraction) and the values of `hloss.runs.evaluation.pair_record`. Empty
+        without a record.
+    """
+    tables = []
+    for run in study.runs:
+        if (run.config.folder / "result.json").exists():
+            history = pd.read_parquet(run.config.folder / "history.parquet")
+            if "validation_overlap" in history:
+                recorded = history[history["validation_overlap"].notna()]
+                names = {"dataset": run.dataset, "method": run.method, "seed": run.config.seed}
+                tables.append(recorded.assign(**names, run_id=run.config.run_id))
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    first = [name for name in ("dataset", "method", "seed", "run_id") if name in table]
+    return table[first + [name for name in table if name not in first]]
 
 
 def _refuse_versions(study: str, table: pd.DataFrame) -> None:
@@ -380,6 +408,16 @@ def lengths_in(results: pd.DataFrame) -> list[int]:
     return sorted(int(length) for length in set(results["length"]) - {0})
 
 
+def distinct_runs(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per run, that of its longest length, in the order of the table.
+
+    Args:
+        results: complete runs of `read_results`.
+    """
+    longest_first = results.sort_values("length", ascending=False, kind="stable")
+    return longest_first.drop_duplicates("run_id").sort_index()
+
+
 def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
     """The rows of a table of results that have these values.
 
@@ -418,7 +456,7 @@ def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:
     """Test Recall@K in long form.
 
     Args:
-        results: complete runs of `read_results`.
+        results: complete runs of `read_results` at one length.
 
     Returns:
         One row per run and K. Columns: method, seed, K, recall (%).
@@ -431,7 +469,7 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     """Validation Recall@1 during training in long form.
 
     Args:
-        results: complete runs of `read_results`; runs without training are left out.
+        results: complete runs of `read_results` at one length; runs without training are left out.
 
     Returns:
         One row per run and validation. Columns: method, seed, iteration, recall (%).

@@ -95,17 +95,18 @@ def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[st
         metrics: metrics to show; the interval is that of the first.
 
     Returns:
-        One row per method with complete runs, indexed as in `table`. Columns: dataset, comparison, method, n, a mean in
-        % per metric, and "95 % interval".
+        One row per method with complete runs, indexed as in `table`. Columns: dataset, comparison, method, length, n, a
+        mean in % per metric, "95 % interval" and "still improving" ("3 of 5": of the complete runs).
     """
     rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
-    shown = rows[["dataset", "comparison", "method", "n"]].copy()
+    shown = rows[["dataset", "comparison", "method", "length", "n"]].copy()
     shown["n"] = [n if n == of else f"{n} of {of}" for n, of in zip(rows["n"], rows["of"], strict=True)]
     for metric in metrics:
         shown[f"{metric} (%)"] = rows[metric].map("{:.1f}".format)
     intervals = map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])
-    shown.insert(5, "95 % interval", list(intervals))
-    return shown
+    shown.insert(6, "95 % interval", list(intervals))
+    improving = [f"{m} of {n}" for m, n in zip(rows["still improving"], rows["n"], strict=True)]
+    return shown.assign(**{"still improving": improving})
 
 
 def differences_from(results: pd.DataFrame, method: str) -> pd.DataFrame:
