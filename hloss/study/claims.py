@@ -175,7 +175,7 @@ def conclusions(board: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per claim, dataset and comparison; `conclusion` has the verdicts at all lengths.
     """
-    return board.groupby(["claim", "dataset", "comparison"], sort=False).tail(1)
+    return board.groupby(["claim", "dataset", "comparison"], sort=False, dropna=False).tail(1)
 
 
 def overlap(results: pd.DataFrame) -> pd.Series:

@@ -8,9 +8,11 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
-from hloss.study.claims import NOT_RUN
+from hloss.study.claims import conclusions
+from hloss.study.criteria import NOT_RUN
+from hloss.study.estimates import mean_over_runs
 from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
-from hloss.study.spec import CHOICE, LOSS_COMPARISONS
+from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
 
 BEGIN = "<!-- results: begin (made by workflow/scripts/write_readme_results.py) -->"
@@ -61,20 +63,21 @@ def results_section(folder: Path) -> str:
     datasets = sorted(results["dataset"].unique())
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
-    board = pd.read_csv(folder / "claims.csv", keep_default_na=False)
+    board = conclusions(pd.read_csv(folder / "claims.csv", keep_default_na=False))
     means = summary(at_length(results), ["recall@1"])
     lines = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
     lines += [_edges_line(results)]
     losses = at_length(results[results["comparison"].isin(LOSS_COMPARISONS)])
     trained = " or ".join(f"{length:,}" for length in lengths_in(losses))
-    title = f"Mean test Recall@1 in % after {trained} iterations (95 % CI over seeds), the highest first:"
+    varies = mean_over_runs(losses[losses["method"] == losses["method"].iloc[0]].drop_duplicates("seed")).varies
+    title = f"Mean test Recall@1 in % after {trained} iterations (95 % CI over {varies}), the highest first:"
     return "\n\n".join([_limits(results), _reading(), _claims_table(board), title, "\n".join(lines)])
 
 
 def _limits(results: pd.DataFrame) -> str:
     """The limits of these results: data, seeds and length of training."""
     trained = results[(results["iterations"] > 0) & results["complete"]]
-    methods = trained[~trained["comparison"].str.endswith(CHOICE)]
+    methods = trained[~trained["comparison"].str.endswith(OF_TUNING)]
     seeds = methods.groupby(["comparison", "method"])["seed"].nunique()
     runs = distinct_runs(trained)
     usual, improving = runs["iterations"].mode()[0], runs["still_improving"].sum()
@@ -98,8 +101,9 @@ def _reading() -> str:
     return fill(
         "Each cell gives a verdict and the difference that decides it, in points of test Recall@1. All were measured "
         "on glyphs, also where a claim names another dataset. Equivalent: the 90 % confidence interval (CI) lies "
-        f'within {margin}. "A above B" is not reproduced if A and B are equivalent. The report has the criteria and '
-        "all runs: `reports/sample/report.html`.",
+        f'within {margin}. "A above B" is not reproduced if A and B are equivalent. Holm: the verdict after correction '
+        "for the number of tests, where it differs. The report has the criteria and all runs: "
+        "`reports/sample/report.html`.",
         width=120,
     )
 
@@ -117,7 +121,8 @@ def _cell(verdicts: pd.DataFrame) -> str:
     lines = []
     for row in verdicts.itertuples():
         name = f"*{row.comparison}*: " if len(verdicts) > 1 else ""
-        lines.append(f"{name}{row.verdict}: {typeset(str(row.decisive))}")
+        adjusted = f"; Holm: {row.holm}" * (row.holm != row.verdict)
+        lines.append(f"{name}{row.conclusion}: {typeset(str(row.decisive))}{adjusted}")
     return "<br>".join(lines)
 
 
@@ -137,9 +142,10 @@ def _means_line(title: str, means: pd.DataFrame, comparison: str) -> str:
 def _edges_line(results: pd.DataFrame) -> str:
     """The losses whose tuned setting is at an edge of its grid."""
     shown = []
-    for _, method, _, chosen, edges, _ in chosen_settings(at_length(results)).itertuples(index=False, name=None):
-        at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
-        shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
+    for row in chosen_settings(at_length(results)).to_dict("records"):
+        edges = row["at an edge of its grid"].split(", ")
+        at_edge = [setting for setting in row["chosen"].split(", ") if setting.split()[0] in edges]
+        shown += [f"{row['method']}, {', '.join(at_edge)}"] if at_edge else []
     return _item("Tuned to an edge of the grid, so a better value may lie beyond it", shown or ["none"])
 
 

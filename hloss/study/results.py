@@ -19,7 +19,7 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
-from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, Study, StudyRun, short_value
+from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
 OF_QUERIES = ("ranks", "query_classes")  # columns with one value per query
@@ -432,7 +432,7 @@ def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
         ConfigError: if no row has one of the values.
     """
     for name, value in wanted.items():
-        known = [v for v in results[name].unique() if not str(v).endswith(CHOICE)]
+        known = [v for v in results[name].unique() if not str(v).endswith(OF_TUNING)]
         if value not in results[name].unique():
             raise ConfigError(f"{name} is unknown: got {value!r}; allowed are {', '.join(map(str, known))}")
         results = results[results[name] == value]
@@ -491,28 +491,40 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         results: the table of `read_results`.
 
     Returns:
-        One row per dataset, method and length. Columns: dataset, method, length, chosen (values of the settings in the
-        grid), "at an edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the
-        grid).
+        One row per dataset, tuned comparison, method and length. Columns: dataset, comparison, method, length, chosen
+        (values of the settings in the grid), "at an edge of its grid" (settings whose value is the smallest or largest
+        of the grid, with its extensions), "runs of the grid" (as "20", or "20 + 4" with those of the extensions), "on
+        the initial grid" (the chosen values without extensions; empty if there are none), run_ids (of the grid).
     """
     rows = []
-    tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
-    tuning = LOSS_COMPARISONS[1]
-    grids = results[results["comparison"].isin([tuning + CHOICE, tuning + EXTENDED + CHOICE])]
-    for (dataset, method, length), runs in tuned.groupby(["dataset", "method", "length"], sort=False):
-        first = runs.iloc[0]
-        grid = grids[(grids["dataset"] == dataset) & (grids["length"] == length) & (grids["loss"] == first["loss"])]
+    names = results["comparison"].unique()
+    tuned = results[results["comparison"].isin([name for name in names if f"{name}{CHOICE}" in names])]
+    for (dataset, comparison, method, length), runs in tuned.groupby(
+        ["dataset", "comparison", "method", "length"], sort=False
+    ):
+        of_method = results[(results["dataset"] == dataset) & (results["length"] == length)]
+        grid = of_method[of_method["method"].str.startswith(f"{method}, ")]
+        first = grid[grid["comparison"] == f"{comparison}{CHOICE}"]
+        grid = pd.concat([first, grid[grid["comparison"] == f"{comparison}{EXTENDED}{CHOICE}"]])
+        before = of_method[(of_method["comparison"] == f"{comparison}{INITIAL}") & (of_method["method"] == method)]
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
-        edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
-        shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
+        chosen, known = runs.iloc[0], bool(runs.iloc[0]["run_id"])
+        edges = [name for name in axes if known and chosen[name] in (grid[name].min(), grid[name].max())]
         rows.append(
             {
                 "dataset": dataset,
+                "comparison": comparison,
                 "method": method,
                 "length": length,
-                "chosen": shown,
+                "chosen": _shown_settings(chosen, axes) if known else "not chosen yet",
                 "at an edge of its grid": ", ".join(edges),
+                "runs of the grid": f"{len(first)}{f' + {len(grid) - len(first)}' * (len(grid) > len(first))}",
+                "on the initial grid": _shown_settings(before.iloc[0], axes) if len(before) else "",
                 "run_ids": ", ".join(grid.loc[grid["complete"], "run_id"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _shown_settings(run: pd.Series, axes: list[str]) -> str:
+    return ", ".join(f"{name} {run[name]:g}" for name in axes)

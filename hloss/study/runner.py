@@ -8,6 +8,7 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import file_lock
+from hloss.study.claims import conclusions
 from hloss.study.devices import visible_devices
 from hloss.study.notebooks import check_parameters
 from hloss.study.processes import call
@@ -158,6 +159,8 @@ def print_headline(study: Study) -> None:
     """
     folder = Path("reports") / study.name
     table = headline(at_length(pd.read_csv(folder / "summary.csv")), LOSS_COMPARISONS, ["recall@1"])
-    verdicts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts().items()
+    verdicts = conclusions(pd.read_csv(folder / "claims.csv"))["verdict"].value_counts().items()
     counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts)
-    print(f"\n{table.to_string(index=False)}\n\nclaims of the paper: {counts}\n\n{folder / 'report.html'}")
+    print(
+        f"\n{table.to_string(index=False)}\n\nclaims of the paper, at the longest length: {counts}\n\n{folder / 'report.html'}"
+    )

@@ -46,6 +46,7 @@ LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
 CHOICE = ": choice"  # suffix of the comparison that contains the runs of a grid
 EXTENDED = ", extended"  # before CHOICE: the runs that were added to a grid
 INITIAL = ", initial grid"  # suffix of the comparison with the settings that a grid had chosen before it was extended
+OF_TUNING = (CHOICE, INITIAL)  # endings of comparisons that only show how settings were chosen
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 
 

@@ -115,7 +115,7 @@ def test_error_of_crossed_seeds_and_classes_equals_naive_sums_of_squares():
     """Classes of different sizes; the table of variances is computed with loops, from the ranks."""
     rng = np.random.default_rng(1)
     sizes = rng.integers(5, 17, 30)
-    of_classes = [rng.integers(0, sizes + 1) for _ in range(2)]  # hits of each method, the same for all seeds but for one
+    of_classes = [rng.integers(0, sizes + 1) for _ in range(2)]  # hits of each method
     ours, theirs = (with_ranks(np.minimum(hits + rng.integers(0, 2, (4, 30)), sizes), sizes) for hits in of_classes)
     found = paired_difference(ours, theirs)
     scores = np.empty((4, 30))
