@@ -278,10 +278,10 @@ def _judged_at_lengths(claim: Claim, comparison: str, runs: pd.DataFrame) -> Ite
 
 def _at_lengths(claim: Claim, runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each length, or of each number of images that every method has seen, the smallest first."""
-    if claim.equal == "images":
+    if claim.equal == "images" and len(runs):
         images = runs["length"] * runs["batch_size"]
         seen = [set(of_method) for _, of_method in images.groupby(runs["method"])]
-        common = sorted(set.intersection(*seen)) if seen else []
+        common = sorted(set.intersection(*seen))
         found = [(f"{number:,.0f} images", runs[images == number]) for number in common]
     else:
         found = [(f"{length:,} iterations", at_length(runs, length)) for length in lengths_in(runs)]

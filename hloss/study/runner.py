@@ -161,6 +161,5 @@ def print_headline(study: Study) -> None:
     table = headline(at_length(pd.read_csv(folder / "summary.csv")), LOSS_COMPARISONS, ["recall@1"])
     verdicts = conclusions(pd.read_csv(folder / "claims.csv"))["verdict"].value_counts().items()
     counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts)
-    print(
-        f"\n{table.to_string(index=False)}\n\nclaims of the paper, at the longest length: {counts}\n\n{folder / 'report.html'}"
-    )
+    claims = f"claims of the paper, at the longest length: {counts}"
+    print(f"\n{table.to_string(index=False)}\n\n{claims}\n\n{folder / 'report.html'}")
