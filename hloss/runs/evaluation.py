@@ -22,6 +22,7 @@ from hloss.runs.pair_record import separation, slope_record
 
 PANEL_QUERIES, PANEL_NEIGHBORS = 6, 8
 SIMILARITY_BINS = 100
+PAIR_ROWS = 256  # rows of the matrix of distances that are computed at once
 
 
 def split_embeddings(
@@ -144,6 +145,42 @@ def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> 
     known = torch.from_numpy(identified_rows(dataset))
     histograms = pair_histograms(embeddings[known], labels[known], n_bins=SIMILARITY_BINS)
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
+
+
+def trained_overlap(
+    dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str, density: dict[str, list[float]]
+) -> float:
+    """Measure how much the densities of positive and negative pairs of test images overlap in the trained distance.
+
+    Args:
+        dataset: the prepared dataset.
+        embeddings: floating-point (n, d), one row per test image.
+        labels: int64 (n,).
+        metric: the metric that the loss trains, "cosine" or "euclidean".
+        density: the densities of cosine similarities, from `similarity_density`.
+
+    Returns:
+        Sum of min(h+, h-) over the bins of the two densities, a fraction in [0, 1].
+    """
+    if metric == "cosine":
+        return float(np.minimum(density["positive"], density["negative"]).sum())
+    known = torch.from_numpy(identified_rows(dataset))
+    counts = _distance_counts(embeddings[known], labels[known])
+    return float((counts / counts.sum(1, keepdim=True)).amin(0).sum())
+
+
+def _distance_counts(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Counts of Euclidean distances of negative and positive pairs, float64 (2, 2 SIMILARITY_BINS)."""
+    centred = embeddings.double() - embeddings.mean(0, dtype=torch.float64)
+    bins, most = 2 * SIMILARITY_BINS, 2 * centred.norm(dim=1).max()  # no distance is above the doubled largest norm
+    most = most.clamp_min(torch.finfo(most.dtype).tiny)  # equal embeddings
+    counts = torch.zeros(2 * bins, dtype=torch.float64, device=centred.device)
+    for rows in torch.arange(len(centred), device=centred.device).split(PAIR_ROWS):
+        places = (torch.cdist(centred[rows], centred) / most * bins).long().clamp(max=bins - 1)
+        places += bins * (labels[rows, None] == labels)
+        once = torch.arange(len(centred), device=centred.device) > rows[:, None]
+        counts += torch.bincount(places[once], minlength=2 * bins)
+    return counts.reshape(2, bins)
 
 
 def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:

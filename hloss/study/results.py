@@ -19,6 +19,7 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
+from hloss.study.parts import merged_parts, parts_of, write_part
 from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
@@ -71,7 +72,8 @@ def card_hashes(study: Study, skip_missing: bool = False) -> dict[str, str]:
 def write_results(study: Study, keep: bool) -> None:
     """Write results.parquet (`collect`) and loss_cost.csv (`measured_loss_cost`) to reports/STUDY.
 
-    Also pairs.parquet (`pair_records`), if a run recorded its pairs.
+    Also pairs.parquet (`pair_records`) if a run recorded its pairs, and the part of a study with `part_of`. If
+    reports/STUDY has parts, results.parquet is their merged table.
 
     Args:
         study: with its tuning resolved.
@@ -82,7 +84,9 @@ def write_results(study: Study, keep: bool) -> None:
     """
     file = Path("reports") / study.name / "results.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
-    table, cost = collect(study, keep), measured_loss_cost()
+    table, cost = merged_parts(file) if parts_of(file) else collect(study, keep), measured_loss_cost()
+    if study.part_of:
+        write_part(study.name, study.part_of, table)
     if len(pairs := pair_records(study)):
         atomic_write(file.with_name("pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
     atomic_write(file.with_name("loss_cost.csv"), lambda part: cost.to_csv(part, index=False))
@@ -272,6 +276,7 @@ def _length_columns(config: RunConfig, result: dict[str, Any], at: dict[str, Any
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
         "reverse_probability": math.nan,
+        "trained_overlap": 100 * at.get("trained_overlap", math.nan),  # older results lack it
         "panel": json.dumps(at["panel"]),
         **result["fingerprint"],
         **_provenance_columns(result["provenance"]),
@@ -357,7 +362,7 @@ def read_results(file: Path) -> pd.DataFrame:
     """Read a study's table of results.
 
     Args:
-        file: a results.parquet.
+        file: a results.parquet; if there are parts in the folder `parts` beside it, these are merged instead.
 
     Returns:
         One row per run, comparison and length in the order of the study, metrics in %. `length` is the number of
@@ -367,9 +372,9 @@ def read_results(file: Path) -> pd.DataFrame:
         for a run without a result. `ranks` and `query_classes` are missing for runs of a grid and in older tables.
 
     Raises:
-        ConfigError: if results cannot be compared (`refuse_mixed`).
+        ConfigError: if results cannot be compared (`refuse_mixed`), or parts cannot be merged (`merged_parts`).
     """
-    table = pd.read_parquet(file)
+    table = merged_parts(file) if parts_of(file) else pd.read_parquet(file)
     if "length" not in table:  # an older table: one length per run
         improving = 10 * table["chosen_iteration"] > 9 * table["iterations"]
         table = table.assign(length=table["iterations"], still_improving=improving)

@@ -6,6 +6,7 @@ include: [one, two]                             # or report all runs of other st
 fixed: {dataset: glyphs, iterations: 600}       # settings of every run; dataset: cuhk03-{seed} is one split per seed
 seeds: [0, 1]                                   # one run per seed
 tuning_seed: 100                                # seed of the runs that choose settings
+part_of: sample                                 # write the table to reports/sample/parts, the runs to runs/sample
 resources: {gpus: 1, memory_gb: 8, hours: 2}    # resources of each run (Resources)
 runs:
   - name: histogram                             # name of the method in tables and figures
@@ -47,6 +48,7 @@ CHOICE = ": choice"  # suffix of the comparison that contains the runs of a grid
 EXTENDED = ", extended"  # before CHOICE: the runs that were added to a grid
 INITIAL = ", initial grid"  # suffix of the comparison with the settings that a grid had chosen before it was extended
 OF_TUNING = (CHOICE, INITIAL)  # endings of comparisons that only show how settings were chosen
+OPTIONAL = {"fixed", "resources", "tuning_seed", "part_of"}  # keys of a study's file
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 
 
@@ -153,12 +155,14 @@ class Study:
         title: title of its report.
         files: files that declare it, its own first.
         entries: entries of these files.
+        part_of: name of the folder in reports that gets the table as a part; "": none.
     """
 
     name: str
     title: str
     files: tuple[Path, ...]
     entries: tuple[Entry, ...]
+    part_of: str = ""
 
     @cached_property
     def runs(self) -> tuple[StudyRun, ...]:
@@ -232,7 +236,8 @@ class StudyFile:
 
     Attributes:
         path: the file.
-        folder: name of the study whose folder gets the runs: the extended study, or the study itself.
+        folder: name of the study whose folder gets the runs: that of `part_of`, the extended study, or the study
+            itself.
         content: content of the file, merged with that of the extended study.
     """
 
@@ -255,7 +260,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         ConfigError: if the study or a setting is unknown or out of range; the message names the file and the run.
     """
     content, files = _read_yaml(name, folder)
-    file = StudyFile(files[0], files[-1].stem, content)
+    file = StudyFile(files[0], content.get("part_of", files[-1].stem), content)
     entries: list[Entry] = []
     for included in content.get("include", ()):
         if included == name:
@@ -264,7 +269,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         files += [path for path in study.files if path not in files]
         entries += study.entries
     entries += [_load_entry(file, entry) for entry in content.get("runs", ())]
-    return Study(name, content["title"], tuple(files), tuple(entries))
+    return Study(name, content["title"], tuple(files), tuple(entries), content.get("part_of", ""))
 
 
 def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[dict[str, Any], list[Path]]:
@@ -290,7 +295,7 @@ def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[d
         base, files = _read_yaml(content["extends"], folder, may_be_combined=False)
         return {**base, **content, "runs": [*base["runs"], *content["runs"]]}, [file, *files]
     else:
-        _check_keys(file, "the study", content, {"title", "seeds", "runs"}, {"fixed", "resources", "tuning_seed"})
+        _check_keys(file, "the study", content, {"title", "seeds", "runs"}, OPTIONAL)
     return content, [file]
 
 
