@@ -410,7 +410,8 @@ def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.DataFrame]) ->
 
 def _judge_cost(cost: pd.DataFrame | None) -> _Judgement:
     if cost is None or len(cost) < 3:
-        return _Judgement(NOT_RUN, *["the cost of the loss was not measured with this study"] * 2)
+        missing = "the cost of the loss was not measured with this study"
+        return _Judgement(NOT_RUN, missing, missing)
     exponent = float(np.polyfit(np.log(cost["batch_size"]), np.log(cost["seconds"]), 1)[0])
     measured = ", ".join(f"{row.batch_size:,.0f}: {1e3 * row.seconds:.0f} ms" for row in cost.itertuples())
     outcome = REPRODUCED if exponent <= 2.5 else REFUTED if exponent >= 3 else OPEN
