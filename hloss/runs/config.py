@@ -236,6 +236,13 @@ class RunConfig(BaseModel):
         60.0, ge=0, description="seconds of training between two checkpoints, at least 0 (0: after every iteration)"
     )
     keep_network: bool = ExecutionField(True, description="write the trained network's state dict to network.pt")
+    record_pairs: bool = ExecutionField(
+        False,
+        description=(
+            "record slopes of the batch's pairs, overlap and probability of reverse at each validation, in "
+            "history.parquet; a complete run is not repeated for it"
+        ),
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

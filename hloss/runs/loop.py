@@ -20,7 +20,7 @@ from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
 from hloss.runs.engine import Fabric
 from hloss.runs.errors import RunError, RunStopped
-from hloss.runs.evaluation import validation_recall
+from hloss.runs.evaluation import pair_record, validation_recall
 from hloss.runs.files import atomic_save
 from hloss.runs.images import channels_last
 from hloss.runs.models import training_mode
@@ -199,6 +199,10 @@ class Loop:
         if progress["iteration"] in context.config.lengths[:-1]:
             at_length = {"iterations": progress["iteration"], "seconds": progress["seconds"], "best": progress["best"]}
             progress["shorter"].append(at_length)
+        if context.config.record_pairs:
+            rows = self.batches.rows[self.batches.current]
+            record = pair_record(self.network, context.dataset, rows, context.config, context.fabric.device)
+            progress["pairs"].append({"iteration": progress["iteration"], **record})
 
     def _report(self) -> None:
         context, progress = self.context, self.context.progress

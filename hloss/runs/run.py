@@ -37,6 +37,7 @@ from hloss.runs.evaluation import (
     retrieval_panel,
     similarity_density,
     split_embeddings,
+    trained_overlap,
     validation_protocol,
     validation_recall,
     weights_sha256,
@@ -212,6 +213,7 @@ def _carry_out(context: RunContext) -> dict[str, Any]:
         losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
         context.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
         context.progress["shorter"] = []  # the choice at each length of `report_at` before the last iteration
+        context.progress["pairs"] = []  # with `record_pairs`, one record per validation
         context.progress["seconds_before_stage"] = 0.0
         if fabric.is_global_zero:
             found = split_embeddings(network, context.dataset, "test", config, fabric.device)
@@ -371,13 +373,15 @@ def _test_at_length(
     retrieval = evaluate_test(dataset, embeddings, labels, metric)
     after = f" after {iterations} iterations" if len(config.lengths) > 1 else ""
     context.report(f"test Recall@1 {100 * retrieval.metrics['recall@1']:.1f} %{after}")
+    density = similarity_density(dataset, embeddings, labels)
     entry = {
         "iterations": iterations,
         "chosen_iteration": best["iteration"] if best else 0,
         "still_improving": is_still_improving(context.progress["validations"], iterations),
         "validation_recall@1": best["recall"] if best else validation_recall(network, dataset, config, device),
         "metrics": retrieval.metrics,
-        "similarity_density": similarity_density(dataset, embeddings, labels),
+        "similarity_density": density,
+        "trained_overlap": trained_overlap(dataset, embeddings, labels, config.trained_metric, density),
         "panel": retrieval_panel(dataset, embeddings, labels, metric),
         "training_seconds": seconds,
         "network_sha256": weights_sha256(network),

@@ -19,7 +19,8 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
-from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
+from hloss.study.parts import merged_parts, parts_of, write_part
+from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
 OF_QUERIES = ("ranks", "query_classes")  # columns with one value per query
@@ -71,6 +72,9 @@ def card_hashes(study: Study, skip_missing: bool = False) -> dict[str, str]:
 def write_results(study: Study, keep: bool) -> None:
     """Write results.parquet (`collect`) and loss_cost.csv (`measured_loss_cost`) to reports/STUDY.
 
+    Also pairs.parquet (`pair_records`) if a run recorded its pairs, and the part of a study with `part_of`. If
+    reports/STUDY has parts, results.parquet is their merged table.
+
     Args:
         study: with its tuning resolved.
         keep: as in `collect`.
@@ -80,7 +84,11 @@ def write_results(study: Study, keep: bool) -> None:
     """
     file = Path("reports") / study.name / "results.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
-    table, cost = collect(study, keep), measured_loss_cost()
+    table, cost = merged_parts(file) if parts_of(file) else collect(study, keep), measured_loss_cost()
+    if study.part_of:
+        write_part(study.name, study.part_of, table)
+    if len(pairs := pair_records(study)):
+        atomic_write(file.with_name("pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
     atomic_write(file.with_name("loss_cost.csv"), lambda part: cost.to_csv(part, index=False))
     atomic_write(file, lambda part: table.to_parquet(part, index=False, compression="zstd"))
 
@@ -139,6 +147,30 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         _refuse_versions(study.name, table)
     refuse_mixed(table)
     return table
+
+
+def pair_records(study: Study) -> pd.DataFrame:
+    """Collect the records of pairs of a study's complete runs with `record_pairs`.
+
+    Args:
+        study: with its tuning resolved.
+
+    Returns:
+        One row per run and validation. Columns: dataset, method, seed, run_id, and those of the run's history.parquet:
+        iteration, loss, validation_recall@1 (fraction) and the values of `hloss.runs.evaluation.pair_record`. Empty
+        without a record.
+    """
+    tables = []
+    for run in study.runs:
+        if (run.config.folder / "result.json").exists():
+            history = pd.read_parquet(run.config.folder / "history.parquet")
+            if "validation_overlap" in history:
+                recorded = history[history["validation_overlap"].notna()]
+                names = {"dataset": run.dataset, "method": run.method, "seed": run.config.seed}
+                tables.append(recorded.assign(**names, run_id=run.config.run_id))
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    first = [name for name in ("dataset", "method", "seed", "run_id") if name in table]
+    return table[first + [name for name in table if name not in first]]
 
 
 def _refuse_versions(study: str, table: pd.DataFrame) -> None:
@@ -244,6 +276,7 @@ def _length_columns(config: RunConfig, result: dict[str, Any], at: dict[str, Any
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
         "reverse_probability": math.nan,
+        "trained_overlap": 100 * at.get("trained_overlap", math.nan),  # older results lack it
         "panel": json.dumps(at["panel"]),
         **result["fingerprint"],
         **_provenance_columns(result["provenance"]),
@@ -329,7 +362,7 @@ def read_results(file: Path) -> pd.DataFrame:
     """Read a study's table of results.
 
     Args:
-        file: a results.parquet.
+        file: a results.parquet; if there are parts in the folder `parts` beside it, these are merged instead.
 
     Returns:
         One row per run, comparison and length in the order of the study, metrics in %. `length` is the number of
@@ -339,9 +372,9 @@ def read_results(file: Path) -> pd.DataFrame:
         for a run without a result. `ranks` and `query_classes` are missing for runs of a grid and in older tables.
 
     Raises:
-        ConfigError: if results cannot be compared (`refuse_mixed`).
+        ConfigError: if results cannot be compared (`refuse_mixed`), or parts cannot be merged (`merged_parts`).
     """
-    table = pd.read_parquet(file)
+    table = merged_parts(file) if parts_of(file) else pd.read_parquet(file)
     if "length" not in table:  # an older table: one length per run
         improving = 10 * table["chosen_iteration"] > 9 * table["iterations"]
         table = table.assign(length=table["iterations"], still_improving=improving)
@@ -380,6 +413,16 @@ def lengths_in(results: pd.DataFrame) -> list[int]:
     return sorted(int(length) for length in set(results["length"]) - {0})
 
 
+def distinct_runs(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per run, that of its longest length, in the order of the table.
+
+    Args:
+        results: complete runs of `read_results`.
+    """
+    longest_first = results.sort_values("length", ascending=False, kind="stable")
+    return longest_first.drop_duplicates("run_id").sort_index()
+
+
 def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
     """The rows of a table of results that have these values.
 
@@ -394,7 +437,7 @@ def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
         ConfigError: if no row has one of the values.
     """
     for name, value in wanted.items():
-        known = [v for v in results[name].unique() if not str(v).endswith(CHOICE)]
+        known = [v for v in results[name].unique() if not str(v).endswith(OF_TUNING)]
         if value not in results[name].unique():
             raise ConfigError(f"{name} is unknown: got {value!r}; allowed are {', '.join(map(str, known))}")
         results = results[results[name] == value]
@@ -418,7 +461,7 @@ def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:
     """Test Recall@K in long form.
 
     Args:
-        results: complete runs of `read_results`.
+        results: complete runs of `read_results` at one length.
 
     Returns:
         One row per run and K. Columns: method, seed, K, recall (%).
@@ -431,7 +474,7 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     """Validation Recall@1 during training in long form.
 
     Args:
-        results: complete runs of `read_results`; runs without training are left out.
+        results: complete runs of `read_results` at one length; runs without training are left out.
 
     Returns:
         One row per run and validation. Columns: method, seed, iteration, recall (%).
@@ -453,27 +496,61 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         results: the table of `read_results`.
 
     Returns:
-        One row per dataset, method and length. Columns: dataset, method, length, chosen (values of the settings in the
-        grid), "at an edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the
-        grid).
+        One row per dataset, tuned comparison, method and length. Columns: dataset, comparison, method, length, chosen
+        (values of the settings in the grid), "at an edge of its grid" (settings whose value is the smallest or largest
+        of the grid, with its extensions), "runs of the grid" (as "20", or "20 + 4" with those of the extensions), "on
+        the initial grid" (the chosen values without extensions; empty if there are none), run_ids (of the grid).
     """
     rows = []
-    tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
-    grids = results[results["comparison"] == LOSS_COMPARISONS[1] + CHOICE]
-    for (dataset, method, length), runs in tuned.groupby(["dataset", "method", "length"], sort=False):
-        first = runs.iloc[0]
-        grid = grids[(grids["dataset"] == dataset) & (grids["length"] == length) & (grids["loss"] == first["loss"])]
+    names = results["comparison"].unique()
+    tuned = results[results["comparison"].isin([name for name in names if f"{name}{CHOICE}" in names])]
+    for (dataset, comparison, method, length), runs in tuned.groupby(
+        ["dataset", "comparison", "method", "length"], sort=False
+    ):
+        of_length = results[(results["dataset"] == dataset) & (results["length"] == length)]
+        grid, added = grid_of(of_length, comparison, method)
+        before = of_length[(of_length["comparison"] == f"{comparison}{INITIAL}") & (of_length["method"] == method)]
+        grid = pd.concat([grid, added])
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
-        edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
-        shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
+        chosen, known = runs.iloc[0], bool(runs.iloc[0]["run_id"])
+        edges = [name for name in axes if known and chosen[name] in (grid[name].min(), grid[name].max())]
         rows.append(
             {
                 "dataset": dataset,
+                "comparison": comparison,
                 "method": method,
                 "length": length,
-                "chosen": shown,
+                "chosen": _shown_settings(chosen, axes) if known else "not chosen yet",
                 "at an edge of its grid": ", ".join(edges),
+                "runs of the grid": grid_size(of_length, comparison, method),
+                "on the initial grid": _shown_settings(before.iloc[0], axes) if len(before) else "",
                 "run_ids": ", ".join(grid.loc[grid["complete"], "run_id"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def grid_of(results: pd.DataFrame, comparison: str, method: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of the grid of a tuned method.
+
+    Args:
+        results: rows of one dataset and length, from `read_results`.
+        comparison: the tuned comparison.
+        method: name of the method in it.
+
+    Returns:
+        The runs of the initial grid, and the runs that were added to it; both empty if the method is not tuned.
+    """
+    runs = results[results["method"].str.startswith(f"{method}, ")]
+    initial, added = (f"{comparison}{CHOICE}", f"{comparison}{EXTENDED}{CHOICE}")
+    return runs[runs["comparison"] == initial], runs[runs["comparison"] == added]
+
+
+def grid_size(results: pd.DataFrame, comparison: str, method: str) -> str:
+    """Number of runs of a grid as text: "20", or "20 + 4" with added ones; arguments as in `grid_of`."""
+    initial, added = grid_of(results, comparison, method)
+    return f"{len(initial)}{f' + {len(added)}' * bool(len(added))}"
+
+
+def _shown_settings(run: pd.Series, axes: list[str]) -> str:
+    return ", ".join(f"{name} {run[name]:g}" for name in axes)

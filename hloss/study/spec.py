@@ -8,6 +8,7 @@ A file looks like this::
     fixed: {dataset: glyphs, iterations: 600}     # settings of every run; dataset: cuhk03-{seed} is one split per seed
     seeds: [0, 1]                                 # one run per seed
     tuning_seed: 100                              # seed of the runs that choose settings
+    part_of: sample                               # write the table to reports/sample/parts, the runs to runs/sample
     resources: {gpus: 1, memory_gb: 8, hours: 2}  # resources of each run (Resources)
     runs:
       - name: histogram                           # name of the method in tables and figures
@@ -17,7 +18,8 @@ A file looks like this::
         seeds: [0]                                # replaces the seeds of the study
         resources: {hours: 6}                     # replaces resources of the study
         tune: true                                # the combinations are a grid that is run with tuning_seed; the best
-                                                  # on the validation classes is run with every seed
+                                                  # on the validation classes is run with every seed; a grid
+                                                  # whose best is at an edge is extended (hloss.study.tuning)
 
 A run that belongs to several comparisons is run once. A run that is as long as one of the lengths in `report_at` of
 another run with its settings is not run: its result is that of the other run at this length. A grid chooses at each
@@ -48,6 +50,10 @@ STUDIES = Path("workflow/studies")
 LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
 CHOICE = ": choice"  # suffix of the comparison that contains the runs of a grid
 SMALL_NETWORKS = ("glyphnet", "pixels")  # with few multiplications: a run leaves most of a GPU idle
+EXTENDED = ", extended"  # before CHOICE: the runs that were added to a grid
+INITIAL = ", initial grid"  # suffix of the comparison with the settings that a grid had chosen before it was extended
+OF_TUNING = (CHOICE, INITIAL)  # endings of comparisons that only show how settings were chosen
+OPTIONAL = {"fixed", "resources", "tuning_seed", "part_of"}  # keys of a study's file
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 
 
@@ -148,19 +154,34 @@ class StudyRun:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """What an entry with `tune` chooses from.
+
+    Attributes:
+        axes: values of each setting in the file.
+        runs_on: returns the runs of a grid with these axes, in the comparison with this suffix.
+        runs_with: returns the runs of every seed for the chosen run of the grid at each length, in the comparison with
+            this suffix.
+    """
+
+    axes: dict[str, list[Any]]
+    runs_on: Callable[[dict[str, list[Any]], str], tuple[StudyRun, ...]]
+    runs_with: Callable[[Mapping[int, RunConfig], str], tuple[StudyRun, ...]]
+
+
+@dataclass(frozen=True)
 class Entry:
     """The runs of an entry of a study's file.
 
     Attributes:
         runs: known runs. An entry with `tune` has the runs of its grid and, after the choice, those of every seed.
         waiting: runs whose settings are not chosen; they have the settings of the grid's first run as placeholders.
-        runs_with: returns the runs of every seed for the chosen run of the grid at each length; None: nothing to
-            choose.
+        grid: the grid of an entry with `tune`; None: nothing to choose.
     """
 
     runs: tuple[StudyRun, ...]
     waiting: tuple[StudyRun, ...] = ()
-    runs_with: Callable[[Mapping[int, RunConfig]], tuple[StudyRun, ...]] | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -172,12 +193,14 @@ class Study:
         title: title of its report.
         files: files that declare it, its own first.
         entries: entries of these files.
+        part_of: name of the folder in reports that gets the table as a part; "": none.
     """
 
     name: str
     title: str
     files: tuple[Path, ...]
     entries: tuple[Entry, ...]
+    part_of: str = ""
 
     @cached_property
     def runs(self) -> tuple[StudyRun, ...]:
@@ -251,7 +274,8 @@ class StudyFile:
 
     Attributes:
         path: the file.
-        folder: name of the study whose folder gets the runs: the extended study, or the study itself.
+        folder: name of the study whose folder gets the runs: that of `part_of`, the extended study, or the study
+            itself.
         content: content of the file, merged with that of the extended study.
     """
 
@@ -274,7 +298,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         ConfigError: if the study or a setting is unknown or out of range; the message names the file and the run.
     """
     content, files = _read_yaml(name, folder)
-    file = StudyFile(files[0], files[-1].stem, content)
+    file = StudyFile(files[0], content.get("part_of", files[-1].stem), content)
     entries: list[Entry] = []
     for included in content.get("include", ()):
         if included == name:
@@ -283,7 +307,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         files += [path for path in study.files if path not in files]
         entries += study.entries
     entries += [_load_entry(file, entry) for entry in content.get("runs", ())]
-    return Study(name, content["title"], tuple(files), tuple(entries))
+    return Study(name, content["title"], tuple(files), tuple(entries), content.get("part_of", ""))
 
 
 def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[dict[str, Any], list[Path]]:
@@ -309,7 +333,7 @@ def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[d
         base, files = _read_yaml(content["extends"], folder, may_be_combined=False)
         return {**base, **content, "runs": [*base["runs"], *content["runs"]]}, [file, *files]
     else:
-        _check_keys(file, "the study", content, {"title", "seeds", "runs"}, {"fixed", "resources", "tuning_seed"})
+        _check_keys(file, "the study", content, {"title", "seeds", "runs"}, OPTIONAL)
     return content, [file]
 
 
@@ -337,19 +361,24 @@ def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> En
             "length; move it to set, or remove tune"
         )
     comparison = entry.get("comparison", LOSS_COMPARISONS[0])
-    choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}
-    grid = _crossed_runs(file, entry | choice, [tuning_seed])
 
-    def runs_with(chosen: Mapping[int, RunConfig]) -> tuple[StudyRun, ...]:
+    def runs_on(axes: dict[str, list[Any]], suffix: str) -> tuple[StudyRun, ...]:
+        settings = {"comparison": comparison + suffix, "set": entry["set"] | {"refit": False}, "cross": axes}
+        return _crossed_runs(file, entry | settings, [tuning_seed])
+
+    def runs_with(chosen: Mapping[int, RunConfig], suffix: str) -> tuple[StudyRun, ...]:
         runs: list[StudyRun] = []
         for config in dict.fromkeys(config.run_id for config in chosen.values()):
             lengths = [length for length, other in chosen.items() if other.run_id == config]
             axes = {axis: getattr(chosen[lengths[0]], axis) for axis in entry["cross"]}
             until = {} if len(lengths) == len(chosen) else {"iterations": max(lengths), "report_at": lengths}
-            runs += _crossed_runs(file, entry | {"set": entry["set"] | axes | until, "cross": {}}, seeds)
+            settings = {"comparison": comparison + suffix, "set": entry["set"] | axes | until, "cross": {}}
+            runs += _crossed_runs(file, entry | settings, seeds)
         return tuple(runs)
 
-    return Entry(grid, runs_with(dict.fromkeys(grid[0].config.lengths, grid[0].config)), runs_with)
+    first = runs_on(entry["cross"], CHOICE)
+    waiting = runs_with(dict.fromkeys(first[0].config.lengths, first[0].config), "")
+    return Entry(first, waiting, Grid(entry["cross"], runs_on, runs_with))
 
 
 def _crossed_runs(file: StudyFile, entry: dict[str, Any], seeds: Sequence[int]) -> tuple[StudyRun, ...]:

@@ -20,13 +20,15 @@ from hloss.runs.models import has_pretrained_part
 from hloss.runs.provenance import code_sha256
 from hloss.runs.run import run
 from hloss.study.devices import CPU_NAMES
+from hloss.study.parts import parts_of
 from hloss.study.results import MADE_BY, OF_QUERIES, reported, result_rows
+from hloss.study.verified import DIFFERENT, RESULTS, is_confirmed, read_verified, verified_file
 
 # Processors round differently, and training amplifies that. 25 runs of the glyphs study (200 iterations, one 800) were
 # repeated on another processor: Recall@1 changed by 0.7 points (root mean square), and no fraction by more than 2.0.
 # Another seed changes Recall@1 by 1.8 points (root mean square).
 TOLERANCE_POINTS = 4.0
-EXACT, CLOSE, DIFFERENT = "bit for bit", f"within {TOLERANCE_POINTS:g} points", "different"
+EXACT, CLOSE = "bit for bit", f"within {TOLERANCE_POINTS:g} points"
 OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split", "length"}
 NOT_COMPARED = {*MADE_BY, *RunConfig.model_fields, *OF_THE_STUDY, "training_seconds"}
 ROUNDING_DECIDES = (
@@ -37,13 +39,13 @@ ROUNDING_DECIDES = (
 
 
 def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Repeat randomly drawn runs of a table of results, and write verified.json to the folder of the table.
+    """Repeat randomly drawn runs of a table of results, and write the outcome to its `verified_file`.
 
     On a machine of the same kind (processor or GPU, and version of torch) all measured values must be equal bit for
     bit. On another machine every fraction must lie within `TOLERANCE_POINTS` (see `differing_columns`).
 
     Args:
-        results: the results.parquet of a study.
+        results: the results.parquet of a study, or a part.
         n: number of runs to repeat; all if the table has fewer.
         seed: seed of the draw.
         report: called with one line per run.
@@ -81,7 +83,7 @@ def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], Non
         "runs": runs,
     }
     text = json.dumps(verified, indent=1) + "\n"
-    atomic_write(results.with_name("verified.json"), lambda part: part.write_text(text))
+    atomic_write(verified_file(results), lambda part: part.write_text(text))
     return verified
 
 
@@ -215,40 +217,29 @@ def _is_close(name: str, a: Any, b: Any) -> bool:
     return _is_same(name, a, b)
 
 
-def read_verified(results: Path) -> dict[str, Any] | None:
-    """Read the verified.json in the folder of a table of results.
-
-    Args:
-        results: a results.parquet.
-
-    Returns:
-        Its content; None if the file is missing or belongs to another version of the table.
-    """
-    file = results.with_name("verified.json")
-    verified = json.loads(file.read_text()) if file.exists() else None
-    return verified if verified and verified["results_sha256"] == sha256(results.read_bytes()).hexdigest() else None
-
-
 def origin(runs: pd.DataFrame, results: Path) -> str:
     """Describe in Markdown the code that made the runs of a table, and the code that verified them.
 
     Args:
         runs: rows with the columns code_sha256 and git_commit.
-        results: the results.parquet.
+        results: the results.parquet; its parts, if it has any, are described instead.
     """
     versions = [_version(*made) for made in runs[["code_sha256", "git_commit"]].drop_duplicates().to_numpy()]
     made = f"Made by {' and '.join(versions)}"
     if len(versions) > 1:
         made = f"**Made by {len(versions)} versions of the code**: {', '.join(versions)}"
-    verified = read_verified(results)
-    if verified is None:
-        return f"{made}."
+    files = parts_of(results) or [results]
+    checked = [_verification(file, verified) for file in files if (verified := read_verified(file))]
+    return "; ".join([made, *checked]) + "."
+
+
+def _verification(results: Path, verified: dict[str, Any]) -> str:
     outcomes = pd.Series([run["outcome"] for run in verified["runs"].values()]).value_counts()
     told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
     by = _version(verified["code_sha256"], verified["git_commit"])
-    is_good = DIFFERENT not in outcomes
-    word = "verified" if is_good else "**not confirmed**"
-    return f"{made}; {word} at {by} by {len(verified['runs'])} runs repeated on {verified['date']}: {told}."
+    word = "verified" if is_confirmed(verified) else "**not confirmed**"
+    of = "" if results.name == RESULTS else f"{results.stem} "
+    return f"{of}{word} at {by} by {len(verified['runs'])} runs repeated on {verified['date']}: {told}"
 
 
 def _version(code_sha256: str, git_commit: str) -> str:

@@ -36,7 +36,10 @@ def test_files_agree_with_the_result(settings, tiny_data):
     assert result["validation_recall@1"] == validated["validation_recall@1"][best]
     for query, neighbors, hits in zip(*result["panel"].values(), strict=True):
         assert hits == (index.label[neighbors] == index.label[query]).tolist()
-    assert sum(result["similarity_density"]["after"]["positive"]) == pytest.approx(1)
+    density = result["similarity_density"]["after"]
+    assert sum(density["positive"]) == pytest.approx(1)
+    shared = np.minimum(density["positive"], density["negative"]).sum()
+    assert result["lengths"][0]["trained_overlap"] == pytest.approx(shared)
 
 
 def test_metric_defaults_to_the_trained_metric(settings, tiny_data):
@@ -49,6 +52,15 @@ def test_metric_defaults_to_the_trained_metric(settings, tiny_data):
     assert embeddings.norm(dim=1).std() > 1e-3
     expected = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "euclidean")
     assert result["metrics"] == expected.metrics
+    distances = torch.cdist(embeddings.double(), embeddings.double())
+    largest = 2 * (embeddings.double() - embeddings.double().mean(0)).norm(dim=1).max()
+    pairs = torch.ones(len(labels), len(labels)).triu(1).bool()
+    same = labels[:, None] == labels
+    positive, negative = (
+        np.histogram(distances[pairs & kind], bins=200, range=(0, float(largest)))[0] for kind in (same, ~same)
+    )
+    overlap = np.minimum(positive / positive.sum(), negative / negative.sum()).sum()
+    assert result["lengths"][0]["trained_overlap"] == pytest.approx(overlap, abs=2e-3)
     told = parse_config({**settings, "loss": "lifted", "metric": "cosine"})
     assert told.run_id != config.run_id
     cosine = evaluate("all-vs-rest", embeddings, labels, (1, 2, 4), "cosine")

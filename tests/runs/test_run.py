@@ -253,6 +253,45 @@ def test_when_checkpoints_are_written_does_not_change_a_result(settings, tmp_pat
     assert often["network_sha256"] == never["network_sha256"]
 
 
+@pytest.mark.parametrize("loss", ["histogram", "binomial", "lifted", "semi-hard-triplet", "pml:ArcFaceLoss"])
+@pytest.mark.filterwarnings("ignore")  # of pytorch-metric-learning
+def test_a_record_of_pairs_does_not_change_a_bit_of_the_run(loss, settings, tmp_path):
+    if loss.startswith("pml:"):
+        pytest.importorskip("pytorch_metric_learning")
+    settings = {**settings, "loss": loss, "dropout": 0.3, "horizontal_flip": True, "checkpoint_seconds": 1e6}
+    plain = run(parse_config(settings), quiet)
+    config = parse_config({**settings, "record_pairs": True, "runs_dir": str(tmp_path / "recorded")})
+    recorded = run(config, quiet)
+    assert config.run_id == parse_config(settings).run_id
+    assert outcome(recorded) == outcome(plain)
+    assert recorded["network_sha256"] == plain["network_sha256"]
+    history = pd.read_parquet(config.folder / "history.parquet")
+    names = ["iteration", "loss", "validation_recall@1"]
+    before = pd.read_parquet(parse_config(settings).folder / "history.parquet")
+    pd.testing.assert_frame_equal(history[names], before, check_exact=True)
+    shares = [f"{of}_{name}" for of in ("batch", "validation") for name in ("overlap", "reverse")]
+    shares += [] if loss.startswith("pml:") else ["pairs_with_slope"]
+    assert history[shares].notna().all(axis=1).tolist() == [n % 4 == 0 for n in history["iteration"]]
+    assert history[shares].dropna().stack().between(0, 1).all()
+    assert ("positive_slope" in history) == (not loss.startswith("pml:"))
+
+
+def test_a_record_of_pairs_continues_after_a_kill(settings, tmp_path):
+    whole = parse_config({**settings, "record_pairs": True})
+    run(whole, quiet)
+    broken = parse_config({**settings, "record_pairs": True, "runs_dir": str(tmp_path / "broken")})
+
+    def killed(line):
+        if line.startswith("iteration 8/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed)
+    run(broken, quiet)
+    histories = [pd.read_parquet(config.folder / "history.parquet") for config in (whole, broken)]
+    pd.testing.assert_frame_equal(*histories, check_exact=True)
+
+
 def test_pretrained_weights_decide_a_result_by_their_content(settings, tmp_path):
     torch.manual_seed(0)
     file = tmp_path / "weights.pth"

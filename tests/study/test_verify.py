@@ -13,7 +13,8 @@ from hloss.runs.config import parse_config
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
 from hloss.study.results import collect
-from hloss.study.verify import CLOSE, DIFFERENT, EXACT, NOT_COMPARED, TOLERANCE_POINTS, config_of, origin, verify
+from hloss.study.verified import DIFFERENT
+from hloss.study.verify import CLOSE, EXACT, NOT_COMPARED, TOLERANCE_POINTS, config_of, origin, verify
 from tests.helpers.studies import study_of
 
 ROOT = Path(__file__).parents[2]
