@@ -13,12 +13,17 @@ PROFILE ?= local
 RESULTS ?= reports/sample
 RUNS ?= 5
 SEED ?= 0
-CORES ?= $(shell nproc 2>/dev/null || echo 2)
+CORES ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 KEEP ?=
 PYTHON ?= python3
 VENV ?= .venv
 BIN ?= $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# A container or a user without an entry has no home to write to, and no name: caches go into the project instead.
+ifneq ($(shell test -d "$(HOME)" && test -w "$(HOME)" && echo yes),yes)
+export HOME := $(CURDIR)/.home
+endif
+export USER ?= $(shell id -u)
 # By default glibc returns the memory of activations to the system after every step, which takes a third of the time of a
 # step on glyphs.
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
@@ -33,33 +38,33 @@ endif
 
 .PHONY: study plan report verify lab test test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
-	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
+	@"$(BIN)/python" workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
 plan: $(STUDY_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/scripts/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
+	@"$(BIN)/python" workflow/scripts/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
 
 report: $(STUDY_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
-	@$(BIN)/python workflow/scripts/run_notebook.py report $(STUDY)
+	@"$(BIN)/python" workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
+	@"$(BIN)/python" workflow/scripts/run_notebook.py report $(STUDY)
 
 verify: $(STUDY_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/scripts/verify_results.py $(RESULTS) --runs $(RUNS) --seed $(SEED)
+	@"$(BIN)/python" workflow/scripts/verify_results.py $(RESULTS) --runs $(RUNS) --seed $(SEED)
 
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+	"$(BIN)/jupyter" lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 test: $(TEST_INSTALLED) data/glyphs/card.json
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
-	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
+	"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/mypy" && "$(BIN)/lint-imports" --no-cache --no-logo
+	"$(BIN)/python" -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
 test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) data/glyphs/card.json
-	$(BIN)/python -m pytest -m slow -rs --durations=0 tests
+	"$(BIN)/python" -m pytest -m slow -rs --durations=0 tests
 
 check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
-	@$(BIN)/python workflow/scripts/check_gpu.py
+	@"$(BIN)/python" workflow/scripts/check_gpu.py
 
 data/glyphs/card.json: data_prep/glyph_list.json data_prep/glyphs.py data_prep/glyph_drawing.py data_prep/prepared.py | $(STUDY_INSTALLED)
-	$(BIN)/python -m data_prep glyphs
+	"$(BIN)/python" -m data_prep glyphs
 	@touch $@
 
 $(VENV)/bin/python:

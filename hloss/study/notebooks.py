@@ -133,15 +133,19 @@ def execute_report(study: Study) -> None:
         study: the study, whose reports/STUDY/results.parquet must exist.
 
     Raises:
-        SystemExit: if the notebook fails.
+        SystemExit: if the notebook or its export fails.
     """
     folder = Path("reports") / study.name
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
     parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
-    execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")
-    notebook = nbformat.read(folder / "90_report.ipynb", as_version=4)
-    page = report_page(notebook, study.title)
-    atomic_write(folder / "report.html", lambda part: part.write_text(page))
+    executed, log = folder / "90_report.ipynb", folder / "report.log"
+    execute("90_report", executed, parameters, log)
+    try:
+        page = report_page(nbformat.read(executed, as_version=4), study.title)
+        atomic_write(folder / "report.html", lambda part: part.write_text(page))
+    except Exception as error:
+        logging.exception("export failed")
+        fail(f"{folder / 'report.html'} was not written: {error!r}; open {executed} instead; the log is {log}")
 
 
 def report_page(notebook: nbformat.NotebookNode, title: str) -> str:

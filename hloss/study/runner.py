@@ -19,6 +19,9 @@ from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
 from hloss.study.tuning import resolve_tuning
 
+ENGINE_LOG = Path("runs/engine.log")
+LAST_LINES = 20
+
 
 def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
     """Run the incomplete runs of a study, write its report and print the main results.
@@ -54,7 +57,8 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
 
 def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, queue: dict[str, str] | None) -> None:
     """Run a rule with Snakemake. queue: jobs in Slurm's queue at the start; None: run on this machine."""
-    command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile", "--quiet", "all"]
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile"]
+    command += ["--quiet", "rules", "progress", "host", "reason"]  # "all" would hide its errors
     command += ["--profile", str(profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]
     command += ["--keep-incomplete"]  # every output is written atomically
     command += [
@@ -69,12 +73,28 @@ def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, 
         status = _run_on_slurm(study, command, progress, queue)
     else:
         gpus = available_gpus(study)
-        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
+        status = _call_engine([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
     if status:
+        print(_last_words(status), file=sys.stderr)
         sys.exit(
             f"study {study.name} is not complete; run the same command again to continue "
-            "(logs: run.log in the folder of each run, and .snakemake/log)"
+            f"(logs: run.log in the folder of each run, {ENGINE_LOG} and .snakemake/log)"
         )
+
+
+def _call_engine(command: list[str], progress: Progress) -> int:
+    """Run Snakemake; its messages, and those of its jobs outside their own logs, go to ENGINE_LOG."""
+    with open(ENGINE_LOG, "w") as log:
+        return call(command, progress, log)
+
+
+def _last_words(status: int) -> str:
+    """How Snakemake ended, and the last lines of ENGINE_LOG."""
+    end = (
+        f"was ended by signal {-status} (9: often too little memory)" if status < 0 else f"failed with status {status}"
+    )
+    lines = [line for line in ENGINE_LOG.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+    return "\n    ".join([f"Snakemake {end}; the last lines of {ENGINE_LOG}:", *(lines or ["(empty)"])])
 
 
 def available_gpus(study: Study) -> int:
@@ -120,11 +140,11 @@ def _run_on_slurm(study: Study, command: list[str], progress: Progress, queue: d
     if left:
         print(f"{len(left)} jobs of an earlier start are in the queue and are not submitted again", flush=True)
         results = (f"runs/{config.study}/{config.run_id}/result.json" for config in left.values())
-        call([*command, "--omit-from", *results], progress)
+        _call_engine([*command, "--omit-from", *results], progress)
         wait_for_jobs(left, progress)
         for number in left:
             del queue[number]  # the next stage of a tuned study does not wait for it again
-    return call(command, progress)
+    return _call_engine(command, progress)
 
 
 def set_aside_stale(study: Study, keep: bool) -> Study:

@@ -10,7 +10,7 @@ import torch
 
 from hloss.runs.checkpoints import read_status, write_status
 from hloss.study import notebooks
-from hloss.study.notebooks import execute_run
+from hloss.study.notebooks import execute_report, execute_run
 from tests.helpers.studies import study_of
 
 
@@ -77,3 +77,21 @@ def test_fails_early_if_torch_cannot_use_the_assigned_gpus(usable, counted, conf
     with pytest.raises(SystemExit):  # there is no result
         execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
     assert began == ["20_train"]
+
+
+def test_failed_export_of_a_report_says_why(config, monkeypatch, tmp_path, capsys):
+    def execute(notebook, out, parameters, log):
+        out.parent.mkdir(parents=True)
+        nbformat.write(nbformat.v4.new_notebook(), out)
+
+    def no_template(notebook, title):
+        raise ValueError("no template 'lab'")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(notebooks, "execute", execute)
+    monkeypatch.setattr(notebooks, "report_page", no_template)
+    with pytest.raises(SystemExit, match="1"):
+        execute_report(study_of(config))
+    told = capsys.readouterr().out
+    assert "reports/some/report.html was not written: ValueError(\"no template 'lab'\")" in told
+    assert "the log is reports/some/report.log" in told

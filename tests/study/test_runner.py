@@ -1,5 +1,7 @@
 """Starts of a study: what is refused, what is run again, and what is printed at the end."""
 
+import re
+
 import pandas as pd
 import pytest
 
@@ -16,6 +18,24 @@ def test_refuses_an_unknown_profile():
     assert [uses_slurm(profile_folder(name)) for name in ("local", "slurm")] == [False, True]
     with pytest.raises(ConfigError, match="PROFILE is unknown: got 'slrum'; allowed are local, slurm"):
         profile_folder("slrum")
+
+
+@pytest.mark.parametrize(
+    ("snakefile", "words"),
+    [
+        ("import os\nraise OSError('the home cannot be written')\n", "the home cannot be written"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", "ended by signal 9 .*too little memory"),
+    ],
+)
+def test_says_why_snakemake_fails(snakefile, words, config, monkeypatch, tmp_path, capfd):
+    for folder in ("workflow", "profile", "runs"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / "workflow" / "Snakefile").write_text(snakefile)
+    (tmp_path / "profile" / "config.yaml").write_text("keep-going: true")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"study some is not complete; .*runs/engine\.log"):
+        runner._complete("all", study_of(config), tmp_path / "profile", 1, False, None)
+    assert re.search(words, capfd.readouterr().err, re.S)
 
 
 def test_one_study_runs_at_a_time(monkeypatch, tmp_path, capsys):
