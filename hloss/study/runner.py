@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from hloss.runs.checkpoints import read_status
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import file_lock
 from hloss.study.devices import visible_devices
@@ -18,6 +19,9 @@ from hloss.study.slurm import job_prefix, jobs_in_queue, wait_for_jobs
 from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
 from hloss.study.tuning import resolve_tuning
+
+ENGINE_LOG = Path("runs/engine.log")  # what Snakemake writes to its standard error in a start
+LAST_LINES = 15
 
 
 def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
@@ -54,7 +58,8 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
 
 def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, queue: dict[str, str] | None) -> None:
     """Run a rule with Snakemake. queue: jobs in Slurm's queue at the start; None: run on this machine."""
-    command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile", "--quiet", "all"]
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile"]
+    command += ["--quiet", "host", "progress", "reason", "rules"]
     command += ["--profile", str(profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]
     command += ["--keep-incomplete"]  # every output is written atomically
     command += [
@@ -65,16 +70,32 @@ def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, 
     ]  # gpus=N may follow
     progress = Progress(study)
     progress.print_start()
+    ENGINE_LOG.unlink(missing_ok=True)
     if queue is not None:
         status = _run_on_slurm(study, command, progress, queue)
     else:
         gpus = available_gpus(study)
-        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
+        status = call(
+            [*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress, ENGINE_LOG
+        )
     if status:
+        print_engine_errors(study)
         sys.exit(
             f"study {study.name} is not complete; run the same command again to continue "
-            "(logs: run.log in the folder of each run, and .snakemake/log)"
+            f"(logs: run.log in the folder of each run, and {ENGINE_LOG})"
         )
+
+
+def print_engine_errors(study: Study) -> None:
+    """Print the last lines of Snakemake's errors, unless a failed run has printed its reason.
+
+    Args:
+        study: the study with its known runs.
+    """
+    states = [(read_status(run.config.folder) or {}).get("state") for run in study.runs]
+    if "failed" not in states and ENGINE_LOG.exists():
+        lines = [line for line in ENGINE_LOG.read_text(errors="replace").splitlines() if line.strip()]
+        print("\n".join([f"Snakemake failed; the end of {ENGINE_LOG}:", *lines[-LAST_LINES:]]), flush=True)
 
 
 def available_gpus(study: Study) -> int:
@@ -120,11 +141,11 @@ def _run_on_slurm(study: Study, command: list[str], progress: Progress, queue: d
     if left:
         print(f"{len(left)} jobs of an earlier start are in the queue and are not submitted again", flush=True)
         results = (f"runs/{config.study}/{config.run_id}/result.json" for config in left.values())
-        call([*command, "--omit-from", *results], progress)
+        call([*command, "--omit-from", *results], progress, ENGINE_LOG)
         wait_for_jobs(left, progress)
         for number in left:
             del queue[number]  # the next stage of a tuned study does not wait for it again
-    return call(command, progress)
+    return call(command, progress, ENGINE_LOG)
 
 
 def set_aside_stale(study: Study, keep: bool) -> Study:

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from hloss.runs.checkpoints import write_status
 from hloss.runs.config import parse_config
 from hloss.runs.errors import ConfigError, LockedError
 from hloss.runs.run import run
@@ -69,3 +70,20 @@ def test_headline_equals_the_report(config, monkeypatch, tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     assert lines[1] == ["tiny", "losses", "histogram", "2", "of", "3", "41.3", "40.0", "to", "42.5"]
     assert [line[0] for line in lines] == ["dataset", "tiny", "claims", "reports/some/report.html"]
+
+
+def test_prints_the_errors_of_the_engine_unless_a_run_has_said_why(config, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    study = study_of(config)
+    runner.print_engine_errors(study)
+    assert capsys.readouterr().out == ""
+    runner.ENGINE_LOG.parent.mkdir(exist_ok=True)
+    runner.ENGINE_LOG.write_text("\n".join([*map(str, range(40)), "", "PermissionError: '/home/none'", ""]))
+    runner.print_engine_errors(study)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "Snakemake failed; the end of runs/engine.log:"
+    assert lines == [*map(str, range(26, 40)), "PermissionError: '/home/none'"]
+    config.folder.mkdir(parents=True)
+    write_status(config.folder, "failed", 0, "ConfigError: wrong")
+    runner.print_engine_errors(study)
+    assert capsys.readouterr().out == ""
