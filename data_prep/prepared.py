@@ -150,7 +150,7 @@ def create_images(folder: Path, n: int, height: int, width: int, channels: int) 
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Allocate disk space for an open file; do nothing if the system (macOS) or the file system cannot allocate.
+    """Allocate disk space for an open file; do nothing where the system (macOS) or the file system cannot.
 
     Args:
         descriptor: File descriptor, open for writing.

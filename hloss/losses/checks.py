@@ -55,7 +55,8 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
     Yields:
         The pending checks, with `raise_if_bad()`.
 
-    Example:
+    Example::
+
         with deferred_checks() as checks:
             for images, labels in batches:
                 loss(network(images), labels).backward()
@@ -69,6 +70,11 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
         checks.raise_if_bad()
     finally:
         _deferred.reset(token)
+
+
+def is_deferred() -> bool:
+    """Whether checks are deferred here."""
+    return _deferred.get() is not None
 
 
 def verify_or_defer(values: Tensor, verify: Callable[..., None], *inputs: Any) -> None:

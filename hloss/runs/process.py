@@ -85,5 +85,5 @@ def peak_memory_mib(device: torch.device) -> float:
     if status.exists():  # getrusage would include the peak of the process that started this one.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, other systems KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024  # bytes on macOS, KiB elsewhere

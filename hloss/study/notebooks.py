@@ -138,14 +138,14 @@ def execute_report(study: Study) -> None:
     folder = Path("reports") / study.name
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
     parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
-    executed, log = folder / "90_report.ipynb", folder / "report.log"
-    execute("90_report", executed, parameters, log)
+    execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")
+    file = folder / "90_report.ipynb"
     try:
-        page = report_page(nbformat.read(executed, as_version=4), study.title)
-        atomic_write(folder / "report.html", lambda part: part.write_text(page))
-    except Exception as error:
-        logging.exception("export failed")
-        fail(f"{folder / 'report.html'} was not written: {error!r}; open {executed} instead; the log is {log}")
+        page = report_page(nbformat.read(file, as_version=4), study.title)
+    except Exception as error:  # nbconvert and its templates raise many types
+        logging.exception("export of %s", file)
+        fail(f"{file} is complete, but its export to report.html failed: {error!r}; the log is {folder / 'report.log'}")
+    atomic_write(folder / "report.html", lambda part: part.write_text(page))
 
 
 def report_page(notebook: nbformat.NotebookNode, title: str) -> str:

@@ -1,21 +1,23 @@
 """Load a study: the runs that a YAML file in workflow/studies declares.
 
-title: title of the report
-extends: other                                  # add runs to another study, with its fixed settings and seeds
-include: [one, two]                             # or report all runs of other studies together
-fixed: {dataset: glyphs, iterations: 600}       # settings of every run; dataset: cuhk03-{seed} is one split per seed
-seeds: [0, 1]                                   # one run per seed
-tuning_seed: 100                                # seed of the runs that choose settings
-resources: {gpus: 1, memory_gb: 8, hours: 2}    # resources of each run (Resources)
-runs:
-  - name: histogram                             # name of the method in tables and figures
-    comparison: bins                            # comparison of the method (default: losses)
-    set: {loss: histogram}                      # settings of its runs
-    cross: {n_bins: [50, 200]}                  # one run per combination and seed
-    seeds: [0]                                  # replaces the seeds of the study
-    resources: {hours: 6}                       # replaces resources of the study
-    tune: true                                  # the combinations are a grid that is run with tuning_seed; the best
-                                                # on the validation classes is run with every seed
+A file looks like this::
+
+    title: title of the report
+    extends: other                                # add runs to another study, with its fixed settings and seeds
+    include: [one, two]                           # or report all runs of other studies together
+    fixed: {dataset: glyphs, iterations: 600}     # settings of every run; dataset: cuhk03-{seed} is one split per seed
+    seeds: [0, 1]                                 # one run per seed
+    tuning_seed: 100                              # seed of the runs that choose settings
+    resources: {gpus: 1, memory_gb: 8, hours: 2}  # resources of each run (Resources)
+    runs:
+      - name: histogram                           # name of the method in tables and figures
+        comparison: bins                          # comparison of the method (default: losses)
+        set: {loss: histogram}                    # settings of its runs
+        cross: {n_bins: [50, 200]}                # one run per combination and seed
+        seeds: [0]                                # replaces the seeds of the study
+        resources: {hours: 6}                     # replaces resources of the study
+        tune: true                                # the combinations are a grid that is run with tuning_seed; the best
+                                                  # on the validation classes is run with every seed
 
 A run that belongs to several comparisons is run once. A run of several studies is written to the folder of the study
 that the others extend or include. `load_study` reads only the YAML files; `hloss.study.tuning.resolve_tuning` reads

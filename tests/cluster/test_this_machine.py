@@ -46,7 +46,7 @@ def test_killed_study_continues_with_the_missing_runs(new_project):
             {"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}},
         ],
     }
-    project = new_project("project", study)
+    project = new_project("someone's own project", study)  # a path with a blank and a quote
     untrained, *trained = project.runs().values()
     first = project.start("CORES=3", STEP_SECONDS="1")
     wait_until("two runs in the middle", lambda: all(has_checkpoint(run) for run in trained), during=first)

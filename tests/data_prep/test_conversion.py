@@ -139,14 +139,6 @@ def test_names_a_disk_that_fills_up_and_leaves_no_files(tmp_path, monkeypatch, w
     assert children(tmp_path / "data") == []
 
 
-def test_needs_no_function_that_only_linux_has(tmp_path, monkeypatch):
-    source = write_folder(tmp_path / "source", images())
-    whole = folder.prepare(source, tmp_path / "whole" / "mine", SMALL)
-    for name in ("posix_fallocate", "sched_getaffinity"):
-        monkeypatch.delattr(os, name, raising=False)
-    assert folder.prepare(source, tmp_path / "macos" / "mine", SMALL) == whole
-
-
 def test_continues_a_partial_write(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "source", images())
     whole = folder.prepare(source, tmp_path / "whole" / "mine", SMALL)

@@ -1,14 +1,9 @@
-"""Settings of torch that a run changes for its own duration, and its peak memory."""
-
-import resource
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+"""Settings of torch that a run changes for its own duration."""
 
 import pytest
 import torch
 
-from hloss.runs.process import gpu_arithmetic, peak_memory_mib
+from hloss.runs.process import gpu_arithmetic
 
 
 def current():
@@ -28,11 +23,3 @@ def test_tf32_is_set_for_a_gpu_and_restored(tf32, expected):
     assert current() == before
     with gpu_arithmetic(torch.device("cpu"), tf32):
         assert current() == before
-
-
-@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("freebsd14", 1024)])
-def test_peak_memory_without_proc(platform, unit, monkeypatch):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=300 * 2**20 // unit))
-    monkeypatch.setattr(Path, "exists", lambda path: False)
-    assert peak_memory_mib(torch.device("cpu")) == 300

@@ -79,19 +79,20 @@ def test_fails_early_if_torch_cannot_use_the_assigned_gpus(usable, counted, conf
     assert began == ["20_train"]
 
 
-def test_failed_export_of_a_report_says_why(config, monkeypatch, tmp_path, capsys):
-    def execute(notebook, out, parameters, log):
-        out.parent.mkdir(parents=True)
-        nbformat.write(nbformat.v4.new_notebook(), out)
+def test_a_failed_export_of_the_report_says_why(config, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    study = study_of(config)
+    folder = tmp_path / "reports" / study.name
+    folder.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(), folder / "90_report.ipynb")
+    monkeypatch.setattr(notebooks, "execute", lambda *arguments: None)
 
     def no_template(notebook, title):
-        raise ValueError("no template 'lab'")
+        raise ValueError("No template sub-directory with name 'lab' found")
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(notebooks, "execute", execute)
     monkeypatch.setattr(notebooks, "report_page", no_template)
     with pytest.raises(SystemExit, match="1"):
-        execute_report(study_of(config))
-    told = capsys.readouterr().out
-    assert "reports/some/report.html was not written: ValueError(\"no template 'lab'\")" in told
-    assert "the log is reports/some/report.log" in told
+        execute_report(study)
+    said = '90_report.ipynb is complete, but its export to report.html failed: ValueError("No template sub-directory'
+    assert said in capsys.readouterr().out
+    assert not (folder / "report.html").exists()
