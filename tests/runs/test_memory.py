@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch import multiprocessing
 
-from hloss import HistogramLoss
+from hloss import HistogramLoss, global_batch
 from hloss.losses.baselines import BASELINES
 from hloss.runs.config import parse_config
 from hloss.runs.errors import ConfigError
@@ -139,3 +141,32 @@ def test_settings_without_a_memory_keep_their_run_id():
     assert "memory_batches" not in parse_config({}).resolved()
     ids = {parse_config({"memory_batches": n, "memory_start": m}).run_id for n, m in ((1, 0), (2, 0), (2, 1))}
     assert len(ids | {parse_config({}).run_id}) == 4
+
+
+def share_of_two(rank, folder):
+    """One of two processes, each with an unequal share of every batch."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    memory = MemoryLoss(HistogramLoss(), batches=2, start=1)
+    criterion, found = global_batch(memory), []
+    for embeddings, labels in batches(4):
+        own = slice(5) if rank == 0 else slice(5, None)
+        share = embeddings[own].detach().requires_grad_()
+        value = criterion(share, labels[own])
+        found.append((value.item(), torch.autograd.grad(value, share)[0] / 2))  # DistributedDataParallel divides
+    torch.save({"found": found, "memory": memory.state_dict()}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_one_memory(tmp_path):
+    multiprocessing.spawn(share_of_two, (tmp_path,), nprocs=2)
+    answers = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    memory = MemoryLoss(HistogramLoss(), batches=2, start=1)
+    for (embeddings, labels), *found in zip(batches(4), *(a["found"] for a in answers), strict=True):
+        value = memory(embeddings, labels)
+        assert [x for x, _ in found] == pytest.approx([value.item()] * 2, abs=1e-13)
+        gradient = torch.cat([g for _, g in found])
+        torch.testing.assert_close(gradient, torch.autograd.grad(value, embeddings)[0], atol=1e-13, rtol=1e-9)
+    for answer in answers:
+        (state,) = answer["memory"].values()
+        assert all(torch.equal(one, other) for one, other in zip(state["embeddings"], memory.embeddings, strict=True))
