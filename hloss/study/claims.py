@@ -38,7 +38,7 @@ from hloss.study.criteria import (
 )
 from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_difference
 from hloss.study.published import EXACT, compare_with_published
-from hloss.study.results import at_length, lengths_in, recall_names
+from hloss.study.results import at_length, grid_size, lengths_in, recall_names
 from hloss.study.spec import CHOICE, INITIAL, short_value
 from hloss.study.statistics import EQUIVALENCE_MARGIN
 
@@ -144,13 +144,19 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         claims: the claims to judge; None: all of `reports/claims.yaml`.
 
     Returns:
-        One row per claim, dataset, comparison and length. Columns: claim, text, section, criterion, dataset, asked
-        ("the paper's data", "other data" or, for the cost, "no data"), comparison, length (as text; empty if there is
-        none), conclusion (the verdicts at all lengths, the same in all rows of a comparison), verdict, holm (the
-        verdict with adjusted p values), initial grid (the verdict on the settings that the grids had chosen before they
-        were extended; empty if none was extended), still improving (how many of the runs that were used), evidence
-        (every part), decisive (the part that decides the verdict), p holds and p refuted (p values; NaN without a
-        test), run_ids (of the runs that were used).
+        One row per claim, dataset, comparison and length. Columns:
+
+        - claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, for the cost, "no
+          data"), comparison, length (as text; empty if there is none);
+        - conclusion: the verdicts at all lengths, the same in all rows of a comparison;
+        - verdict; holm: the verdict with adjusted p values;
+        - initial grid: the verdict with the settings that the grids had chosen before they were extended; empty if none
+          was extended;
+        - grids: the number of runs with which each method was tuned, as "20 + 4" with those of extensions;
+        - still improving: how many of the runs that were used;
+        - evidence: every part; decisive: the part that decides the verdict;
+        - p holds, p refuted: p values, NaN without a test;
+        - run_ids: of the runs that were used.
 
     Raises:
         ConfigError: if `reports/claims.yaml` is invalid.
@@ -218,6 +224,7 @@ def _row(claim: Claim, dataset: str, comparison: str, length: str, found: _Judge
         "verdict": found.verdict,
         "holm": found.verdict,
         "initial grid": "",
+        "grids": "",
         "still improving": found.improving,
         "evidence": found.evidence,
         "decisive": found.decisive,
@@ -233,9 +240,18 @@ def _rows_of_comparison(claim: Claim, dataset: str, comparison: str, runs: pd.Da
     before = {length: found.verdict for length, found in initial}
     rows = []
     for length, found in _judged_at_lengths(claim, comparison, runs):
-        rows.append(_row(claim, dataset, comparison, length, found) | {"initial grid": before.get(length, "")})
+        tuning = {"initial grid": before.get(length, ""), "grids": _grid_sizes(comparison, runs, found.run_ids)}
+        rows.append(_row(claim, dataset, comparison, length, found) | tuning)
     told = _conclusion([row for row in rows if row["verdict"] != NOT_RUN])
     return [row | {"conclusion": told} for row in rows]
+
+
+def _grid_sizes(comparison: str, runs: pd.DataFrame, run_ids: str) -> str:
+    """Number of runs with which each method of these runs was tuned; empty if the comparison is not tuned."""
+    used = runs[(runs["comparison"] == comparison) & runs["run_id"].isin(run_ids.split(", "))]
+    distinct = runs.drop_duplicates(["comparison", "method", "run_id"])
+    sizes = {method: grid_size(distinct, comparison, method) for method in used["method"].unique()}
+    return ", ".join(f"{method} {size}" for method, size in sizes.items() if size != "0")
 
 
 def _initial_grids(comparison: str, runs: pd.DataFrame) -> pd.DataFrame:

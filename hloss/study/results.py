@@ -507,11 +507,10 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
     for (dataset, comparison, method, length), runs in tuned.groupby(
         ["dataset", "comparison", "method", "length"], sort=False
     ):
-        of_method = results[(results["dataset"] == dataset) & (results["length"] == length)]
-        grid = of_method[of_method["method"].str.startswith(f"{method}, ")]
-        first = grid[grid["comparison"] == f"{comparison}{CHOICE}"]
-        grid = pd.concat([first, grid[grid["comparison"] == f"{comparison}{EXTENDED}{CHOICE}"]])
-        before = of_method[(of_method["comparison"] == f"{comparison}{INITIAL}") & (of_method["method"] == method)]
+        of_length = results[(results["dataset"] == dataset) & (results["length"] == length)]
+        grid, added = grid_of(of_length, comparison, method)
+        before = of_length[(of_length["comparison"] == f"{comparison}{INITIAL}") & (of_length["method"] == method)]
+        grid = pd.concat([grid, added])
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
         chosen, known = runs.iloc[0], bool(runs.iloc[0]["run_id"])
         edges = [name for name in axes if known and chosen[name] in (grid[name].min(), grid[name].max())]
@@ -523,12 +522,34 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
                 "length": length,
                 "chosen": _shown_settings(chosen, axes) if known else "not chosen yet",
                 "at an edge of its grid": ", ".join(edges),
-                "runs of the grid": f"{len(first)}{f' + {len(grid) - len(first)}' * (len(grid) > len(first))}",
+                "runs of the grid": grid_size(of_length, comparison, method),
                 "on the initial grid": _shown_settings(before.iloc[0], axes) if len(before) else "",
                 "run_ids": ", ".join(grid.loc[grid["complete"], "run_id"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def grid_of(results: pd.DataFrame, comparison: str, method: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of the grid of a tuned method.
+
+    Args:
+        results: rows of one dataset and length, from `read_results`.
+        comparison: the tuned comparison.
+        method: name of the method in it.
+
+    Returns:
+        The runs of the initial grid, and the runs that were added to it; both empty if the method is not tuned.
+    """
+    runs = results[results["method"].str.startswith(f"{method}, ")]
+    initial, added = (f"{comparison}{CHOICE}", f"{comparison}{EXTENDED}{CHOICE}")
+    return runs[runs["comparison"] == initial], runs[runs["comparison"] == added]
+
+
+def grid_size(results: pd.DataFrame, comparison: str, method: str) -> str:
+    """Number of runs of a grid as text: "20", or "20 + 4" with added ones; arguments as in `grid_of`."""
+    initial, added = grid_of(results, comparison, method)
+    return f"{len(initial)}{f' + {len(added)}' * bool(len(added))}"
 
 
 def _shown_settings(run: pd.Series, axes: list[str]) -> str:
