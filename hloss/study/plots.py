@@ -136,6 +136,25 @@ def training_curves(history: pd.DataFrame) -> Figure:
     return _finish(figure)
 
 
+def pair_records(records: pd.DataFrame, labels: dict[str, str]) -> Figure:
+    """Plot recorded values of pairs over iterations, one panel per value and one line per method.
+
+    Args:
+        records: one row per method and validation, with the columns method, iteration and those of `labels`.
+        labels: column -> label of its axis.
+    """
+    figure, grid = plt.subplots(-(-len(labels) // 2), 2, figsize=(9, 2.9 * -(-len(labels) // 2)), squeeze=False)
+    for axes in grid.flat[len(labels) :]:
+        axes.set_visible(False)
+    for axes, (name, label) in zip(grid.flat, labels.items(), strict=False):
+        for method, rows in records.groupby("method", sort=False):
+            axes.plot(rows["iteration"], rows[name], label=method)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set(xlabel="iteration", ylabel=label)
+    grid[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _finish(figure)
+
+
 def loss_curve(loss: np.ndarray, name: str) -> Figure:
     """Plot the loss of each batch over iterations.
 

@@ -1,7 +1,7 @@
 """Parts of a table of results: what is merged and what is refused."""
 
-import subprocess
-import sys
+import runpy
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +10,7 @@ import yaml
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
-from hloss.study.parts import merged_parts, parts_of
+from hloss.study.parts import merged_parts, parts_of, write_part
 from hloss.study.results import read_results, write_results
 from hloss.study.spec import load_study
 from hloss.study.verify import origin, verify
@@ -18,24 +18,34 @@ from hloss.study.verify import origin, verify
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def parts(study, monkeypatch):
-    """The file of a table with two parts, "losses" and "bins", which share two runs."""
-    monkeypatch.chdir(study.folder)
-    monkeypatch.setattr("hloss.study.results.measured_loss_cost", pd.DataFrame)
-    study.content["part_of"] = "sample"
-    study.content["fixed"]["report_at"] = [2]
+@pytest.fixture(scope="module")
+def made(tiny_data, tmp_path_factory):
+    """A folder with the files, runs and parts of two studies, "losses" and "bins", which share two runs."""
+    folder = tmp_path_factory.mktemp("parts")
+    fixed = {"dataset": "tiny", "batch_size": 24, "images_per_class": 4, "iterations": 4, "validate_every": 2}
+    where = {"data_dir": str(tiny_data), "runs_dir": str(folder / "runs"), "device": "cpu"}
     bins = [{"name": "histogram", "comparison": "bins", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 100]}}]
-    losses = [
-        {"name": "histogram", "set": {"loss": "histogram", "n_bins": 50}},
-        {"name": "raw pixels", "set": {"loss": "none", "iterations": 0, "network": "pixels", "report_at": None}},
-    ]
-    for name, runs in {"bins": bins, "losses": losses}.items():
-        (study.folder / f"{name}.yaml").write_text(yaml.safe_dump({**study.content, "title": name, "runs": runs}))
-        loaded = load_study(name, study.folder)
-        for r in loaded.runs:
-            run(r.config, lambda line: None)
-        write_results(loaded, keep=False)
+    pixels = {"loss": "none", "iterations": 0, "network": "pixels", "report_at": None}
+    losses = [{"name": "histogram", "set": {"loss": "histogram", "n_bins": 50}}, {"name": "raw pixels", "set": pixels}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("hloss.study.results.measured_loss_cost", pd.DataFrame)
+        for name, runs in {"bins": bins, "losses": losses}.items():
+            content = {"title": name, "part_of": "sample", "seeds": [0, 1], "runs": runs}
+            content["fixed"] = {**fixed, **where, "report_at": [2]}
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+            loaded = load_study(name, folder)
+            for r in loaded.runs:
+                run(r.config, lambda line: None)
+            write_results(loaded, keep=False)
+    return folder
+
+
+@pytest.fixture
+def parts(made, tmp_path, monkeypatch):
+    """The file of a table with the two parts, in a copy of their folder without runs."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs"))
+    monkeypatch.chdir(tmp_path)
     return Path("reports/sample/results.parquet")
 
 
@@ -43,10 +53,10 @@ def changed(file, **columns):
     pd.read_parquet(file).assign(**columns).to_parquet(file)
 
 
-def test_parts_are_merged_and_a_run_of_both_stands_in_the_comparisons_of_both(parts):
+def test_parts_are_merged_and_a_run_of_both_stands_in_the_comparisons_of_both(parts, made):
     assert [file.stem for file in parts_of(parts)] == ["bins", "losses"]
     assert not parts.exists()
-    assert {path.parent.name for path in Path("runs").glob("*/*")} == {"sample"}
+    assert {path.parent.name for path in made.glob("runs/*/*")} == {"sample"}
     table = read_results(parts)
     assert table["comparison"].unique().tolist() == ["losses", "bins"]
     counts = table.groupby(["comparison", "method", "length"], sort=False)["seed"].nunique()
@@ -65,20 +75,21 @@ def test_parts_are_merged_and_a_run_of_both_stands_in_the_comparisons_of_both(pa
     assert shared.groupby("seed")["recall@1"].nunique().tolist() == [1, 1]
 
 
-def test_an_incomplete_study_does_not_replace_its_part(parts, study):
-    before = parts_of(parts)[0].read_bytes()
-    loaded = load_study("bins", study.folder)
-    (loaded.runs[0].config.folder / "result.json").unlink()
-    write_results(loaded, keep=False)
-    assert parts_of(parts)[0].read_bytes() == before
-    assert not pd.read_parquet("reports/bins/results.parquet")["complete"].all()
+def test_an_incomplete_study_does_not_replace_its_part(parts):
+    bins, _ = parts_of(parts)
+    before, table = bins.read_bytes(), pd.read_parquet(bins)
+    assert write_part("bins", "sample", table.assign(complete=[False, *table["complete"][1:]])) is None
+    assert bins.read_bytes() == before
+    assert write_part("bins", "sample", table.head(2)) == bins
+    assert len(pd.read_parquet(bins)) == 2
 
 
-def test_the_table_of_a_study_with_parts_is_merged_from_them(parts, study):
-    (study.folder / "sample.yaml").write_text(yaml.safe_dump({"title": "all", "include": ["losses", "bins"]}))
-    for file in Path("runs").glob("*/*/result.json"):
-        file.unlink()  # as in a clone with committed parts
-    write_results(load_study("sample", study.folder), keep=False)
+def test_the_table_of_a_study_with_parts_is_merged_from_them(parts, monkeypatch):
+    Path("sample.yaml").write_text(yaml.safe_dump({"title": "all", "include": ["losses", "bins"]}))
+    monkeypatch.setattr("hloss.study.results.measured_loss_cost", pd.DataFrame)
+    monkeypatch.setattr("hloss.study.results.pair_records", lambda study: pd.DataFrame())
+    monkeypatch.delattr("hloss.study.results.collect")
+    write_results(load_study("sample", Path()), keep=False)
     written, merged = pd.read_parquet(parts), merged_parts(parts)
     assert len(written) == 10
     for name in ("run_id", "length", "recall@1"):
@@ -133,12 +144,13 @@ def test_parts_that_cannot_be_compared_are_always_refused(column, value, message
         read_results(parts)
 
 
-def test_the_command_verifies_each_part(parts, study):
+def test_the_command_verifies_each_part(parts, monkeypatch, capsys):
     for file in parts_of(parts):
         changed(file, data_dir=parse_data_dir())
-    command = [sys.executable, ROOT / "workflow/scripts/verify_results.py", "reports/sample", "--runs", "1"]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=study.folder, check=True)
-    assert answer.stdout.count("1 runs agree with reports/sample/parts/") == 2
-    missing = subprocess.run([*command[:2], "reports/none"], capture_output=True, text=True, cwd=study.folder)
-    assert missing.returncode == 1
-    assert "must be a folder with results.parquet or parts" in missing.stderr
+    script = str(ROOT / "workflow/scripts/verify_results.py")
+    monkeypatch.setattr("sys.argv", [script, "reports/sample", "--runs", "1"])
+    runpy.run_path(script, run_name="__main__")
+    assert capsys.readouterr().out.count("1 runs agree with reports/sample/parts/") == 2
+    monkeypatch.setattr("sys.argv", [script, "reports/none"])
+    with pytest.raises(SystemExit, match=r"must be a folder with results\.parquet or parts"):
+        runpy.run_path(script, run_name="__main__")
