@@ -18,7 +18,7 @@ from hloss.losses.pml import PREFIX, PMLLoss, pml_metric
 from hloss.losses.settings import did_you_mean
 from hloss.retrieval.ranks import METRICS
 from hloss.runs.errors import ConfigError
-from hloss.runs.files import project_path
+from hloss.runs.files import non_finite, project_path
 from hloss.runs.models import (
     BATCHNORMS,
     IMAGENET,
@@ -37,6 +37,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 TF32_DEFAULT = "convolutions"
 TF32 = ("none", TF32_DEFAULT, "all")
 IMAGES = ("auto", "device", "host")
+BEST, LAST = CHOICES = ("best", "last")
 OLD_NAMES = {
     "fewest_images": "min_images_per_class",
     "mirror": "horizontal_flip",
@@ -63,7 +64,7 @@ class RunConfig(BaseModel):
     the constructor itself raises pydantic's ValidationError.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     dataset: str = Field("glyphs", description="name of the prepared dataset, a folder in data_dir")
     crop: int | None = Field(
@@ -191,6 +192,13 @@ class RunConfig(BaseModel):
         False,
         description="train a second time, on training and validation classes, for the chosen number of iterations",
     )
+    choose: str = Field(
+        BEST,
+        description=(
+            "the network to test: best (at the highest validation Recall@1, the first of equal ones) or last (of the "
+            "last iteration, without validation)"
+        ),
+    )
     precision: str = Field(
         "32-true", description="32-true (float32), bf16-mixed (bfloat16 autocast) or 64-true (float64)"
     )
@@ -234,8 +242,12 @@ class RunConfig(BaseModel):
         _check_name("tf32", self.tf32, TF32)
         _check_name("images", self.images, IMAGES)
         _check_name("decay_exempt", self.decay_exempt, ("biases", "none"))
+        _check_name("choose", self.choose, CHOICES)
         if self.metric is not None:
             _check_name("metric", self.metric, METRICS)
+        for name in ("loss_options", "miner_options"):
+            if wrong := non_finite(getattr(self, name), name):
+                raise ValueError(f"{wrong}: all numbers must be finite")
         self.sampler_settings()
         self.build_loss()
         _check_name("batchnorm", self.network_settings()["batchnorm"], BATCHNORMS)
@@ -247,6 +259,11 @@ class RunConfig(BaseModel):
             )
         if self.refit and not self.iterations:
             raise ValueError("refit=True: a run with iterations=0 has no training to repeat; set refit to False")
+        if self.refit and self.choose == LAST:
+            raise ValueError(
+                'refit=True does not fit choose="last": refit trains for the number of iterations that validation '
+                "chooses; set refit to False"
+            )
         if (self.iterations == 0) != (self.loss == NO_LOSS):
             raise ValueError(
                 f"iterations={self.iterations} does not fit loss={self.loss!r}; "
@@ -397,11 +414,12 @@ class RunConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
 
-        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it.
+        The defaults of `tf32` and `choose` are left out, too: the runs of earlier versions had them.
         """
         general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
-        if self.tf32 == TF32_DEFAULT:
-            del general["tf32"]
+        for name, default in (("tf32", TF32_DEFAULT), ("choose", BEST)):
+            if general[name] == default:
+                del general[name]
         general["metric"] = self.metric or self.trained_metric
         return general | self.network_settings() | self.loss_settings() | self.sampler_settings()
 

@@ -25,8 +25,8 @@ from hloss.runs.checkpoints import (
     remove_checkpoints,
     write_status,
 )
-from hloss.runs.config import RunConfig
-from hloss.runs.datasets import Dataset, open_dataset
+from hloss.runs.config import BEST, LAST, RunConfig
+from hloss.runs.datasets import Dataset, open_dataset, query_counts
 from hloss.runs.errors import ConfigError, DatasetError, GPUMemoryError, RunError, RunStopped
 from hloss.runs.evaluation import (
     evaluate_test,
@@ -68,7 +68,7 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
 
     Raises:
         ConfigError, DatasetError: before any training, if settings and data do not fit.
-        RunError: another process has locked the run's folder, or the loss is not finite.
+        RunError: another process has locked the run's folder, or the loss or a number of the result is not finite.
         GPUMemoryError: the memory of the GPU does not suffice; started again, the run continues.
         RunStopped: after SIGTERM or SIGINT, with everything saved.
     """
@@ -251,8 +251,9 @@ def network_for(config: RunConfig, image_shape: tuple[int, int, int], weights: s
 def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
     """Refuse settings that do not fit the dataset or the devices."""
     config, card = context.config, context.dataset.card
-    if config.iterations and not len(context.dataset.rows("val")):
-        raise ConfigError(f"dataset {config.dataset!r} has no validation images, by which an iteration could be chosen")
+    if config.choose == BEST:
+        _check_queries(context, "val", validation_protocol(context.dataset), '; or set choose to "last" (no validation)')
+    _check_queries(context, "test", card["protocol"], "")
     if config.refit and not card.get("val_from_train"):
         raise ConfigError(
             f"refit=True: the validation classes of {config.dataset!r} were not carved out of its training classes"
@@ -268,6 +269,19 @@ def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
             f"devices={config.devices}: live BatchNorm is synchronised over devices, which torch can do on CUDA only; "
             'set batchnorm to "frozen" or "slices"'
         )
+
+
+def _check_queries(context: RunContext, split: str, protocol: str, remedy: str) -> None:
+    """Refuse a split in which no query has both a match and an image that is none."""
+    dataset = context.dataset
+    queries = query_counts(dataset.index.iloc[dataset.rows(split)], protocol)
+    if ((queries.matches > 0) & (queries.rivals > 0)).any():
+        return
+    raise ConfigError(
+        f"dataset {context.config.dataset!r}: split {split} cannot be evaluated by protocol {protocol!r}: got "
+        f"{len(queries)} queries, of which {(queries.matches > 0).sum()} have a match and {(queries.rivals > 0).sum()} "
+        f"a non-match; prepare the dataset with more images or classes (`python -m data_prep check` shows them){remedy}"
+    )
 
 
 def _train_network(context: RunContext, network: nn.Module, saved: dict[str, Any] | None) -> nn.Module:
@@ -297,8 +311,7 @@ def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, An
     retrieval = evaluate_test(dataset, embeddings, labels, metric)
     context.report(f"test Recall@1 {100 * retrieval.metrics['recall@1']:.1f} %")
     best = progress["best"]
-    validation = best["recall"] if best else validation_recall(network, dataset, config, device)
-    how = "best Recall@1 on validation classes" if best else "no training"
+    validation = best["recall"] if best else _validation_without_training(context, network)
     result = {
         "run_id": config.run_id,
         "study": config.study,
@@ -309,7 +322,7 @@ def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, An
         "n_unmatched": retrieval.n_unmatched,
         "validation_recall@1": validation,
         "validation_protocol": validation_protocol(dataset),
-        "chosen": {"iteration": best["iteration"] if best else 0, "how": how},
+        "chosen": {"iteration": best["iteration"] if best else 0, "how": _how_chosen(config)},
         "trained_on": _training_classes(config),
         "similarity_density": {"before": progress["before"], "after": similarity_density(dataset, embeddings, labels)},
         "panel": retrieval_panel(dataset, embeddings, labels, metric),
@@ -326,6 +339,19 @@ def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, An
     write_run_files(config.folder, result, history_table(progress), retrieval, embeddings, kept)
     remove_checkpoints(config.folder)
     return result
+
+
+def _validation_without_training(context: RunContext, network: nn.Module) -> float | None:
+    if context.config.choose == LAST:
+        return None
+    return validation_recall(network, context.dataset, context.config, context.fabric.device)
+
+
+def _how_chosen(config: RunConfig) -> str:
+    """How the iteration of the tested network was chosen."""
+    if not config.iterations:
+        return "no training"
+    return "last iteration, without validation" if config.choose == LAST else "best Recall@1 on validation classes"
 
 
 def _training_classes(config: RunConfig) -> str:

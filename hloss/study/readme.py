@@ -141,7 +141,8 @@ def _means_line(title: str, means: pd.DataFrame, comparison: str) -> str:
 def _edges_line(results: pd.DataFrame) -> str:
     """The losses whose tuned setting is at an edge of its grid."""
     shown = []
-    for _, method, chosen, edges, _ in chosen_settings(results).itertuples(index=False, name=None):
+    columns = ["method", "chosen", "at an edge of its grid"]
+    for method, chosen, edges in chosen_settings(results).reindex(columns=columns).itertuples(index=False, name=None):
         at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
         shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
     return _item("Tuned to an edge of the grid, so a better value may lie beyond it", shown or ["none"])

@@ -17,7 +17,7 @@ from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset, open_dataset
 from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
-from hloss.runs.files import atomic_write, read_result
+from hloss.runs.files import atomic_write, non_finite, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
@@ -172,8 +172,16 @@ def result_columns(config: RunConfig, result: dict[str, Any], dataset: Dataset, 
         exact: compute the exact probability of reverse, which is slow; otherwise it is NaN.
 
     Returns:
-        Column -> value; metrics are fractions.
+        Column -> value; metrics are fractions. A run without validation has no validation_recall@1 (NaN).
+
+    Raises:
+        ConfigError: if a number of the result is NaN or infinite.
     """
+    if wrong := non_finite(result):
+        raise ConfigError(
+            f"{config.folder / 'result.json'} has a number that is not finite: got {wrong}; delete this folder and run "
+            "the study again"
+        )
     history = pd.read_parquet(config.folder / "history.parquet")
     validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
     density = result["similarity_density"]
@@ -182,7 +190,7 @@ def result_columns(config: RunConfig, result: dict[str, Any], dataset: Dataset, 
         "network": result["config"]["network"],
         **result["metrics"],
         **_class_interval(config.folder, dataset),
-        "validation_recall@1": result["validation_recall@1"],
+        "validation_recall@1": math.nan if result["validation_recall@1"] is None else result["validation_recall@1"],
         "chosen_iteration": result["chosen"]["iteration"],
         "chosen_how": result["chosen"]["how"],
         "trained_on": result["trained_on"],
@@ -364,7 +372,8 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per dataset and method. Columns: dataset, method, chosen (values of the settings in the grid), "at an
-        edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the grid).
+        edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the grid). If runs
+        of a grid are equally good, also "equally good runs" (their number where it is above 1); the first is chosen.
     """
     rows = []
     tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
@@ -375,6 +384,8 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
         edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
         shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
+        recalls = grid.loc[grid["complete"], "validation_recall@1"]
+        best = int((recalls == recalls.max()).sum())
         at_edge, run_ids = ", ".join(edges), ", ".join(grid.loc[grid["complete"], "run_id"])
         rows.append(
             {
@@ -383,6 +394,7 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
                 "chosen": shown,
                 "at an edge of its grid": at_edge,
                 "run_ids": run_ids,
+                "equally good runs": best if best > 1 and first["run_id"] else None,
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).dropna(axis="columns", how="all")

@@ -20,6 +20,10 @@ from hloss.study.statistics import headline
 from hloss.study.tuning import resolve_tuning
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
     """Run the incomplete runs of a study, write its report and print the main results.
 
@@ -47,7 +51,7 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
         while study.waiting:
             print(f"{len(study.waiting)} more runs wait for settings that these runs choose", flush=True)
             _complete("runs", study, folder, cores, keep, queue)
-            study = set_aside_stale(resolve_tuning(study), keep)
+            study = set_aside_stale(resolve_tuning(study, _print), keep)
         _complete("all", study, folder, cores, keep, queue)
     print_headline(study)
 

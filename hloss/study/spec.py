@@ -34,7 +34,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.losses.settings import did_you_mean
-from hloss.runs.config import RunConfig, parse_config
+from hloss.runs.config import BEST, LAST, RunConfig, parse_config
 from hloss.runs.errors import ConfigError
 
 STUDIES = Path("workflow/studies")
@@ -248,6 +248,11 @@ def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> En
     comparison = entry.get("comparison", LOSS_COMPARISONS[0])
     choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}
     grid = _crossed_runs(file, entry | choice, [tuning_seed])
+    if LAST in {run.config.choose for run in grid}:
+        raise ConfigError(
+            f"{file.path}, run {entry['name']!r}: tune does not fit choose={LAST!r}, because a run without validation "
+            f"gives nothing to choose by; set choose to {BEST!r}, or remove tune"
+        )
 
     def runs_with(chosen: RunConfig) -> tuple[StudyRun, ...]:
         settings = entry["set"] | {axis: getattr(chosen, axis) for axis in entry["cross"]}
