@@ -195,7 +195,9 @@ def write_run_files(
         atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.cpu().numpy()))  # type: ignore[misc]
     if network is not None:
         atomic_save(folder / NETWORK_FILE, {name: value.cpu() for name, value in network.state_dict().items()})
-    atomic_write(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n"))
+    atomic_write(
+        folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    )
 
 
 def _save_array(file: Path, array: np.ndarray) -> None:

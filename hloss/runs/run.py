@@ -252,7 +252,9 @@ def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
     """Refuse settings that do not fit the dataset or the devices."""
     config, card = context.config, context.dataset.card
     if config.choose == BEST:
-        _check_queries(context, "val", validation_protocol(context.dataset), '; or set choose to "last" (no validation)')
+        _check_queries(
+            context, "val", validation_protocol(context.dataset), '; or set choose to "last" (no validation)'
+        )
     _check_queries(context, "test", card["protocol"], "")
     if config.refit and not card.get("val_from_train"):
         raise ConfigError(
@@ -290,6 +292,7 @@ def _train_network(context: RunContext, network: nn.Module, saved: dict[str, Any
     if progress["stage"] == CHOOSE:
         Loop(context, network, context.dataset.rows("train"), config.iterations, saved).train()
         saved = None
+        _report_tie(context)
         if not config.refit:
             if context.fabric.is_global_zero:
                 network.load_state_dict(progress["best"]["network"])
@@ -301,6 +304,16 @@ def _train_network(context: RunContext, network: nn.Module, saved: dict[str, Any
     rows = np.sort(np.concatenate([context.dataset.rows("train"), context.dataset.rows("val")]))
     Loop(context, network, rows, progress["best"]["iteration"], saved).train()
     return network
+
+
+def _report_tie(context: RunContext) -> None:
+    """Report if all validations have the same Recall@1."""
+    recalls = [recall for _, recall in context.progress["validations"]]
+    if len(recalls) > 1 and len(set(recalls)) == 1:
+        context.report(
+            f"all {len(recalls)} validations have Recall@1 {100 * recalls[0]:.1f} %, so the first is chosen: the "
+            "validation classes are too few or too easy to choose an iteration"
+        )
 
 
 def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, Any]:

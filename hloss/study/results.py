@@ -349,7 +349,7 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     """Validation Recall@1 during training in long form.
 
     Args:
-        results: complete runs of `read_results`; runs without training are left out.
+        results: complete runs of `read_results`; runs without training or without validation are left out.
 
     Returns:
         One row per run and validation. Columns: method, seed, iteration, recall (%).
@@ -358,8 +358,10 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     validations = trained[["method", "seed", "history_iteration", "history_recall"]].set_axis(
         ["method", "seed", "iteration", "recall"], axis=1
     )
-    validations = validations.explode(["iteration", "recall"], ignore_index=True).astype(
-        {"iteration": int, "recall": float}
+    validations = (
+        validations.explode(["iteration", "recall"], ignore_index=True)
+        .dropna()
+        .astype({"iteration": int, "recall": float})
     )
     return validations.assign(recall=100 * validations["recall"])
 

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from hloss.runs.config import LAST
+
 EQUIVALENCE_MARGIN = 2.0  # points of Recall@1; fixed before any run
 
 
@@ -172,7 +174,8 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
     Returns:
         One row per dataset, comparison and method. Columns: dataset, comparison, method, n (complete runs), of (all
-        runs), for each metric its mean and the bounds "METRIC low" and "METRIC high" of its 95 % interval, run_ids.
+        runs), for each metric its mean and the bounds "METRIC low" and "METRIC high" of its 95 % interval, run_ids, and
+        chosen_how if runs were trained without validation (`choose` "last").
     """
     rows = []
     for key, runs in results.groupby(["dataset", "comparison", "method"], sort=False):
@@ -182,6 +185,8 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
         for metric in metrics if len(complete) else []:
             mean, low, high = t_interval(complete[metric].to_numpy())
             row |= {metric: mean, f"{metric} low": low, f"{metric} high": high}
+        if "choose" in complete and (complete["choose"] == LAST).any():
+            row["chosen_how"] = complete["chosen_how"].iloc[0]
         rows.append(row | {"run_ids": ", ".join(complete["run_id"])})
     return pd.DataFrame(rows)
 
@@ -196,7 +201,7 @@ def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[st
 
     Returns:
         One row per method with complete runs, indexed as in `table`. Columns: dataset, comparison, method, n, a mean in
-        % per metric, and "95 % interval".
+        % per metric, "95 % interval", and "tested iteration" if runs were trained without validation.
     """
     rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
     shown = rows[["dataset", "comparison", "method", "n"]].copy()
@@ -205,6 +210,8 @@ def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[st
         shown[f"{metric} (%)"] = rows[metric].map("{:.1f}".format)
     intervals = map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])
     shown.insert(5, "95 % interval", list(intervals))
+    if "chosen_how" in rows and rows["chosen_how"].notna().any():
+        shown["tested iteration"] = rows["chosen_how"]
     return shown
 
 
