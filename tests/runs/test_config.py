@@ -293,7 +293,7 @@ def test_only_the_last_iteration_changes_a_run_id():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_refuses_numbers_that_are_not_finite(value):
-    with pytest.raises(ConfigError, match="margin=.*: Input should be a finite number"):
+    with pytest.raises(ConfigError, match=r"margin=.*: Input should be a finite number"):
         parse_config({"margin": value})
     pml = {"loss": "pml:MultiSimilarityLoss", "miner": "MultiSimilarityMiner"}
     with pytest.raises(ConfigError, match=f"loss_options.a.1={value}: all numbers must be finite"):
