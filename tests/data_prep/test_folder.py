@@ -436,6 +436,14 @@ def test_refuses_a_protocol_that_does_not_fit(tmp_path, rows, protocol, match):
     assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["cub", "cuhk03", "cuhk03-1", "market1501"])
+def test_refuses_the_name_of_a_published_dataset(tmp_path, name):
+    source = write_folder(tmp_path / "source", birds())
+    with pytest.raises(SystemExit, match=f"{name} is the name of a published dataset"):
+        prepared("folder", source, tmp_path / "data" / name)
+    assert not (tmp_path / "data").exists()
+
+
 def test_refuses_a_link_out_of_the_folder(tmp_path):
     root = write_folder(tmp_path / "source", birds())
     (tmp_path / "secret.png").write_bytes(encoded(np.zeros((4, 4), np.uint8), "PNG"))
