@@ -303,13 +303,13 @@ def test_own_images_notebook_takes_a_folder_and_a_csv(tmp_path, capsys):
     rows = [f"{name},class {name.split('/')[1]}" for name in names]
     (tmp_path / "mine.csv").write_text("\n".join(["path,label", *rows]))
     given = {"iterations": 8, "data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
-    by_folder = executed("15_own_images", **given, name="a", images_folder=str(tmp_path / "mine"))
-    by_csv = executed("15_own_images", **given, name="b", images_csv=str(tmp_path / "mine.csv"))
+    by_folder = executed("15_own_images", **given, dataset="a", images_folder=str(tmp_path / "mine"))
+    by_csv = executed("15_own_images", **given, dataset="b", images_csv=str(tmp_path / "mine.csv"))
     assert by_folder["result"]["network_sha256"] == by_csv["result"]["network_sha256"]
     assert by_csv["found"][0] == f"class {by_folder['found'][0]}"
     assert by_folder["similarities"][0, 0] > 0.9999  # Its picture is the first test image.
     picture = str(tmp_path / names[-1])
-    other = executed("15_own_images", **given, name="a", images_folder=str(tmp_path / "mine"), new_picture=picture)
+    other = executed("15_own_images", **given, dataset="a", images_folder=str(tmp_path / "mine"), new_picture=picture)
     assert other["result"]["run_id"] == by_folder["result"]["run_id"]
     assert not torch.equal(other["query"], by_folder["query"])
     capsys.readouterr()
@@ -319,7 +319,7 @@ def test_own_images_notebook_trains_without_validation_on_few_images(tmp_path, c
     draw_pictures(tmp_path / "mine", classes=8, per_class=5)
     rows = [f"mine/emblem{i:02d}/{n}.jpg,{i},{'train' if i < 4 else 'test'}" for i in range(8) for n in range(5)]
     (tmp_path / "mine.csv").write_text("\n".join(["path,label,split", *rows]))
-    source = {"images_csv": str(tmp_path / "mine.csv"), "name": "few", "batch_size": 16}
+    source = {"images_csv": str(tmp_path / "mine.csv"), "dataset": "few", "batch_size": 16}
     places = {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
     with pytest.raises(PreparationError, match="or pass --val-fraction 0: runs train without validation"):
         executed("15_own_images", **source, **places)
