@@ -84,10 +84,19 @@ def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
     if name == "glyphs":
         return glyphs.prepare(out)
     if name == "cuhk03":
-        variant = cuhk03.Variant(options.boxes, options.camera_pairs, options.test_set, options.index_file)
+        variant = cuhk03.Variant(
+            options.boxes, options.camera_pairs, options.test_set, options.index_file, options.partial
+        )
         return cuhk03.prepare(options.source, out, with_arguments(cuhk03.OPTIONS, options), variant)
     if name == "folder":
-        return folder.prepare(options.source, out, with_arguments(folder.OPTIONS, options), options.last_folder)
+        if re.sub(r"-\d+$", "", Path(out).name) in PUBLISHED:
+            raise PreparationError(
+                f"--out {out}: {out.name} is the name of a published dataset, with whose results those of your images "
+                "would be compared; choose another name"
+            )
+        evaluation = folder.Evaluation(options.protocol, options.recall_at)
+        settings = with_arguments(folder.OPTIONS, options)
+        return folder.prepare(options.source, out, settings, options.last_folder, evaluation)
     return PUBLISHED[name].prepare(options.source, out, with_arguments(PUBLISHED[name].OPTIONS, options))
 
 
@@ -150,6 +159,10 @@ def parser() -> argparse.ArgumentParser:
     _add_common(command, "folder", folder.OPTIONS)
     help = "allow nested folders; the innermost folder of an image is its class"
     command.add_argument("--last-folder", action="store_true", help=help)
+    help = "evaluation protocol (default: the one that fits the roles and cameras of the test images)"
+    command.add_argument("--protocol", choices=list(folder.RECALL_AT), help=help)
+    help = "values of K of the reported Recall@K, such as 1,5,10 (default: those of the protocol)"
+    command.add_argument("--recall-at", type=_recall_at, metavar="K,K,...", help=help)
     return parser
 
 
@@ -169,7 +182,10 @@ def _add_common(command: argparse.ArgumentParser, name: str, defaults: Options) 
     )
     help = f"pad: keep the aspect ratio and add white borders; stretch: ignore it (default: {default.fit})"
     command.add_argument("--fit", choices=list(FILTERS), help=help)
-    help = f"training classes moved to validation: a fraction below 1, or a number of classes (default: {share:g})"
+    help = (
+        f"training classes moved to validation: a fraction below 1, or a number of classes (default: {share:g}); "
+        '0: none, for runs with choose="last"'
+    )
     command.add_argument("--val-fraction", type=_class_share, help=help)
     help = f"seed of the random choice of classes, 0 or more (default: {defaults.seed})"
     command.add_argument("--seed", type=_seed, help=help)
@@ -191,6 +207,10 @@ def _add_cuhk03(command: argparse.ArgumentParser) -> None:
     )
     help = "use the 767/700 protocol of Zhong et al. (2017): cuhk03_new_protocol_config_labeled.mat or ..._detected.mat"
     command.add_argument("--index-file", type=Path, help=help)
+    help = (
+        "accept a part of the original (fewer identities); card.json and all comparisons with published values say so"
+    )
+    command.add_argument("--partial", action="store_true", help=help)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -206,10 +226,17 @@ def _class_share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0
-    if 0 < value < 1 or (value >= 1 and value.is_integer()):
+        value = -1
+    if 0 <= value < 1 or (value >= 1 and value.is_integer()):
         return value
     raise argparse.ArgumentTypeError(f"must be a fraction between 0 and 1 or a number of classes: got {text!r}")
+
+
+def _recall_at(text: str) -> tuple[int, ...]:
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(numbers) != len(text.split(",")) or numbers[0] != 1 or numbers != sorted(set(numbers)):
+        raise argparse.ArgumentTypeError(f"must be increasing whole numbers from 1, such as 1,5,10: got {text!r}")
+    return tuple(numbers)
 
 
 def _seed(text: str) -> int:

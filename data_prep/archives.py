@@ -262,6 +262,20 @@ def verify(path: Path, original: Original, any_checksum: bool) -> dict:
     return {**known, "checksum": "overridden by --any-checksum" if problems else "as published"}
 
 
+def bare_file(path: Path) -> dict:
+    """Describe a file of the original that was unpacked by the user.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What the card states about the source: kind, file name, bytes, md5, sha256, and that no checksum is published.
+    """
+    size = path.stat().st_size
+    known = {"kind": "file of the archive", "file": path.name, "bytes": size, **_digests(path, size)}
+    return {**known, "checksum": "none is published for this file; its counts were checked"}
+
+
 def _digests(path: Path, size: int) -> dict[str, str]:
     digests = {name: hashlib.new(name) for name in ("md5", "sha256")}
     bar = tqdm(total=size, desc="checksum", unit="B", unit_scale=True, mininterval=1)

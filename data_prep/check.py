@@ -15,11 +15,19 @@ import pandas as pd
 from tqdm import tqdm
 
 from data_prep.originals import card_summary
+from data_prep.prepared import PreparationError
 from hloss.runs.datasets import Dataset, open_dataset, query_counts
 
 MIN_VAL_CLASSES, MIN_VAL_QUERIES = 5, 50  # fewer usable classes or queries do not separate good and bad checkpoints
 SMALL_CLASSES = (2, 5, 10)  # 2 images form a positive pair; 5 and 10 are usual values of images_per_class
 MAX_EXAMPLES = 3  # examples in a line
+NO_VALIDATION = 'runs train without validation if their setting choose is "last"'
+MATCHES = {  # what the protocols count as a match
+    "all-vs-rest": "a match is another image of the query's class",
+    "query-gallery": "a match is a gallery image of the query's class",
+    "cuhk03-single-shot": "a match is an image of the query's class from the other of two cameras",
+}
+OTHER_CAMERAS = "a match is a gallery image of the query's class from another camera"
 
 
 def can_select_checkpoint(index: pd.DataFrame, protocol: str) -> bool:
@@ -34,6 +42,55 @@ def can_select_checkpoint(index: pd.DataFrame, protocol: str) -> bool:
     """
     classes, queries = usable_counts(index, "val", protocol)
     return classes >= MIN_VAL_CLASSES and queries >= MIN_VAL_QUERIES
+
+
+def check_measurable(index: pd.DataFrame, split: str, protocol: str, condition: str = "") -> None:
+    """Refuse a split without any query that has both a match and a non-match.
+
+    Args:
+        index: The index of a prepared dataset.
+        split: "val" or "test".
+        protocol: The evaluation protocol.
+        condition: Begin of the message.
+
+    Raises:
+        PreparationError: no query can be evaluated; the message has the counts.
+    """
+    rows = index[index.split == split]
+    queries = query_counts(rows, protocol)
+    if ((queries.matches > 0) & (queries.rivals > 0)).any():
+        return
+    gallery = set(rows.label[rows.role.isin(["gallery", "both"])])
+    matched, with_rivals = (queries.matches > 0).sum(), (queries.rivals > 0).sum()
+    raise PreparationError(
+        f"{condition}the {split} split cannot be evaluated: of {len(queries)} queries, {matched} have a match and "
+        f"{with_rivals} a non-match; {match_rule(protocol)} (query classes: "
+        f"{queries.label.nunique()}, {len(gallery & set(queries.label))} of them in the gallery; cameras: "
+        f"{rows.camera[rows.camera >= 0].nunique()}; protocol: {protocol})"
+    )
+
+
+def match_rule(protocol: str) -> str:
+    """Return what a protocol counts as a match, as a part of a message."""
+    return MATCHES.get(protocol.removesuffix("-two-way"), OTHER_CAMERAS)
+
+
+def too_small(index: pd.DataFrame, protocol: str) -> str:
+    """Return a message about a validation split that is too small to select a checkpoint.
+
+    Args:
+        index: The index of a prepared dataset.
+        protocol: The evaluation protocol.
+
+    Returns:
+        The counts, the needed counts, and what the protocol counts as a match.
+    """
+    classes, queries = usable_counts(index, "val", protocol)
+    return (
+        f"the validation split is too small to select a checkpoint: got {queries} queries of {classes} classes that "
+        f"have a match and a non-match; at least {MIN_VAL_QUERIES} queries of {MIN_VAL_CLASSES} classes are needed "
+        f"(protocol {protocol}: {match_rule(protocol)})"
+    )
 
 
 def usable_counts(index: pd.DataFrame, split: str, protocol: str) -> tuple[int, int]:
@@ -107,14 +164,25 @@ def warnings(dataset: Dataset) -> list[str]:
         dataset: The prepared dataset.
 
     Returns:
-        Warnings about queries, validation, training classes, identical images and similar class names.
+        Warnings about a partial release, queries, validation, training classes, identical images and similar class
+        names.
     """
     return [
+        *partial_release(dataset.card),
         *query_warnings(dataset),
         *training_warnings(dataset),
         *duplicate_images(dataset),
         *similar_class_names(dataset),
     ]
+
+
+def partial_release(card: dict) -> list[str]:
+    """Return a warning about a dataset that was prepared from a part of the original, or nothing."""
+    partial = card.get("settings", {}).get("partial")
+    if not partial:
+        return []
+    counts = " and ".join(f"{n:,} of {of:,} {what}" for what, (n, of) in partial.items())
+    return [f"this is a part of the original: {counts}; its results are not comparable with published ones"]
 
 
 def query_warnings(dataset: Dataset) -> list[str]:
@@ -126,7 +194,8 @@ def query_warnings(dataset: Dataset) -> list[str]:
     Returns:
         One line per warning.
     """
-    found = []
+    has_validation = (dataset.index.split == "val").any()
+    found = [] if has_validation else [f"val: there are no validation classes; {NO_VALIDATION}"]
     for split, counts in query_table(dataset).to_dict("index").items():
         queries, unmatched = counts["queries"], counts["queries"] - counts["matched"]
         if not counts["usable"]:
@@ -136,7 +205,7 @@ def query_warnings(dataset: Dataset) -> list[str]:
         elif unmatched:
             found.append(f"{split}: {unmatched:,} of {queries:,} queries have no match and are left out of the metrics")
     classes, queries = usable_counts(dataset.index, "val", dataset.card["protocol"])
-    if classes < MIN_VAL_CLASSES or queries < MIN_VAL_QUERIES:
+    if has_validation and (classes < MIN_VAL_CLASSES or queries < MIN_VAL_QUERIES):
         found.append(
             f"val: only {queries} queries of {classes} classes have a match and a non-match; checkpoint selection is "
             f"unreliable below {MIN_VAL_QUERIES} queries of {MIN_VAL_CLASSES} classes"
@@ -145,7 +214,7 @@ def query_warnings(dataset: Dataset) -> list[str]:
 
 
 def query_table(dataset: Dataset) -> pd.DataFrame:
-    """Count the queries of the validation and test splits.
+    """Count the queries of the validation and test splits; without validation images, of the test split alone.
 
     Args:
         dataset: The prepared dataset.
@@ -155,7 +224,7 @@ def query_table(dataset: Dataset) -> pd.DataFrame:
         numbers of matches and non-matches per query.
     """
     rows = {}
-    for split in ("val", "test"):
+    for split in [split for split in ("val", "test") if (dataset.index.split == split).any()]:
         counts = query_counts(dataset.index[dataset.index.split == split], dataset.card["protocol"])
         matched = counts.matches > 0
         rows[split] = {

@@ -13,6 +13,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from data_prep.archives import Source, open_source, read_files, verify
+from data_prep.check import can_select_checkpoint, check_measurable, too_small
 from data_prep.originals import Original
 from data_prep.prepared import (
     DOWNLOAD_AGAIN,
@@ -35,7 +36,7 @@ class Options:
 
     Attributes:
         image_settings: How images are cropped and resized.
-        val_fraction: Training classes moved to validation: a fraction below 1, or a number of classes.
+        val_fraction: Training classes moved to validation: a fraction below 1, or a number of classes. 0: none.
         seed: Seed of the random choice of classes, 0 or more.
         any_checksum: Whether to accept an archive that differs from the published one.
         skip_bad: Whether to leave out images that cannot be decoded.
@@ -129,7 +130,8 @@ def write_images(
         card: Entries of the card besides counts and hashes.
 
     Raises:
-        PreparationError: an image cannot be decoded and `options.skip_bad` is False, or a split would be empty.
+        PreparationError: an image cannot be decoded and `options.skip_bad` is False, or without such images a split
+            would be empty, or could not be evaluated.
     """
     settings = options.image_settings
     pixels = create_images(folder, len(index), settings.height, settings.width, 3)
@@ -142,6 +144,7 @@ def write_images(
             f"{len(skipped):,} of {len(index):,} images cannot be decoded; replace them, or pass --skip-bad to leave "
             f"them out (card.json then lists them):{listed}{more}"
         )
+    without = ""
     if skipped:
         drop_rows(folder, bad)
         left = index.drop(index.index[sorted(bad)])
@@ -150,7 +153,14 @@ def write_images(
                 f"{len(skipped):,} of {len(index):,} images cannot be decoded: no image of {', '.join(empty)} remains; "
                 "replace them"
             )
+        without = f"without the {len(skipped):,} of {len(index):,} images that cannot be decoded, "
+        if can_select_checkpoint(index, card["protocol"]) and not can_select_checkpoint(left, card["protocol"]):
+            raise PreparationError(
+                f"{without}{too_small(left, card['protocol'])}; replace these images, or pass a larger --val-fraction"
+            )
         index = left
+    for split in sorted({"val", "test"} & set(index.split)):
+        check_measurable(index, split, card["protocol"], without)
     finish(folder, index, {**card, "skipped_images": skipped})
 
 

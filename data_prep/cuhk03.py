@@ -1,6 +1,7 @@
 """Prepare CUHK03: pedestrians seen by five pairs of cameras.
 
-The images are in one MATLAB file (version 7.3, which is HDF5). Two protocols:
+The images are in one MATLAB file (version 7.3, which is HDF5). --source is the
+archive, its extracted folder, or this file, cuhk-03.mat. Two protocols:
 
 single-shot (the paper): the identities of camera pairs 1-3. One of the file's
 20 test sets of 100 identities is tested, 100 other identities are for
@@ -11,6 +12,7 @@ validation and 1,160 for training.
 """
 
 import json
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,18 @@ import pandas as pd
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
-from data_prep.archives import extract
+from data_prep.archives import bare_file, existing_source, extract
 from data_prep.conversion import Options, open_original, write_images
 from data_prep.originals import Original
-from data_prep.prepared import DOWNLOAD_AGAIN, PreparationError, check_counts, count, hold_out, new_folder
+from data_prep.prepared import (
+    DOWNLOAD_AGAIN,
+    PreparationError,
+    check_counts,
+    check_replaceable,
+    count,
+    hold_out,
+    new_folder,
+)
 from hloss.runs.datasets import COLUMNS
 from hloss.runs.files import file_sha256
 from hloss.runs.images import ImageSettings
@@ -52,6 +62,7 @@ SLOTS = 10  # at most five images of each of two views per identity
 VAL_CLASSES = 100
 OPTIONS = Options(ImageSettings(160, 60, "stretch"), val_fraction=VAL_CLASSES)
 MAT = "cuhk-03.mat"
+ACCEPT_PARTIAL = ", or pass --partial to prepare a part; its results are not comparable with published ones"
 
 
 @dataclass(frozen=True)
@@ -63,12 +74,14 @@ class Variant:
         camera_pairs: 3 (as in the paper) or 5.
         test_set: Number of the test set, 1 to 20.
         index_file: Index file of the 767/700 protocol; None for single-shot. It replaces `camera_pairs` and `test_set`.
+        partial: Whether to accept a source with fewer identities or images than the original.
     """
 
     boxes: str = "labeled"
     camera_pairs: int = 3
     test_set: int = 1
     index_file: Path | None = None
+    partial: bool = False
 
     def __post_init__(self) -> None:
         if self.boxes not in PUBLISHED:
@@ -96,10 +109,10 @@ PAPER_VARIANT = Variant()
 
 
 def prepare(source: Path, out: Path, options: Options = OPTIONS, variant: Variant = PAPER_VARIANT) -> dict:
-    """Prepare CUHK03 from its archive or extracted folder.
+    """Prepare CUHK03 from its archive, its extracted folder or `cuhk-03.mat`.
 
     Args:
-        source: The archive or its extracted folder.
+        source: The archive, its extracted folder or `cuhk-03.mat`.
         out: The folder to write.
         options: Options of the preparation.
         variant: Variant of the dataset.
@@ -110,28 +123,34 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, variant: Varian
     Raises:
         PreparationError: the source is not the original, an image cannot be decoded, or `out` cannot be replaced.
     """
-    _h5py()  # A missing package is reported before the archive is read.
-    opened, found = open_original(source, out, ORIGINAL, options, texts=())
-    opened = opened.relative_to(MAT)
+    h5py = _h5py()  # A missing package is reported before the archive is read.
+    opened = None
+    if h5py.is_hdf5(existing_source(source)):
+        check_replaceable(out, ORIGINAL.name)
+        found = bare_file(source)
+    else:
+        opened, found = open_original(source, out, ORIGINAL, options, texts=())
+        opened = opened.relative_to(MAT)
     with new_folder(out, ORIGINAL.name) as folder:
         # HDF5 needs random access, which a packed archive does not allow; the file is unpacked beside the output.
         # It is read without a lock, which some network file systems refuse.
-        file = extract(opened, MAT, folder)
+        file = extract(opened, MAT, folder) if opened else Path(source)
         try:
-            with _h5py().File(file, "r", locking=False) as mat:
-                images = read_images(mat, variant.boxes)
+            with h5py.File(file, "r", locking=False) as mat:
+                images = read_images(mat, variant.boxes, variant.partial)
                 if variant.index_file:
                     index = split_767(images, variant.index_file, variant)
                 else:
-                    index = split_single_shot(images, read_test_set(mat, variant.test_set), variant)
+                    tested = read_test_set(mat, variant.test_set, variant.partial)
+                    index = split_single_shot(images, tested, variant)
                 index = hold_out(index, options.val_fraction, options.seed)
-                card = _card(options, variant, found) | {"ignored_files": opened.ignored}
+                card = _card(options, variant, found, images) | {"ignored_files": opened.ignored if opened else {}}
                 write_images(folder, _pixels(mat, index), index[list(COLUMNS)], options, card)
         except (OSError, KeyError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno:  # an error of the disk, not of HDF5
                 raise
             raise PreparationError(
-                f"{opened.path}: {MAT} is damaged or of another form ({error}); {DOWNLOAD_AGAIN}"
+                f"{source}: {MAT} is damaged or of another form ({error}); {DOWNLOAD_AGAIN}"
             ) from error
         finally:
             if file.parent == folder:
@@ -147,7 +166,8 @@ def _h5py() -> Any:
     return h5py
 
 
-def _card(options: Options, variant: Variant, found: dict) -> dict:
+def _card(options: Options, variant: Variant, found: dict, images: pd.DataFrame) -> dict:
+    partial = missing_part(images, variant.boxes)
     return {
         "name": ORIGINAL.name,
         "source": f"{ORIGINAL.title}, {ORIGINAL.page}",
@@ -155,8 +175,26 @@ def _card(options: Options, variant: Variant, found: dict) -> dict:
         "licence": ORIGINAL.licence,
         "protocol": "cuhk03-767-700" if variant.index_file else "cuhk03-single-shot",
         "recall_at": [1, 5, 10, 15, 20],
-        "settings": {**options.settings(), **variant.settings()},
-        "published": published(variant),
+        "settings": {**options.settings(), **variant.settings(), **({"partial": partial} if partial else {})},
+        **({} if partial else {"published": published(variant)}),
+    }
+
+
+def missing_part(images: pd.DataFrame, boxes: str) -> dict[str, list[int]]:
+    """Compare a source with the original.
+
+    Args:
+        images: Table of `read_images`.
+        boxes: "labeled" or "detected".
+
+    Returns:
+        Number in the source and in the original of identities and images; empty if no image is missing.
+    """
+    if len(images) == PUBLISHED[boxes]:
+        return {}
+    return {
+        "identities": [int(images.label.nunique()), sum(PAIR_SIZES)],
+        "images": [len(images), PUBLISHED[boxes]],
     }
 
 
@@ -174,7 +212,7 @@ def published(variant: Variant) -> dict[str, int]:
     return {"train classes": sum(PAIR_SIZES[: variant.camera_pairs]) - TEST_SIZE, "test classes": TEST_SIZE}
 
 
-def read_images(mat: Any, boxes: str) -> pd.DataFrame:
+def read_images(mat: Any, boxes: str, partial: bool = False) -> pd.DataFrame:
     """List the images of the MATLAB file.
 
     MATLAB stores columns first, so every array is transposed here: a camera pair is (10 slots, identities).
@@ -182,6 +220,7 @@ def read_images(mat: Any, boxes: str) -> pd.DataFrame:
     Args:
         mat: The open HDF5 file.
         boxes: "labeled" or "detected".
+        partial: Whether identities and images may be missing.
 
     Returns:
         One row per image: label (number of the identity over all pairs, from 0), pair and person (from 1), camera
@@ -190,15 +229,17 @@ def read_images(mat: Any, boxes: str) -> pd.DataFrame:
     Raises:
         PreparationError: the numbers of identities or images are not the published ones, or an image has another form.
     """
-    pairs = [mat[reference][()] for reference in mat[boxes][0]]
+    pairs = [_cells(mat[reference]) for reference in mat[boxes][0]]
     sizes = tuple(pair.shape[1] for pair in pairs)
-    if sizes != PAIR_SIZES or any(pair.shape[0] != SLOTS for pair in pairs):
+    fewer = len(sizes) <= len(PAIR_SIZES) and all(map(operator.le, sizes, PAIR_SIZES))
+    if (sizes != PAIR_SIZES and not (partial and fewer)) or any(pair.shape[0] != SLOTS for pair in pairs):
         raise PreparationError(
             f"{MAT}: identities per camera pair ({boxes}) must be {PAIR_SIZES}: got {sizes}; {DOWNLOAD_AGAIN}"
+            f"{ACCEPT_PARTIAL if fewer else ''}"
         )
     rows = []
     for number, cells in enumerate(pairs, start=1):
-        first = sum(sizes[: number - 1])
+        first = sum(PAIR_SIZES[: number - 1])
         for person in range(1, cells.shape[1] + 1):
             for slot in range(1, SLOTS + 1):
                 reference = cells[slot - 1, person - 1]
@@ -207,8 +248,18 @@ def read_images(mat: Any, boxes: str) -> pd.DataFrame:
                 if _is_image(mat[reference], name):
                     rows.append((first + person - 1, number, person, view, name, reference))
     images = pd.DataFrame(rows, columns=["label", "pair", "person", "camera", "source", "reference"])
-    check_counts(ORIGINAL.title, {f"{boxes} images": len(images)}, {f"{boxes} images": PUBLISHED[boxes]})
+    if len(images) > PUBLISHED[boxes] or (len(images) < PUBLISHED[boxes] and not partial):
+        raise PreparationError(
+            f"the source is incomplete or not the original {ORIGINAL.title}: got {len(images):,} {boxes} images "
+            f"(published: {PUBLISHED[boxes]:,}); {DOWNLOAD_AGAIN}"
+            f"{ACCEPT_PARTIAL if len(images) < PUBLISHED[boxes] else ''}"
+        )
     return images
+
+
+def _cells(pair: Any) -> np.ndarray:
+    """Return the references (slots, identities) of a camera pair; a pair without identities is an empty cell array."""
+    return np.empty((SLOTS, 0), dtype=object) if "MATLAB_empty" in pair.attrs else pair[()]
 
 
 def _is_image(cell: Any, name: str) -> bool:
@@ -222,12 +273,13 @@ def _is_image(cell: Any, name: str) -> bool:
     return True
 
 
-def read_test_set(mat: Any, number: int) -> set[tuple[int, int]]:
+def read_test_set(mat: Any, number: int, partial: bool = False) -> set[tuple[int, int]]:
     """Return the identities of a test set.
 
     Args:
         mat: The open HDF5 file.
         number: Number of the test set, from 1.
+        partial: Whether the source may lack some of these identities.
 
     Returns:
         Camera pair and person of each identity, both from 1.
@@ -241,7 +293,7 @@ def read_test_set(mat: Any, number: int) -> set[tuple[int, int]]:
     listed = mat[references[number - 1]][()].T.astype(int)
     found = {(int(pair), int(person)) for pair, person in listed}
     wrong = sorted(p for p in found if not (1 <= p[0] <= len(PAIR_SIZES) and 1 <= p[1] <= PAIR_SIZES[p[0] - 1]))
-    if wrong or len(found) != TEST_SIZE:
+    if wrong or len(found) > TEST_SIZE or (len(found) < TEST_SIZE and not partial):
         raise PreparationError(
             f"{MAT}: test set {number} must have {TEST_SIZE} existing identities: got {len(found)}, of which "
             f"{len(wrong)} do not exist; {DOWNLOAD_AGAIN}"
@@ -271,7 +323,8 @@ def split_single_shot(images: pd.DataFrame, tested: set[tuple[int, int]], varian
     images = images[images.pair <= variant.camera_pairs].reset_index(drop=True)
     is_tested = [person in tested for person in zip(images.pair, images.person, strict=True)]
     index = images.assign(split=np.where(is_tested, "test", "train"), role="both")
-    check_counts(ORIGINAL.title, count(index), published(variant))
+    if not variant.partial:
+        check_counts(ORIGINAL.title, count(index), published(variant))
     return index
 
 
@@ -295,7 +348,7 @@ def split_767(images: pd.DataFrame, index_file: Path, variant: Variant) -> pd.Da
         listed.loc[rows, "part"] = part
     listed = listed[listed.part != ""]
     index = images.merge(listed, on="source", how="inner")
-    if len(index) != len(listed) or listed.source.duplicated().any():
+    if (len(index) != len(listed) and not variant.partial) or listed.source.duplicated().any():
         raise PreparationError(
             f"{index_file} lists {len(listed):,} images, of which {len(index):,} are in {MAT} ({variant.boxes}); "
             "check that --boxes fits the index file"
@@ -305,7 +358,8 @@ def split_767(images: pd.DataFrame, index_file: Path, variant: Variant) -> pd.Da
     index["split"] = np.where(index.part == "train", "train", "test")
     index["role"] = index.part.replace({"train": "both"})
     counts = count(index) | {f"{part} images": n for part, n in index.groupby("part").size().items()}
-    check_counts(f"767/700 protocol ({variant.boxes})", counts, published(variant))
+    if not variant.partial:
+        check_counts(f"767/700 protocol ({variant.boxes})", counts, published(variant))
     return index
 
 

@@ -12,30 +12,62 @@ of 5 classes that have a match and a non-match. If --val-fraction gives fewer,
 the smallest sufficient number of classes is drawn instead, at most half of
 them.
 
+Validation classes are not needed to train without validation (choose="last"
+of a run): --val-fraction 0.
+
 Protocol: all-vs-rest, where every test image queries all others. If the test
-images have the roles query and gallery and a camera each: market1501.
+images have the roles query and gallery: market1501 if they have cameras, and
+query-gallery if not. --protocol chooses another one.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
 from data_prep.archives import Source, existing_source, open_source
-from data_prep.check import MIN_VAL_CLASSES, MIN_VAL_QUERIES, can_select_checkpoint, usable_counts
+from data_prep.check import NO_VALIDATION, can_select_checkpoint, check_measurable, too_small
 from data_prep.conversion import Options, convert
 from data_prep.image_csv import UNLABELED_ROLES, check_present, read_csv
 from data_prep.prepared import PreparationError, check_replaceable, hold_out
-from hloss.runs.datasets import query_counts
 from hloss.runs.images import EXTENSIONS, ImageSettings
 
 OPTIONS = Options(ImageSettings(256, 256, "pad"))
 TEST_SHARE = 0.5  # share of the classes, as in CUB-200-2011 and Online Products
-RECALL_AT = {"all-vs-rest": [1, 2, 4, 8, 16, 32], "market1501": [1, 5, 10, 15, 20]}
+CMC_AT = (1, 5, 10, 15, 20)
+RECALL_AT = {  # K of the Recall@K of each protocol
+    "all-vs-rest": (1, 2, 4, 8, 16, 32),
+    "query-gallery": CMC_AT,
+    "market1501": CMC_AT,
+    "cuhk03-single-shot": CMC_AT,
+    "cuhk03-single-shot-two-way": CMC_AT,
+}
 
 
-def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bool = False) -> dict:
+@dataclass(frozen=True)
+class Evaluation:
+    """How to evaluate the test images.
+
+    Attributes:
+        protocol: One of RECALL_AT; None for the one that fits roles and cameras.
+        recall_at: Increasing K of Recall@K, from 1; None for the protocol's.
+    """
+
+    protocol: str | None = None
+    recall_at: tuple[int, ...] | None = None
+
+
+DEFAULT_EVALUATION = Evaluation()
+
+
+def prepare(
+    source: Path,
+    out: Path,
+    options: Options = OPTIONS,
+    last_folder: bool = False,
+    evaluation: Evaluation = DEFAULT_EVALUATION,
+) -> dict:
     """Prepare the images of a folder or of a CSV file.
 
     Args:
@@ -43,6 +75,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bo
         out: The folder to write; its name becomes the dataset's name.
         options: Options of the preparation.
         last_folder: Whether images may be in nested folders, of which the innermost one is the class.
+        evaluation: How to evaluate the test images.
 
     Returns:
         The card.
@@ -65,8 +98,9 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bo
         raise PreparationError(f"--source must be a folder, a .csv file or a .tsv file: got {source}")
     index, names = number_classes(listed)
     index = assign_splits(index, options)
-    protocol = choose_protocol(index)
-    check_test_split(index, protocol)
+    protocol = evaluation.protocol or choose_protocol(index)
+    index = fit_protocol(index, protocol)
+    check_measurable(index, "test", protocol)
     index, options = choose_validation(index, protocol, options)
     card = {
         "name": out.name,
@@ -75,7 +109,7 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, last_folder: bo
         "licence": "that of its images",
         "protocol": protocol,
         "val_from_train": "split" not in listed or not (listed.split == "val").any(),
-        "recall_at": RECALL_AT[protocol],
+        "recall_at": list(evaluation.recall_at or RECALL_AT[protocol]),
         "settings": {**options.settings(), "test_share": TEST_SHARE if "split" not in listed else "given"},
         "class_names": names,
         **({"unused_files": unused} if unused else {}),
@@ -201,34 +235,6 @@ def assign_splits(index: pd.DataFrame, options: Options) -> pd.DataFrame:
     return index
 
 
-def check_test_split(index: pd.DataFrame, protocol: str) -> None:
-    """Refuse a test split without any query that has both a match and a non-match.
-
-    Args:
-        index: The index with splits.
-        protocol: The evaluation protocol.
-
-    Raises:
-        PreparationError: no query can be evaluated.
-    """
-    test = index[index.split == "test"]
-    queries = query_counts(test, protocol)
-    if ((queries.matches > 0) & (queries.rivals > 0)).any():
-        return
-    gallery = set(test.label[test.role.isin(["gallery", "both"])])
-    remedy = (
-        "give at least two test classes with two images each"
-        if protocol == "all-vs-rest"
-        else "a match must be a gallery image of the query's class from another camera"
-    )
-    raise PreparationError(
-        f"the test split cannot be evaluated: of {len(queries)} queries, {(queries.matches > 0).sum()} have a match "
-        f"and {(queries.rivals > 0).sum()} a non-match; {remedy} (query classes: {queries.label.nunique()}, "
-        f"{len(gallery & set(queries.label))} of them in the gallery; cameras: {test.camera.nunique()}; protocol: "
-        f"{protocol})"
-    )
-
-
 def choose_validation(index: pd.DataFrame, protocol: str, options: Options) -> tuple[pd.DataFrame, Options]:
     """Draw validation classes, unless the index has some, that are sufficient to select a checkpoint.
 
@@ -239,7 +245,8 @@ def choose_validation(index: pd.DataFrame, protocol: str, options: Options) -> t
 
     Returns:
         The index with validation classes, and the options with the `val_fraction` that was used. If the given one is
-        too small, the smallest sufficient number of classes is used, at most half of the training classes.
+        too small, the smallest sufficient number of classes is used, at most half of the training classes. With
+        `val_fraction` 0, there are no validation classes.
 
     Raises:
         PreparationError: no such choice is sufficient.
@@ -247,9 +254,12 @@ def choose_validation(index: pd.DataFrame, protocol: str, options: Options) -> t
     if (index.split == "val").any():
         if can_select_checkpoint(index, protocol):
             return index, options
-        raise PreparationError(f"{_too_small(index, protocol)}; add classes or images of split val to the CSV")
+        raise PreparationError(
+            f"{too_small(index, protocol)}; add classes or images of split val to the CSV, or give these images the "
+            f"split train and pass --val-fraction 0: {NO_VALIDATION}"
+        )
     held = hold_out(index, options.val_fraction, options.seed)
-    if can_select_checkpoint(held, protocol):
+    if options.val_fraction == 0 or can_select_checkpoint(held, protocol):
         return held, options
     total, least = index.label[index.split == "train"].nunique(), held.label[held.split == "val"].nunique() + 1
     remedy = f"add classes or images (training and validation have {total} classes)"
@@ -260,35 +270,23 @@ def choose_validation(index: pd.DataFrame, protocol: str, options: Options) -> t
                 return more, replace(options, val_fraction=n)
             remedy += f", or pass --val-fraction {n}"
             break
-    raise PreparationError(f"{_too_small(held, protocol)}; {remedy}")
-
-
-def _too_small(index: pd.DataFrame, protocol: str) -> str:
-    classes, queries = usable_counts(index, "val", protocol)
-    return (
-        f"the validation split is too small to select a checkpoint: got {queries} queries of {classes} classes that "
-        f"have a match and a non-match; at least {MIN_VAL_QUERIES} queries of {MIN_VAL_CLASSES} classes are needed"
-    )
+    raise PreparationError(f"{too_small(held, protocol)}; {remedy}, or pass --val-fraction 0: {NO_VALIDATION}")
 
 
 def choose_protocol(index: pd.DataFrame) -> str:
-    """Return the evaluation protocol that fits the roles of the test images.
+    """Return the evaluation protocol that fits the roles and cameras of the test images.
 
     Args:
         index: The index with splits.
 
     Returns:
-        "all-vs-rest" if all roles are both, "market1501" for queries and gallery with cameras.
+        "all-vs-rest" if all roles are both; for queries and gallery, "market1501" with cameras and "query-gallery"
+        without.
 
     Raises:
-        PreparationError: a training or validation image has a role, or the test lacks a role or a camera.
+        PreparationError: the test has neither queries nor gallery.
     """
     test = index[index.split == "test"]
-    others = index[(index.split != "test") & (index.role != "both")]
-    if len(others):
-        raise PreparationError(
-            f"role of {others.source.iloc[0]} must be both: got {others.role.iloc[0]}; other roles are for test images"
-        )
     roles = set(test.role)
     if roles == {"both"}:
         return "all-vs-rest"
@@ -297,10 +295,46 @@ def choose_protocol(index: pd.DataFrame) -> str:
             f"roles of the test images must include query and gallery: got {', '.join(sorted(roles))}; leave the role "
             "out to let every image query all others"
         )
-    without_camera = test.source[test.camera < 0]
-    if len(without_camera):
+    return "market1501" if (test.camera >= 0).any() else "query-gallery"
+
+
+def fit_protocol(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Check that roles and cameras fit a protocol, and give all images the role both if it has no other roles.
+
+    Args:
+        index: The index with splits.
+        protocol: The evaluation protocol.
+
+    Returns:
+        The index.
+
+    Raises:
+        PreparationError: a training or validation image has a role, or the protocol cannot use a role or a camera.
+    """
+    others = index[(index.split != "test") & (index.role != "both")]
+    if len(others):
         raise PreparationError(
-            f"camera of {without_camera.iloc[0]} is empty; test images with the roles query and gallery need a camera "
-            f"(missing in {len(without_camera):,} of {len(test):,} test images)"
+            f"role of {others.source.iloc[0]} must be both: got {others.role.iloc[0]}; other roles are for test images"
         )
-    return "market1501"
+    single_shot = "single-shot" in protocol
+    if single_shot or protocol == "all-vs-rest":
+        index = index.assign(role=index.role.replace({"query": "both", "gallery": "both"}))
+        unused = index[index.role != "both"]
+        if len(unused):
+            raise PreparationError(
+                f"role of {unused.source.iloc[0]} must be both, query or gallery with protocol {protocol}: got "
+                f"{unused.role.iloc[0]} ({len(unused):,} images); remove these rows or choose another --protocol"
+            )
+    test = index[index.split == "test"]
+    missing = test.source[test.camera < 0]
+    if len(missing) and (single_shot or protocol == "market1501"):
+        raise PreparationError(
+            f"camera of {missing.iloc[0]} is empty; protocol {protocol} needs the camera of every test image (missing "
+            f"in {len(missing):,} of {len(test):,}); add them, or choose another --protocol"
+        )
+    if single_shot and test.camera.nunique() != 2:
+        raise PreparationError(
+            f"protocol {protocol} needs exactly two cameras among the test images: got "
+            f"{', '.join(map(str, sorted(set(test.camera))))}; choose another --protocol"
+        )
+    return index

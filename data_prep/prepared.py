@@ -199,7 +199,7 @@ def hold_out(index: pd.DataFrame, n: int | float, seed: int) -> pd.DataFrame:
 
     Args:
         index: The index, with columns label and split.
-        n: Number of classes to move; below 1, the fraction of the training classes, rounded, at least one class.
+        n: Number of classes to move, 0 for none; below 1, the fraction of the training classes, rounded, at least one.
         seed: Seed of the draw.
 
     Returns:
@@ -208,6 +208,8 @@ def hold_out(index: pd.DataFrame, n: int | float, seed: int) -> pd.DataFrame:
     Raises:
         PreparationError: no training class would be moved, or none would remain.
     """
+    if n == 0:
+        return index.copy()
     classes = np.unique(index.label[index.split == "train"])
     held = max(1, round(n * len(classes))) if n < 1 else int(n)
     if not 0 < held < len(classes):

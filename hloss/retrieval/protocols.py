@@ -62,14 +62,15 @@ def evaluate(
             "cuhk03-single-shot-two-way": the same, plus queries of the second view.
             "cuhk03-767-700": the new protocol of CUHK03. Images of the query's identity and camera are ignored.
             "market1501": the same. Junk is ignored, and distractors never match.
-            "market1501-multi-query": the same for the mean of the pool images of the query's identity and camera,
+            "query-gallery": the same without cameras: only the query itself is ignored, if its role is both.
+            "market1501-multi-query": as market1501 for the mean of the pool images of the query's identity and camera,
             normalised for the cosine. Metrics `max_...` are for their maximum.
         embeddings: floating-point (n, d).
         labels: integer identities or classes (n,).
         k: the values of K in `recall@K`.
         metric: "cosine", or "euclidean" for the embeddings as they are.
-        cameras: integers (n,), for all protocols except all-vs-rest; exactly two for single-shot.
-        roles: n of query, gallery, both, junk, distractor, pool; for 767-700 and Market-1501.
+        cameras: integers (n,), for all protocols except all-vs-rest and query-gallery; exactly two for single-shot.
+        roles: n of query, gallery, both, junk, distractor, pool; for 767-700, Market-1501 and query-gallery.
         seed: seed of the drawings.
 
     Raises:
@@ -134,7 +135,15 @@ def _all_vs_rest(rows: _Rows) -> Retrieval:
 def _other_cameras(rows: _Rows) -> Retrieval:
     """Rank the gallery without images of the query's identity and camera."""
     queries = rows.of_role("query", "both")
-    return _measured(rows, queries, _against_other_cameras(rows, queries, rows.space.exact_vectors(queries)))
+    vectors = rows.space.exact_vectors(queries)
+    return _measured(rows, queries, _against_other_cameras(rows, queries, vectors, rows.cameras))
+
+
+def _query_gallery(rows: _Rows) -> Retrieval:
+    """Rank the gallery without the query itself, as if every image had a camera of its own."""
+    queries = rows.of_role("query", "both")
+    vectors, own_cameras = rows.space.exact_vectors(queries), torch.arange(len(rows.labels), device=rows.labels.device)
+    return _measured(rows, queries, _against_other_cameras(rows, queries, vectors, own_cameras))
 
 
 def _multi_query(rows: _Rows) -> Retrieval:
@@ -152,18 +161,18 @@ def _multi_query(rows: _Rows) -> Retrieval:
     mean, largest = (torch.segment_reduce(members, by, lengths=sizes, unsafe=True) for by in ("mean", "max"))
     if rows.space.metric == "cosine":
         mean, largest = F.normalize(mean), F.normalize(largest)
-    measured = _measured(rows, queries, _against_other_cameras(rows, queries, mean))
-    of_maximum = _measured(rows, queries, _against_other_cameras(rows, queries, largest)).metrics
+    measured = _measured(rows, queries, _against_other_cameras(rows, queries, mean, cameras))
+    of_maximum = _measured(rows, queries, _against_other_cameras(rows, queries, largest, cameras)).metrics
     measured.metrics.update({f"max_{name}": value for name, value in of_maximum.items()})
     return measured
 
 
-def _against_other_cameras(rows: _Rows, queries: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+def _against_other_cameras(rows: _Rows, queries: Tensor, vectors: Tensor, cameras: Tensor) -> dict[str, Tensor]:
     """Score queries with the given vectors against the gallery without their identity and camera."""
     gallery = rows.of_role("gallery", "distractor", "both")
     known = torch.zeros(len(rows.labels), dtype=torch.bool, device=rows.labels.device)
     known[rows.of_role("gallery", "both")] = True  # A distractor never matches.
-    cameras, labels = rows.cameras, rows.labels
+    labels = rows.labels
 
     def match_and_ignored(block: Tensor) -> tuple[Tensor, Tensor]:
         own = (labels[queries[block], None] == labels[gallery]) & known[gallery]
@@ -287,5 +296,6 @@ PROTOCOLS: dict[str, Callable[[_Rows], Retrieval]] = {
     "cuhk03-single-shot-two-way": partial(_single_shot, both_ways=True),
     "cuhk03-767-700": _other_cameras,
     "market1501": _other_cameras,
+    "query-gallery": _query_gallery,
     "market1501-multi-query": _multi_query,
 }

@@ -18,7 +18,7 @@ from hloss.losses.pml import PREFIX, PMLLoss, pml_metric
 from hloss.losses.settings import did_you_mean
 from hloss.retrieval.ranks import METRICS
 from hloss.runs.errors import ConfigError
-from hloss.runs.files import project_path
+from hloss.runs.files import non_finite, project_path
 from hloss.runs.memory import MemoryLoss, takes_references
 from hloss.runs.models import (
     BATCHNORMS,
@@ -39,6 +39,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 TF32_DEFAULT = "convolutions"
 TF32 = ("none", TF32_DEFAULT, "all")
 IMAGES = ("auto", "device", "host")
+BEST, LAST = CHOICES = ("best", "last")
 OLD_NAMES = {
     "fewest_images": "min_images_per_class",
     "mirror": "horizontal_flip",
@@ -65,7 +66,7 @@ class RunConfig(BaseModel):
     the constructor itself raises pydantic's ValidationError.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     dataset: str = Field("glyphs", description="name of the prepared dataset, a folder in data_dir")
     crop: int | None = Field(
@@ -208,6 +209,13 @@ class RunConfig(BaseModel):
         False,
         description="train a second time, on training and validation classes, for the chosen number of iterations",
     )
+    choose: str = Field(
+        BEST,
+        description=(
+            "the network to test: best (at the highest validation Recall@1, the first of equal ones) or last (of the "
+            "last iteration, without validation)"
+        ),
+    )
     precision: str = Field(
         "32-true", description="32-true (float32), bf16-mixed (bfloat16 autocast) or 64-true (float64)"
     )
@@ -260,8 +268,12 @@ class RunConfig(BaseModel):
         _check_name("tf32", self.tf32, TF32)
         _check_name("images", self.images, IMAGES)
         _check_name("decay_exempt", self.decay_exempt, ("biases", "none"))
+        _check_name("choose", self.choose, CHOICES)
         if self.metric is not None:
             _check_name("metric", self.metric, METRICS)
+        for name in ("loss_options", "miner_options"):
+            if wrong := non_finite(getattr(self, name), name):
+                raise ValueError(f"{wrong}: all numbers must be finite")
         self.sampler_settings()
         loss = self.build_loss()
         self._check_memory(loss)
@@ -274,6 +286,11 @@ class RunConfig(BaseModel):
             )
         if self.refit and not self.iterations:
             raise ValueError("refit=True: a run with iterations=0 has no training to repeat; set refit to False")
+        if self.refit and self.choose == LAST:
+            raise ValueError(
+                'refit=True does not fit choose="last": refit trains for the number of iterations that validation '
+                "chooses; set refit to False"
+            )
         if (self.iterations == 0) != (self.loss == NO_LOSS):
             raise ValueError(
                 f"iterations={self.iterations} does not fit loss={self.loss!r}; "
@@ -464,16 +481,17 @@ class RunConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
 
-        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it. So
-        are the settings of the memory of earlier batches without a memory.
+        The defaults of `tf32` and `choose` are left out, too: the runs of earlier versions had them. So are the
+        settings of the memory of earlier batches without a memory.
         `report_at` has all lengths, and is left out if `iterations` is the only one.
         """
         general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
         general["report_at"] = list(self.lengths)
         if len(self.lengths) == 1:
             del general["report_at"]
-        if self.tf32 == TF32_DEFAULT:
-            del general["tf32"]
+        for name, default in (("tf32", TF32_DEFAULT), ("choose", BEST)):
+            if general[name] == default:
+                del general[name]
         if not self.memory_batches:
             del general["memory_batches"], general["memory_start"]
         general["metric"] = self.metric or self.trained_metric

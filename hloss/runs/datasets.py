@@ -142,6 +142,8 @@ def query_counts(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """
     if "single-shot" in protocol:
         return _single_shot_counts(index, both_ways=protocol.endswith("two-way"))
+    if protocol == "query-gallery":  # Only the query itself is ignored, as if every image had a camera of its own.
+        index = index.assign(camera=range(len(index)))
     all_vs_rest = protocol == "all-vs-rest"
     queries = index if all_vs_rest else index[index.role.isin(["query", "both"])]
     known = index if all_vs_rest else index[index.role.isin(["gallery", "both"])]

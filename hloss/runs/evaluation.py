@@ -15,7 +15,8 @@ from hloss.retrieval.neighbors import neighbors
 from hloss.retrieval.protocols import Retrieval, evaluate
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
-from hloss.runs.files import NETWORK_FILE, atomic_save, atomic_write
+from hloss.runs.errors import RunError
+from hloss.runs.files import NETWORK_FILE, atomic_save, atomic_write, non_finite
 from hloss.runs.images import center_crop
 from hloss.runs.models import embed
 from hloss.runs.pair_record import separation, slope_record
@@ -243,7 +244,7 @@ def history_table(progress: dict[str, Any]) -> pd.DataFrame:
     history = pd.DataFrame({"loss": progress["losses"]["choose"]})
     history.insert(0, "iteration", range(1, len(history) + 1))
     validations = pd.DataFrame(progress["validations"], columns=["iteration", "validation_recall@1"])
-    history = history.merge(validations, how="left")
+    history = history.merge(validations.astype({"iteration": int, "validation_recall@1": float}), how="left")
     if progress["pairs"]:
         history = history.merge(pd.DataFrame(progress["pairs"]), how="left")
     if progress["losses"]["refit"]:
@@ -266,7 +267,7 @@ def write_run_files(
 
     Args:
         folder: the run's folder.
-        result: content of `result.json`.
+        result: content of `result.json`; all numbers are finite.
         history: content of `history.parquet`.
         ranks: content of `ranks.npy`, int32 (lengths, q): the rank of each query's first match at each length.
         queries: content of `queries.npy`, int32 (q,): positions of the queries among the test images.
@@ -274,15 +275,20 @@ def write_run_files(
         network: its state dict is written to `network.pt`; None to write no network.
 
     Raises:
+        RunError: a number of the result is NaN or infinite; nothing is written.
         OSError: a file cannot be written.
     """
+    if wrong := non_finite(result):
+        raise RunError(f"result.json cannot have a number that is not finite: got {wrong}; check dataset and settings")
     atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
     arrays = {"ranks": ranks.to(torch.int32), "queries": queries.to(torch.int32)}
     for name, array in (arrays | {"embeddings": embeddings}).items():
         atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.cpu().numpy()))  # type: ignore[misc]
     if network is not None:
         atomic_save(folder / NETWORK_FILE, {name: value.cpu() for name, value in network.state_dict().items()})
-    atomic_write(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+    atomic_write(
+        folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    )
 
 
 def _save_array(file: Path, array: np.ndarray) -> None:

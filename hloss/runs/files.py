@@ -1,8 +1,9 @@
-"""Paths, hashes, atomic writes and locks of files."""
+"""Paths, hashes, results, atomic writes and locks of files."""
 
 import fcntl
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,24 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """Content of `result.json` in a run's folder; None if the file does not exist."""
     file = Path(folder) / "result.json"
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def non_finite(value: Any, name: str = "") -> str:
+    """Find a number that is NaN or infinite in nested mappings and lists.
+
+    Args:
+        value: a mapping with text keys, a list, a number or any other value.
+        name: name of the value.
+
+    Returns:
+        The first such number as "NAME=VALUE", such as "metrics.map=nan"; "" if there is none.
+    """
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else f"{name}={value}"
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return next(filter(None, (non_finite(item, f"{name}.{key}".lstrip(".")) for key, item in items)), "")
+    return ""
 
 
 def atomic_write(file: Path, write: Callable[[Path], object]) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from hloss.losses.checks import DeferredChecks, deferred_checks
 from hloss.losses.distributed import global_batch
 from hloss.numerics import NotFiniteError
 from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_progress, write_status
-from hloss.runs.config import RunConfig
+from hloss.runs.config import LAST, RunConfig
 from hloss.runs.datasets import Dataset
 from hloss.runs.engine import Fabric
 from hloss.runs.errors import RunError, RunStopped
@@ -163,7 +163,7 @@ class Loop:
                 self._fail(f"{error} at iteration {began}{later}", error, unread.batch)
             progress["losses"][progress["stage"]].append(value)
 
-    def _fail(self, why: str, error: Exception, batch: list[int]) -> None:
+    def _fail(self, why: str, error: Exception, batch: list[int]) -> NoReturn:
         """Save the state that failed for inspection, and raise RunError. The last checkpoint stays as it is.
 
         `failed.pt` is a checkpoint with one more key, `batch`: the dataset's rows of the batch on which the loss
@@ -184,16 +184,17 @@ class Loop:
         return self.context.progress["iteration"] % every == 0 or self.context.progress["iteration"] == self.until
 
     def _validate(self) -> None:
-        """Add the validation Recall@1 of this iteration; keep the network if it is better than all before."""
+        """Add the validation Recall@1 of this iteration; keep the network if it is better than all before.
+
+        With `choose` "last" there is no validation: the network of each such iteration replaces the one before.
+        """
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
             return
-        try:
-            recall = validation_recall(self.network, context.dataset, context.config, context.fabric.device)
-        except NotFiniteError as error:
-            self._fail(f"validation: {error} after iteration {progress['iteration']}", error, self.batches.current)
-        progress["validations"].append([progress["iteration"], recall])
-        if progress["best"] is None or recall > progress["best"]["recall"]:
+        recall = None if context.config.choose == LAST else self._validation_recall()
+        if recall is not None:
+            progress["validations"].append([progress["iteration"], recall])
+        if recall is None or progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
             progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
         if progress["iteration"] in context.config.lengths[:-1]:
@@ -204,6 +205,14 @@ class Loop:
             record = pair_record(self.network, context.dataset, rows, context.config, context.fabric.device)
             progress["pairs"].append({"iteration": progress["iteration"], **record})
 
+    def _validation_recall(self) -> float:
+        context = self.context
+        try:
+            return validation_recall(self.network, context.dataset, context.config, context.fabric.device)
+        except NotFiniteError as error:
+            iteration = context.progress["iteration"]
+            self._fail(f"validation: {error} after iteration {iteration}", error, self.batches.current)
+
     def _report(self) -> None:
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
@@ -211,7 +220,8 @@ class Loop:
         stage, done = progress["stage"], progress["iteration"]
         loss = float(np.mean(progress["losses"][stage][-context.config.validate_every :]))
         rate, left = self._images_per_second(), self._seconds() / done * (self.until - done)
-        validated = f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
+        validations = progress["validations"]  # none with `choose` "last"
+        validated = f"validation Recall@1 {100 * validations[-1][1]:.1f} %  " if validations else ""
         context.report(
             f"{'' if stage == CHOOSE else 'refit '}iteration {done}/{self.until}  "
             f"loss {loss:.4f}  "
@@ -227,7 +237,7 @@ class Loop:
             loss=loss,
             images_per_second=rate,
             seconds_left=left,
-            validations=progress["validations"],
+            validations=validations,
         )
 
     def _seconds(self) -> float:

@@ -27,8 +27,8 @@ from hloss.runs.checkpoints import (
     remove_checkpoints,
     write_status,
 )
-from hloss.runs.config import RunConfig
-from hloss.runs.datasets import Dataset, open_dataset
+from hloss.runs.config import BEST, LAST, RunConfig
+from hloss.runs.datasets import Dataset, open_dataset, query_counts
 from hloss.runs.errors import ConfigError, DatasetError, GPUMemoryError, RunError, RunStopped
 from hloss.runs.evaluation import (
     evaluate_test,
@@ -72,7 +72,7 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
 
     Raises:
         ConfigError, DatasetError: before any training, if settings and data do not fit.
-        RunError: another process has locked the run's folder, or the loss is not finite.
+        RunError: another process has locked the run's folder, or the loss or a number of the result is not finite.
         GPUMemoryError: the memory of the GPU does not suffice; started again, the run continues.
         RunStopped: after SIGTERM or SIGINT, with everything saved.
     """
@@ -260,11 +260,11 @@ def network_for(config: RunConfig, image_shape: tuple[int, int, int], weights: s
 def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
     """Refuse settings that do not fit the dataset or the devices."""
     config, card = context.config, context.dataset.card
-    if config.iterations and not len(context.dataset.rows("val")):
-        raise ConfigError(
-            f"dataset {config.dataset!r} has no validation images to choose the iteration; "
-            "prepare it with --val-fraction"
+    if config.choose == BEST:
+        _check_queries(
+            context, "val", validation_protocol(context.dataset), '; or set choose to "last" (no validation)'
         )
+    _check_queries(context, "test", card["protocol"], "")
     if config.refit and not card.get("val_from_train"):
         raise ConfigError(
             f"refit=True: the validation classes of {config.dataset!r} are not drawn from its training classes; "
@@ -283,12 +283,26 @@ def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
         )
 
 
+def _check_queries(context: RunContext, split: str, protocol: str, remedy: str) -> None:
+    """Refuse a split in which no query has both a match and an image that is none."""
+    dataset = context.dataset
+    queries = query_counts(dataset.index.iloc[dataset.rows(split)], protocol)
+    if ((queries.matches > 0) & (queries.rivals > 0)).any():
+        return
+    raise ConfigError(
+        f"dataset {context.config.dataset!r}: split {split} cannot be evaluated by protocol {protocol!r}: got "
+        f"{len(queries)} queries, of which {(queries.matches > 0).sum()} have a match and {(queries.rivals > 0).sum()} "
+        f"a non-match; prepare the dataset with more images or classes (`python -m data_prep check` shows them){remedy}"
+    )
+
+
 def _train_network(context: RunContext, network: nn.Module, saved: dict[str, Any] | None) -> nn.Module:
     """The network at the iteration that validation chose; with `refit`, that of a second training on all classes."""
     config, progress = context.config, context.progress
     if progress["stage"] == CHOOSE:
         Loop(context, network, context.dataset.rows("train"), config.iterations, saved).train()
         saved = None
+        _report_tie(context)
         if not config.refit:
             if context.fabric.is_global_zero:
                 network.load_state_dict(progress["best"]["network"])
@@ -300,6 +314,16 @@ def _train_network(context: RunContext, network: nn.Module, saved: dict[str, Any
     rows = np.sort(np.concatenate([context.dataset.rows("train"), context.dataset.rows("val")]))
     Loop(context, network, rows, progress["best"]["iteration"], saved).train()
     return network
+
+
+def _report_tie(context: RunContext) -> None:
+    """Report if all validations have the same Recall@1."""
+    recalls = [recall for _, recall in context.progress["validations"]]
+    if len(recalls) > 1 and len(set(recalls)) == 1:
+        context.report(
+            f"all {len(recalls)} validations have Recall@1 {100 * recalls[0]:.1f} %, so the first is chosen: the "
+            "validation classes are too few or too easy to choose an iteration"
+        )
 
 
 def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, Any]:
@@ -326,10 +350,7 @@ def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, An
         "n_unmatched": retrieval.n_unmatched,
         "validation_recall@1": whole["validation_recall@1"],
         "validation_protocol": validation_protocol(dataset),
-        "chosen": {
-            "iteration": whole["chosen_iteration"],
-            "how": "best Recall@1 on validation classes" if progress["best"] else "no training",
-        },
+        "chosen": {"iteration": whole["chosen_iteration"], "how": _how_chosen(config)},
         "trained_on": _training_classes(config),
         "similarity_density": {"before": progress["before"], "after": whole["similarity_density"]},
         "panel": whole["panel"],
@@ -378,7 +399,7 @@ def _test_at_length(
         "iterations": iterations,
         "chosen_iteration": best["iteration"] if best else 0,
         "still_improving": is_still_improving(context.progress["validations"], iterations),
-        "validation_recall@1": best["recall"] if best else validation_recall(network, dataset, config, device),
+        "validation_recall@1": best["recall"] if best else _validation_without_training(context, network),
         "metrics": retrieval.metrics,
         "similarity_density": density,
         "trained_overlap": trained_overlap(dataset, embeddings, labels, config.trained_metric, density),
@@ -387,6 +408,19 @@ def _test_at_length(
         "network_sha256": weights_sha256(network),
     }
     return entry, retrieval, embeddings
+
+
+def _validation_without_training(context: RunContext, network: nn.Module) -> float | None:
+    if context.config.choose == LAST:
+        return None
+    return validation_recall(network, context.dataset, context.config, context.fabric.device)
+
+
+def _how_chosen(config: RunConfig) -> str:
+    """How the iteration of the tested network was chosen."""
+    if not config.iterations:
+        return "no training"
+    return "last iteration, without validation" if config.choose == LAST else "best Recall@1 on validation classes"
 
 
 def _training_classes(config: RunConfig) -> str:

@@ -92,6 +92,8 @@ def _settings(where: str, text: str) -> dict[str, Any]:
 def compare_with_published(results: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFrame:
     """Compare a study's methods with published values for the same dataset, loss and settings.
 
+    Results on a part of the original dataset (`--partial` of data_prep) are not compared.
+
     `match` says how close the published experiment is: "exact" (same protocol, network and dimensions), "same protocol,
     another network" or "other protocol" (also used for values chosen on the test set).
 
@@ -130,7 +132,9 @@ def _check_one_method(dataset: str, method: str, runs: pd.DataFrame) -> None:
 
 
 def _is_published(run: pd.Series, value: dict[str, Any]) -> bool:
-    """Whether a published value is for this run's loss and settings, and the run has its metric."""
+    """Whether a published value is for this run's loss, settings and whole dataset, and the run has its metric."""
+    if "partial" in json.loads(run["prepared"]):
+        return False
     same = run["loss"] == value["method"] and all(run.get(k) == v for k, v in value["settings"].items())
     return same and pd.notna(run.get(value["metric"]))
 

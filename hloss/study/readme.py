@@ -142,10 +142,11 @@ def _means_line(title: str, means: pd.DataFrame, comparison: str) -> str:
 def _edges_line(results: pd.DataFrame) -> str:
     """The losses whose tuned setting is at an edge of its grid."""
     shown = []
-    for row in chosen_settings(at_length(results)).to_dict("records"):
-        edges = row["at an edge of its grid"].split(", ")
-        at_edge = [setting for setting in row["chosen"].split(", ") if setting.split()[0] in edges]
-        shown += [f"{row['method']}, {', '.join(at_edge)}"] if at_edge else []
+    columns = ["method", "chosen", "at an edge of its grid"]
+    found = chosen_settings(at_length(results)).reindex(columns=columns)
+    for method, chosen, edges in found.itertuples(index=False, name=None):
+        at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
+        shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
     return _item("Tuned to an edge of the grid, so a better value may lie beyond it", shown or ["none"])
 
 

@@ -17,7 +17,7 @@ from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset, open_dataset
 from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
-from hloss.runs.files import atomic_write, read_result
+from hloss.runs.files import atomic_write, non_finite, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.parts import merged_parts, parts_of, write_part
 from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
@@ -237,8 +237,17 @@ def result_rows(config: RunConfig, result: dict[str, Any], dataset: Dataset, exa
         exact: compute the exact probability of reverse at the last length, which is slow; otherwise it is NaN.
 
     Returns:
-        Column -> value for each length, the shortest first; metrics are fractions.
+        Column -> value for each length, the shortest first; metrics are fractions. A run without validation has no
+        validation_recall@1 (NaN).
+
+    Raises:
+        ConfigError: if a number of the result is NaN or infinite.
     """
+    if wrong := non_finite(result):
+        raise ConfigError(
+            f"{config.folder / 'result.json'} has a number that is not finite: got {wrong}; delete this folder and run "
+            "the study again"
+        )
     lengths = reported(result)
     of_queries = _query_columns(config.folder, dataset)
     rows = [
@@ -261,7 +270,7 @@ def _length_columns(config: RunConfig, result: dict[str, Any], at: dict[str, Any
         "complete": True,
         "network": result["config"]["network"],
         **at["metrics"],
-        "validation_recall@1": at["validation_recall@1"],
+        "validation_recall@1": math.nan if at["validation_recall@1"] is None else at["validation_recall@1"],
         "chosen_iteration": at["chosen_iteration"],
         "still_improving": at["still_improving"],
         "chosen_how": result["chosen"]["how"],
@@ -474,7 +483,7 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     """Validation Recall@1 during training in long form.
 
     Args:
-        results: complete runs of `read_results` at one length; runs without training are left out.
+        results: complete runs of `read_results` at one length; runs without training or validation are left out.
 
     Returns:
         One row per run and validation. Columns: method, seed, iteration, recall (%).
@@ -483,8 +492,10 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     validations = trained[["method", "seed", "history_iteration", "history_recall"]].set_axis(
         ["method", "seed", "iteration", "recall"], axis=1
     )
-    validations = validations.explode(["iteration", "recall"], ignore_index=True).astype(
-        {"iteration": int, "recall": float}
+    validations = (
+        validations.explode(["iteration", "recall"], ignore_index=True)
+        .dropna()
+        .astype({"iteration": int, "recall": float})
     )
     return validations.assign(recall=100 * validations["recall"])
 
@@ -499,7 +510,9 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         One row per dataset, tuned comparison, method and length. Columns: dataset, comparison, method, length, chosen
         (values of the settings in the grid), "at an edge of its grid" (settings whose value is the smallest or largest
         of the grid, with its extensions), "runs of the grid" (as "20", or "20 + 4" with those of the extensions), "on
-        the initial grid" (the chosen values without extensions; empty if there are none), run_ids (of the grid).
+        the initial grid" (the chosen values without extensions; empty if there are none), run_ids (of the grid). If
+        runs of a grid are equally good, also "equally good runs" (their number where it is above 1); the first is
+        chosen.
     """
     rows = []
     names = results["comparison"].unique()
@@ -514,6 +527,8 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
         chosen, known = runs.iloc[0], bool(runs.iloc[0]["run_id"])
         edges = [name for name in axes if known and chosen[name] in (grid[name].min(), grid[name].max())]
+        recalls = grid.loc[grid["complete"], "validation_recall@1"]
+        best = int((recalls == recalls.max()).sum())
         rows.append(
             {
                 "dataset": dataset,
@@ -525,9 +540,10 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
                 "runs of the grid": grid_size(of_length, comparison, method),
                 "on the initial grid": _shown_settings(before.iloc[0], axes) if len(before) else "",
                 "run_ids": ", ".join(grid.loc[grid["complete"], "run_id"]),
+                "equally good runs": best if best > 1 and known else None,
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).dropna(axis="columns", how="all")
 
 
 def grid_of(results: pd.DataFrame, comparison: str, method: str) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -24,6 +24,10 @@ ENGINE_LOG = Path("runs/engine.log")  # what Snakemake writes to its standard er
 LAST_LINES = 15
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
     """Run the incomplete runs of a study, write its report and print the main results.
 
@@ -51,7 +55,7 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
         while study.waiting:
             print(f"{len(study.waiting)} more runs wait for settings that these runs choose", flush=True)
             _complete("runs", study, folder, cores, keep, queue)
-            study = set_aside_stale(resolve_tuning(study), keep)
+            study = set_aside_stale(resolve_tuning(study, _print), keep)
         _complete("all", study, folder, cores, keep, queue)
     print_headline(study)
 

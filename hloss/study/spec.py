@@ -42,7 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.losses.settings import did_you_mean
 from hloss.runs.checkpoints import read_status
-from hloss.runs.config import RunConfig, parse_config
+from hloss.runs.config import BEST, LAST, RunConfig, parse_config
 from hloss.runs.errors import ConfigError, GPUMemoryError
 from hloss.study.devices import SLOTS
 
@@ -377,6 +377,11 @@ def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> En
         return tuple(runs)
 
     first = runs_on(entry["cross"], CHOICE)
+    if LAST in {run.config.choose for run in first}:
+        raise ConfigError(
+            f"{file.path}, run {entry['name']!r}: tune does not fit choose={LAST!r}, because a run without validation "
+            f"gives nothing to choose by; set choose to {BEST!r}, or remove tune"
+        )
     waiting = runs_with(dict.fromkeys(first[0].config.lengths, first[0].config), "")
     return Entry(first, waiting, Grid(entry["cross"], runs_on, runs_with))
 

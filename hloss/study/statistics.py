@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from hloss.runs.config import LAST
 from hloss.study.estimates import Estimate, mean_over_runs, paired_difference
 
 EQUIVALENCE_MARGIN = 2.0  # points of Recall@1; fixed before any run
@@ -72,7 +73,8 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     Returns:
         One row per dataset, comparison, method and length. Columns: dataset, comparison, method, length, n (complete
         runs), of (all runs), still improving (runs), for each metric its mean and the bounds "METRIC low" and "METRIC
-        high" of its 95 % interval, run_ids.
+        high" of its 95 % interval, run_ids, and chosen_how if runs were trained without validation
+        (`choose` "last").
     """
     rows, names = [], ["dataset", "comparison", "method", "length"]
     for key, runs in results.groupby(names, sort=False):
@@ -82,6 +84,8 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
         for metric in metrics if len(complete) else []:
             found = mean_over_runs(complete, metric)
             row |= {metric: found.mean, **dict(zip((f"{metric} low", f"{metric} high"), found.interval(), strict=True))}
+        if "choose" in complete and (complete["choose"] == LAST).any():
+            row["chosen_how"] = complete["chosen_how"].iloc[0]
         rows.append(row | {"run_ids": ", ".join(complete["run_id"])})
     return pd.DataFrame(rows)
 
@@ -96,7 +100,8 @@ def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[st
 
     Returns:
         One row per method with complete runs, indexed as in `table`. Columns: dataset, comparison, method, length, n, a
-        mean in % per metric, "95 % interval" and "still improving" ("3 of 5": of the complete runs).
+        mean in % per metric, "95 % interval", "still improving" ("3 of 5": of the complete runs), and "tested
+        iteration" if runs were trained without validation.
     """
     rows = table[table["comparison"].isin(comparisons) & (table["n"] > 0)]
     shown = rows[["dataset", "comparison", "method", "length", "n"]].copy()
@@ -106,7 +111,10 @@ def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[st
     intervals = map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])
     shown.insert(6, "95 % interval", list(intervals))
     improving = [f"{m} of {n}" for m, n in zip(rows["still improving"], rows["n"], strict=True)]
-    return shown.assign(**{"still improving": improving})
+    shown = shown.assign(**{"still improving": improving})
+    if "chosen_how" in rows and rows["chosen_how"].notna().any():
+        shown["tested iteration"] = rows["chosen_how"]
+    return shown
 
 
 def differences_from(results: pd.DataFrame, method: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ rule is the same for all losses: the next value continues the last two steps of 
 the grid in the file is run with every seed, too, so that verdicts with and without extensions can be compared.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,28 +19,33 @@ from hloss.study.spec import CHOICE, EXTENDED, INITIAL, Entry, Grid, Study, Stud
 EXTENSIONS = 2
 
 
-def resolve_tuning(study: Study) -> Study:
+def resolve_tuning(study: Study, report: Callable[[str], None] = lambda line: None) -> Study:
     """Add the runs whose settings a complete grid has chosen.
 
-    At each length a grid chooses the settings of the run with the highest validation Recall@1 up to this length, the
-    first of equal ones. It chooses only when all of its runs have results.
+    At each length a grid chooses the settings of the run with the highest validation Recall@1 up to this length. Of
+    several such runs it chooses the first in the order of the study's file. It chooses only when all of its runs have
+    results.
 
     Args:
         study: as `hloss.study.spec.load_study` returns it.
+        report: called with a line for each choice among several best runs.
 
     Returns:
         The study with the runs of extended grids and the chosen runs; grids without all results choose nothing.
+
+    Raises:
+        ConfigError: if the validation of a grid cannot choose (`first_of_the_best`).
     """
-    return replace(study, entries=tuple(map(_resolved, study.entries)))
+    return replace(study, entries=tuple(_resolved(entry, report) for entry in study.entries))
 
 
-def _resolved(entry: Entry) -> Entry:
+def _resolved(entry: Entry, report: Callable[[str], None]) -> Entry:
     if entry.grid is None:
         return entry
     axes, runs = entry.grid.axes, entry.grid.runs_on(entry.grid.axes, CHOICE)
     choices = []
     for extension in range(EXTENSIONS + 1):
-        chosen = _chosen(runs)
+        chosen = _chosen(runs, report)
         if chosen is None:
             return replace(entry, runs=runs)
         choices.append(chosen)
@@ -53,7 +59,7 @@ def _resolved(entry: Entry) -> Entry:
     return Entry(runs + entry.grid.runs_with(choices[-1], "") + of_initial)
 
 
-def _chosen(runs: tuple[StudyRun, ...]) -> dict[int, RunConfig] | None:
+def _chosen(runs: tuple[StudyRun, ...], report: Callable[[str], None]) -> dict[int, RunConfig] | None:
     """The settings that a grid chooses at each length; None if a run has no result."""
     results = [read_result(run.config.folder) for run in runs]
     if not all(results):
@@ -61,9 +67,43 @@ def _chosen(runs: tuple[StudyRun, ...]) -> dict[int, RunConfig] | None:
     recalls = [{at["iterations"]: at["validation_recall@1"] for at in reported(result)} for result in results if result]
     chosen = {}
     for length in runs[0].config.lengths:
-        of_length = [recall[length] for recall in recalls]
-        chosen[length] = runs[of_length.index(max(of_length))].config
+        chosen[length] = first_of_the_best(runs, [recall[length] for recall in recalls], report).config
     return chosen
+
+
+def first_of_the_best(
+    grid: Sequence[StudyRun], recalls: Sequence[float | None], report: Callable[[str], None]
+) -> StudyRun:
+    """Choose the run of a grid with the highest validation Recall@1, the first of equal ones.
+
+    Args:
+        grid: the runs of a grid in the order of the study's file.
+        recalls: their validation Recall@1, fractions in [0, 1]; None without validation.
+        report: called with a line if several runs are the best.
+
+    Returns:
+        The chosen run.
+
+    Raises:
+        ConfigError: if a run has no validation Recall@1, or several runs all have 0 % or all 100 %.
+    """
+    known = [recall for recall in recalls if recall is not None and 0 <= recall <= 1]
+    if len(known) < len(grid):
+        raise ConfigError(
+            f"{grid[0].name}: {len(grid) - len(known)} of {len(grid)} runs of this grid have no validation Recall@1 to "
+            "choose by; delete their folders and run the study again"
+        )
+    best = max(known)
+    tied = [run for run, recall in zip(grid, known, strict=True) if recall == best]
+    if len(tied) == len(grid) > 1 and best in (0, 1):
+        raise ConfigError(
+            f"{grid[0].name}: this grid cannot choose, because the validation Recall@1 of all of its {len(grid)} runs "
+            f"is {100 * best:g} %; validate on more classes (`--val-fraction` of data_prep), or remove tune"
+        )
+    if len(tied) > 1:
+        methods = "; ".join(run.method for run in tied)
+        report(f"{len(tied)} runs of a grid are equally good ({100 * best:.2f} %), the first is chosen: {methods}")
+    return tied[0]
 
 
 def wider_axes(grid: Grid, axes: dict[str, list[Any]], chosen: list[RunConfig]) -> dict[str, list[Any]]:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from data_prep import __main__ as command_line
-from data_prep import folder
+from data_prep import cub, folder
 from data_prep.conversion import Options
 from data_prep.prepared import PreparationError, create_images, new_folder
 from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import DatasetError
 from hloss.runs.images import ImageSettings
-from tests.helpers.miniatures import encoded, photo, prepared, write_folder
+from tests.helpers.miniatures import CUB_PUBLISHED, cub_files, encoded, expect, photo, prepared, write_folder, write_tgz
 
 ROOT = Path(__file__).parents[2]
 SMALL = Options(ImageSettings(16, 16, "pad"), val_fraction=0.5)
@@ -56,7 +56,7 @@ def test_lists_bad_images_and_writes_nothing(tmp_path):
 
 def test_skips_bad_images_and_lists_them_in_the_card(tmp_path):
     source = write_folder(tmp_path / "source", images(**BAD))
-    dataset = prepared("folder", source, tmp_path / "mine", "--skip-bad", "--size", "16x16")
+    dataset = prepared("folder", source, tmp_path / "mine", "--skip-bad", "--size", "16x16", "--val-fraction", "6")
     assert dataset.card["skipped_images"].keys() == BAD.keys()
     assert dataset.card["images"] == len(dataset.images) == N - 3
     numbers = [int(name[5:-6]) * 10 + int(name[-5]) for name in dataset.index.source]
@@ -72,6 +72,56 @@ def test_refuses_a_split_with_only_bad_images(tmp_path):
     ):
         folder.prepare(source, tmp_path / "data" / "mine", replace(SMALL, skip_bad=True))
     assert children(tmp_path / "data") == []
+
+
+def test_refuses_splits_that_are_too_small_without_bad_images(tmp_path):
+    files = images()
+    index = prepared("folder", write_folder(tmp_path / "a", files), tmp_path / "first" / "mine").index
+
+    def refused(match, split, keep, source=tmp_path / "b"):
+        """Damage all images of a split but the first `keep` of each class."""
+        rows = index[index.split == split]
+        bad = rows.source[rows.groupby("label").cumcount() >= keep]
+        write_folder(source, files | dict.fromkeys(bad, b"broken"))
+        with pytest.raises(PreparationError, match=match):
+            folder.prepare(source, tmp_path / "data" / "mine", Options(SMALL.image_settings, skip_bad=True))
+        assert children(tmp_path / "data") == []
+
+    refused(
+        "without the 90 of 200 images that cannot be decoded, the test split cannot be evaluated: of 10 queries, 0",
+        "test",
+        1,
+    )
+    refused("without the 5 of 200 images .* the validation split is too small .* got 45 queries of 5 classes", "val", 9)
+
+
+def test_refuses_a_published_dataset_that_cannot_be_evaluated_without_bad_images(tmp_path, monkeypatch):
+    files = cub_files()
+    first_of_class = {}
+    for name in files:
+        if "/images/" in name and int(name.split("/")[2][:3]) > 6:  # classes 7 to 10 are for the test
+            first_of_class.setdefault(name.split("/")[2], name)
+    bad = {name: b"broken" for name in files if name.split("/")[2:3] and name.split("/")[2] in first_of_class}
+    files |= {name: data for name, data in bad.items() if name not in first_of_class.values()}
+    archive = write_tgz(tmp_path / "cub.tgz", files)
+    expect(monkeypatch, cub, CUB_PUBLISHED, archive)
+    options = replace(cub.OPTIONS, skip_bad=True)
+    with pytest.raises(
+        PreparationError, match="the test split cannot be evaluated: of 4 queries, 0 have a match and 4"
+    ):
+        cub.prepare(archive, tmp_path / "data" / "cub", options)
+    assert children(tmp_path / "data") == []
+
+
+def test_refuses_a_published_dataset_with_one_validation_class(tmp_path, monkeypatch):
+    archive = write_tgz(tmp_path / "cub.tgz", cub_files())
+    expect(monkeypatch, cub, CUB_PUBLISHED, archive)
+    with pytest.raises(
+        PreparationError, match=r"the val split cannot be evaluated: of [45] queries, [45] have a match and 0"
+    ):
+        cub.prepare(archive, tmp_path / "data" / "cub", replace(cub.OPTIONS, val_fraction=1))
+    without = cub.prepare(archive, tmp_path / "data" / "cub", replace(cub.OPTIONS, val_fraction=0))
+    assert without["classes"] == {"train": 6, "val": 0, "test": 4}
 
 
 def test_refuses_to_overwrite_other_files(tmp_path):

@@ -40,7 +40,7 @@ def test_published_counts_equal_the_papers():
 def test_prepares_and_evaluates_the_archive(archive, tmp_path):
     dataset = prepared("cub", archive, tmp_path / "data" / "cub")
     index = dataset.index
-    assert dataset.card["classes"] == {"train": 5, "val": 1, "test": 4}
+    assert dataset.card["classes"] == {"train": 4, "val": 2, "test": 4}
     assert sorted(index.label[index.split == "test"].unique()) == [7, 8, 9, 10]
     assert len(index) == 27 + 18
     assert dict(index.groupby("label").size()) == {label: 4 + label % 2 for label in range(1, 11)}

@@ -1,13 +1,14 @@
 """CUHK03 from files of its exact structure: empty cells, identities with one view, the 20 test sets."""
 
 import fcntl
+import hashlib
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 
 from data_prep import cuhk03
-from data_prep.prepared import PreparationError
+from data_prep.prepared import DOWNLOAD_AGAIN, PreparationError
 from tests.helpers.miniatures import a_batch, evaluated, expect, prepared, write_folder, write_mat, write_zip
 
 SIZES = (9, 6, 3, 2, 2)
@@ -264,3 +265,122 @@ def test_the_seed_decides_the_validation_identities(source, tmp_path):
 
     assert validation_identities("a") == validation_identities("b") == validation_identities("c", "--boxes", "detected")
     assert len({validation_identities(f"d{seed}", "--seed", str(seed)) for seed in range(5)}) > 1
+
+
+def test_prepares_the_bare_file(source, tmp_path):
+    file, _ = source
+    bare = file.rename(tmp_path / "downloaded.mat")
+    dataset = prepared("cuhk03", bare, tmp_path / "bare" / "cuhk03", "--val-fraction", "3")
+    assert bare.exists()
+    original = dataset.card["original"]
+    assert (original["kind"], original["file"], original["bytes"]) == (
+        "file of the archive",
+        "downloaded.mat",
+        bare.stat().st_size,
+    )
+    assert original["sha256"] == hashlib.sha256(bare.read_bytes()).hexdigest()
+    assert original["checksum"] == "none is published for this file; its counts were checked"
+    file.parent.mkdir(exist_ok=True)
+    bare.rename(file)
+    whole = prepared("cuhk03", file.parent, tmp_path / "whole" / "cuhk03", "--val-fraction", "3").card
+    assert dataset.card["pixel_sha256"] == whole["pixel_sha256"]
+    assert dataset.card["index_sha256"] == whole["index_sha256"]
+    assert whole["published"] == dataset.card["published"]
+
+
+def test_refuses_a_damaged_bare_file(source, tmp_path):
+    file, _ = source
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(PreparationError, match=r"cuhk-03\.mat is damaged or of another form"):
+        cuhk03.prepare(file, tmp_path / "data" / "cuhk03")
+    file.write_bytes(b"MATLAB 5.0 MAT-file")
+    with pytest.raises(PreparationError, match="must be a folder, a zip archive or a tgz archive"):
+        cuhk03.prepare(file, tmp_path / "data" / "cuhk03")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def without_identities(pair, person):
+    """Leave the cells of two identities empty, and one image of another out."""
+    if pair == 2 and person < 3:
+        return ()
+    return (1, 2, 6, 7, 9) if (pair, person) == (3, 1) else mini_slots(pair, person)
+
+
+PARTS = {
+    "fewer identities": ((9, 4, 3, 2, 2), mini_slots, [20, MINI_IMAGES - 12]),
+    "first three pairs": ((9, 6, 3), mini_slots, [18, MINI_IMAGES - 24]),
+    "a pair without identities": ((9, 6, 0, 2, 2), mini_slots, [19, MINI_IMAGES - 18]),
+    "empty cells": (SIZES, without_identities, [20, MINI_IMAGES - 13]),
+}
+
+
+@pytest.mark.parametrize(("sizes", "slots", "counts"), PARTS.values(), ids=PARTS)
+def test_prepares_a_part_and_marks_it(sizes, slots, counts, tmp_path, monkeypatch, capsys):
+    mini(monkeypatch)
+    file = tmp_path / "cuhk-03.mat"
+    write_mat(file, sizes, slots, ("labeled",), test_size=4, shape=(3, 12, 32))
+    match = rf"got .*{DOWNLOAD_AGAIN[:19]}.*, or pass --partial to prepare a part; its results are not comparable"
+    with pytest.raises(PreparationError, match=match):
+        cuhk03.prepare(file, tmp_path / "data" / "cuhk03")
+    options = ("--partial", "--val-fraction", "3", "--camera-pairs", "5")
+    dataset = prepared("cuhk03", file, tmp_path / "data" / "cuhk03", *options)
+    identities, images = counts
+    assert dataset.card["settings"]["partial"] == {"identities": [identities, 22], "images": [images, MINI_IMAGES]}
+    assert "published" not in dataset.card
+    assert len(dataset.against_published()) == 0
+    warning = f"a part of the original: {identities} of 22 identities and {images} of {MINI_IMAGES} images; its results"
+    assert warning in capsys.readouterr().out
+    assert evaluated(dataset).protocol == "cuhk03-single-shot"
+    assert len(dataset.index) == images
+
+
+def test_labels_of_a_part_are_those_of_the_original(source, tmp_path, monkeypatch):
+    whole = prepared("cuhk03", source[0], tmp_path / "whole" / "cuhk03", "--val-fraction", "3", "--camera-pairs", "5")
+    write_mat(source[0], (9, 4, 3, 2), mini_slots, ("labeled",), test_size=4, shape=(3, 12, 32))
+    options = ("--partial", "--val-fraction", "3", "--camera-pairs", "5")
+    part = prepared("cuhk03", source[0], tmp_path / "part" / "cuhk03", *options)
+    labels = whole.index.set_index("source").label
+    assert (part.index.set_index("source").label == labels[part.index.source]).all()
+
+
+def test_partial_leaves_out_test_identities_that_are_missing(source, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    file, test_sets = source
+    gone = sorted(test_sets[0])[0]
+    with h5py.File(file, "r+") as mat:
+        cells = mat[mat["labeled"][0, gone[0] - 1]]
+        empty = mat["#refs#/a"].ref
+        for slot in range(10):
+            cells[slot, gone[1] - 1] = empty
+    dataset = prepared("cuhk03", file, tmp_path / "cuhk03", "--partial", "--val-fraction", "3")
+    assert identities(dataset.index, "test") == test_sets[0] - {gone}
+    assert dataset.card["settings"]["partial"]["identities"] == [21, 22]
+
+
+def test_partial_of_the_whole_original_is_not_marked(source, tmp_path):
+    dataset = prepared("cuhk03", source[0], tmp_path / "cuhk03", "--partial", "--val-fraction", "3")
+    assert "partial" not in dataset.card["settings"]
+    assert "published" in dataset.card
+
+
+def test_partial_accepts_no_more_than_the_original(source, tmp_path, monkeypatch):
+    file, _ = source
+    monkeypatch.setattr(cuhk03, "PAIR_SIZES", (9, 6, 3, 2, 1))
+    with pytest.raises(PreparationError, match=r"must be \(9, 6, 3, 2, 1\): got \(9, 6, 3, 2, 2\); download .*\)$"):
+        cuhk03.prepare(file, tmp_path / "data" / "cuhk03", variant=cuhk03.Variant(partial=True))
+    mini(monkeypatch)
+    monkeypatch.setattr(cuhk03, "PUBLISHED", {"labeled": 7, "detected": 7})
+    with pytest.raises(PreparationError, match=r"got 133 labeled images \(published: 7\); download .*\)$"):
+        cuhk03.prepare(file, tmp_path / "data" / "cuhk03", variant=cuhk03.Variant(partial=True))
+
+
+def test_partial_uses_an_index_file_for_the_images_that_are_there(source, protocol_767, tmp_path):
+    names, parts = protocol_767
+    index_mat = index_file(tmp_path / "index.mat", names, parts)
+    write_mat(source[0], (9, 6, 3, 2, 1), mini_slots, ("labeled",), test_size=4, shape=(3, 12, 32))
+    options = ("--index-file", str(index_mat), "--val-fraction", "3")
+    with pytest.raises(SystemExit, match="must be"):
+        prepared("cuhk03", source[0], tmp_path / "new" / "cuhk03", *options)
+    dataset = prepared("cuhk03", source[0], tmp_path / "new" / "cuhk03", *options, "--partial")
+    assert dataset.card["protocol"] == "cuhk03-767-700"
+    assert dataset.card["settings"]["partial"]["identities"] == [21, 22]

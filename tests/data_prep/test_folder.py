@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from data_prep import __main__ as command_line
 from data_prep import folder
 from data_prep.conversion import Options
 from data_prep.prepared import PreparationError
+from hloss.runs.config import parse_config
 from hloss.runs.images import ImageSettings
+from hloss.runs.run import run
 from tests.helpers.miniatures import a_batch, encoded, evaluated, photo, prepared, write_folder
 
 SMALL = Options(ImageSettings(16, 16, "pad"), val_fraction=0.5)
@@ -273,13 +276,19 @@ def test_refuses_a_validation_split_that_is_too_small(tmp_path, n_classes, per_c
     files = birds(n_classes, per_class)
     if per_class == 1:  # Some test classes need a match.
         files |= {f"bird{label:02d}/more.jpg": photo(label) for label in range(0, 60, 9)}
-    match = r"select a checkpoint: got \d+ queries of \d classes .*; at least 50 queries of 5 classes are needed; add"
+    match = (
+        r"select a checkpoint: got \d+ queries of \d classes .*; at least 50 queries of 5 classes are needed "
+        r"\(protocol all-vs-rest: a match is another image of the query's class\); add .*, or pass --val-fraction 0: "
+        r'runs train without validation if their setting choose is "last"'
+    )
     refused(tmp_path, files, match, source=".")
 
 
 def test_suggests_a_sufficient_val_fraction(tmp_path):
     root = write_folder(tmp_path / "source", birds(16, 10))
-    with pytest.raises(PreparationError, match=r"training and validation have 8 classes\), or pass --val-fraction 5$"):
+    with pytest.raises(
+        PreparationError, match=r"training and validation have 8 classes\), or pass --val-fraction 5, or pass --val-f"
+    ):
         folder.prepare(root, tmp_path / "mine", replace(SMALL, val_fraction=0.1))
     assert folder.prepare(root, tmp_path / "mine", replace(SMALL, val_fraction=5))["classes"]["val"] == 5
 
@@ -319,10 +328,120 @@ def test_refuses_a_test_split_that_cannot_be_evaluated(tmp_path):
     )
     single = [f"{name},{name[:6]},train" for name in birds(14)]
     single += [f"bird{label}/0.jpg,bird{label},test" for label in range(14, 20)]
-    match = (
-        r"of 6 queries, 0 have a match and 6 a non-match; give at least two test classes .*; protocol: all-vs-rest\)"
-    )
+    match = r"of 6 queries, 0 have a match and 6 a non-match; a match is another image .*; protocol: all-vs-rest\)"
     refused(tmp_path / "c", birds() | csv(*single, head="path,label,split"), match)
+
+
+def test_prepares_without_validation_classes(tmp_path, capsys):
+    source = write_folder(tmp_path / "source", birds(6, 5))
+    dataset = prepared("folder", source, tmp_path / "mine", "--val-fraction", "0", "--size", "16x16")
+    assert dataset.card["classes"] == {"train": 3, "val": 0, "test": 3}
+    assert dataset.card["settings"]["val_fraction"] == 0
+    warning = (
+        'WARNING: val: there are no validation classes; runs train without validation if their setting choose is "last"'
+    )
+    assert warning in capsys.readouterr().out
+    command_line.main(["check", str(dataset.folder)])
+    assert capsys.readouterr().out.count("WARNING") == 1
+
+
+def prepare_rows(tmp_path, rows, *options, size="16x16"):
+    source = write_folder(tmp_path / "source", birds() | csv(*rows)) / "images.csv"
+    return prepared("folder", source, tmp_path / "data" / "mine", "--size", size, *options)
+
+
+VIEWS = people(lambda label, i: i % 2)
+NO_CAMERAS = people(lambda label, i: "")
+NO_VALIDATION = [row.replace(",val,", ",train,") for row in VIEWS]  # Single-shot has one query per identity: too few.
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "protocol", "n_queries"),
+    [
+        (VIEWS, (), "market1501", 6),
+        (VIEWS, ("--protocol", "all-vs-rest"), "all-vs-rest", 60),
+        (VIEWS, ("--protocol", "query-gallery"), "query-gallery", 6),
+        (NO_VALIDATION, ("--val-fraction", "0", "--protocol", "cuhk03-single-shot"), "cuhk03-single-shot", 600),
+        (
+            NO_VALIDATION,
+            ("--val-fraction", "0", "--protocol", "cuhk03-single-shot-two-way"),
+            "cuhk03-single-shot-two-way",
+            1200,
+        ),
+        (NO_CAMERAS, (), "query-gallery", 6),
+        (NO_CAMERAS, ("--protocol", "all-vs-rest"), "all-vs-rest", 60),
+        (people(lambda label, i: i % 2, ("both", "both")), (), "all-vs-rest", 60),
+        (people(lambda label, i: i % 3, ("both", "both")), ("--protocol", "market1501"), "market1501", 60),
+        (people(lambda label, i: i % 2, ("both", "both")), ("--protocol", "query-gallery"), "query-gallery", 60),
+    ],
+)
+def test_evaluates_by_the_protocol_that_fits_or_is_chosen(tmp_path, rows, options, protocol, n_queries):
+    dataset = prepare_rows(tmp_path, rows, *options)
+    assert dataset.card["protocol"] == protocol
+    retrieval = evaluated(dataset)
+    assert (retrieval.protocol, retrieval.n_queries) == (protocol, n_queries)
+    assert list(dataset.card["recall_at"])[-1] == (32 if protocol == "all-vs-rest" else 20)
+    choose = "last" if rows == NO_VALIDATION else "best"
+    settings = {"dataset": "mine", "iterations": 0, "loss": "none", "network": "pixels", "choose": choose}
+    config = parse_config({**settings, "data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")})
+    result = run(config, lambda line: None)
+    assert (result["protocol"], result["validation_protocol"], result["n_queries"]) == (protocol, protocol, n_queries)
+
+
+def test_reports_the_chosen_recalls(tmp_path, capsys):
+    dataset = prepare_rows(tmp_path, VIEWS, "--recall-at", "1,3,50")
+    assert dataset.card["recall_at"] == [1, 3, 50]
+    assert {"recall@1", "recall@3", "recall@50"} <= evaluated(dataset).metrics.keys()
+    for wrong in ("5,10", "1,10,5", "1,1", "1,x", "", "1,", "0,1", "1.5"):
+        with pytest.raises(SystemExit):
+            prepare_rows(tmp_path, VIEWS, "--recall-at", wrong)
+        assert f"must be increasing whole numbers from 1, such as 1,5,10: got {wrong!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "protocol", "match"),
+    [
+        (
+            NO_CAMERAS,
+            "market1501",
+            r"camera of bird14/0\.jpg is empty; protocol market1501 needs .* \(missing in 60 of 60\)",
+        ),
+        (
+            people(lambda label, i: i % 2 if i else ""),
+            None,
+            r"camera of bird14/0\.jpg is empty; .* \(missing in 6 of 60\)",
+        ),
+        (NO_CAMERAS, "cuhk03-single-shot", r"camera of bird14/0\.jpg is empty; protocol cuhk03-single-shot needs"),
+        (
+            people(lambda label, i: i % 3),
+            "cuhk03-single-shot",
+            r"exactly two cameras among the test images: got 0, 1, 2;",
+        ),
+        (
+            [*VIEWS[:-1], "bird19/9.jpg,,test,1,junk"],
+            "all-vs-rest",
+            r"role of bird19/9\.jpg must be both, query or .*: got junk",
+        ),
+        (
+            people(lambda label, i: i % 2 if label > 13 else 0),
+            "market1501",
+            r"got 0 queries of 0 classes .*\(protocol market1501: a match is a gallery image .* from another camera\)",
+        ),
+    ],
+)
+def test_refuses_a_protocol_that_does_not_fit(tmp_path, rows, protocol, match):
+    source = write_folder(tmp_path / "source", birds() | csv(*rows)) / "images.csv"
+    with pytest.raises(PreparationError, match=match):
+        folder.prepare(source, tmp_path / "data" / "mine", SMALL, evaluation=folder.Evaluation(protocol))
+    assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cub", "cuhk03", "cuhk03-1", "market1501"])
+def test_refuses_the_name_of_a_published_dataset(tmp_path, name):
+    source = write_folder(tmp_path / "source", birds())
+    with pytest.raises(SystemExit, match=f"{name} is the name of a published dataset"):
+        prepared("folder", source, tmp_path / "data" / name)
+    assert not (tmp_path / "data").exists()
 
 
 def test_refuses_a_link_out_of_the_folder(tmp_path):

@@ -51,7 +51,7 @@ def test_prepares_and_evaluates_the_archive(archive, tmp_path):
     dataset = prepared("market1501", archive, tmp_path / "data" / "market1501")
     index, card = dataset.index, dataset.card
     assert dataset.images.shape[1:] == (160, 60, 3)
-    assert card["classes"] == {"train": 11, "val": 1, "test": 8}
+    assert card["classes"] == {"train": 10, "val": 2, "test": 8}
     assert card["roles"] == {"both": 48, "query": 16, "gallery": 32, "junk": 3, "distractor": 2, "pool": 48}
     assert (index.role[index.split != "test"] == "both").all()
     assert card["ignored_files"] == {"Thumbs.db": 3}
@@ -134,4 +134,4 @@ def test_the_dataset_notebook_shows_it(archive, tmp_path):
             if "parameters" in cell.metadata.get("tags", []):
                 names |= {"dataset": "market1501", "data_dir": str(tmp_path / "data")}
     assert names["published"]["here"].to_dict() == MARKET_PUBLISHED
-    assert len(names["lines"]) == 7  # Three classes of train, three of test, and the one of val.
+    assert len(names["lines"]) == 8  # Three classes of train, three of test, and the two of val.

@@ -48,7 +48,7 @@ def test_published_counts_equal_the_papers():
 def test_prepares_and_evaluates_the_archive(archive, tmp_path):
     dataset = prepared("sop", archive, tmp_path / "data" / "sop")
     index = dataset.index
-    assert dataset.card["classes"] == {"train": 11, "val": 1, "test": 11}
+    assert dataset.card["classes"] == {"train": 10, "val": 2, "test": 11}
     assert set(index.label[index.split == "test"]) == set(range(13, 24))
     assert len(index) == 31 + 28
     assert list(dict.fromkeys(index.label)) == list(range(1, 24))

@@ -16,7 +16,10 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+import torch
 
+from data_prep.emblems import draw_pictures
+from data_prep.prepared import PreparationError
 from hloss.runs.config import RunConfig, config_from_notebook
 
 ROOT = Path(__file__).parents[2]
@@ -291,4 +294,43 @@ def test_retrieval_panels_begin_with_the_chosen_method(capsys):
     shown = executed("41_retrieval_panels", method="lifted structure", others=2)["shown"]["method"].tolist()
     assert shown[0] == "lifted structure"
     assert len(set(shown)) == 3
+    capsys.readouterr()
+
+
+def test_own_images_notebook_takes_a_folder_and_a_csv(tmp_path, capsys):
+    draw_pictures(tmp_path / "mine", classes=20, per_class=10)
+    names = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "mine").glob("*/*"))
+    rows = [f"{name},class {name.split('/')[1]}" for name in names]
+    (tmp_path / "mine.csv").write_text("\n".join(["path,label", *rows]))
+    given = {"iterations": 8, "data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
+    by_folder = executed("15_own_images", **given, dataset="a", images_folder=str(tmp_path / "mine"))
+    by_csv = executed("15_own_images", **given, dataset="b", images_csv=str(tmp_path / "mine.csv"))
+    assert by_folder["result"]["network_sha256"] == by_csv["result"]["network_sha256"]
+    assert by_csv["found"][0] == f"class {by_folder['found'][0]}"
+    assert by_folder["similarities"][0, 0] > 0.9999  # Its picture is the first test image.
+    picture = str(tmp_path / names[-1])
+    other = executed("15_own_images", **given, dataset="a", images_folder=str(tmp_path / "mine"), new_picture=picture)
+    assert other["result"]["run_id"] == by_folder["result"]["run_id"]
+    assert not torch.equal(other["query"], by_folder["query"])
+    capsys.readouterr()
+
+
+def test_own_images_notebook_trains_without_validation_on_few_images(tmp_path, capsys):
+    draw_pictures(tmp_path / "mine", classes=8, per_class=5)
+    rows = [f"mine/emblem{i:02d}/{n}.jpg,{i},{'train' if i < 4 else 'test'}" for i in range(8) for n in range(5)]
+    (tmp_path / "mine.csv").write_text("\n".join(["path,label,split", *rows]))
+    source = {"images_csv": str(tmp_path / "mine.csv"), "dataset": "few", "batch_size": 16}
+    places = {"data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
+    with pytest.raises(PreparationError, match="or pass --val-fraction 0: runs train without validation"):
+        executed("15_own_images", **source, **places)
+    names = executed("15_own_images", **source, **places, iterations=8, val_fraction=0)
+    assert names["result"]["chosen"]["how"] == "last iteration, without validation"
+    capsys.readouterr()
+
+
+def test_own_images_notebook_shows_a_picture_that_no_run_has_seen(tmp_path, capsys):
+    names = executed("15_own_images", iterations=20, data_dir=str(tmp_path / "data"), runs_dir=str(tmp_path / "runs"))
+    assert names["found"][0] == names["emblem"]
+    assert names["similarities"][0, 0] < 0.9999
+    assert names["result"]["metrics"]["recall@1"] > 0.3  # of 20 classes; a random ranking has about 0.05
     capsys.readouterr()

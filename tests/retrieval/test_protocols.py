@@ -83,6 +83,27 @@ def test_own_camera_and_junk_are_left_out_and_distractors_are_rivals(protocol, m
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("both", [False, True])
+def test_query_gallery_ignores_the_query_alone(metric, both):
+    embeddings, labels, cameras, roles = street(2, identities=40)
+    if both:
+        roles = ["both" if role in ("query", "gallery") else role for role in roles]
+    all_ranks = []
+    for i, role in enumerate(roles):
+        if role not in ("query", "both"):
+            continue
+        known = torch.tensor([other in ("gallery", "both") for other in roles])
+        ranked = known | torch.tensor([other == "distractor" for other in roles])
+        itself = torch.arange(len(roles)) == i
+        match = (labels == labels[i]) & known & ~itself
+        all_ranks.append(ranks_of(scores(embeddings[i], embeddings, metric), match, ~ranked | itself))
+    result = evaluate("query-gallery", embeddings, labels, (1, 5), metric, roles=roles)
+    assert_measures(result, all_ranks, (1, 5))
+    with_cameras = evaluate("market1501", embeddings, labels, (1, 5), metric, cameras, roles)
+    assert with_cameras.metrics != result.metrics
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_multi_query_pools_the_images_of_identity_and_camera(metric):
     embeddings, labels, cameras, roles = street(1)
     result = evaluate("market1501-multi-query", embeddings, labels, (1, 5), metric, cameras, roles)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 import re
 
 import pandas as pd
@@ -20,6 +21,7 @@ from hloss.samplers import SAMPLERS
 from hloss.study.spec import load_study
 
 MULTI_SIMILARITY = {"loss": "pml:MultiSimilarityLoss", "loss_options": {"alpha": 3.0}, "miner": "MultiSimilarityMiner"}
+DEFAULT_RUN_ID = "96c7caab16b4"  # of every version since settings have their present names
 OPTIONS = {
     "binomial": {"alpha": 1.0, "beta": 0.4, "C": 5.0},
     "lifted": {"margin": 0.5, "normalize": True},
@@ -305,3 +307,25 @@ def test_only_another_tf32_than_the_default_changes_a_run_id():
     assert len(changed | {default.run_id}) == 3
     with pytest.raises(ConfigError, match="tf32='yes' is unknown; allowed are none, convolutions, all"):
         parse_config({"tf32": "yes"})
+
+
+def test_only_the_last_iteration_changes_a_run_id():
+    default = parse_config({})
+    assert "choose" not in default.resolved()
+    assert default.run_id == parse_config({"choose": "best"}).run_id == DEFAULT_RUN_ID
+    assert parse_config({"choose": "last"}).resolved()["choose"] == "last"
+    with pytest.raises(ConfigError, match="choose='first' is unknown; allowed are best, last"):
+        parse_config({"choose": "first"})
+    with pytest.raises(ConfigError, match='refit=True does not fit choose="last"'):
+        parse_config({"choose": "last", "refit": True})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_refuses_numbers_that_are_not_finite(value):
+    with pytest.raises(ConfigError, match=r"margin=.*: must be a finite number"):
+        parse_config({"margin": value})
+    pml = {"loss": "pml:MultiSimilarityLoss", "miner": "MultiSimilarityMiner"}
+    with pytest.raises(ConfigError, match=f"loss_options.a.1={value}: all numbers must be finite"):
+        parse_config({**pml, "loss_options": {"a": [1, value]}})
+    with pytest.raises(ConfigError, match=f"miner_options.epsilon={value}: all numbers must be finite"):
+        parse_config({**pml, "miner_options": {"epsilon": value}})

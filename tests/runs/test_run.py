@@ -1,6 +1,7 @@
 """One run: repeatable, resumable, chosen on validation, refused before any work when it cannot be."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 from torchvision import models
 
+from data_prep.prepared import create_images, finish, new_folder
 from hloss.runs.checkpoints import read_status, write_status
 from hloss.runs.config import PRECISIONS, RunConfig, parse_config
-from hloss.runs.errors import ConfigError, DatasetError, GPUMemoryError
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import ConfigError, DatasetError, GPUMemoryError, RunError
+from hloss.runs.evaluation import evaluate_test
 from hloss.runs.files import run_lock
 from hloss.runs.loop import Loop
 from hloss.runs.run import run
@@ -419,3 +423,113 @@ def test_steps_on_a_gpu_do_not_wait_for_it(images, settings, monkeypatch):
     monkeypatch.setattr(Loop, "step", counted)
     run(parse_config({**settings, **ON_CUDA, "iterations": 30, "validate_every": 30, "images": images}), quiet)
     assert waits[11:20] == [0] * 8 + [1]
+
+
+def variant(tiny_data, folder, change, **card):
+    """Write the dataset `tiny` with another index to `folder`; `change` maps the index to the new one."""
+    tiny = open_dataset(tiny_data / "tiny")
+    index = change(tiny.index.copy())
+    with new_folder(folder / "tiny") as new:
+        images = create_images(new, len(index), *tiny.images.shape[1:])
+        images[:] = tiny.images[index.index]
+        images.flush()
+        written = {name: tiny.card[name] for name in ("name", "protocol", "recall_at", "val_from_train")}
+        finish(new, index, written | card)
+    return folder
+
+
+def one_class_per_split(index, split):
+    """Keep one class of a split, so that no query has a non-match."""
+    rows = index[index.split == split]
+    return index.drop(rows.index[rows.label > rows.label.min()])
+
+
+def one_image_per_class(index, split):
+    return index.drop(index.index[(index.split == split) & index.duplicated(["split", "label"])])
+
+
+def one_camera(index, split):
+    """Give each image a camera, and all images of a split the same."""
+    return index.assign(camera=np.where(index.split == split, 0, np.arange(len(index)) % 2))
+
+
+UNUSABLE = [
+    (one_class_per_split, "all-vs-rest", r"got 6 queries, of which 6 have a match and 0 a non-match"),
+    (one_image_per_class, "all-vs-rest", r"got [68] queries, of which 0 have a match and [68] a non-match"),
+    (one_camera, "market1501", r"got (36|48) queries, of which 0 have a match and (36|48) a non-match"),
+    (one_camera, "cuhk03-single-shot", r"got 0 queries, of which 0 have a match and 0 a non-match"),
+    (lambda index, split: index[index.split != split], "all-vs-rest", r"got 0 queries"),
+]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize(("change", "protocol", "counts"), UNUSABLE)
+def test_a_split_that_cannot_be_evaluated_is_refused_before_training(
+    split, change, protocol, counts, settings, tiny_data, tmp_path
+):
+    data = variant(tiny_data, tmp_path / "data", lambda index: change(index, split), protocol=protocol)
+    lines = []
+    config = parse_config({**settings, "data_dir": str(data)})
+    with pytest.raises(ConfigError, match=f"split {split} cannot be evaluated by protocol '{protocol}': {counts}"):
+        run(config, lines.append)
+    assert lines == []
+    assert read_status(config.folder)["state"] == "failed"
+    assert not (config.folder / "result.json").exists()
+
+
+def test_last_trains_without_validation_and_tests_the_last_network(settings, tiny_data, tmp_path):
+    data = variant(tiny_data, tmp_path / "data", lambda index: index[index.split != "val"])
+    config = parse_config({**settings, "choose": "last", "data_dir": str(data)})
+    lines = []
+    result = run(config, lines.append)
+    assert result["chosen"] == {"iteration": 12, "how": "last iteration, without validation"}
+    assert result["validation_recall@1"] is None
+    assert "validation" not in "".join(lines)
+    assert pd.read_parquet(config.folder / "history.parquet")["validation_recall@1"].isna().all()
+    # With the validation classes there, but unused, the network is that of the last iteration of any run.
+    best = run(parse_config({**settings, "validate_every": 12}), quiet)
+    last = run(parse_config({**settings, "choose": "last"}), quiet)
+    assert best["chosen"]["iteration"] == 12
+    assert last["network_sha256"] == best["network_sha256"] == result["network_sha256"]
+    assert last["metrics"] == best["metrics"]
+    untrained = parse_config({**settings, "choose": "last", "loss": "none", "iterations": 0, "data_dir": str(data)})
+    assert run(untrained, quiet)["validation_recall@1"] is None
+
+
+def test_a_killed_run_without_validation_continues_to_the_same_result(settings, tmp_path):
+    settings |= {"choose": "last"}
+    whole = run(parse_config(settings), quiet)
+    broken = parse_config({**settings, "runs_dir": str(tmp_path / "broken")})
+
+    def killed(line):
+        if line.startswith("iteration 8/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed)
+    lines = []
+    assert outcome(run(broken, lines.append)) == outcome(whole)
+    assert lines[0] == "continued from iteration 7 (choose)"
+
+
+def test_validations_that_are_all_equal_are_reported(settings, monkeypatch):
+    monkeypatch.setattr("hloss.runs.loop.validation_recall", lambda *given: 1.0)
+    lines = []
+    assert run(parse_config(settings), lines.append)["chosen"]["iteration"] == 4
+    assert lines[-2].startswith(
+        "all 3 validations have Recall@1 100.0 %, so the first is chosen: the validation classes"
+    )
+
+
+def test_a_result_with_a_number_that_is_not_finite_is_not_written(settings, monkeypatch):
+    def evaluated(*given):
+        retrieval = evaluate_test(*given)
+        retrieval.metrics["map"] = math.nan
+        return retrieval
+
+    monkeypatch.setattr("hloss.runs.run.evaluate_test", evaluated)
+    config = parse_config(settings)
+    with pytest.raises(RunError, match=r"a number that is not finite: got metrics\.map=nan"):
+        run(config, quiet)
+    assert not (config.folder / "result.json").exists()
+    assert read_status(config.folder)["retry"] is False

@@ -145,7 +145,7 @@ def test_googlenet_differs_from_the_network_of_the_paper():
     assert EXACT not in set(fewer.match)
 
 
-def test_choice_on_the_test_set_is_another_protocol():
+def test_choice_on_the_test_set_is_another_protocol_and_a_part_has_no_published_value():
     table = compare_with_published(
         runs_of("cub", "histogram", [0.5], network="torchvision:resnet50", embedding_dim=128)
     )
@@ -159,6 +159,10 @@ def test_choice_on_the_test_set_is_another_protocol():
     for prepared in ('{"boxes": "detected", "camera_pairs": 3}', '{"boxes": "labeled", "camera_pairs": 5}', "{}"):
         other = compare_with_published(runs_of("cuhk03", "histogram", [0.7], prepared=prepared))
         assert set(other.match) == {PROTOCOL}
+    for dataset in ("cub", "cuhk03", "market1501"):
+        assert len(compare_with_published(runs_of(dataset, "histogram", [0.7])))
+        part = runs_of(dataset, "histogram", [0.7], prepared='{"partial": {"identities": [20, 22]}}')
+        assert compare_with_published(part).empty
     pooled = runs_of("market1501", "histogram", [0.5]).assign(map=0.4)
     maps = compare_with_published(pooled).query("metric == 'map'")
     assert set(maps.match) == {PROTOCOL}

@@ -19,13 +19,14 @@ from hloss.study.results import (
     at_length,
     chosen_settings,
     collect,
+    histories,
     lengths_in,
     read_results,
     select_results,
     stale_runs,
 )
 from hloss.study.spec import load_study
-from hloss.study.statistics import bootstrap_over_classes, summary
+from hloss.study.statistics import bootstrap_over_classes, headline, summary
 from hloss.study.tuning import resolve_tuning
 
 
@@ -310,3 +311,40 @@ def test_older_tables_have_one_length():
     assert lengths_in(results) == sorted(trained["iterations"].unique())
     assert trained["still_improving"].mean() > 0.9
     assert not results.loc[results["iterations"] == 0, "still_improving"].any()
+
+
+def test_table_names_runs_without_validation(study):
+    study.content["fixed"]["choose"] = "last"
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    collect(loaded).to_parquet(study.folder / "results.parquet")
+    results = read_results(study.folder / "results.parquet")
+    assert results["validation_recall@1"].isna().all()
+    assert len(histories(results)) == 0
+    shown = headline(summary(results, ["recall@1"]), ["losses"], ["recall@1"])
+    assert shown["tested iteration"].tolist() == ["last iteration, without validation"] * 2 + ["no training"]
+    del study.content["fixed"]["choose"]
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    table = summary(collect(loaded).explode(["comparison", "method"]), ["recall@1"])
+    assert "tested iteration" not in headline(table, ["losses"], ["recall@1"])
+
+
+def test_refuses_mixed_choices_of_the_iteration(study):
+    study.content["runs"][0]["cross"] = {"choose": ["best", "last"]}
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    with pytest.raises(ConfigError, match="has chosen_how='last iteration, without validation'"):
+        collect(loaded)
+
+
+def test_refuses_a_result_with_a_number_that_is_not_finite(study):
+    loaded = study.load()
+    result = run(loaded.runs[0].config, lambda line: None)
+    file = loaded.runs[0].config.folder / "result.json"
+    file.write_text(json.dumps(result | {"metrics": result["metrics"] | {"map": float("nan")}}))
+    with pytest.raises(ConfigError, match=r"a number that is not finite: got metrics.map=nan; delete this folder"):
+        collect(loaded, keep=True)

@@ -1,5 +1,7 @@
 """Tuned entries of studies: what waits, and what their grids choose."""
 
+import json
+import math
 import shutil
 
 import pytest
@@ -7,7 +9,7 @@ import yaml
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
-from hloss.study.results import chosen_settings, collect
+from hloss.study.results import chosen_settings, collect, read_results
 from hloss.study.spec import load_study
 from hloss.study.tuning import next_value, resolve_tuning
 
@@ -127,7 +129,10 @@ def validated(monkeypatch):
 
         def complete(runs):
             for one in runs:
-                at = {"iterations": one.config.iterations, "validation_recall@1": recall(one.config)}
+                at = {
+                    "iterations": one.config.iterations,
+                    "validation_recall@1": 1 / (1 + math.exp(-recall(one.config) / 1000)),
+                }
                 results[one.config.folder] = {"lengths": [at]}
 
         monkeypatch.setattr("hloss.study.tuning.read_result", made)
@@ -220,3 +225,59 @@ def test_the_table_of_choices_shows_extensions_and_the_initial_choice(study):
     assert row["chosen"] == f"n_bins {grid_of(loaded, 'tuned losses')[0]}"
     initial = grid_of(loaded, "tuned losses, initial grid")
     assert row["on the initial grid"] == (f"n_bins {initial[0]}" if initial else "")
+
+
+def with_recalls(study, *recalls):
+    """Tune the first entry of a study, and replace the validation Recall@1 of its grid's runs."""
+    study.tune()
+    study.content["runs"][0]["cross"]["n_bins"] = [20, 30, 50]
+    loaded = study.load()
+    for r, recall in zip(loaded.runs, recalls, strict=False):
+        result = run(r.config, lambda line: None)
+        at_length = result["lengths"][0] | {"validation_recall@1": recall}
+        text = json.dumps(result | {"validation_recall@1": recall, "lengths": [at_length]})
+        (r.config.folder / "result.json").write_text(text)
+    return loaded
+
+
+def test_a_choice_among_equal_runs_is_reported_and_named_in_the_table(study):
+    loaded, lines = with_recalls(study, 0.5, 0.75, 0.75), []
+    known = resolve_tuning(loaded, lines.append)
+    assert {r.config.n_bins for r in known.runs if r.methods == {"tuned losses": "histogram"}} == {30}
+    assert lines == [
+        "2 runs of a grid are equally good (75.00 %), the first is chosen: histogram, n_bins 30; histogram, n_bins 50"
+    ]
+    for r in known.runs[3:]:
+        run(r.config, lambda line: None)
+    results = collected(known, study.folder)
+    assert chosen_settings(results)["equally good runs"].tolist() == [2]
+    loaded, lines = with_recalls(study, 0.5, 0.75, 0.6), []
+    assert resolve_tuning(loaded, lines.append).waiting == ()
+    assert lines == []
+    assert "equally good runs" not in chosen_settings(collected(resolve_tuning(loaded), study.folder))
+
+
+def collected(study, folder):
+    collect(study).to_parquet(folder / "results.parquet")
+    return read_results(folder / "results.parquet")
+
+
+@pytest.mark.parametrize(
+    ("recalls", "message"),
+    [
+        ((1.0, 1.0, 1.0), "the validation Recall@1 of all of its 3 runs is 100 %"),
+        ((0.0, 0.0, 0.0), "the validation Recall@1 of all of its 3 runs is 0 %"),
+        ((0.5, None, 0.6), "1 of 3 runs of this grid have no validation Recall@1"),
+        ((float("nan"), 0.5, 0.6), "1 of 3 runs of this grid have no validation Recall@1"),
+    ],
+)
+def test_a_grid_whose_validation_cannot_choose_is_refused(study, recalls, message):
+    loaded = with_recalls(study, *recalls)
+    with pytest.raises(ConfigError, match=f"histogram, n_bins 20, seed 9: .*{message}"):
+        resolve_tuning(loaded)
+
+
+def test_tuning_without_validation_is_refused(study):
+    study.tune()["fixed"]["choose"] = "last"
+    with pytest.raises(ConfigError, match="run 'histogram': tune does not fit choose='last'"):
+        study.load()
