@@ -207,9 +207,7 @@ def _add_cuhk03(command: argparse.ArgumentParser) -> None:
     )
     help = "use the 767/700 protocol of Zhong et al. (2017): cuhk03_new_protocol_config_labeled.mat or ..._detected.mat"
     command.add_argument("--index-file", type=Path, help=help)
-    help = (
-        "accept a part of the original (fewer identities); card.json and all comparisons with published values say so"
-    )
+    help = "accept a part of the original (fewer identities), which is not compared with published values"
     command.add_argument("--partial", action="store_true", help=help)
 
 

@@ -75,7 +75,7 @@ def test_prepares_and_evaluates_the_archive(archive, tmp_path):
     assert {f"recall@{k}" for k in (1, 5, 10, 15, 20)} <= retrieval.metrics.keys()
     assert (retrieval.metrics["recall@1"], retrieval.n_unmatched) == (1.0, 0)  # All images of an identity are equal.
     assert evaluated(dataset, protocol="market1501-multi-query").metrics["recall@1"] == 1.0
-    assert evaluated(dataset, split="val").n_queries == 4
+    assert evaluated(dataset, split="val").n_queries == 8
 
 
 def test_the_extracted_folder_equals_the_archive(archive, tmp_path):
