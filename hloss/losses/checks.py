@@ -22,7 +22,7 @@ class DeferredChecks:
         Args:
             values: numbers on the device, of the same shape for all checks.
             verify: called as `verify(numbers, *inputs)`; raises if the numbers are bad.
-            inputs: kept without the graph that they are part of.
+            inputs: further arguments of `verify`; tensors are detached from autograd's graph.
         """
         kept = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
         self.pending.append((values, lambda numbers: verify(numbers, *kept)))

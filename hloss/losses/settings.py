@@ -50,7 +50,7 @@ class LossSettings:
         if self.kernel != "triangular":
             number(f"bandwidth of the {self.kernel} kernel (standard deviation in nodes)", self.bandwidth, above=0)
         elif self.bandwidth is not None:
-            raise ValueError(f"bandwidth is not for the triangular kernel: got {self.bandwidth!r}")
+            raise ValueError(f"bandwidth of the triangular kernel must be None: got {self.bandwidth!r}")
 
     @property
     def delta(self) -> float:

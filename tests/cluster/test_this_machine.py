@@ -13,6 +13,7 @@ from tests.helpers.copied_project import (
     assert_no_gpu_for_two,
     continued,
     has_checkpoint,
+    most_at_once,
     processes,
     projects,
     starts,
@@ -46,7 +47,7 @@ def test_killed_study_continues_with_the_missing_runs(new_project):
             {"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}},
         ],
     }
-    project = new_project("project", study)
+    project = new_project("someone's own project", study)  # a path with a blank and a quote
     untrained, *trained = project.runs().values()
     first = project.start("CORES=3", STEP_SECONDS="1")
     wait_until("two runs in the middle", lambda: all(has_checkpoint(run) for run in trained), during=first)
@@ -130,15 +131,57 @@ def test_interrupted_start_leaves_checkpoints_and_no_process(number, new_project
     assert len(starts(run)) == 1
 
 
+WITHOUT_LINUX = """
+import os
+for name in ("posix_fallocate", "posix_fadvise", "sched_getaffinity", "sched_setaffinity", "copy_file_range", "splice",
+             "memfd_create", "pidfd_open", "eventfd", "pipe2", "fdatasync", "getrandom", "getxattr", "setxattr"):
+    if hasattr(os, name):
+        delattr(os, name)
+"""
+
+
+def test_folder_with_a_blank_and_a_quote_without_a_home_and_without_functions_of_linux(new_project):
+    study = {
+        "title": "one run",
+        "fixed": QUICK | {"iterations": 10},
+        "seeds": [0],
+        "resources": {"gpus": 0},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
+    project = new_project("my project's", study)
+    (project.folder / "sitecustomize.py").write_text(WITHOUT_LINUX)
+    # A folder in a file cannot be made, not even by root.
+    unknown_user = {"HOME": "/dev/null/home", "LOGNAME": "", "USER": "", "XDG_CACHE_HOME": ""}
+    assert project.finish(project.start(**unknown_user)) == 0, project.printed()
+    (run,) = project.runs().values()
+    assert (run / "result.json").exists()
+    assert (project.reports / "report.html").exists()
+    assert (project.folder / ".home" / ".cache").is_dir()
+
+
 def test_each_run_has_its_own_gpu(new_project, tmp_path):
     study = {
         "title": "four runs on two GPUs",
         "fixed": QUICK,
         "seeds": [0, 1],
-        "resources": {"gpus": 1},
+        "resources": {"gpus": 1, "runs_per_gpu": 1},
         "runs": [{"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}}],
     }
     project = new_project("project", study)
     environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}  # no such devices, so torch uses the CPU
     assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
     assert_no_gpu_for_two(list((project.folder / "runs" / "short").iterdir()), {"0", "1"})
+
+
+def test_two_runs_share_a_gpu(new_project, tmp_path):
+    study = {
+        "title": "three runs on one GPU",
+        "fixed": QUICK,
+        "seeds": [0, 1, 2],
+        "resources": {"gpus": 1, "runs_per_gpu": 2},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
+    project = new_project("project", study)
+    environment = {"CUDA_VISIBLE_DEVICES": "0", "TMPDIR": str(tmp_path)}  # no such device, so torch uses the CPU
+    assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
+    assert most_at_once(list((project.folder / "runs" / "short").iterdir())) == 2
