@@ -55,8 +55,8 @@ def merged_parts(results: Path) -> pd.DataFrame:
         results: reports/NAME/results.parquet, which need not exist.
 
     Returns:
-        A table as `hloss.study.results.collect` returns it. A run of several parts has one row per length, with all of
-        its comparisons. Parts with comparisons between losses come first, others by name.
+        A table as `hloss.study.results.collect` returns it; its title names the studies. A run of several parts has one
+        row per length, with all of its comparisons. Parts with comparisons between losses come first, others by name.
 
     Raises:
         ConfigError: if there is no part; if several versions of torch made the parts, or several versions of the code
@@ -69,7 +69,8 @@ def merged_parts(results: Path) -> pd.DataFrame:
     _check_code(tables)
     order = sorted(tables, key=lambda file: (not _has_losses(tables[file]), file.name))
     placed = [_with_places(tables[file], number) for number, file in enumerate(order)]
-    return _joined_runs(pd.concat(placed, ignore_index=True))
+    title = f"Studies {', '.join(file.stem for file in order)}"
+    return _joined_runs(pd.concat(placed, ignore_index=True)).assign(title=title)
 
 
 def _has_losses(table: pd.DataFrame) -> bool:

@@ -70,6 +70,7 @@ def test_parts_are_merged_and_a_run_of_both_stands_in_the_comparisons_of_both(pa
         ("bins", "histogram, n_bins 100", 4): 2,
     }
     assert table["run_id"].nunique() == 6
+    assert set(table["title"]) == {"Studies losses, bins"}
     assert len(merged_parts(parts)) == 10
     shared = table[(table["n_bins"] == 50) & (table["length"] == 4)]
     assert shared.groupby("seed")["recall@1"].nunique().tolist() == [1, 1]

@@ -182,7 +182,9 @@ def test_recall_by_length_shows_means_and_which_are_still_improving(results):
 
 
 def test_pair_records_show_each_value_of_each_method():
-    rows = [{"method": m, "iteration": i, "share": i / k, "slope": -i} for m, k in (("a", 1), ("b", 2)) for i in (50, 100)]
+    rows = [
+        {"method": m, "iteration": i, "share": i / k, "slope": -i} for m, k in (("a", 1), ("b", 2)) for i in (50, 100)
+    ]
     figure = plots.pair_records(pd.DataFrame(rows), {"share": "a share", "slope": "a slope"})
     share, slope = figure.axes
     assert line_of(share, "b").tolist() == [[50, 25], [100, 50]]
