@@ -194,14 +194,17 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def socket_files() -> Iterator[Config]:
-    """Settings of a kernel that uses socket files; over TCP, two kernels that start together can choose one port.
+    """Settings of a kernel that uses socket files and is killed after the last cell, which has saved everything.
+
+    Over TCP, two kernels that start together can choose one port.
 
     Yields:
         The settings; the files are deleted at the end.
     """
     # The files are in /tmp because a socket's path has at most 107 characters, and the run's folder may be on NFS.
     with tempfile.TemporaryDirectory(prefix="hloss-", dir="/tmp") as folder:
-        yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
+        manager = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+        yield Config({"KernelManager": manager, "NotebookClient": {"shutdown_kernel": "immediate"}})
 
 
 def execute(
