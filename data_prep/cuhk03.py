@@ -115,9 +115,10 @@ def prepare(source: Path, out: Path, options: Options = OPTIONS, variant: Varian
     opened = opened.relative_to(MAT)
     with new_folder(out, ORIGINAL.name) as folder:
         # HDF5 needs random access, which a packed archive does not allow; the file is unpacked beside the output.
+        # It is read without a lock, which some network file systems refuse.
         file = extract(opened, MAT, folder)
         try:
-            with _h5py().File(file, "r") as mat:
+            with _h5py().File(file, "r", locking=False) as mat:
                 images = read_images(mat, variant.boxes)
                 if variant.index_file:
                     index = split_767(images, variant.index_file, variant)

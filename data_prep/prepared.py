@@ -150,7 +150,7 @@ def create_images(folder: Path, n: int, height: int, width: int, channels: int) 
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Allocate disk space for an open file; do nothing on a file system that cannot allocate.
+    """Allocate disk space for an open file; do nothing where the system (macOS) or the file system cannot.
 
     Args:
         descriptor: File descriptor, open for writing.
@@ -159,6 +159,8 @@ def allocate(descriptor: int, size: int) -> None:
     Raises:
         OSError: the disk or the user's quota is full.
     """
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:

@@ -1,38 +1,68 @@
 """The project's own files agree with each other."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-CONDA_NAMES = {"torch": "pytorch", "snakemake": "snakemake-minimal", "faiss-cpu": "faiss-gpu"}
+NAMES_IN_CONDA = {"torch": "pytorch", "snakemake": "snakemake-minimal"}
 
 
-def requirements():
+def requirements(*extras: str) -> dict[str, str]:
+    """Package -> bound, of the package itself and some extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    found = [
-        *project["dependencies"],
-        *(r for name in ("study", "faiss", "cuhk03", "pml", "test") for r in extras[name]),
-    ]
+    found = [*project["dependencies"], *(r for name in extras for r in project["optional-dependencies"][name])]
     return dict(re.fullmatch(r"([\w-]+)(.*)", r).groups() for r in found if not r.startswith("hloss["))
 
 
-def test_the_conda_environment_holds_what_the_package_needs():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment["channels"] == ["conda-forge", "nodefaults"]
+@pytest.mark.parametrize(
+    ("file", "build", "faiss"), [("environment", "cuda*", "gpu"), ("environment-cpu", "cpu*", "cpu")]
+)
+def test_the_conda_environments_hold_what_the_package_needs(file, build, faiss):
+    environment = yaml.safe_load((ROOT / f"{file}.yml").read_text())
+    assert environment["channels"] == ["conda-forge", "bioconda", "nodefaults"]
     conda = [d for d in environment["dependencies"] if isinstance(d, str)]
     (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     listed = dict(re.fullmatch(r"([\w-]+)(.*)", d).groups() for d in [*conda, *pip])
     assert listed.pop("python") == ">=3.11"
     assert listed.pop("pip") == ""
-    assert listed == {CONDA_NAMES.get(name, name): bound for name, bound in requirements().items()}
+    assert listed.pop(f"faiss-{faiss}") == ">=1.8"
+    needed = requirements("study", "cuhk03", "pml", "test")
+    assert listed.pop("pytorch") == f'[version="{needed.pop("torch")}",build="{build}"]'
+    assert listed == {NAMES_IN_CONDA.get(name, name): bound for name, bound in needed.items()}
 
 
-def test_the_readme_names_every_extra():
+def test_one_faiss_at_a_time():
+    """faiss-cpu and faiss-gpu are two packages of one module."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"`{extra}`" in readme for extra in project["optional-dependencies"])
-    assert all(f"`{folder.name}/`" in readme for folder in ROOT.iterdir() if (folder / "__init__.py").exists())
+    with_faiss = {
+        name: [r for r in listed if "faiss" in r] for name, listed in project["optional-dependencies"].items()
+    }
+    assert {name: found for name, found in with_faiss.items() if found} == {
+        "faiss": ["faiss-cpu>=1.8"],
+        "faiss-gpu": ["faiss-gpu>=1.14.3"],
+    }
+
+
+def test_torch_is_imported_before_faiss():
+    """Both bring OpenMP and CUDA libraries; with faiss first, torch has failed to load its own."""
+    pytest.importorskip("faiss")
+    code = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "faiss":
+            assert "torch" in sys.modules
+            print("torch came first")
+sys.meta_path.insert(0, Finder())
+from hloss.retrieval.neighbors import neighbors
+import torch
+neighbors(torch.eye(3), torch.eye(3), 1, backend="faiss")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "torch came first\n", done.stderr

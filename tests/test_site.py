@@ -7,6 +7,7 @@ PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"
 # Modules that no reader calls: the inner parts of the losses and what a command line consists of.
 INNER = {
+    "hloss.losses.compiled",
     "hloss.losses.densities",
     "hloss.losses.fused",
     "hloss.losses.kernels",

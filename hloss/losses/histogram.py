@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hloss.losses import fused
+from hloss.losses import compiled, fused
 from hloss.losses.densities import Density, grid_nodes, missing_pairs
 from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock, Pairs, find_pairs
 from hloss.losses.settings import LossSettings
@@ -86,8 +86,11 @@ class HistogramLoss(nn.Module):
             ValueError: a shape or dtype is wrong, embeddings are NaN, infinite or zero, or the loss is undefined.
         """
         s = self.settings
+        compiled.refuse_transforms()
         if fused.serves(embeddings, labels, reference_embeddings, reference_labels, s):
             return fused.loss(embeddings, labels, reference_embeddings, reference_labels, s)
+        if torch.compiler.is_compiling():
+            return compiled.loss(embeddings, labels, reference_embeddings, reference_labels, s)
         norms = checked_sides(embeddings, reference_embeddings, s.normalize)
         pairs = find_pairs(embeddings, labels, reference_embeddings, reference_labels)
         return StreamedLoss.apply(embeddings, reference_embeddings, norms, pairs, s)

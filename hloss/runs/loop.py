@@ -15,12 +15,12 @@ from torch import nn
 from hloss.losses.checks import DeferredChecks, deferred_checks
 from hloss.losses.distributed import global_batch
 from hloss.numerics import NotFiniteError
-from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_status
+from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_progress, write_status
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
 from hloss.runs.engine import Fabric
 from hloss.runs.errors import RunError, RunStopped
-from hloss.runs.evaluation import validation_recall
+from hloss.runs.evaluation import pair_record, validation_recall
 from hloss.runs.files import atomic_save
 from hloss.runs.images import channels_last
 from hloss.runs.models import training_mode
@@ -196,21 +196,39 @@ class Loop:
         if progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
             progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
+        if progress["iteration"] in context.config.lengths[:-1]:
+            at_length = {"iterations": progress["iteration"], "seconds": progress["seconds"], "best": progress["best"]}
+            progress["shorter"].append(at_length)
+        if context.config.record_pairs:
+            rows = self.batches.rows[self.batches.current]
+            record = pair_record(self.network, context.dataset, rows, context.config, context.fabric.device)
+            progress["pairs"].append({"iteration": progress["iteration"], **record})
 
     def _report(self) -> None:
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
             return
         stage, done = progress["stage"], progress["iteration"]
+        loss = float(np.mean(progress["losses"][stage][-context.config.validate_every :]))
+        rate, left = self._images_per_second(), self._seconds() / done * (self.until - done)
         validated = f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
         context.report(
             f"{'' if stage == CHOOSE else 'refit '}iteration {done}/{self.until}  "
-            f"loss {np.mean(progress['losses'][stage][-context.config.validate_every :]):.4f}  "
+            f"loss {loss:.4f}  "
             f"{validated if stage == CHOOSE else ''}"
-            f"{self._images_per_second():.0f} images/s  "
-            f"about {self._seconds() / done * (self.until - done):.0f} s left"
+            f"{rate:.0f} images/s  "
+            f"about {left:.0f} s left"
         )
         write_status(context.config.folder, "running", done)
+        write_progress(
+            context.config.folder,
+            iteration=done,
+            iterations=self.until,
+            loss=loss,
+            images_per_second=rate,
+            seconds_left=left,
+            validations=progress["validations"],
+        )
 
     def _seconds(self) -> float:
         """Training time of this stage alone, so that a refit reports its own rate."""

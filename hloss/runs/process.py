@@ -1,6 +1,7 @@
 """Temporary changes of torch's global settings, and the peak memory of this process."""
 
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,4 +85,5 @@ def peak_memory_mib(device: torch.device) -> float:
     if status.exists():  # getrusage would include the peak of the process that started this one.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024  # bytes on macOS, KiB elsewhere

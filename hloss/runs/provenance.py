@@ -22,6 +22,7 @@ from hloss.runs.config import RunConfig
 from hloss.runs.models import has_pretrained_part
 
 PACKAGE = Path(__file__).parents[1]
+FAISS = ("faiss", "faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")  # packages of the module faiss
 NAMED_PACKAGES = ("torchvision", "pytorch-metric-learning")  # settings can select their networks and losses
 IGNORED_FIELDS = ("ctx", "kind", "type_comment")  # of syntax trees: spelling, or determined by other fields
 
@@ -133,7 +134,7 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
         Git commit, whether the working tree was changed, versions of Python and packages, device, processor and
         threads; the commit is None outside a repository.
     """
-    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas", "pytorch-metric-learning", "faiss-cpu")
+    packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas", "pytorch-metric-learning", *FAISS)
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -136,14 +136,18 @@ def execute_report(study: Study) -> None:
         study: the study, whose reports/STUDY/results.parquet must exist.
 
     Raises:
-        SystemExit: if the notebook fails.
+        SystemExit: if the notebook or its export fails.
     """
     folder = Path("reports") / study.name
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
     parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
     execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")
-    notebook = nbformat.read(folder / "90_report.ipynb", as_version=4)
-    page = report_page(notebook, study.title)
+    file = folder / "90_report.ipynb"
+    try:
+        page = report_page(nbformat.read(file, as_version=4), study.title)
+    except Exception as error:  # nbconvert and its templates raise many types
+        logging.exception("export of %s", file)
+        fail(f"{file} is complete, but its export to report.html failed: {error!r}; the log is {folder / 'report.log'}")
     atomic_write(folder / "report.html", lambda part: part.write_text(page))
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
@@ -26,7 +27,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def call(command: list[str], meanwhile: Callable[[], object]) -> int:
+def call(command: list[str], meanwhile: Callable[[], object], errors: Path) -> int:
     """Run a command and call `meanwhile` every second until it ends.
 
     The first SIGINT or SIGTERM is forwarded as SIGINT to the command's process group. On Linux the command is killed if
@@ -35,6 +36,7 @@ def call(command: list[str], meanwhile: Callable[[], object]) -> int:
     Args:
         command: program and arguments.
         meanwhile: called every second, and once after the end.
+        errors: file that gets the standard error of the command.
 
     Returns:
         Exit status of the command.
@@ -42,7 +44,8 @@ def call(command: list[str], meanwhile: Callable[[], object]) -> int:
     Raises:
         SystemExit: after the end of the command, if a signal was forwarded.
     """
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=prepare)
+    with open(errors, "ab") as stderr:
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=prepare, stderr=stderr)
     interrupted = False
 
     def interrupt(signum: int, frame: object) -> None:

@@ -8,16 +8,20 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import file_lock
+from hloss.study.claims import conclusions
 from hloss.study.devices import SLOTS, visible_devices
 from hloss.study.notebooks import check_parameters
 from hloss.study.processes import call
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.progress import Progress
-from hloss.study.results import card_hashes, stale_runs
+from hloss.study.results import at_length, card_hashes, stale_runs
 from hloss.study.slurm import job_prefix, jobs_in_queue, wait_for_jobs
 from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
 from hloss.study.tuning import resolve_tuning
+
+ENGINE_LOG = Path("runs/engine.log")  # what Snakemake writes to its standard error in a start
+LAST_LINES = 15
 
 
 def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
@@ -54,7 +58,8 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
 
 def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, queue: dict[str, str] | None) -> None:
     """Run a rule with Snakemake. queue: jobs in Slurm's queue at the start; None: run on this machine."""
-    command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile", "--quiet", "all"]
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile"]
+    command += ["--quiet", "host", "progress", "reason", "rules"]
     command += ["--profile", str(profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]
     command += ["--keep-incomplete"]  # every output is written atomically
     command += [
@@ -65,16 +70,33 @@ def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, 
     ]  # gpus=N may follow
     progress = Progress(study)
     progress.print_start()
+    ENGINE_LOG.unlink(missing_ok=True)
     if queue is not None:
         status = _run_on_slurm(study, command, progress, queue)
     else:
         gpus = available_gpus(study)
-        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={SLOTS * gpus}"], progress)
+        command += [f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={SLOTS * gpus}"]
+        status = call(command, progress, ENGINE_LOG)
     if status:
+        print_engine_errors(status, progress)
         sys.exit(
             f"study {study.name} is not complete; run the same command again to continue "
-            "(logs: run.log in the folder of each run, and .snakemake/log)"
+            f"(logs: run.log in the folder of each run, and {ENGINE_LOG})"
         )
+
+
+def print_engine_errors(status: int, progress: Progress) -> None:
+    """Print how Snakemake ended and its last lines, unless a run that failed in this start has printed its reason.
+
+    Args:
+        status: exit status of Snakemake; below 0: the number of the signal that ended it.
+        progress: progress of this start.
+    """
+    if any(state == "failed" for _, state in progress.seen.values()):
+        return
+    end = f"signal {-status} ended Snakemake (9: often too little memory)" if status < 0 else "Snakemake failed"
+    lines = [line for line in ENGINE_LOG.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+    print("\n".join([f"{end}; the end of {ENGINE_LOG}:", *(lines or ["(empty)"])]), flush=True)
 
 
 def available_gpus(study: Study) -> int:
@@ -120,11 +142,11 @@ def _run_on_slurm(study: Study, command: list[str], progress: Progress, queue: d
     if left:
         print(f"{len(left)} jobs of an earlier start are in the queue and are not submitted again", flush=True)
         results = (f"runs/{config.study}/{config.run_id}/result.json" for config in left.values())
-        call([*command, "--omit-from", *results], progress)
+        call([*command, "--omit-from", *results], progress, ENGINE_LOG)
         wait_for_jobs(left, progress)
         for number in left:
             del queue[number]  # the next stage of a tuned study does not wait for it again
-    return call(command, progress)
+    return call(command, progress, ENGINE_LOG)
 
 
 def set_aside_stale(study: Study, keep: bool) -> Study:
@@ -157,7 +179,8 @@ def print_headline(study: Study) -> None:
         study: a study with a written report.
     """
     folder = Path("reports") / study.name
-    table = headline(pd.read_csv(folder / "summary.csv"), LOSS_COMPARISONS, ["recall@1"])
-    verdicts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts().items()
+    table = headline(at_length(pd.read_csv(folder / "summary.csv")), LOSS_COMPARISONS, ["recall@1"])
+    verdicts = conclusions(pd.read_csv(folder / "claims.csv"))["verdict"].value_counts().items()
     counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts)
-    print(f"\n{table.to_string(index=False)}\n\nclaims of the paper: {counts}\n\n{folder / 'report.html'}")
+    claims = f"claims of the paper, at the longest length: {counts}"
+    print(f"\n{table.to_string(index=False)}\n\n{claims}\n\n{folder / 'report.html'}")

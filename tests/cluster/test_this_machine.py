@@ -47,7 +47,7 @@ def test_killed_study_continues_with_the_missing_runs(new_project):
             {"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}},
         ],
     }
-    project = new_project("project", study)
+    project = new_project("someone's own project", study)  # a path with a blank and a quote
     untrained, *trained = project.runs().values()
     first = project.start("CORES=3", STEP_SECONDS="1")
     wait_until("two runs in the middle", lambda: all(has_checkpoint(run) for run in trained), during=first)
@@ -129,6 +129,34 @@ def test_interrupted_start_leaves_checkpoints_and_no_process(number, new_project
     assert has_checkpoint(run)
     assert not (run / "result.json").exists()
     assert len(starts(run)) == 1
+
+
+WITHOUT_LINUX = """
+import os
+for name in ("posix_fallocate", "posix_fadvise", "sched_getaffinity", "sched_setaffinity", "copy_file_range", "splice",
+             "memfd_create", "pidfd_open", "eventfd", "pipe2", "fdatasync", "getrandom", "getxattr", "setxattr"):
+    if hasattr(os, name):
+        delattr(os, name)
+"""
+
+
+def test_folder_with_a_blank_and_a_quote_without_a_home_and_without_functions_of_linux(new_project):
+    study = {
+        "title": "one run",
+        "fixed": QUICK | {"iterations": 10},
+        "seeds": [0],
+        "resources": {"gpus": 0},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
+    project = new_project("my project's", study)
+    (project.folder / "sitecustomize.py").write_text(WITHOUT_LINUX)
+    # A folder in a file cannot be made, not even by root.
+    unknown_user = {"HOME": "/dev/null/home", "LOGNAME": "", "USER": "", "XDG_CACHE_HOME": ""}
+    assert project.finish(project.start(**unknown_user)) == 0, project.printed()
+    (run,) = project.runs().values()
+    assert (run / "result.json").exists()
+    assert (project.reports / "report.html").exists()
+    assert (project.folder / ".home" / ".cache").is_dir()
 
 
 def test_each_run_has_its_own_gpu(new_project, tmp_path):

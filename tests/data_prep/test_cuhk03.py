@@ -1,5 +1,7 @@
 """CUHK03 from files of its exact structure: empty cells, identities with one view, the 20 test sets."""
 
+import fcntl
+
 import numpy as np
 import pytest
 from scipy.io import savemat
@@ -80,6 +82,13 @@ def test_prepares_and_evaluates_the_archive(source, tmp_path, monkeypatch):
     assert retrieval.protocol == "cuhk03-single-shot"
     assert {f"recall@{k}" for k in (1, 5, 10, 15, 20)} <= retrieval.metrics.keys()
     assert retrieval.metrics["recall@1"] > 0.5  # an identity is one colour with noise
+
+
+def test_reads_a_file_that_another_program_has_locked(source, tmp_path):
+    file, _ = source
+    with open(file) as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        assert len(prepared("cuhk03", file.parent, tmp_path / "cuhk03", "--val-fraction", "3").index)
 
 
 def test_pixels_are_upright_and_in_order(source, tmp_path):

@@ -268,6 +268,35 @@ def test_run_id_changes_only_with_settings_that_affect_the_result():
     assert parse_config({"seed": 1}).run_id != default.run_id
 
 
+def test_report_at_changes_a_run_id_if_it_adds_a_length():
+    assert parse_config({"iterations": 60, "report_at": [60]}).run_id == parse_config({"iterations": 60}).run_id
+    added = parse_config({"iterations": 60, "report_at": [20, 40]})
+    assert added.run_id != parse_config({"iterations": 60}).run_id
+    assert added.run_id == parse_config({"iterations": 60, "report_at": [20, 40, 60]}).run_id
+    assert added.lengths == (20, 40, 60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_at": []}, "the lengths must increase; allowed are 1 to iterations=60"),
+        ({"report_at": [0]}, "the lengths must increase"),
+        ({"report_at": [40, 20]}, "the lengths must increase"),
+        ({"report_at": [20, 20]}, "the lengths must increase"),
+        ({"report_at": [80]}, "allowed are 1 to iterations=60"),
+        ({"report_at": [30]}, "no validation takes place after 30 iterations; allowed are multiples of validate_every"),
+        ({"report_at": [20], "refit": True}, "does not fit refit=True: .* not that of a shorter run"),
+        ({"report_at": [20], "lr_step": 10}, "does not fit lr_step=10"),
+        ({"report_at": [20], "iterations": 0, "loss": "none"}, "allowed are 1 to iterations=0"),
+        ({"report_at": 20}, "report_at=20"),
+    ],
+    ids=str,
+)
+def test_refuses_lengths_that_a_shorter_run_would_not_give(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"iterations": 60, "validate_every": 20, **settings})
+
+
 def test_only_another_tf32_than_the_default_changes_a_run_id():
     default = parse_config({})
     assert "tf32" not in default.resolved()

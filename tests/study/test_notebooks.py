@@ -11,7 +11,7 @@ import torch
 
 from hloss.runs.checkpoints import read_status, write_status
 from hloss.study import notebooks
-from hloss.study.notebooks import execute_run
+from hloss.study.notebooks import execute_report, execute_run
 from tests.helpers.studies import study_of
 
 
@@ -90,3 +90,22 @@ def test_kernel_of_a_process_that_used_cuda_starts_anew(attempt, monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     told = "import os, sys\nraise ValueError(('hloss.runs.run' in sys.modules, os.getppid()))"
     assert f"ValueError: (False, {os.getpid()})" in attempt(1, told)
+
+
+def test_a_failed_export_of_the_report_says_why(config, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    study = study_of(config)
+    folder = tmp_path / "reports" / study.name
+    folder.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(), folder / "90_report.ipynb")
+    monkeypatch.setattr(notebooks, "execute", lambda *arguments: None)
+
+    def no_template(notebook, title):
+        raise ValueError("No template sub-directory with name 'lab' found")
+
+    monkeypatch.setattr(notebooks, "report_page", no_template)
+    with pytest.raises(SystemExit, match="1"):
+        execute_report(study)
+    said = '90_report.ipynb is complete, but its export to report.html failed: ValueError("No template sub-directory'
+    assert said in capsys.readouterr().out
+    assert not (folder / "report.html").exists()

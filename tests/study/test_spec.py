@@ -199,3 +199,27 @@ def test_run_of_two_included_studies_belongs_to_both_comparisons(study):
     loaded = load_study("both", folder)
     assert len(loaded.runs) == 5
     assert loaded.runs[0].methods == {"losses": "histogram, n_bins 20", "bins": "histogram"}
+
+
+def test_a_run_as_long_as_a_length_of_another_is_not_run(study):
+    study.content["runs"] = [
+        {"name": "short", "set": {"loss": "histogram", "iterations": 2}},
+        {"name": "whole", "comparison": "long", "set": {"loss": "histogram", "report_at": [2]}},
+        {"name": "other", "set": {"loss": "histogram", "iterations": 2, "n_bins": 20}},
+        {"name": "no length of another", "set": {"loss": "histogram", "n_bins": 20}},
+    ]
+    runs = [run for run in study.load().runs if run.config.seed == 0]
+    assert [(run.methods, run.config.lengths, run.only_at) for run in runs] == [
+        ({"losses": "short", "long": "whole"}, (2, 4), {"losses": (2,)}),
+        ({"losses": "other"}, (2,), {}),
+        ({"losses": "no length of another"}, (4,), {}),
+    ]
+
+
+def test_lengths_of_one_comparison_add_up(study):
+    study.content["runs"] = [
+        {"name": "histogram", "set": {"loss": "histogram", "iterations": 2}},
+        {"name": "histogram", "set": {"loss": "histogram", "report_at": [2]}},
+    ]
+    (run, _) = study.load().runs
+    assert (run.config.lengths, run.only_at) == ((2, 4), {})
