@@ -46,9 +46,10 @@ if sys.modules.setdefault(COMPILER, compiler) is compiler:
     torch._dynamo = compiler  # type: ignore[attr-defined, assignment]
 compiler.is_closed = True
 from lightning_fabric import Fabric  # noqa: E402
+from lightning_fabric.plugins.environments import LightningEnvironment  # noqa: E402
 from lightning_fabric.strategies import DDPStrategy  # noqa: E402
 from lightning_fabric.wrappers import _FabricModule as FabricModule  # noqa: E402
 
 compiler.is_closed = False
 
-__all__ = ["DDPStrategy", "Fabric", "FabricModule"]
+__all__ = ["DDPStrategy", "Fabric", "FabricModule", "LightningEnvironment"]

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hloss.runs.checkpoints import forward_signals, read_status
 from hloss.runs.config import RunConfig
-from hloss.runs.engine import DDPStrategy, Fabric
+from hloss.runs.engine import DDPStrategy, Fabric, LightningEnvironment
 from hloss.runs.errors import ConfigError, RunError, RunStopped
 from hloss.runs.files import atomic_write, read_result
 
@@ -49,6 +49,8 @@ def build_fabric(config: RunConfig) -> Fabric:
     strategy = DDPStrategy(**exchange) if config.devices > 1 else "auto"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     kind: dict[str, Any] = {"accelerator": config.device, "precision": config.precision}
+    if config.devices == 1:
+        kind["plugins"] = LightningEnvironment()  # otherwise Fabric imports MPI and asks Slurm for other processes
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")  # hloss uses torchrun instead
         fabric = Fabric(devices=config.devices, strategy=strategy, **kind)

@@ -1,4 +1,4 @@
-"""Kernels of Jupyter that are forked from this process, so that they need not import again what it has imported."""
+"""Kernels of Jupyter that are forked from this process, and import what a notebook needs while it gets ready."""
 
 import json
 import logging
@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import torch
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 INLINE = "module://matplotlib_inline.backend_inline"
+NOTEBOOK_IMPORTS = ("pandas", "hloss.runs.run", "hloss.study.plots")  # of notebooks that run or report
 NAME = "forked"  # of the provisioner
 
 
@@ -22,31 +24,35 @@ class ForkedKernel:
     """A process that waits for the arguments of a kernel and then becomes it; it has the methods of Popen.
 
     It must be forked before this process starts threads, event loops or CUDA.
+
+    Args:
+        modules: modules that the process imports while it waits.
     """
 
     stdin = stdout = stderr = None
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Iterable[str]) -> None:
         reading, self._writing = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # another thread, which waits for the end of the parent
             self.pid = os.fork()
         if not self.pid:
             os.close(self._writing)
-            _become_kernel(reading)
+            _become_kernel(reading, modules)
         os.close(reading)
         self.returncode: int | None = None
 
     def start(self, arguments: list[str], environment: dict[str, str], folder: str) -> None:
-        """Start the kernel.
+        """Start the kernel; its standard error is that of this process now.
 
         Args:
             arguments: of `python -m ipykernel_launcher`.
             environment: variables of the environment.
             folder: working directory.
         """
+        errors = os.path.realpath("/proc/self/fd/2")
         with os.fdopen(self._writing, "w") as pipe:
-            json.dump([arguments, environment, folder], pipe)
+            json.dump([arguments, environment, folder, errors], pipe)
 
     def poll(self) -> int | None:
         """The exit status, or None while the kernel runs."""
@@ -76,12 +82,14 @@ class ForkedKernel:
         self.send_signal(signal.SIGTERM)
 
 
-def _become_kernel(reading: int) -> None:
-    """Wait for the arguments, carry out the kernel, and exit."""
+def _become_kernel(reading: int, modules: Iterable[str]) -> None:
+    """Import modules, wait for the arguments, carry out the kernel, and exit."""
     try:
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
+        for module in (*modules, "ipykernel.kernelapp"):
+            import_module(module)
         with os.fdopen(reading) as pipe:
             message = pipe.read()
         if message:
@@ -92,13 +100,15 @@ def _become_kernel(reading: int) -> None:
         os._exit(1)
 
 
-def _run_kernel(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+def _run_kernel(arguments: list[str], environment: dict[str, str], folder: str, errors: str) -> None:
     from ipykernel.kernelapp import IPKernelApp
 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if Path(errors).is_file():
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
     if torch.cuda._is_in_bad_fork():  # the forking process used CUDA
         os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *arguments])
     logging.basicConfig(level=logging.WARNING, handlers=[logging.StreamHandler()], force=True)
@@ -109,7 +119,7 @@ def _run_kernel(arguments: list[str], environment: dict[str, str], folder: str) 
 
 
 class ForkedProvisioner(LocalProvisioner):
-    """Starts the kernel that `use_forked_kernel` forked."""
+    """Starts the kernel that `prepare_kernel` forked."""
 
     waiting: list[ForkedKernel] = []  # noqa: RUF012
 
@@ -128,15 +138,14 @@ class ForkedProvisioner(LocalProvisioner):
         return self.connection_info
 
 
-def use_forked_kernel(modules: Iterable[str]) -> None:
-    """Fork a kernel, which the next notebook of this process uses.
+def prepare_kernel(modules: Iterable[str]) -> None:
+    """Fork a kernel, which the next notebook of this process uses; does nothing if one waits.
 
     Args:
-        modules: modules that the notebook will import; they are imported here, before the fork.
+        modules: modules that the notebook will import.
     """
-    for module in (*modules, "ipykernel.kernelapp"):
-        import_module(module)
     factory = KernelProvisionerFactory.instance()
     factory.provisioners[NAME] = EntryPoint(NAME, f"{__name__}:{ForkedProvisioner.__name__}", factory.GROUP_NAME)
     factory.default_provisioner_name = NAME
-    ForkedProvisioner.waiting.append(ForkedKernel())
+    if not ForkedProvisioner.waiting:
+        ForkedProvisioner.waiting.append(ForkedKernel(modules))

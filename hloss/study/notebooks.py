@@ -28,12 +28,11 @@ from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write, read_result
 from hloss.study.devices import own_devices, usable_gpus
-from hloss.study.kernels import use_forked_kernel
+from hloss.study.kernels import NOTEBOOK_IMPORTS, prepare_kernel
 from hloss.study.spec import Study, StudyRun
 
 # Settings of HTMLExporter for scripts that a page would load from other hosts.
 SCRIPT_URLS = ("mathjax_url", "require_js_url", "jquery_url", "jupyter_widgets_base_url", "mermaid_js_url")
-KERNEL_IMPORTS = ("pandas", "hloss.runs.run", "hloss.study.plots")  # of notebooks that run or report
 REFUSALS = ("ConfigError", "DatasetError")  # another attempt would raise these errors again
 STOP_SECONDS = 20  # Slurm's KillWait is 30 unless the cluster says otherwise
 
@@ -198,14 +197,17 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def socket_files() -> Iterator[Config]:
-    """Settings of a kernel that uses socket files; over TCP, two kernels that start together can choose one port.
+    """Settings of a kernel that uses socket files and is killed after the last cell, which has saved everything.
+
+    Over TCP, two kernels that start together can choose one port.
 
     Yields:
         The settings; the files are deleted at the end.
     """
     # The files are in /tmp because a socket's path has at most 107 characters, and the run's folder may be on NFS.
     with tempfile.TemporaryDirectory(prefix="hloss-", dir="/tmp") as folder:
-        yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}})
+        manager = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+        yield Config({"KernelManager": manager, "NotebookClient": {"shutdown_kernel": "immediate"}})
 
 
 def execute(
@@ -247,7 +249,7 @@ def execute(
 
 
 def _execute(notebook: str, out: Path, parameters: dict[str, Any]) -> None:
-    use_forked_kernel(KERNEL_IMPORTS)
+    prepare_kernel(NOTEBOOK_IMPORTS)
     with socket_files() as config:
         papermill.execute_notebook(
             f"notebooks/{notebook}.ipynb",

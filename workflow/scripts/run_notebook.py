@@ -8,12 +8,6 @@ UNUSED_FORMATS = ("rfc3987_syntax", "isoduration")  # of JSON: no notebook has t
 
 def main() -> None:
     """Execute a run or a report; if the notebook fails, print the last line of the error and exit with 1."""
-    sys.modules.update(dict.fromkeys(UNUSED_FORMATS))  # type: ignore[arg-type]  # None: as if not installed
-    from hloss.study.notebooks import execute_report, execute_run, stop_on_signals
-    from hloss.study.processes import end_with_parent
-    from hloss.study.spec import load_study
-    from hloss.study.tuning import resolve_tuning
-
     parser = argparse.ArgumentParser(prog="workflow/scripts/run_notebook.py", description=__doc__)
     parser.add_argument("kind", choices=["run", "report"])
     parser.add_argument("study")
@@ -21,6 +15,15 @@ def main() -> None:
     parser.add_argument("--attempt", type=int, default=1, help="number of this attempt, from 1")
     parser.add_argument("--own-gpus", action="store_true", help="choose and lock GPUs of this machine")
     options = parser.parse_args()
+    sys.modules.update(dict.fromkeys(UNUSED_FORMATS))  # type: ignore[arg-type]  # None: as if not installed
+    from hloss.study.kernels import NOTEBOOK_IMPORTS, prepare_kernel
+
+    prepare_kernel(NOTEBOOK_IMPORTS)  # it gets ready while this process imports the rest
+    from hloss.study.notebooks import execute_report, execute_run, stop_on_signals
+    from hloss.study.processes import end_with_parent
+    from hloss.study.spec import load_study
+    from hloss.study.tuning import resolve_tuning
+
     end_with_parent()
     stop_on_signals()
     study = resolve_tuning(load_study(options.study))
