@@ -175,7 +175,15 @@ def _operator_shapes(embeddings, labels, references, reference_labels, n_bins, *
     return loss, *sides, slopes, places
 
 
-@torch.library.custom_op("hloss::histogram_loss_backward", mutates_args=())
+# torch before 2.7 does not infer a schema from the types list[bool] and list[Tensor].
+BACKWARD_SCHEMA = (
+    "(Tensor upstream, Tensor embeddings, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor units, "
+    "Tensor scales, Tensor column_units, Tensor column_scales, Tensor slopes, Tensor places, SymInt n_bins, "
+    "bool normalize, str precision, bool[] wanted) -> Tensor[]"
+)
+
+
+@torch.library.custom_op("hloss::histogram_loss_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def _backward_operator(
     upstream: Tensor,
     embeddings: Tensor,
