@@ -71,6 +71,11 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
         _deferred.reset(token)
 
 
+def is_deferred() -> bool:
+    """Whether checks are deferred here."""
+    return _deferred.get() is not None
+
+
 def verify_or_defer(values: Tensor, verify: Callable[..., None], *inputs: Any) -> None:
     """Call `verify` with the numbers in `values` and the inputs: now, or later within `deferred_checks`."""
     checks = _deferred.get()

@@ -15,24 +15,56 @@ ONE_PAIR = tl.constexpr(densities.ONE_PAIR)  # the count of a packed number begi
 LOW_BITS = tl.constexpr(densities.ONE_PAIR - 1)
 FRACTION_BITS = tl.constexpr(2.0**24)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+# Behind the counts and sums of a table. The last two are set to 1 by class labels alone.
+REFUSED_ROWS = tl.constexpr(0)
+REFUSED_PAIRS = tl.constexpr(1)
+SOME_NEGATIVE = tl.constexpr(2)
+SOME_POSITIVE = tl.constexpr(3)
+FLAGS = tl.constexpr(4)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
+def _find_groups(labels, other_labels, flags, r, n, m, WITHIN: tl.constexpr, BC: tl.constexpr):
+    """Set the flags of a negative and of a positive pair. A program ends when both are set, by any of them."""
+    row_labels = tl.load(labels + r, mask=r < n, other=0)
+    start = 0
+    found = tl.zeros((), tl.int64)
+    while (start < m) & (found < 2):
+        c = start + tl.arange(0, BC)
+        column_labels = tl.load(other_labels + c, mask=c < m, other=0)
+        real = (r[:, None] < n) & (c[None, :] < m)
+        if WITHIN:
+            real = real & (r[:, None] != c[None, :])
+        same = row_labels[:, None] == column_labels[None, :]
+        if tl.sum(tl.sum((real & same).to(tl.int32), 1), 0) > 0:
+            tl.store(flags + SOME_POSITIVE, 1)
+        if tl.sum(tl.sum((real & (same == 0)).to(tl.int32), 1), 0) > 0:
+            tl.store(flags + SOME_NEGATIVE, 1)
+        found = tl.load(flags + SOME_NEGATIVE, volatile=True) + tl.load(flags + SOME_POSITIVE, volatile=True)
+        start += BC
+
+
+@triton.jit(do_not_specialize=["n", "m"])
 def prepare(
     given,
     units,
     scales,
     table,
+    labels,
+    other_labels,
     n,
+    m,
     depth,
     longest,
-    FLAG: tl.constexpr,
+    NODES: tl.constexpr,
+    FIND_GROUPS: tl.constexpr,
+    WITHIN: tl.constexpr,
     WRITE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Inverse norms and unit rows in float32; counts the rows that are refused at FLAG of the table."""
+    """Inverse norms and unit rows in float32; the flags of rows that are refused and of the groups of pairs."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     start = r.to(tl.int64)[:, None] * depth
     squares = tl.zeros((BR,), tl.float64)
@@ -47,7 +79,7 @@ def prepare(
         good = (norm > 0) & (norm <= LARGEST)
     bad = tl.sum(((r < n) & (good == 0)).to(tl.int64), 0)
     if bad > 0:
-        tl.atomic_add(table + FLAG, bad, sem="relaxed")
+        tl.atomic_add(table + 4 * NODES + REFUSED_ROWS, bad, sem="relaxed")
     scale = 1.0 / tl.where(norm > 0, norm, 1.0)
     tl.store(scales + r, scale, mask=r < n)
     if WRITE:
@@ -58,6 +90,8 @@ def prepare(
             if NORMALIZE:
                 x = x * scale[:, None]
             tl.store(units + start + kk[None, :], x.to(tl.float32), mask=mask)
+    if FIND_GROUPS:
+        _find_groups(labels, other_labels, table + 4 * NODES, r, n, m, WITHIN, BD)
 
 
 @triton.jit
@@ -202,14 +236,14 @@ def bin_pairs(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fill the table: 2 NODES counts, 2 NODES sums of fractions, 2 flags, then a lane of packed numbers per program.
+    """Fill the table: 2 NODES counts, 2 NODES sums of fractions, FLAGS, then a lane of packed numbers per program.
 
     The tiles lie in rows of `across`; within one batch those on and above the diagonal are computed.
 
     A lane's number holds at most 2^18 pairs: it is moved to the shared counts and sums before more can be in it.
     """
     program = tl.program_id(0)
-    lane = table + 4 * NODES + 2 + program.to(tl.int64) * (2 * NODES)
+    lane = table + 4 * NODES + FLAGS + program.to(tl.int64) * (2 * NODES)
     for t in range(program, tiles, tl.num_programs(0)):
         tile_r, tile_c = _tile(t, across, WITHIN)
         r = tile_r * BM + tl.arange(0, BM)
@@ -220,7 +254,7 @@ def bin_pairs(
         fraction = position - interval.to(tl.float32)
         code = _codes(interval, labels, other_labels, r, c, n, m, stride_r, stride_c, NODES, WITHIN, MATRIX)
         if MATRIX:
-            _check_matrix(labels, table + 4 * NODES + 1, r, c, n, m, stride_r, stride_c, WITHIN)
+            _check_matrix(labels, table + 4 * NODES + REFUSED_PAIRS, r, c, n, m, stride_r, stride_c, WITHIN)
         counted = code < 2 * NODES
         if WITHIN:
             counted = counted & (r[:, None] < c[None, :])
@@ -259,8 +293,8 @@ def _total(counts, NODES: tl.constexpr, CHUNK: tl.constexpr):
 def _report(table, checks, negatives, positives, NODES: tl.constexpr):
     tl.store(checks, negatives)
     tl.store(checks + 1, positives)
-    tl.store(checks + 2, tl.load(table + 4 * NODES))
-    tl.store(checks + 3, tl.load(table + 4 * NODES + 1))
+    tl.store(checks + 2, tl.load(table + 4 * NODES + REFUSED_ROWS))
+    tl.store(checks + 3, tl.load(table + 4 * NODES + REFUSED_PAIRS))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hloss.losses.checks import verify_or_defer
+from hloss.losses.checks import is_deferred, verify_or_defer
 from hloss.losses.densities import LANE_PAIRS, cost_matrix, kernel_matrix, missing_pairs
 from hloss.losses.pairs import find_pairs
 from hloss.losses.settings import LossSettings
@@ -46,6 +46,7 @@ SMALL_TILE = Tile(32, 32, 64, 4, 3)  # similarities of at most SMALL rows and co
 LARGE_TILE = Tile(64, 64, 32, 4, 3)
 GRADIENT_TILE = Tile(64, 64, 32, 4, 3)
 SMALL = 512
+FLAGS = 4  # numbers of a table behind counts and sums: `kernels` names them
 FILL = 64  # places come in multiples of this, as the sides of all tiles divide it
 
 
@@ -132,8 +133,8 @@ class Plan:
             self.product = self._multiply(self.n, self.m, (width, 1))
             self.column_product = self._multiply(self.m, self.n, (1, width))
         parts = (1, 1) if self.places_shape is None else (self.product.shape[0], self.column_product.shape[0])
-        self.through_norm = self._by_rows("through_norm", self.n, (parts[0],))
-        self.column_through_norm = self._by_rows("through_norm", self.m, (parts[1],))
+        self.through_norm = self._by_rows("through_norm", self.n, (self.n, self.depth, parts[0]))
+        self.column_through_norm = self._by_rows("through_norm", self.m, (self.m, self.depth, parts[1]))
 
     def _plan_forward(self) -> None:
         n, m, nodes, s = self.n, self.m, self.nodes, self.s
@@ -141,11 +142,11 @@ class Plan:
         down, across = _filled(n) // tile.rows, _filled(m) // tile.rows
         tiles = down * (down + 1) // 2 if self.within else down * across
         programs = max(1, min(tiles, _programs(self.device), LANES_BYTES // (16 * nodes)))
-        # 2 nodes counts, 2 nodes sums of fractions, 2 flags, and 2 nodes packed numbers per program
-        self.table_size = 4 * nodes + 2 + programs * 2 * nodes
-        prepare = {"FLAG": 4 * nodes, "WRITE": self.is_copied}
-        self.prepare = self._by_rows("prepare", n, (LONGEST,), **prepare)
-        self.column_prepare = self._by_rows("prepare", m, (LONGEST,), **prepare)
+        # 2 nodes counts, 2 nodes sums of fractions, flags, and 2 nodes packed numbers per program
+        self.table_size = 4 * nodes + FLAGS + programs * 2 * nodes
+        self.flags = slice(4 * nodes, 4 * nodes + FLAGS)
+        self.prepare = self._prepare(n, m, not self.matrix)
+        self.column_prepare = self._prepare(m, n, False)
         stride = 0 if self.places_shape is None else self.places_shape[1]
         self.bin_pairs = Launch(
             "bin_pairs",
@@ -218,9 +219,13 @@ class Plan:
         )
         return Product(launch, (parts, rows, self.depth))
 
+    def _prepare(self, rows: int, others: int, find_groups: bool) -> Launch:
+        constants = {"NODES": self.nodes, "FIND_GROUPS": find_groups, "WITHIN": self.within, "WRITE": self.is_copied}
+        return self._by_rows("prepare", rows, (rows, others, self.depth, LONGEST), **constants)
+
     def _by_rows(self, name: str, rows: int, numbers: tuple[Any, ...], **constants: Any) -> Launch:
         constants |= {"NORMALIZE": self.s.normalize, "BR": _row_tile(self.depth), "BD": _chunk(self.depth)}
-        return Launch(name, (_cdiv(rows, _row_tile(self.depth)),), None, (rows, self.depth, *numbers), **constants)
+        return Launch(name, (_cdiv(rows, _row_tile(self.depth)),), None, numbers, **constants)
 
     def _label_strides(self) -> tuple[int, int]:
         return (self.m, 1) if self.matrix else (0, 0)
@@ -260,16 +265,21 @@ def forward_pass(
     device, s = plan.device, plan.s
     with _on(device):
         table = torch.zeros(plan.table_size, dtype=torch.int64, device=device)
-        rows = _prepare(plan.prepare, embeddings, table, plan)
-        columns = None if references is None else _prepare(plan.column_prepare, references, table, plan)
+        both_labels = row_labels, column_labels = _both_labels(labels, reference_labels, device)
+        rows = _prepare(plan.prepare, embeddings, table, both_labels, plan)
+        columns = None
+        if references is not None:
+            columns = _prepare(plan.column_prepare, references, table, both_labels, plan)
+        # Norms and class labels tell whether the batch is refused: the host does not wait for the products.
+        is_checked = not (plan.matrix or is_deferred() or _is_refused(table[plan.flags]))
         places = None
         if plan.places_shape:
             places = torch.empty(plan.places_shape, dtype=plan.places_dtype, device=device)
-        row_labels, column_labels = _both_labels(labels, reference_labels, device)
         column_units = (columns or rows).units
         plan.bin_pairs(rows.units, column_units, row_labels, column_labels, table, table if places is None else places)
         loss, slopes, checks = _finish(table, plan)
-        verify_or_defer(checks, _verify, s, embeddings, labels, references, reference_labels)
+        if not is_checked:
+            verify_or_defer(checks, _verify, s, embeddings, labels, references, reference_labels)
     return loss, Kept(rows, columns, slopes, places)
 
 
@@ -355,12 +365,18 @@ def _through_norm(launch: Launch, parts: Tensor | None, side: Side, upstream: Te
     return gradient
 
 
-def _prepare(launch: Launch, given: Tensor, table: Tensor, plan: Plan) -> Side:
+def _prepare(launch: Launch, given: Tensor, table: Tensor, labels: tuple[Tensor, Tensor], plan: Plan) -> Side:
     given = ready(given, plan.device)
     units = torch.empty(given.shape, device=plan.device) if plan.is_copied else given
     scales = torch.empty(given.shape[0], dtype=torch.float64, device=plan.device)
-    launch(given, units, scales, table)
+    launch(given, units, scales, table, *labels)
     return Side(units, scales)
+
+
+def _is_refused(flags: Tensor) -> bool:
+    """Read the flags: whether the batch is refused."""
+    refused_rows, refused_pairs, some_negative, some_positive = flags.tolist()
+    return bool(refused_rows or refused_pairs or not (some_negative and some_positive))
 
 
 def _finish(table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
