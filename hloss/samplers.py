@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hloss.numerics import whole_number
+from hloss.numerics import integers, whole_number
 
 
 class ClassSampler:
@@ -31,8 +31,8 @@ class ClassSampler:
     kept_lists: tuple[str, ...] = ()  # Lists of a subclass that belong to its state, without the underscore.
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
-        labels = torch.as_tensor(labels)
-        if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0:
+        labels = integers("labels", labels)
+        if labels.ndim != 1 or len(labels) == 0:
             raise ValueError(f"labels must be integers of shape (n,), n > 0: got {labels.dtype} {tuple(labels.shape)}")
         self.batch_size = whole_number("batch_size", batch_size, 2)
         self.images_per_class = whole_number("images_per_class", images_per_class, 2)
@@ -55,6 +55,10 @@ class ClassSampler:
     def __iter__(self) -> Iterator[list[int]]:
         while True:
             yield self._draw_batch()
+
+    def __len__(self) -> int:
+        """Return the number of batches that hold as many images as there are: an epoch, though batches never end."""
+        return len(self.labels) // self.batch_size
 
     def _draw_batch(self) -> list[int]:
         raise NotImplementedError

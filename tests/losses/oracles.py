@@ -5,7 +5,9 @@ import torch
 from hloss.losses import reference
 
 
-def histogram_loss(embeddings, labels, n_bins=200, kernel="triangular", bandwidth=None, density="histogram", **settings):
+def histogram_loss(
+    embeddings, labels, n_bins=200, kernel="triangular", bandwidth=None, density="histogram", **settings
+):
     """The loss of all settings of `HistogramLoss`: equation 4 or 6 over a density of each group of pairs."""
     similarities = reference.pair_similarities(embeddings, labels, settings.pop("normalize", True))
     if density == "beta":
