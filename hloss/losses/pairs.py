@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hloss.losses.batch import Batch
+from hloss.numerics import exact_products, refuse_rows, whole_number
 
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # The group of a pair.
 ROWS, COLUMNS = 256, 1024  # Largest block of pairs on a CPU: 2^18 pairs fit into its caches.
@@ -108,6 +109,33 @@ def find_pairs(batch: Batch) -> Pairs:
     if batch.is_matrix:
         return MatrixPairs(batch.labels, batch.within)
     return LabelPairs(batch.labels, batch.reference_labels)
+
+
+def pair_matrix(multi_hot: Tensor, at_least: int = 1) -> Tensor:
+    """Return the matrix of pairs of images with several labels: +1 for enough common labels, -1 for fewer.
+
+    Args:
+        multi_hot: whether each image has each label, 0 or 1, (n, labels).
+        at_least: number of common labels that makes a pair positive.
+
+    Returns:
+        Int8 (n, n), as losses take it in place of labels. Set entries to 0 to leave pairs out.
+
+    Example:
+        >>> pair_matrix(torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1]]))
+        tensor([[ 1,  1, -1],
+                [ 1,  1, -1],
+                [-1, -1,  1]], dtype=torch.int8)
+    """
+    whole_number("at_least", at_least, 1)
+    multi_hot = torch.as_tensor(multi_hot)
+    if multi_hot.ndim != 2:
+        raise ValueError(f"multi_hot must be 0 and 1 of shape (n, labels): got {tuple(multi_hot.shape)}")
+    wrong = ((multi_hot != 0) & (multi_hot != 1)).any(1)
+    refuse_rows("multi_hot must be 0 and 1 of shape (n, labels);", wrong, "hold other numbers")
+    with exact_products(multi_hot.device):
+        common = multi_hot.float() @ multi_hot.float().T
+    return torch.where(common >= at_least, 1, -1).to(torch.int8)
 
 
 def block_rows(device: torch.device) -> int:
