@@ -1,10 +1,12 @@
 # make study [STUDY=quick] [PROFILE=local] [CORES=2] [KEEP=1]   run a study and write its report
 # make plan [STUDY=quick] [PROFILE=local]   list the runs left, with their time, memory and disk
+# make watch [STUDY=quick]  keep the page runs/STUDY/index.html up to date; `make study` does so as well
 # make report [STUDY=quick]  write the report of the results so far; it names the missing runs
 # make verify [RESULTS=reports/sample] [RUNS=5] [SEED=0]   repeat a few runs of given results and compare them
+# make docs                 build the site of guides, notebooks and docstrings in build/site
 # make lab                  open the notebooks in JupyterLab
 # make test                 run all tests and notebooks except the slow tests
-# make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser
+# make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser, examples
 # make check-gpu            check a machine with GPUs; run it there before the first study
 # To use an existing environment: make study BIN=/path/to/environment/bin
 
@@ -29,30 +31,39 @@ STUDY_INSTALLED := $(VENV)/.installed-study
 TEST_INSTALLED := $(VENV)/.installed-test
 SLURM_INSTALLED := $(VENV)/.installed-slurm
 BROWSER_INSTALLED := $(VENV)/.installed-browser
+EXAMPLES_INSTALLED := $(VENV)/.installed-examples
+DOCS_INSTALLED := $(VENV)/.installed-docs
 endif
 
-.PHONY: study plan report verify lab test test-all check-gpu
-study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json
+.PHONY: study plan watch report verify docs lab test test-all check-gpu
+study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json data/glyphs-5/card.json
 	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
-plan: $(STUDY_INSTALLED) data/glyphs/card.json
+plan: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	@$(BIN)/python workflow/scripts/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
 
-report: $(STUDY_INSTALLED) data/glyphs/card.json
+watch: $(STUDY_INSTALLED)
+	@$(BIN)/python workflow/scripts/watch_study.py $(STUDY)
+
+report: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	@$(BIN)/python workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
 	@$(BIN)/python workflow/scripts/run_notebook.py report $(STUDY)
 
-verify: $(STUDY_INSTALLED) data/glyphs/card.json
+verify: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	@$(BIN)/python workflow/scripts/verify_results.py $(RESULTS) --runs $(RUNS) --seed $(SEED)
+
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/site
+	@echo build/site/index.html
 
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
-test: $(TEST_INSTALLED) data/glyphs/card.json
+test: $(TEST_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m pytest --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
-test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) data/glyphs/card.json
+test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	$(BIN)/python -m pytest -m slow -rs --durations=0 tests
 
 check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
@@ -60,6 +71,11 @@ check-gpu: $(TEST_INSTALLED) data/glyphs/card.json
 
 data/glyphs/card.json: data_prep/glyph_list.json data_prep/glyphs.py data_prep/glyph_drawing.py data_prep/prepared.py | $(STUDY_INSTALLED)
 	$(BIN)/python -m data_prep glyphs
+	@touch $@
+
+# The last of the six datasets that this command writes.
+data/glyphs-5/card.json: data/glyphs/card.json
+	$(BIN)/python -m data_prep glyphs --folds
 	@touch $@
 
 $(VENV)/bin/python:
@@ -71,6 +87,6 @@ $(VENV)/.installed-study: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --progress-bar on -e '.[study]'
 	@touch $@
 
-$(VENV)/.installed-test $(VENV)/.installed-slurm $(VENV)/.installed-browser: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
+$(VENV)/.installed-test $(VENV)/.installed-slurm $(VENV)/.installed-browser $(VENV)/.installed-docs $(VENV)/.installed-examples: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-study
 	$(VENV)/bin/python -m pip install -e '.[$*]'
 	@touch $@

@@ -58,6 +58,10 @@ def prepare_and_report(name: str, options: argparse.Namespace) -> None:
         PreparationError: the dataset cannot be prepared.
     """
     out = options.out or Path("data") / name
+    if name == "glyphs" and options.folds:
+        for number, card in enumerate(glyphs.prepare_folds(out)):
+            print(f"{out}-{number}: {card_summary(card)}; {card['class_split']}")
+        return
     card = prepare(name, out, options)
     print(f"{out}: {card_summary(card)}")
     print(f"{check.summary(out)}\nDetails: python -m data_prep check {out}".lstrip())
@@ -128,6 +132,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, help="folder of the prepared dataset, for example data/glyphs")
     command = commands.add_parser("glyphs", help="the built-in dataset of drawn characters")
     command.add_argument("--out", type=Path, help="folder to write (default: data/glyphs)")
+    help = "write OUT-0 to OUT-4 with five disjoint test sets, one per seed of a study, and OUT-5 for tuning"
+    command.add_argument("--folds", action="store_true", help=help)
     for name, module in PUBLISHED.items():
         command = commands.add_parser(name, help=module.ORIGINAL.title, **_described(module))
         _add_common(command, name, module.OPTIONS)

@@ -4,9 +4,17 @@ A class is a Unicode character; its images are drawings in up to sixteen
 typefaces. Like the paper's datasets it has many classes, few images per class
 and unseen classes at test time. Each image has a fixed jitter, drawn from the
 dataset's seed. The classes are split into 60 % train, 10 % val and 30 % test.
+
+The same images also make six datasets with one test set per seed of a study.
+A fixed tenth of the classes is for tuning alone. The other classes are cut into
+FOLDS disjoint test sets. Dataset n of the first five tests on set n, and trains
+and validates on classes of the other sets. Dataset TUNING validates on the
+tenth and trains on classes of all sets.
 """
 
 import json
+import os
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -26,6 +34,10 @@ from hloss.runs.datasets import COLUMNS
 SIDE = 32
 SEED = 20161128  # seed of jitter and split, chosen once, before any training
 SHARES = {"train": 0.6, "val": 0.1, "test": 0.3}
+FOLDS = 5
+TUNING = FOLDS  # number of the dataset for tuning
+TUNING_SHARE = 0.1  # of all classes; a dataset of a fold has as many validation classes
+TUNING_TEST = 20  # classes for tuning that are the test set of its dataset: every dataset needs one; none is read
 JITTER: dict[str, Any] = {
     "box_pixels": 24,
     "scale": (0.7, 1.1),
@@ -52,25 +64,75 @@ def prepare(out: Path) -> dict:
     Raises:
         PreparationError: a font file differs from the one of the glyph list, or `out` cannot be replaced.
     """
+    images, index, splits = draw_dataset()
+    return _write(out, images, index.assign(split=splits[index.label]), card())
+
+
+def prepare_folds(out: Path) -> list[dict]:
+    """Draw the images once and write the datasets OUT-0 to OUT-4, one per test set, and OUT-5 for tuning.
+
+    The five datasets of the test sets have the same images, whose file is stored once where the disk has hard links.
+
+    Args:
+        out: Path of the datasets without their numbers.
+
+    Returns:
+        The cards.
+
+    Raises:
+        PreparationError: as in `prepare`.
+    """
+    images, index, splits = draw_dataset()
+    cards, first = [], None
+    for number, of_class in enumerate(fold_splits(len(splits))):
+        split = of_class[index.label]
+        used = split != ""
+        folder = out.with_name(f"{out.name}-{number}")
+        cards.append(_write(folder, images[used], index.assign(split=split)[used], fold_card(number), first))
+        first = folder if number + 1 < TUNING else None
+    return cards
+
+
+def draw_dataset() -> tuple[np.ndarray, pd.DataFrame, np.ndarray]:
+    """Draw all images.
+
+    Returns:
+        Images, uint8 (n, 32, 32, 1); the index, with empty splits; and the split of each class in `glyphs`.
+
+    Raises:
+        PreparationError: a font file differs from the one of the glyph list.
+    """
     listed = json.loads(LIST_FILE.read_text())
     check_faces(listed["sha256"])
-    classes = listed["classes"]
     rng = np.random.default_rng(SEED)
-    split_of = split_classes(len(classes), rng)
-    rows, inks = [], []
-    for label, entry in enumerate(classes):
-        for face in entry["faces"]:
-            code = f"U+{ord(entry['character']):04X}"
-            rows.append((label, split_of[label], "both", -1, f"{code} {FACES[face]}"))
-            inks.append((entry["character"], FACES[face]))
+    splits = split_classes(len(listed["classes"]), rng)
+    rows, images = [], []
+    drawings = [(label, entry, face) for label, entry in enumerate(listed["classes"]) for face in entry["faces"]]
+    for label, entry, face in tqdm(drawings, desc="glyphs", unit="images", mininterval=1):
+        code = f"U+{ord(entry['character']):04X}"
+        rows.append((label, "", "both", -1, f"{code} {FACES[face]}"))
+        images.append(jitter(draw(entry["character"], FACES[face]), rng))
+    return np.stack(images)[..., None], pd.DataFrame(rows, columns=list(COLUMNS)), splits
+
+
+def _write(out: Path, images: np.ndarray, index: pd.DataFrame, card: dict, same_images: Path | None = None) -> dict:
+    """Write a dataset and return its card. `same_images`: a dataset with these images, whose file is linked."""
     with new_folder(out) as folder:
-        images = create_images(folder, len(rows), SIDE, SIDE, 1)
-        for i, (character, face) in enumerate(tqdm(inks, desc="glyphs", unit="images", mininterval=1)):
-            images[i, :, :, 0] = jitter(draw(character, face), rng)
-        images.flush()
-        index = pd.DataFrame(rows, columns=list(COLUMNS))
-        finish(folder, index, card())
+        if same_images:
+            _link(same_images / "images.npy", folder / "images.npy")
+        else:
+            stored = create_images(folder, *images.shape)
+            stored[:] = images
+            stored.flush()
+        finish(folder, index.reset_index(drop=True), card)
     return json.loads((Path(out) / "card.json").read_text())
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(source, target)
 
 
 def card() -> dict:
@@ -89,6 +151,51 @@ def card() -> dict:
             "unicode": unicodedata.unidata_version,
         },
     }
+
+
+def fold_card(number: int) -> dict:
+    """Return the entries of the card of a numbered dataset besides counts and hashes.
+
+    Args:
+        number: From 0; TUNING for the dataset for tuning.
+    """
+    split = f"test set {number} of 0 to {FOLDS - 1}; training and validation classes are drawn from the other test sets"
+    if number == TUNING:
+        split = (
+            "for tuning: validation and test classes are in no test set of the other datasets, training classes are "
+            "drawn from all of them; the few test classes decide nothing"
+        )
+    shares = {"tuning": TUNING_SHARE, "val": TUNING_SHARE, "test sets": FOLDS}
+    settings = {"seed": SEED, "shares": shares, "jitter": JITTER, "test_set": number}
+    return card() | {"settings": settings, "class_split": split}
+
+
+def fold_splits(n: int) -> list[np.ndarray]:
+    """Draw the split of each class in the numbered datasets.
+
+    Args:
+        n: Number of classes.
+
+    Returns:
+        FOLDS + 1 arrays of n strings: train, val, test, or "" for a class that the dataset leaves out.
+    """
+    rng = np.random.default_rng([SEED, FOLDS])  # another stream than that of `glyphs`, whose draws stay the same
+    held = round(TUNING_SHARE * n)
+    tuning, tested = np.split(rng.permutation(n), [held])
+    folds = []
+    for test in np.array_split(tested, FOLDS):
+        others = rng.permutation(np.setdiff1d(tested, test))
+        folds.append(_split_of_class(n, train=others[held:], val=others[:held], test=test))
+    train = rng.permutation(tested)[: (folds[0] == "train").sum()]
+    folds.append(_split_of_class(n, train=train, val=tuning[TUNING_TEST:], test=tuning[:TUNING_TEST]))
+    return folds
+
+
+def _split_of_class(n: int, **classes: np.ndarray) -> np.ndarray:
+    splits = np.full(n, "", dtype="<U5")
+    for name, labels in classes.items():
+        splits[labels] = name
+    return splits
 
 
 def split_classes(n: int, rng: np.random.Generator) -> np.ndarray:

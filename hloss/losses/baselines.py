@@ -18,7 +18,7 @@ ROUNDING = 1e-12  # Closer squared distances of unit vectors count as equal: the
 
 
 class BaselineLoss(nn.Module):
-    """Base class: `loss(embeddings, labels)`. Without a positive or a negative pair the loss is undefined.
+    """Base class: `loss(embeddings, labels)`. The loss needs a positive and a negative pair.
 
     Args:
         on_degenerate: "raise" a ValueError for an undefined loss, or return "zero" with a zero gradient.
@@ -188,7 +188,7 @@ class Contrastive(BaselineLoss):
 
     Args:
         margin: distance from which negative pairs cost nothing, above 0.
-        normalize: L2-normalise the embeddings, which the paper does not do; the margin need not fit their scale then.
+        normalize: L2-normalise the embeddings, unlike the paper. Otherwise the margin must fit their scale.
         on_degenerate: "raise" or "zero", for a batch of one embedding.
 
     Example:

@@ -22,7 +22,7 @@ class DeferredChecks:
         Args:
             values: numbers on the device, of the same shape for all checks.
             verify: called as `verify(numbers, *inputs)`; raises if the numbers are bad.
-            inputs: kept without the graph that they are part of.
+            inputs: further arguments of `verify`; tensors are detached from autograd's graph.
         """
         kept = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
         self.pending.append((values, lambda numbers: verify(numbers, *kept)))
@@ -55,7 +55,8 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
     Yields:
         The pending checks, with `raise_if_bad()`.
 
-    Example:
+    Example::
+
         with deferred_checks() as checks:
             for images, labels in batches:
                 loss(network(images), labels).backward()

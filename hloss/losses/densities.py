@@ -19,7 +19,7 @@ BETA_ENDS = (1e-5, 0.999)  # The authors' layer evaluates the Beta density here 
 
 
 class HistogramDensity:
-    """Histograms from the counts and the sums of f per interval and group (equation 2); dL/ds is a table."""
+    """Histograms (equation 2). It counts pairs and adds up f, by interval and group; dL/ds is a table."""
 
     def __init__(self, s: LossSettings, device: torch.device) -> None:
         self.s, self.size = s, s.n_bins + 1  # The last interval is the point s = 1.
@@ -27,7 +27,7 @@ class HistogramDensity:
         self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
 
     def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """Add a block of pairs at `position` (s + 1) / Delta in [0, n_bins], overwrite it, and return their places."""
+        """Add pairs with `position` (s + 1) / Delta in [0, n_bins], return their places. Overwrites `position`."""
         places = code = self.places(position, block, buffers)
         n = 1 if block.groups is None else 3
         # Several lanes reduce collisions of atomic additions on CUDA, and give each CPU thread its own table.
@@ -59,7 +59,7 @@ class HistogramDensity:
         return code
 
     def finish(self) -> None:
-        """Set `undefined` to the reason why there is no loss, empty if there is one. Synchronises once."""
+        """Set `undefined` to the reason why the loss is undefined, or to an empty string. Synchronises once."""
         self.totals = self.counts[:2].sum(1)
         negatives, positives = self.totals.tolist()
         self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
@@ -95,7 +95,7 @@ class BetaDensity:
         self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # Sums of x - 1/2 and its square.
 
     def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """Add a block of pairs at `position`, overwrite it, and return their places."""
+        """Add pairs with `position` (s + 1) / Delta, and return their places. Overwrites `position`."""
         places = buffers.take("places", position.shape, position.dtype, position.device).copy_(position)
         x = position.div_(self.s.n_bins).sub_(0.5)
         negatives: int | Tensor = x.numel()
@@ -108,7 +108,7 @@ class BetaDensity:
         return places
 
     def places(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """Return the positions: the slope depends on them."""
+        """Return the positions, because the slope is a function of the position."""
         return position
 
     def _add(self, group: int, x: Tensor, n: Tensor | int) -> None:
@@ -117,7 +117,7 @@ class BetaDensity:
         self.moments[group, 1] += torch.linalg.vector_norm(x, dtype=torch.float64).square()
 
     def finish(self) -> None:
-        """Set `undefined` to the reason why there is no loss, empty if there is one."""
+        """Set `undefined` to the reason why the loss is undefined, or to an empty string."""
         n = self.counts[:2].double()
         mean = self.moments[:, 0] / n
         variance = (self.moments[:, 1] - n * mean**2) / (n - 1)
@@ -127,7 +127,10 @@ class BetaDensity:
         self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
         if not self.undefined and not (negative_fits and positive_fits):
             group = "negative" if positive_fits else "positive"
-            self.undefined = f"the similarities of the {group} pairs have no variance that a Beta density fits"
+            self.undefined = (
+                f"a Beta density does not fit the similarities of the {group} pairs: "
+                "their variance is undefined, 0 or too large"
+            )
 
     def densities(self, mean_variance: Tensor | None = None) -> Tensor:
         """Return p_neg and p_pos, (2, n_bins + 1)."""

@@ -34,7 +34,7 @@ TRITON = importlib.util.find_spec("triton") is not None
 def serves(
     embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, s: LossSettings
 ) -> bool:
-    """Whether the fused kernels compute this loss. Wrong shapes are left to the errors of the plain path."""
+    """Whether the fused kernels compute this loss. False for wrong shapes, so that the plain path raises its error."""
     return (
         embeddings.is_cuda
         and s.density == "histogram"
@@ -96,7 +96,7 @@ def _obstacle(device: torch.device) -> str:
 def loss(
     embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, s: LossSettings
 ) -> Tensor:
-    """The histogram loss of what `serves` accepts."""
+    """The histogram loss. `serves` must be true for these arguments."""
     if torch.compiler.is_compiling():
         costs = s.order_cost, float(s.margin), float(s.alpha)
         settings = s.n_bins, s.kernel, s.bandwidth, *costs, s.normalize, s.on_degenerate
@@ -105,7 +105,7 @@ def loss(
 
 
 class _Fused(torch.autograd.Function):
-    """The eager form of `_operator`: the dispatch of an operator costs a small batch more than its kernels."""
+    """The eager form of `_operator`: for a small batch, calling an operator takes longer than its kernels."""
 
     @staticmethod
     def forward(ctx, embeddings, references, labels, reference_labels, s, precision):  # type: ignore[no-untyped-def]
@@ -145,7 +145,7 @@ def _operator(
     on_degenerate: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss; for the backward pass units and scales of both sides, slopes, places; empty tensors stand for None."""
+    """The loss, then the unit rows, scales, slopes and places for the backward pass. An empty tensor means None."""
     s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
     plan = find_plan(embeddings, references, labels, s, precision)
     loss, (rows, columns, slopes, places) = forward_pass(embeddings, references, labels, reference_labels, plan)
@@ -193,7 +193,7 @@ def _backward_operator(
     precision: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """The gradients that are wanted, of the embeddings and of the references."""
+    """The requested gradients of the embeddings and of the references."""
     copied, device = is_copied(embeddings.dtype, normalize), embeddings.device
     rows = Side(units if copied else ready(embeddings, device), scales)
     columns = None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hloss.losses import fused
+from hloss.losses import compiled, fused
 from hloss.losses.densities import Density, grid_nodes, missing_pairs
 from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock, Pairs, find_pairs
 from hloss.losses.settings import LossSettings
@@ -86,12 +86,15 @@ class HistogramLoss(nn.Module):
             ValueError: a shape or dtype is wrong, embeddings are NaN, infinite or zero, or the loss is undefined.
         """
         s = self.settings
+        compiled.refuse_transforms()
         check_embeddings("embeddings", embeddings)
         labels = integers("labels", labels)
         if reference_labels is not None:
             reference_labels = integers("reference_labels", reference_labels)
         if fused.serves(embeddings, labels, reference_embeddings, reference_labels, s):
             return fused.loss(embeddings, labels, reference_embeddings, reference_labels, s)
+        if torch.compiler.is_compiling():
+            return compiled.loss(embeddings, labels, reference_embeddings, reference_labels, s)
         batch, norms = checked_batch(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
         return StreamedLoss.apply(batch.embeddings, batch.references, norms, find_pairs(batch), s)
 
@@ -148,7 +151,7 @@ class PairSlopes(NamedTuple):
 
 
 def pair_slopes(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: Any) -> PairSlopes:
-    """Return dL/ds of a pair by its s, times the number of pairs of its group: equation 5, as for `histogram_loss`.
+    """Return dL/ds (equation 5) times the number of pairs of the group. Arguments as for `histogram_loss`.
 
     Example:
         >>> pair_slopes(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), n_bins=4).positive
@@ -193,7 +196,8 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
     Args:
         embeddings: floating-point (n, d); they are L2-normalised.
         labels: integer class labels (n,), or a matrix of pairs as for `HistogramLoss`.
-        ties: weight of equal similarities: "half" gives 1 - ROC AUC of the pairs, "count" the limit for many bins.
+        ties: how equal similarities count. "half": by 1/2, which gives 1 - ROC AUC. "count": fully, the limit for
+            many bins.
 
     Raises:
         ValueError: an argument is wrong, or there is no positive or no negative pair.

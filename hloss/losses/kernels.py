@@ -2,7 +2,7 @@
 """Triton kernels of the histogram loss. `passes` launches them; read it first.
 
 A tile of similarities is a product of BM rows and BN columns. Each pair of a tile becomes a code: the interval of its
-similarity, moved on by NODES for a positive pair; NONE = 2 NODES for what is no pair. Tables are integers:
+similarity, plus NODES for a positive pair. Other entries have the code NONE = 2 NODES. Tables are integers:
 their sums do not depend on the order of the additions. No floating-point number is added atomically.
 """
 
@@ -194,7 +194,7 @@ def _flush(lane, wide, NODES: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _tile(t, across, TRIANGLE: tl.constexpr):
-    """Row and column of tile t, in rows of `across` tiles; TRIANGLE: of those on and above the diagonal alone."""
+    """Row and column of tile t; a row has `across` tiles. TRIANGLE: t counts only tiles on and above the diagonal."""
     if TRIANGLE:  # the lower triangle's long and short rows, side by side
         top = across // 2
         width = 2 * top + 1
@@ -238,9 +238,9 @@ def bin_pairs(
 ):
     """Fill the table: 2 NODES counts, 2 NODES sums of fractions, FLAGS, then a lane of packed numbers per program.
 
-    The tiles lie in rows of `across`; within one batch those on and above the diagonal are computed.
+    A row has `across` tiles. Within one batch, only tiles on and above the diagonal are computed.
 
-    A lane's number holds at most 2^18 pairs: it is moved to the shared counts and sums before more can be in it.
+    A lane's number can count 2^18 pairs. Before it overflows, it is added to the shared counts and sums.
     """
     program = tl.program_id(0)
     lane = table + 4 * NODES + FLAGS + program.to(tl.int64) * (2 * NODES)
@@ -271,7 +271,7 @@ def bin_pairs(
 
 @triton.jit
 def _mass(table, i, NODES: tl.constexpr):
-    """Mass at the nodes i of one group (equation 2): 1 - f of the pairs behind a node and f of those before it."""
+    """Mass at the nodes i of one group (equation 2): 1 - f of pairs right of a node, f of pairs left of it."""
     real = (i >= 0) & (i < NODES)
     sums = table + 2 * NODES
     count = tl.load(table + i, mask=real, other=0).to(tl.float64)
@@ -346,7 +346,7 @@ def finish_matrix(
 ):
     """Loss and slopes of any kernel and cost, from the three matrices of `passes.bilinear_forms`.
 
-    Each program computes the slopes of BR intervals, but for the last, which computes the loss.
+    Each program computes the slopes of BR intervals. The last program computes the loss instead.
     """
     size: tl.constexpr = NODES * NODES
     negatives = _total(table, NODES, CHUNK)
@@ -395,7 +395,7 @@ def find_slopes(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of the matrix of slopes. MIRROR: it lies on the diagonal, so that half of it is the other's mirror.
+    """A block of the matrix of slopes. MIRROR: the block lies on the diagonal, so it is symmetric.
 
     `found` is large enough for whole tiles.
     """
@@ -432,7 +432,7 @@ def multiply(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The matrix of slopes, looked up by code, times the columns' embeddings; a part of the columns per program.
+    """Product of the slopes, looked up by code, and the columns' embeddings. A program takes part of the columns.
 
     `places` is filled up to whole tiles with NONE.
     """
@@ -479,7 +479,7 @@ def through_norm(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """From the parts of the gradient by the unit rows to that by the rows given."""
+    """Compute the gradient of the given rows from the parts of the gradient of the unit rows."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     size = n.to(tl.int64) * depth
     start = r.to(tl.int64)[:, None] * depth

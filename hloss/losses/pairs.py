@@ -57,7 +57,7 @@ class LabelPairs:
         self.windows = torch.stack([self.first[ends[:-1]], self.last[ends[1:] - 1]], 1).tolist()  # Synchronises once.
 
     def blocks(self) -> Iterator[PairBlock]:
-        """Yield all pairs; within one batch the pairs i < j, others in these blocks are ignored."""
+        """Yield all pairs. Within one batch these are the pairs i < j; others in a block are marked as ignored."""
         for top, bottom, (left, right) in zip(self.cuts, self.cuts[1:], self.windows, strict=False):
             rows = slice(top, bottom)
             for columns in _chunks(top if self.within else 0, self.n_columns, self.last.device):
@@ -88,7 +88,7 @@ class MatrixPairs:
         self.row_order, self.column_order = (torch.arange(size, device=matrix.device) for size in matrix.shape)
 
     def blocks(self) -> Iterator[PairBlock]:
-        """Yield all pairs; within one batch the pairs i < j, others in these blocks are ignored."""
+        """Yield all pairs. Within one batch these are the pairs i < j; others in a block are marked as ignored."""
         n, m = self.matrix.shape
         for top, bottom in itertools.pairwise(_row_cuts(n, self.matrix.device)):
             rows = slice(top, bottom)

@@ -1,4 +1,4 @@
-"""The two passes of the fused histogram loss: which Triton kernel is launched on what.
+"""The two passes of the fused histogram loss, as launches of Triton kernels.
 
 Forward: `prepare` writes unit rows and their norms, `bin_pairs` computes tiles of similarities and adds their pairs to
 a table of integers, `finish_step` or `finish_matrix` turns the table into the loss and the slopes.
@@ -58,10 +58,10 @@ class Side(NamedTuple):
 
 
 class Launch:
-    """A kernel and all it is launched with but the tensors, which always have the same types.
+    """A kernel and the arguments of its launch, without the tensors. Their types are always the same.
 
-    What it was compiled to is remembered: Triton finds it more slowly. In Triton's interpreter there is nothing to
-    remember. Tensors must be `ready`: Triton compiles another program for those that begin elsewhere.
+    The compiled kernel is stored, because Triton's own cache takes longer. Triton's interpreter compiles nothing.
+    Tensors must be `ready`: for an address that is not aligned, Triton compiles another kernel.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Block(NamedTuple):
 
 
 class Plan:
-    """All of the two passes but the tensors, for batches of the same shapes and types.
+    """Both passes without the tensors, for all batches of the same shapes and types.
 
     Args:
         shape: of the embeddings.
@@ -199,7 +199,7 @@ class Plan:
         return Block(launch, i, j, self.within and not on_diagonal)
 
     def _multiply(self, rows: int, m: int, strides: tuple[int, int]) -> Product:
-        """The slopes of all rows times the other side, in as many parts as are work for a GPU."""
+        """The slopes of all rows times the other side, in enough parts to occupy the GPU."""
         tile = GRADIENT_TILE
         grid = _cdiv(rows, tile.rows), _cdiv(self.depth, tile.columns)
         wanted = max(1, _programs(self.device) // (grid[0] * grid[1]))
@@ -243,7 +243,7 @@ _find_plan = lru_cache(maxsize=64)(Plan)
 
 
 def find_plan(embeddings: Tensor, references: Tensor | None, labels: Tensor, s: LossSettings, precision: str) -> Plan:
-    """The plan of such inputs, made when they first come."""
+    """The plan for these inputs. It is computed once and cached."""
     shape = None if references is None else references.shape
     types = embeddings.dtype, labels.dtype
     return _find_plan(embeddings.shape, shape, labels.ndim == 2, types, embeddings.device, s, precision)
@@ -306,7 +306,7 @@ def backward_pass(
 
 
 def _sums_of_places(kept: Kept, places: Tensor, wanted: tuple[bool, bool], plan: Plan) -> list[Tensor | None]:
-    """Gradients of the unit rows of both sides, each in parts (parts, rows, d), by the places that are kept."""
+    """Gradients of the unit rows of both sides, (parts, rows, d), from the stored places."""
     rows, columns = kept.rows, kept.columns or kept.rows
     return [
         _multiply(plan.product, places, kept.slopes, columns) if wanted[0] else None,
@@ -347,7 +347,7 @@ def _sums_of_blocks(
 
 
 def _part(x: Tensor, rows: slice, columns: slice | None = None) -> Tensor:
-    """Some rows and columns of x. A view takes as long as a launch: none is made of the whole."""
+    """Some rows and columns of x. Returns x itself for all of them, because a view takes as long as a launch."""
     if rows.stop - rows.start < x.shape[0]:
         x = x[rows]
     return x if columns is None or columns.stop - columns.start == x.shape[1] else x[:, columns]
@@ -432,7 +432,7 @@ def _verify(
 
 
 def is_copied(dtype: torch.dtype, normalize: bool) -> bool:
-    """Whether the unit rows are others than the embeddings themselves."""
+    """Whether the unit rows are a copy; otherwise they are the embeddings."""
     return normalize or dtype != torch.float32
 
 
@@ -478,7 +478,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _launch(name: str, grid: tuple[int, ...], tile: Tile | None, *arguments: Any, **constants: Any) -> Any:
-    """Launch a kernel by Triton, its constants in order. Returns what it was compiled to, None in the interpreter."""
+    """Launch a kernel with its constants in order. Returns the compiled kernel; None in Triton's interpreter."""
     from hloss.losses import kernels  # needs Triton
 
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}

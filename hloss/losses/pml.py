@@ -1,6 +1,6 @@
 """Losses and miners of pytorch-metric-learning by name: `PMLLoss("TripletMarginLoss", miner="TripletMarginMiner")`.
 
-An option that takes an object is given by its name, or by its name with options: `{"distance": "CosineSimilarity"}`,
+If an option takes an object, give the name of its class, or the name with options: `{"distance": "CosineSimilarity"}`,
 `{"distance": {"LpDistance": {"power": 2}}}`. Losses with proxies or class weights need labels that count from 0, and
 the optimiser must get their parameters. Losses that need more than one batch, or that wrap another loss, are excluded.
 """
@@ -118,9 +118,9 @@ def _part(module: str, value: str | Mapping[str, Any]) -> nn.Module:
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """Return the named arguments of a class, and those of its bases that its **kwargs pass on.
+    """Return the named arguments of a class, and those of its bases that it accepts as **kwargs.
 
-    The class itself sets the required arguments of a base, so they are left out unless its *args pass them on.
+    Required arguments of a base are left out, because the class sets them, unless it accepts *args for the base.
     """
     taken: dict[str, inspect.Parameter] = {}
     needed = True

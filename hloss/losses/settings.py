@@ -48,7 +48,7 @@ class LossSettings:
             name = f"bandwidth of the {self.kernel} kernel (standard deviation in nodes)"
             object.__setattr__(self, "bandwidth", number(name, self.bandwidth, above=0))
         elif self.bandwidth is not None:
-            raise ValueError(f"bandwidth is not for the triangular kernel: got {self.bandwidth!r}")
+            raise ValueError(f"bandwidth of the triangular kernel must be None: got {self.bandwidth!r}")
 
     @property
     def delta(self) -> float:

@@ -47,7 +47,7 @@ def collect_density(sides: Sides, pairs: Pairs, s: LossSettings) -> tuple[Densit
 
 
 class StreamedLoss(torch.autograd.Function):
-    """Keeps the slopes of the loss; the backward pass computes the pairs again, block by block, unless they are few."""
+    """The loss. It keeps the slopes; the backward pass computes the pairs again, in blocks, unless they are few."""
 
     @staticmethod
     def forward(ctx, embeddings, references, norms, pairs, s):  # type: ignore[no-untyped-def]

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
@@ -53,14 +54,25 @@ def run_file(file: Path) -> None:
     if "HLOSS_STDIN" in os.environ:
         stop_with_starter()
     try:
-        config = parse_config(json.loads(file.read_text()))
+        config = parse_config(_settings(file))
         result = run(config)
-    except (ConfigError, DatasetError, RunError, OSError, json.JSONDecodeError) as error:
+    except (ConfigError, DatasetError, RunError, OSError) as error:
         sys.exit(f"hloss.runs: {error}")
     if dist.is_initialized():  # Not after an error: NCCL would then wait for processes that wait for this one.
         dist.destroy_process_group()
     if result and "HLOSS_STDIN" not in os.environ:
         print(config.folder / "result.json")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Read a JSON file with a mapping; ConfigError if it has other content."""
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is not a JSON file: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f'{file} must contain a mapping such as {{"loss": "histogram"}}: got {settings!r:.80}')
+    return settings
 
 
 def show_networks(arguments: Sequence[str]) -> None:

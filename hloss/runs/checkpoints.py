@@ -1,6 +1,7 @@
-"""Status file, checkpoints and signal handling of a run.
+"""Status and progress files, checkpoints and signal handling of a run.
 
 `status.json` gives other processes the state of a run, which papermill's exit code does not.
+`progress.json` has the numbers that a run prints.
 
 A new checkpoint is written to a separate file and then renamed, and the previous one is kept. So a complete checkpoint
 exists at all times. Checkpoints that cannot be read, or belong to other settings, code or data, are skipped and
@@ -23,6 +24,7 @@ from hloss.runs.errors import RunStopped
 from hloss.runs.files import atomic_save, atomic_write
 
 STATES = ("running", "stopped", "failed", "complete")
+PROGRESS = "progress.json"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
@@ -44,6 +46,24 @@ def write_status(folder: Path, state: str, iteration: int, message: str = "", re
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Content of `status.json` in a run's folder; None if the file does not exist."""
     file = Path(folder) / "status.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def write_progress(folder: Path, **numbers: Any) -> None:
+    """Write `progress.json`, what a study's index page shows of a run; a full disk is ignored.
+
+    Args:
+        folder: the run's folder.
+        **numbers: iteration, iterations, loss, images_per_second, seconds_left and validations, a list of
+            (iteration, Recall@1).
+    """
+    with suppress(OSError):
+        atomic_write(folder / PROGRESS, lambda part: part.write_text(json.dumps(numbers) + "\n"))
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """Content of `progress.json` in a run's folder; None if the file does not exist."""
+    file = folder / PROGRESS
     return json.loads(file.read_text()) if file.exists() else None
 
 

@@ -19,6 +19,7 @@ from hloss.losses.settings import did_you_mean
 from hloss.retrieval.similarity import METRICS
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
+from hloss.runs.memory import MemoryLoss, takes_references
 from hloss.runs.models import (
     BATCHNORMS,
     IMAGENET,
@@ -28,6 +29,7 @@ from hloss.runs.models import (
     has_pretrained_part,
     is_known_network,
     network_defaults,
+    torchvision_names,
 )
 from hloss.samplers import SAMPLERS, ClassSampler
 
@@ -160,9 +162,24 @@ class RunConfig(BaseModel):
         ge=1,
         description="images per slice; slices save memory and keep the gradient of the whole batch; None: no slices",
     )
+    memory_batches: int = Field(
+        0,
+        ge=0,
+        description="earlier batches whose embeddings form pairs with the batch, for losses with references; 0: none",
+    )
+    memory_start: int = Field(
+        0, ge=0, description="first iterations without the memory of earlier batches, at least 0 (memory_batches)"
+    )
     devices: int = Field(1, ge=1, description="number of processes, one per GPU, that share each batch")
     iterations: int = Field(60, ge=0, description="training iterations, one batch each; 0 requires loss=none")
     validate_every: int = Field(20, ge=1, description="iterations between two validations, at least 1")
+    report_at: list[int] | None = Field(
+        None,
+        description=(
+            "training lengths in iterations at which the test is reported, increasing, at most iterations, which is "
+            "always reported; None: iterations alone"
+        ),
+    )
     learning_rate: float = Field(1e-3, gt=0, description="initial learning rate of Adam, above 0")
     seed: int = Field(0, ge=0, description="seed of initial weights, batches, augmentation and dropout, at least 0")
     weight_decay: float = Field(
@@ -219,12 +236,21 @@ class RunConfig(BaseModel):
         60.0, ge=0, description="seconds of training between two checkpoints, at least 0 (0: after every iteration)"
     )
     keep_network: bool = ExecutionField(True, description="write the trained network's state dict to network.pt")
+    record_pairs: bool = ExecutionField(
+        False,
+        description=(
+            "record slopes of the batch's pairs, overlap and probability of reverse at each validation, in "
+            "history.parquet; a complete run is not repeated for it"
+        ),
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         _check_name("dataset", self.dataset, None)
         _check_name("study", self.study, None)
         if not is_known_network(self.network):
+            if self.network.startswith(TORCHVISION):
+                _check_name("network", self.network, tuple(f"{TORCHVISION}{name}" for name in torchvision_names()))
             _check_name("network", self.network, (*NETWORKS, f"{TORCHVISION}NAME"))
         if not self.loss.startswith(PREFIX):
             _check_name("loss", self.loss, (*LOSSES, f"{PREFIX}NAME", NO_LOSS))
@@ -237,7 +263,8 @@ class RunConfig(BaseModel):
         if self.metric is not None:
             _check_name("metric", self.metric, METRICS)
         self.sampler_settings()
-        self.build_loss()
+        loss = self.build_loss()
+        self._check_memory(loss)
         _check_name("batchnorm", self.network_settings()["batchnorm"], BATCHNORMS)
         self._check_pretrained()
         if self.devices > self.batch_size:
@@ -254,7 +281,39 @@ class RunConfig(BaseModel):
             )
         if self.network == "pixels" and self.iterations:
             raise ValueError(f'iterations={self.iterations}: network "pixels" has no parameters; set iterations to 0')
+        self._check_report_at()
         return self
+
+    def _check_report_at(self) -> None:
+        """Refuse lengths at which the result could differ from that of a run of so many iterations."""
+        given = self.report_at
+        if given is None:
+            return
+        if not given or given[0] < 1 or given != sorted(set(given)) or given[-1] > self.iterations:
+            raise ValueError(
+                f"report_at={given}: the lengths must increase; allowed are 1 to iterations={self.iterations}"
+            )
+        for length in given:
+            if length % self.validate_every and length != self.iterations:
+                raise ValueError(
+                    f"report_at={given}: no validation takes place after {length} iterations; allowed are multiples of "
+                    f"validate_every={self.validate_every}"
+                )
+        for name, value, unset in (("refit", self.refit, False), ("lr_step", self.lr_step, None)):
+            if value != unset and len(self.lengths) > 1:
+                raise ValueError(
+                    f"report_at={given} does not fit {name}={value}: with {name} the result at a length is not that of "
+                    f"a shorter run; leave {name} at {unset}, or make one run per length"
+                )
+
+    def _check_memory(self, loss: nn.Module | None) -> None:
+        if self.memory_start and not self.memory_batches:
+            raise ValueError(f"memory_start={self.memory_start}: there is no memory; set memory_batches to 1 or more")
+        if self.memory_batches and not (isinstance(loss, MemoryLoss) and takes_references(loss.loss)):
+            raise ValueError(
+                f"memory_batches={self.memory_batches}: loss {self.loss!r} takes no reference embeddings; use another "
+                "loss, such as histogram, or leave memory_batches at 0"
+            )
 
     def _check_pretrained(self) -> None:
         if has_pretrained_part(self.network):
@@ -320,7 +379,8 @@ class RunConfig(BaseModel):
             n_classes: number of training classes, for losses of pytorch-metric-learning with weights per class.
 
         Returns:
-            A module that maps embeddings (n, d) and labels (n,) to a scalar; None for loss "none".
+            A module that maps embeddings (n, d) and labels (n,) to a scalar; None for loss "none". With
+            `memory_batches` it also keeps the embeddings of earlier batches.
 
         Raises:
             ValueError: a setting of the loss is unknown or out of range, or pytorch-metric-learning is not installed.
@@ -329,7 +389,8 @@ class RunConfig(BaseModel):
         if self.loss == NO_LOSS:
             return None
         if not self.loss.startswith(PREFIX):
-            return LOSSES[self.loss](**settings)
+            loss = LOSSES[self.loss](**settings)
+            return MemoryLoss(loss, self.memory_batches, self.memory_start) if self.memory_batches else loss
         options, miner, miner_options = (settings[name] for name in PML_SETTINGS)
         dimensions = self.embedding_dim or network_defaults(self.network, self.weights)["embedding_dim"]
         # Only the CPU generator is seeded, so only its state must be restored.
@@ -361,11 +422,17 @@ class RunConfig(BaseModel):
             ValueError: a setting is given that the sampler does not have, or the batch size does not fit the sampler.
         """
         defaults = _defaults(SAMPLERS[self.sampler], SAMPLER_SETTINGS)
-        if self.min_images_per_class is not None and not defaults:
-            raise ValueError(
-                f"min_images_per_class={self.min_images_per_class}: sampler {self.sampler!r} has no setting "
-                'min_images_per_class; use sampler "random-class"'
-            )
+        for name in SAMPLER_SETTINGS:
+            if getattr(self, name) is not None and name not in defaults:
+                owners = [
+                    f'"{sampler}"'
+                    for sampler, called in SAMPLERS.items()
+                    if name in inspect.signature(called).parameters
+                ]
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: sampler {self.sampler!r} has no setting {name}; "
+                    f"use sampler {' or '.join(owners)}"
+                )
         if self.sampler == "balanced" and self.batch_size % self.images_per_class:
             raise ValueError(
                 f'batch_size={self.batch_size}: sampler "balanced" requires a multiple of '
@@ -397,11 +464,18 @@ class RunConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
 
-        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it.
+        The default of `tf32` is left out, too: it has no effect on a CPU, and the runs of earlier versions had it. So
+        are the settings of the memory of earlier batches without a memory.
+        `report_at` has all lengths, and is left out if `iterations` is the only one.
         """
         general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
+        general["report_at"] = list(self.lengths)
+        if len(self.lengths) == 1:
+            del general["report_at"]
         if self.tf32 == TF32_DEFAULT:
             del general["tf32"]
+        if not self.memory_batches:
+            del general["memory_batches"], general["memory_start"]
         general["metric"] = self.metric or self.trained_metric
         return general | self.network_settings() | self.loss_settings() | self.sampler_settings()
 
@@ -409,6 +483,11 @@ class RunConfig(BaseModel):
     def run_id(self) -> str:
         """First 12 hex digits of the SHA-256 hash of the resolved settings, which include the seed."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Iterations at which the test is reported: those of `report_at`, and `iterations`."""
+        return tuple(sorted({*(self.report_at or ()), self.iterations}))
 
     @property
     def slice_size(self) -> int | None:
@@ -437,7 +516,10 @@ def setting_names(group: str) -> tuple[str, ...]:
 
 LOSS_SETTINGS, PML_SETTINGS, SAMPLER_SETTINGS, EXECUTION = map(setting_names, ("loss", "pml", "sampler", "execution"))
 
-_signature = functools.cache(inspect.signature)  # a study needs a signature about ten times per run
+
+@functools.cache
+def _signature(called: Callable[..., Any]) -> inspect.Signature:  # a study needs a signature about ten times per run
+    return inspect.signature(called)
 
 
 def _defaults(called: Callable[..., Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -476,7 +558,7 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
         except ValidationError as error:
             for e in error.errors():
                 name = ".".join(str(part) for part in e["loc"])
-                message = e["msg"].removeprefix("Value error, ")
+                message = e["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
                 problems.append(f"{name}={e['input']!r}: {message}" if name else message)
     raise ConfigError("; ".join(problems)) from None
 

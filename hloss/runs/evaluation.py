@@ -18,9 +18,11 @@ from hloss.runs.datasets import Dataset
 from hloss.runs.files import NETWORK_FILE, atomic_save, atomic_write
 from hloss.runs.images import center_crop
 from hloss.runs.models import embed
+from hloss.runs.pair_record import separation, slope_record
 
 PANEL_QUERIES, PANEL_NEIGHBORS = 6, 8
 SIMILARITY_BINS = 100
+PAIR_ROWS = 256  # rows of the matrix of distances that are computed at once
 
 
 def split_embeddings(
@@ -38,7 +40,13 @@ def split_embeddings(
     Returns:
         Embeddings, float32 (n, d), and labels, int64 (n,), both on `device`.
     """
-    rows = dataset.rows(split)
+    return embedded_rows(network, dataset, dataset.rows(split), config, device)
+
+
+def embedded_rows(
+    network: nn.Module, dataset: Dataset, rows: np.ndarray, config: RunConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`split_embeddings` of these rows of the dataset's index."""
     found = embed(network, lambda part: center_crop(dataset.pixels(rows[part]), config.crop).to(device), len(rows))
     return found, dataset.labels(rows).to(device)
 
@@ -60,8 +68,37 @@ def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, d
     return _evaluate_split(dataset, "val", validation_protocol(dataset), (1,), *found, metric).metrics["recall@1"]
 
 
+def pair_record(
+    network: nn.Module, dataset: Dataset, rows: np.ndarray, config: RunConfig, device: torch.device
+) -> dict[str, float]:
+    """Record slopes and separation of the pairs of a training batch, and the separation of the validation classes.
+
+    The batch is embedded again, in evaluation mode and without augmentation. Neither the network nor a random generator
+    changes.
+
+    Args:
+        network: the network, on `device`.
+        dataset: the prepared dataset.
+        rows: of the dataset's index, the images of the batch.
+        config: the settings of the run.
+        device: the device that embeds.
+
+    Returns:
+        The values of `slope_record`, and `batch_overlap`, `batch_reverse`, `validation_overlap` and
+        `validation_reverse` of `separation` in the metric that the loss trains.
+    """
+    loss = config.build_loss(len(dataset.labels(rows).unique()))
+    assert loss is not None
+    batch = embedded_rows(network, dataset, rows, config, device)
+    record = slope_record(loss, *batch)
+    for name, pairs in (("batch", batch), ("validation", split_embeddings(network, dataset, "val", config, device))):
+        found = separation(*pairs, config.trained_metric)
+        record |= {f"{name}_{value}": number for value, number in found.items()}
+    return record
+
+
 def validation_protocol(dataset: Dataset) -> str:
-    """Protocol of the test set, with single queries: validation images have no role "pool" for multiple queries."""
+    """Protocol of the test set, but with single queries, because no validation image has the role "pool"."""
     return str(dataset.card["protocol"]).removesuffix("-multi-query")
 
 
@@ -110,6 +147,42 @@ def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> 
     return {name: getattr(histograms, name).tolist() for name in histograms._fields}
 
 
+def trained_overlap(
+    dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str, density: dict[str, list[float]]
+) -> float:
+    """Measure how much the densities of positive and negative pairs of test images overlap in the trained distance.
+
+    Args:
+        dataset: the prepared dataset.
+        embeddings: floating-point (n, d), one row per test image.
+        labels: int64 (n,).
+        metric: the metric that the loss trains, "cosine" or "euclidean".
+        density: the densities of cosine similarities, from `similarity_density`.
+
+    Returns:
+        Sum of min(h+, h-) over the bins of the two densities, a fraction in [0, 1].
+    """
+    if metric == "cosine":
+        return float(np.minimum(density["positive"], density["negative"]).sum())
+    known = torch.from_numpy(identified_rows(dataset))
+    counts = _distance_counts(embeddings[known], labels[known])
+    return float((counts / counts.sum(1, keepdim=True)).amin(0).sum())
+
+
+def _distance_counts(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Counts of Euclidean distances of negative and positive pairs, float64 (2, 2 SIMILARITY_BINS)."""
+    centred = embeddings.double() - embeddings.mean(0, dtype=torch.float64)
+    bins, most = 2 * SIMILARITY_BINS, 2 * centred.norm(dim=1).max()  # no distance is above the doubled largest norm
+    most = most.clamp_min(torch.finfo(most.dtype).tiny)  # equal embeddings
+    counts = torch.zeros(2 * bins, dtype=torch.float64, device=centred.device)
+    for rows in torch.arange(len(centred), device=centred.device).split(PAIR_ROWS):
+        places = (torch.cdist(centred[rows], centred) / most * bins).long().clamp(max=bins - 1)
+        places += bins * (labels[rows, None] == labels)
+        once = torch.arange(len(centred), device=centred.device) > rows[:, None]
+        counts += torch.bincount(places[once], minlength=2 * bins)
+    return counts.reshape(2, bins)
+
+
 def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:
     """Find the nearest images of a few test queries, which are the same in all runs on a dataset.
 
@@ -140,6 +213,21 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def is_still_improving(validations: list[tuple[int, float]], length: int) -> bool:
+    """Whether the best validation of a training lies in the last tenth of its iterations.
+
+    Args:
+        validations: iteration and Recall@1 of each validation, in order.
+        length: number of iterations of the training; later validations are left out.
+
+    Returns:
+        True if the first of the best validations came after 9/10 of `length`; False without a validation.
+    """
+    until = [(iteration, recall) for iteration, recall in validations if iteration <= length]
+    best = max(until, key=lambda validation: validation[1], default=(0, 0.0))  # the first of equal ones
+    return bool(10 * best[0] > 9 * length)
+
+
 def history_table(progress: dict[str, Any]) -> pd.DataFrame:
     """Tabulate losses and validations of a training.
 
@@ -148,7 +236,7 @@ def history_table(progress: dict[str, Any]) -> pd.DataFrame:
 
     Returns:
         One row per iteration: iteration, loss, validation_recall@1 (NaN without a validation) and, with `refit`,
-        refit_loss. Empty without training.
+        refit_loss; with `record_pairs`, the values of `pair_record` (NaN without a validation). Empty without training.
     """
     if not progress["losses"]["choose"]:
         return pd.DataFrame()
@@ -156,6 +244,8 @@ def history_table(progress: dict[str, Any]) -> pd.DataFrame:
     history.insert(0, "iteration", range(1, len(history) + 1))
     validations = pd.DataFrame(progress["validations"], columns=["iteration", "validation_recall@1"])
     history = history.merge(validations, how="left")
+    if progress["pairs"]:
+        history = history.merge(pd.DataFrame(progress["pairs"]), how="left")
     if progress["losses"]["refit"]:
         history["refit_loss"] = pd.Series(progress["losses"]["refit"])
     return history
@@ -165,7 +255,8 @@ def write_run_files(
     folder: Path,
     result: dict[str, Any],
     history: pd.DataFrame,
-    retrieval: Retrieval,
+    ranks: Tensor,
+    queries: Tensor,
     embeddings: Tensor,
     network: nn.Module | None,
 ) -> None:
@@ -177,8 +268,8 @@ def write_run_files(
         folder: the run's folder.
         result: content of `result.json`.
         history: content of `history.parquet`.
-        retrieval: `queries.npy` gets the positions of the queries among the test images, int32 (q,); `ranks.npy` the
-            ranks of their first matches, int32 (q,).
+        ranks: content of `ranks.npy`, int32 (lengths, q): the rank of each query's first match at each length.
+        queries: content of `queries.npy`, int32 (q,): positions of the queries among the test images.
         embeddings: content of `embeddings.npy`, float32 (n, d), one row per test image.
         network: its state dict is written to `network.pt`; None to write no network.
 
@@ -186,7 +277,7 @@ def write_run_files(
         OSError: a file cannot be written.
     """
     atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
-    arrays = {"ranks": retrieval.ranks.to(torch.int32), "queries": retrieval.query_index.to(torch.int32)}
+    arrays = {"ranks": ranks.to(torch.int32), "queries": queries.to(torch.int32)}
     for name, array in (arrays | {"embeddings": embeddings}).items():
         atomic_write(folder / f"{name}.npy", lambda part, array=array: _save_array(part, array.cpu().numpy()))  # type: ignore[misc]
     if network is not None:

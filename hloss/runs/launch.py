@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from hloss.runs.checkpoints import forward_signals, read_status
 from hloss.runs.config import RunConfig
+from hloss.runs.engine import DDPStrategy, Fabric
 from hloss.runs.errors import ConfigError, RunError, RunStopped
 from hloss.runs.files import atomic_write, read_result
 

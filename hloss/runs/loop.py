@@ -9,19 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
 
 from hloss.losses.checks import DeferredChecks, deferred_checks
 from hloss.losses.distributed import global_batch
 from hloss.numerics import NotFiniteError
-from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_status
+from hloss.runs.checkpoints import StopSignals, save_checkpoint, stopped_by, write_progress, write_status
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
+from hloss.runs.engine import Fabric
 from hloss.runs.errors import RunError, RunStopped
-from hloss.runs.evaluation import validation_recall
+from hloss.runs.evaluation import pair_record, validation_recall
 from hloss.runs.files import atomic_save
 from hloss.runs.images import channels_last
 from hloss.runs.models import training_mode
@@ -56,8 +55,8 @@ class Loop:
 
     Args:
         context: the run.
-        network: as it is initialised; the training changes it in place.
-        rows: of the dataset's index, the images to train on.
+        network: the initial network; training changes it in place.
+        rows: row numbers of the training images in the dataset's index.
         until: the last iteration.
         saved: the checkpoint to continue from; None for a new training.
     """
@@ -74,8 +73,9 @@ class Loop:
         share = (fabric.global_rank, fabric.world_size)
         on_gpu = fabric.device.type == "cuda"
         self.on_host = on_gpu and not isinstance(context.dataset, ResidentDataset)  # the images
-        self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host)
-        self.unread, self.checks = UnreadLosses(reading_interval(fabric.device)), DeferredChecks(sys.maxsize)
+        interval = reading_interval(fabric.device)
+        self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host, at_once=interval)
+        self.unread, self.checks = UnreadLosses(interval), DeferredChecks(sys.maxsize)
         loss = config.build_loss(self.batches.n_classes)
         assert loss is not None
         self.loss = loss.to(fabric.device)
@@ -121,8 +121,9 @@ class Loop:
         iteration = progress["iteration"] + 1
         # The same in all processes; with a third number, because seed and iteration alone draw the crops.
         loss_seed = seed_of(config.seed, iteration, fabric.world_size) if fabric.world_size > 1 else None
-        images, labels = (part.to(fabric.device, non_blocking=True) for part in next(self.batches))
+        images, labels = next(self.batches)
         if self.on_host:
+            images, labels = (part.to(fabric.device, non_blocking=True) for part in (images, labels))
             images = channels_last(images)
         set_learning_rates(self.optimizer, config, iteration)
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,7 +184,7 @@ class Loop:
         return self.context.progress["iteration"] % every == 0 or self.context.progress["iteration"] == self.until
 
     def _validate(self) -> None:
-        """Add the validation Recall@1 of this iteration; keep the network if it is the best, earliest of equals."""
+        """Add the validation Recall@1 of this iteration; keep the network if it is better than all before."""
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
             return
@@ -195,21 +196,39 @@ class Loop:
         if progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
             progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
+        if progress["iteration"] in context.config.lengths[:-1]:
+            at_length = {"iterations": progress["iteration"], "seconds": progress["seconds"], "best": progress["best"]}
+            progress["shorter"].append(at_length)
+        if context.config.record_pairs:
+            rows = self.batches.rows[self.batches.current]
+            record = pair_record(self.network, context.dataset, rows, context.config, context.fabric.device)
+            progress["pairs"].append({"iteration": progress["iteration"], **record})
 
     def _report(self) -> None:
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
             return
         stage, done = progress["stage"], progress["iteration"]
+        loss = float(np.mean(progress["losses"][stage][-context.config.validate_every :]))
+        rate, left = self._images_per_second(), self._seconds() / done * (self.until - done)
         validated = f"validation Recall@1 {100 * progress['validations'][-1][1]:.1f} %  "
         context.report(
             f"{'' if stage == CHOOSE else 'refit '}iteration {done}/{self.until}  "
-            f"loss {np.mean(progress['losses'][stage][-context.config.validate_every :]):.4f}  "
+            f"loss {loss:.4f}  "
             f"{validated if stage == CHOOSE else ''}"
-            f"{self._images_per_second():.0f} images/s  "
-            f"about {self._seconds() / done * (self.until - done):.0f} s left"
+            f"{rate:.0f} images/s  "
+            f"about {left:.0f} s left"
         )
         write_status(context.config.folder, "running", done)
+        write_progress(
+            context.config.folder,
+            iteration=done,
+            iterations=self.until,
+            loss=loss,
+            images_per_second=rate,
+            seconds_left=left,
+            validations=progress["validations"],
+        )
 
     def _seconds(self) -> float:
         """Training time of this stage alone, so that a refit reports its own rate."""
@@ -258,6 +277,8 @@ class Loop:
 
     def _progress_bar(self) -> Any:
         """A progress bar in a terminal or a notebook; a log has the lines of the validations."""
+        from tqdm.auto import tqdm  # imported here because the import decides for a terminal or a notebook
+
         shell = sys.modules.get("IPython")
         interactive = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)
         hidden = not interactive or not self.context.fabric.is_global_zero

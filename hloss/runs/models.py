@@ -80,7 +80,7 @@ def normalized(embeddings: Tensor, normalize: bool = True) -> Tensor:
 
     Args:
         embeddings: floating-point (n, d).
-        normalize: False to convert half precision to float32 only.
+        normalize: if False, only convert half precision to float32.
 
     Returns:
         (n, d), float32 for half-precision embeddings, else of the same dtype.
@@ -323,7 +323,7 @@ def torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, nn.Module]
 
 
 def _dropouts_before(backbone: nn.Module, head: str) -> list[str]:
-    """Names of the dropout layers directly before a layer; torchvision registers the last layers in their order."""
+    """Names of the dropout layers directly before a layer, in the order in which torchvision registers layers."""
     leaves = [key for key, module in backbone.named_modules() if not any(module.children())]
     before = reversed(leaves[: leaves.index(head)])
     return list(takewhile(lambda key: isinstance(backbone.get_submodule(key), nn.Dropout), before))

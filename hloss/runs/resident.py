@@ -1,6 +1,8 @@
 """Datasets whose images are in the memory of the device, so that a training step copies no pixels from the host."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from hloss.runs.datasets import Dataset
 from hloss.runs.images import Views
 
+Choice = tuple[np.ndarray, np.ndarray, Views | None]  # row and class numbers (n,) of a batch; its crops and flips
 CHUNK_BYTES = 2**26  # size of one copy to the device
 FREE_SHARE = 0.5  # largest share of a GPU's free memory that images="auto" uses
 
@@ -35,30 +38,47 @@ class ResidentDataset(Dataset):
         (index,) = send(np.asarray(rows)[None], self.resident.device)
         return self.resident[index].permute(0, 3, 1, 2)
 
-    def batch(self, rows: np.ndarray, labels: np.ndarray, views: Views | None) -> tuple[Tensor, Tensor]:
-        """Cut a batch of training images on the device.
+    def batches(self, chosen: list[Choice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Cut batches of training images on the device.
 
-        All indices are sent in one copy, for which the host does not wait. The pixels equal those of
+        All indices of all batches are sent in one copy, for which the host does not wait. The pixels equal those of
         `hloss.runs.images.augment` with the same draws.
 
         Args:
-            rows: row numbers of the index, int64 (n,).
-            labels: class numbers, int64 (n,).
-            views: crops and flips of these images; None for whole images.
+            chosen: rows, labels and views of each batch, all with views or none.
 
-        Returns:
+        Yields:
             Images, uint8 (n, channels, height, width) of the crops, channels last, and labels, int64 (n,), on the
             device.
         """
+        numbers = np.concatenate([_numbers_of(*each) for each in chosen], 1)
+        sent = send(numbers, self.resident.device).split([len(rows) for rows, *_ in chosen], 1)
+        for indices, (*_, views) in zip(sent, chosen, strict=True):
+            yield self._cut(indices, views)
+
+    def _cut(self, indices: Tensor, views: Views | None) -> tuple[Tensor, Tensor]:
+        """Images and labels of a batch from the numbers of `_numbers_of`."""
         if views is None:
-            index, found = send(np.stack([rows, labels]), self.resident.device)
-            return self.resident[index].permute(0, 3, 1, 2), found
-        tops, lefts, flips = (part.numpy() for part in views[:3])
-        starts, steps = lefts + (views.columns - 1) * flips, 1 - 2 * flips.astype(np.int64)
-        index, found, top, start, step = send(np.stack([rows, labels, tops, starts, steps]), self.resident.device)
-        down = top[:, None] + torch.arange(views.rows, device=top.device)
-        across = torch.addcmul(start[:, None], step[:, None], torch.arange(views.columns, device=top.device))
-        return self.resident[index[:, None, None], down[:, :, None], across[:, None]].permute(0, 3, 1, 2), found
+            index, labels = indices
+            return self.resident[index].permute(0, 3, 1, 2), labels
+        index, labels, top, start, step = indices
+        down = top[:, None] + _whole_numbers(views.rows, top.device)
+        across = torch.addcmul(start[:, None], step[:, None], _whole_numbers(views.columns, top.device))
+        return self.resident[index[:, None, None], down[:, :, None], across[:, None]].permute(0, 3, 1, 2), labels
+
+
+def _numbers_of(rows: np.ndarray, labels: np.ndarray, views: Views | None) -> np.ndarray:
+    """What the device needs to cut a batch: rows and labels, and of views the first row, first column and direction."""
+    if views is None:
+        return np.stack([rows, labels])
+    tops, lefts, flips = (part.numpy() for part in views[:3])
+    return np.stack([rows, labels, tops, lefts + (views.columns - 1) * flips, 1 - 2 * flips.astype(np.int64)])
+
+
+@lru_cache
+def _whole_numbers(n: int, device: torch.device) -> Tensor:
+    """The whole numbers below n, int64 (n,)."""
+    return torch.arange(n, device=device)
 
 
 def send(numbers: np.ndarray, device: torch.device) -> Tensor:

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hloss.retrieval.protocols import Retrieval
 from hloss.runs.checkpoints import (
+    PROGRESS,
     StopSignals,
     clean_up_complete_run,
     load_checkpoint,
@@ -31,9 +33,11 @@ from hloss.runs.errors import ConfigError, DatasetError, GPUMemoryError, RunErro
 from hloss.runs.evaluation import (
     evaluate_test,
     history_table,
+    is_still_improving,
     retrieval_panel,
     similarity_density,
     split_embeddings,
+    trained_overlap,
     validation_protocol,
     validation_recall,
     weights_sha256,
@@ -113,8 +117,8 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
 def _record_refusal(folder: Path, error: Exception) -> None:
     """Write to `status.json` that a run was refused before its folder was locked.
 
-    Does nothing if the folder does not exist (a mistyped setting shall make none), if another process has locked it, or
-    if it holds a result, which stays valid without its data.
+    Does nothing if the folder does not exist (a mistyped setting must not create one), if another process has locked
+    it, or if it holds a result, which stays valid without its data.
     """
     if folder.is_dir() and read_result(folder) is None:
         with suppress(RunError, OSError), run_lock(folder, patience_seconds=0.0):
@@ -127,7 +131,7 @@ def _write_refused_status(folder: Path, error: Exception) -> None:
 
 
 def _identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What a result and a checkpoint must share: settings, fingerprint and the file of the pretrained weights."""
+    """Settings, fingerprint and pretrained weights of this run. Its result and checkpoint must have the same."""
     weights = config.weights_file
     if weights and not weights.is_file():
         raise ConfigError(f'weights={config.weights!r} is neither "none" nor "imagenet" nor a file that exists')
@@ -144,7 +148,7 @@ def _matching_result(config: RunConfig, identity: dict[str, Any]) -> dict[str, A
 
 
 def _run_with_status(context: RunContext) -> dict[str, Any]:
-    """Train and evaluate; write to `status.json` how that ended."""
+    """Train and evaluate; write the outcome to `status.json`."""
 
     def write(state: str, message: str = "", retry: bool = False) -> None:
         write_status(context.config.folder, state, context.progress.get("iteration", 0), message, retry)
@@ -179,7 +183,7 @@ def _train_and_evaluate(context: RunContext) -> dict[str, Any]:
 
 
 def _memory_advice(context: RunContext, error: RuntimeError) -> str:
-    """What filled the memory of a GPU, and which settings need less of it."""
+    """Message on a full GPU: its memory in use, and settings that need less."""
     config = context.config
     at_once = config.slice_size or -(-config.batch_size // config.devices)
     images = ""
@@ -192,12 +196,12 @@ def _memory_advice(context: RunContext, error: RuntimeError) -> str:
 
 
 def _carry_out(context: RunContext) -> dict[str, Any]:
-    """Everything from the new network, or the last checkpoint, to the result."""
+    """Start from a new network or the last checkpoint, train, evaluate, and return the result."""
     config, fabric = context.config, context.fabric
     network = new_network(context)
     _check_data_and_devices(context, network)
     context.dataset = place_images(context.dataset, config.images, fabric.device)
-    for name in ("result.json", NETWORK_FILE):  # made by other code or data: the folder is written anew
+    for name in ("result.json", NETWORK_FILE, PROGRESS):  # made by other code or data: the folder is written anew
         (config.folder / name).unlink(missing_ok=True)
     saved = load_checkpoint(config.folder, context.identity, context.report)
     if saved:
@@ -208,6 +212,8 @@ def _carry_out(context: RunContext) -> dict[str, Any]:
     else:
         losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
         context.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
+        context.progress["shorter"] = []  # the choice at each length of `report_at` before the last iteration
+        context.progress["pairs"] = []  # with `record_pairs`, one record per validation
         context.progress["seconds_before_stage"] = 0.0
         if fabric.is_global_zero:
             found = split_embeddings(network, context.dataset, "test", config, fabric.device)
@@ -231,14 +237,17 @@ def network_for(config: RunConfig, image_shape: tuple[int, int, int], weights: s
     Args:
         config: the settings of the run.
         image_shape: height, width and channels of the dataset's images, before the crop.
-        weights: of the backbone: none, imagenet, or the path of a file.
+        weights: initial weights of the backbone: none, imagenet, or the path of a file.
 
     Raises:
         ConfigError: the images are smaller than the crop, or the network cannot take them or the weights.
     """
     height, width, channels = image_shape
     if config.crop is not None and config.crop > min(height, width):
-        raise ConfigError(f"crop={config.crop} is larger than the images of {config.dataset}, {height} x {width}")
+        raise ConfigError(
+            f"crop={config.crop} is larger than the images of {config.dataset}, {height} x {width} pixels; "
+            f"allowed are 1 to {min(height, width)}"
+        )
     shape = (config.crop or height, config.crop or width, channels)
     settings = config.network_settings()
     size, dropout, normalize = (settings[name] for name in ("embedding_dim", "dropout", "normalize_embeddings"))
@@ -252,16 +261,20 @@ def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
     """Refuse settings that do not fit the dataset or the devices."""
     config, card = context.config, context.dataset.card
     if config.iterations and not len(context.dataset.rows("val")):
-        raise ConfigError(f"dataset {config.dataset!r} has no validation images, by which an iteration could be chosen")
+        raise ConfigError(
+            f"dataset {config.dataset!r} has no validation images to choose the iteration; "
+            "prepare it with --val-fraction"
+        )
     if config.refit and not card.get("val_from_train"):
         raise ConfigError(
-            f"refit=True: the validation classes of {config.dataset!r} were not carved out of its training classes"
+            f"refit=True: the validation classes of {config.dataset!r} are not drawn from its training classes; "
+            "set refit to False"
         )
     live = config.network_settings()["batchnorm"] == "live" and bool(batchnorms(network))
     if live and config.slice_size:
         raise ConfigError(
-            f"micro_batch={config.micro_batch}: network {config.network!r} has BatchNorm, and a batch in slices has no "
-            'live statistics; set batchnorm to "frozen" (those of the weights) or "slices" (each slice its own)'
+            f"micro_batch={config.micro_batch}: network {config.network!r} has BatchNorm, which cannot use statistics "
+            'of the whole batch in slices; set batchnorm to "frozen" (running statistics) or "slices" (of each slice)'
         )
     if live and config.devices > 1 and context.fabric.device.type != "cuda":
         raise ConfigError(
@@ -290,42 +303,90 @@ def _train_network(context: RunContext, network: nn.Module, saved: dict[str, Any
 
 
 def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, Any]:
-    """Evaluate on the test set, once, and write the files of the complete run."""
+    """Evaluate on the test set, once per length, and write the files of the complete run."""
     config, dataset, progress, device = context.config, context.dataset, context.progress, context.fabric.device
-    embeddings, labels = split_embeddings(network, dataset, "test", config, device)
-    metric = config.metric or config.trained_metric
-    retrieval = evaluate_test(dataset, embeddings, labels, metric)
-    context.report(f"test Recall@1 {100 * retrieval.metrics['recall@1']:.1f} %")
-    best = progress["best"]
-    validation = best["recall"] if best else validation_recall(network, dataset, config, device)
-    how = "best Recall@1 on validation classes" if best else "no training"
+    ranks, lengths = [], []
+    for shorter in progress["shorter"]:
+        network.load_state_dict(shorter["best"]["network"])
+        entry, retrieval, _ = _test_at_length(context, network, **shorter)
+        lengths.append(entry)
+        ranks.append(retrieval.ranks)
+    if progress["shorter"]:
+        network.load_state_dict(progress["best"]["network"])
+    whole, retrieval, embeddings = _test_at_length(
+        context, network, config.iterations, progress["seconds"], progress["best"]
+    )
     result = {
         "run_id": config.run_id,
         "study": config.study,
         "config": config.resolved(),
-        "metrics": retrieval.metrics,
+        "metrics": whole["metrics"],
         "protocol": retrieval.protocol,
         "n_queries": retrieval.n_queries,
         "n_unmatched": retrieval.n_unmatched,
-        "validation_recall@1": validation,
+        "validation_recall@1": whole["validation_recall@1"],
         "validation_protocol": validation_protocol(dataset),
-        "chosen": {"iteration": best["iteration"] if best else 0, "how": how},
+        "chosen": {
+            "iteration": whole["chosen_iteration"],
+            "how": "best Recall@1 on validation classes" if progress["best"] else "no training",
+        },
         "trained_on": _training_classes(config),
-        "similarity_density": {"before": progress["before"], "after": similarity_density(dataset, embeddings, labels)},
-        "panel": retrieval_panel(dataset, embeddings, labels, metric),
+        "similarity_density": {"before": progress["before"], "after": whole["similarity_density"]},
+        "panel": whole["panel"],
         "training_seconds": progress["seconds"],
         "peak_memory_mib": peak_memory_mib(device),
-        "network_sha256": weights_sha256(network),
+        "network_sha256": whole["network_sha256"],
         "network_mib": sum(value.nbytes for value in network.state_dict().values()) / 2**20,
+        "lengths": [*lengths, whole],
         "pretrained_sha256": context.identity["pretrained_sha256"],
         "fingerprint": context.identity["fingerprint"],
         "card": dataset.card,
         "provenance": provenance(device, config.threads) | {"tf32": config.tf32 if device.type == "cuda" else None},
     }
     kept = network if config.keep_network else None
-    write_run_files(config.folder, result, history_table(progress), retrieval, embeddings, kept)
+    ranks.append(retrieval.ranks)
+    write_run_files(
+        config.folder, result, history_table(progress), torch.stack(ranks), retrieval.query_index, embeddings, kept
+    )
     remove_checkpoints(config.folder)
     return result
+
+
+def _test_at_length(
+    context: RunContext, network: nn.Module, iterations: int, seconds: float, best: dict[str, Any] | None
+) -> tuple[dict[str, Any], Retrieval, Tensor]:
+    """Evaluate the network that was chosen up to a length on the test set.
+
+    Args:
+        context: the run.
+        network: with the chosen weights.
+        iterations: the length.
+        seconds: of training up to the length.
+        best: iteration and validation Recall@1 of the chosen network; None without training.
+
+    Returns:
+        The entry of the length in `result.json`, the retrieval, and the embeddings of the test images.
+    """
+    config, dataset, device = context.config, context.dataset, context.fabric.device
+    embeddings, labels = split_embeddings(network, dataset, "test", config, device)
+    metric = config.metric or config.trained_metric
+    retrieval = evaluate_test(dataset, embeddings, labels, metric)
+    after = f" after {iterations} iterations" if len(config.lengths) > 1 else ""
+    context.report(f"test Recall@1 {100 * retrieval.metrics['recall@1']:.1f} %{after}")
+    density = similarity_density(dataset, embeddings, labels)
+    entry = {
+        "iterations": iterations,
+        "chosen_iteration": best["iteration"] if best else 0,
+        "still_improving": is_still_improving(context.progress["validations"], iterations),
+        "validation_recall@1": best["recall"] if best else validation_recall(network, dataset, config, device),
+        "metrics": retrieval.metrics,
+        "similarity_density": density,
+        "trained_overlap": trained_overlap(dataset, embeddings, labels, config.trained_metric, density),
+        "panel": retrieval_panel(dataset, embeddings, labels, metric),
+        "training_seconds": seconds,
+        "network_sha256": weights_sha256(network),
+    }
+    return entry, retrieval, embeddings
 
 
 def _training_classes(config: RunConfig) -> str:

@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
 from hloss.numerics import NotFiniteError
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
+from hloss.runs.engine import Fabric, FabricModule
 from hloss.runs.images import augment, draw_views
 from hloss.runs.models import batchnorms
-from hloss.runs.resident import ResidentDataset
+from hloss.runs.resident import Choice, ResidentDataset
 
 
 def seed_of(*numbers: int) -> int:
@@ -80,11 +79,12 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 
     Args:
         dataset: the prepared dataset.
-        rows: of the dataset's index, the images to draw from.
+        rows: row numbers of the images to draw from, in the dataset's index.
         config: the settings of the run.
         share: this process's number, from 0, and the number of processes.
         ahead: fetch the next batch in a thread, so that a GPU need not wait for it. On a CPU, and if the images are
             on the device, this saves no time.
+        at_once: number of batches drawn together if the images are on the device, to send their indices in one copy.
     """
 
     def __init__(
@@ -94,37 +94,47 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         config: RunConfig,
         share: tuple[int, int] = (0, 1),
         ahead: bool = False,
+        at_once: int = 1,
     ) -> None:
-        self.dataset, self.rows, self.config, self.share, self.ahead = dataset, rows, config, share, ahead
+        self.dataset, self.rows, self.config, self.share = dataset, rows, config, share
+        self.ahead, self.at_once = ahead, at_once
         classes, self.labels = dataset.labels(rows).unique(return_inverse=True)  # from 0, as class weights need them
         self.n_classes, self.class_numbers = len(classes), self.labels.numpy()
         self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
         self.iteration = 0  # of the last batch returned
         self.current: list[int] = []  # all images of that batch, as indices into `rows`
-        self._drawn: list[int] = []  # those of the next batch
+        self._drawn: list[list[int]] = []  # those of the next batches that are drawn
+        self._sent: Iterator[tuple[Tensor, Tensor]] = iter(())  # the next batches whose indices are on the device
         self._stream = iter(self.sampler)
         self._fetched: Future[tuple[Tensor, Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        fetched = self._fetched.result() if self._fetched else self._fetch(self._draw(), self.iteration + 1)
+        if isinstance(self.dataset, ResidentDataset):
+            fetched = next(self._sent, None) or self._send(self.dataset)
+        else:
+            fetched = self._fetched.result() if self._fetched else self._fetch(self._draw(1)[0], self.iteration + 1)
         self.iteration += 1
-        self.current, self._drawn = self._drawn, []
+        self.current = self._drawn.pop(0)
         if self.ahead:
-            self._fetched = self._thread.submit(self._fetch, self._draw(), self.iteration + 1)
+            self._fetched = self._thread.submit(self._fetch, self._draw(1)[0], self.iteration + 1)
         return fetched
 
-    def _draw(self) -> list[int]:
-        self._drawn = self._drawn or next(self._stream)
-        return self._drawn
+    def _draw(self, n: int) -> list[list[int]]:
+        """The next n batches."""
+        while len(self._drawn) < n:
+            self._drawn.append(next(self._stream))
+        return self._drawn[:n]
+
+    def _send(self, dataset: ResidentDataset) -> tuple[Tensor, Tensor]:
+        """Send the indices of the next batches to the device, and cut the first."""
+        drawn = self._draw(self.at_once)
+        self._sent = dataset.batches([self._choice(dataset, *each) for each in enumerate(drawn, self.iteration + 1)])
+        return next(self._sent)
 
     def _fetch(self, drawn: list[int], iteration: int) -> tuple[Tensor, Tensor]:
         config, batch, own = self.config, np.asarray(drawn), slice(*self._bounds(len(drawn)))
-        generator = None
-        if config.crop or config.horizontal_flip:  # drawn for the whole batch, whatever the shares
-            generator = torch.Generator().manual_seed(seed_of(config.seed, iteration))
-        if isinstance(self.dataset, ResidentDataset):
-            return self._cut_resident(batch, own, generator)
+        generator = self._generator(iteration)
         if generator is not None:
             pixels = self.dataset.pixels(self.rows[batch])
             images = augment(pixels, config.crop, config.horizontal_flip, generator)[own]
@@ -141,15 +151,20 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         start = number * size + min(number, longer)
         return start, start + size + (number < longer)
 
-    def _cut_resident(self, batch: np.ndarray, own: slice, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch, cut on the device that the images are on."""
-        dataset, config = self.dataset, self.config
-        assert isinstance(dataset, ResidentDataset)
-        views = None
+    def _generator(self, iteration: int) -> torch.Generator | None:
+        """The generator of crops and flips, for the whole batch, whatever the shares; None without them."""
+        if not (self.config.crop or self.config.horizontal_flip):
+            return None
+        return torch.Generator().manual_seed(seed_of(self.config.seed, iteration))
+
+    def _choice(self, dataset: ResidentDataset, iteration: int, drawn: list[int]) -> Choice:
+        """Rows, class numbers and views of this process's share of a batch."""
+        config, batch, own = self.config, np.asarray(drawn), slice(*self._bounds(len(drawn)))
+        views, generator = None, self._generator(iteration)
         if generator is not None:
             size = dataset.resident.shape[1], dataset.resident.shape[2]
             views = draw_views(len(batch), size, config.crop, config.horizontal_flip, generator).share(own)
-        return dataset.batch(self.rows[batch[own]], self.class_numbers[batch[own]], views)
+        return self.rows[batch[own]], self.class_numbers[batch[own]], views
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next batch depends on, readable by `torch.load(weights_only=True)`."""
@@ -159,7 +174,8 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         """Continue after the last batch before `state` was saved."""
         self.sampler.load_state_dict(state["sampler"])
         self._stream = iter(self.sampler)
-        self._drawn, self.iteration, self._fetched = list(state["drawn"]), state["iteration"], None
+        self._drawn, self.iteration = list(state["drawn"]), state["iteration"]
+        self._fetched, self._sent = None, iter(())
 
     def close(self) -> None:
         """End the thread."""
@@ -168,7 +184,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 
 def gradient(
     fabric: Fabric,
-    network: _FabricModule,
+    network: FabricModule,
     criterion: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
@@ -194,11 +210,11 @@ def gradient(
         labels: int64 (n,).
         micro_batch: images per slice; None for no slices. It decides the order in which processes exchange embeddings
             and gradients, so either all processes have it or none.
-        seed: the seed of a slice's dropout, by the slice's number.
-        loss_seed: the seed of the loss, the same in all processes; None if there is one process only: then the loss
-            continues with the generator that dropout used.
-        check: read the loss before its gradient is computed, for which the host waits for a GPU. If False, the caller
-            checks the returned loss.
+        seed: function of a slice's number that returns the seed of its dropout.
+        loss_seed: the seed of the loss, the same in all processes; None for one process: the loss then draws from
+            the generator of dropout.
+        check: refuse a loss that is not finite before its gradient is computed; the host waits for a GPU then. If
+            False, the caller checks the returned loss.
 
     Raises:
         NotFiniteError: the loss is not finite and `check` is true; no parameter's gradient has changed.
@@ -240,7 +256,7 @@ def _loss_of(
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """As `torch.manual_seed`, which takes half a millisecond longer because it asks every backend of torch."""
+    """Seed torch's generators. `torch.manual_seed` takes half a millisecond longer, as it seeds all backends."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -1,20 +1,19 @@
 """Verdicts on the paper's claims, computed from the results of a study.
 
-`reports/claims.yaml` lists the claims. `judge` gives one verdict per claim, dataset and comparison. A verdict combines
-parts, one per pair of methods or of levels of a setting:
+`reports/claims.yaml` lists the claims. `judge` gives one verdict per claim, dataset, comparison and training length. A
+verdict combines parts, one per pair of methods or of levels of a setting (`hloss.study.criteria`):
 
 - "reproduced": every part holds.
 - "not reproduced": at least one part is refuted.
 - "inconclusive": neither of the two.
 - "not run": a run that the claim needs is missing.
 
-One refuted part is enough to refute a claim with k parts, so each part is tested for refutation at 5 % / k
-(Bonferroni). That all parts hold needs no correction. "A is above B" is refuted if A is below B, and also if A and B
-are equivalent.
+Each verdict is given a second time with p values adjusted by Holm's method for all verdicts of a dataset at a length.
 """
 
-from collections.abc import Callable
-from itertools import combinations, pairwise
+import math
+from collections.abc import Iterator
+from math import comb
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,14 +23,30 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
+from hloss.study.criteria import (
+    LEVEL,
+    LEVEL_CRITERIA,
+    METHOD_CRITERIA,
+    NOT_RUN,
+    OPEN,
+    REFUTED,
+    REPRODUCED,
+    Part,
+    decisive_part,
+    p_values,
+    verdict,
+)
+from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_difference
 from hloss.study.published import EXACT, compare_with_published
-from hloss.study.spec import short_value
-from hloss.study.statistics import EQUIVALENCE_MARGIN, Difference, equivalence, paired_difference, t_interval
+from hloss.study.results import at_length, grid_size, lengths_in, recall_names
+from hloss.study.spec import CHOICE, INITIAL, short_value
+from hloss.study.statistics import EQUIVALENCE_MARGIN
 
 CLAIMS = "reports/claims.yaml"
-REPRODUCED, REFUTED, OPEN, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
-LEVEL = 0.05
 SPLITS = 5  # splits of CUHK03; a published value is the mean over them
+BUDGET = 0.25  # of the settings of a grid, for the claim on tuning
+OVERLAP = "overlap"
+DEPENDS = "depends on the length"
 
 
 class Claim(BaseModel):
@@ -42,16 +57,21 @@ class Claim(BaseModel):
         section: section, figure or table of the paper.
         claim: the claim as one sentence.
         criterion: the condition for the verdict "reproduced".
-        check: the test to apply; a key of `METHOD_CHECKS` or `LEVEL_CHECKS`, "quadratic" or "table".
+        check: the criterion to apply; a key of `METHOD_CRITERIA` or `LEVEL_CRITERIA`, "above_value", "budget",
+            "quadratic" or "table".
+        margin: largest negligible difference, in points of Recall@K.
         data: datasets for which the paper makes the claim.
         comparison: comparisons of a study that are judged, with one verdict each.
+        equal: "iterations": runs of the same length are compared; "images": runs that saw the same number of images.
         among: settings of the runs to use; a list allows several values, None stands for "not set".
         axis: the setting whose levels are compared.
         levels: levels that must be present; None: the levels that are found.
         reference: the level with which the others are compared.
         within: a setting; levels are compared separately for each of its values.
+        every_k: compare Recall@K at every K, not at 1 only.
         method: settings of the method that the claim is about.
         rivals: settings of each method that it is compared with.
+        values: published Recall@1 by dataset, in %, with which the method is compared.
         published: published values, shown with the evidence.
     """
 
@@ -62,49 +82,29 @@ class Claim(BaseModel):
     claim: str
     criterion: str
     check: Literal[
-        "above", "equivalent", "less_overlap", "rising", "sensitive", "best", "no_gain", "quadratic", "table"
-    ]
+        "above", "equivalent", "not_below", "less_overlap", "no_gain", "best", "near_best", "sensitive",
+        "above_value", "budget", "quadratic", "table",
+    ]  # fmt: skip
+    margin: float = EQUIVALENCE_MARGIN
     data: list[str]
     comparison: list[str] = []
+    equal: Literal["iterations", "images"] = "iterations"
     among: dict[str, Any] = {}
     axis: str | None = None
     levels: list[Any] | None = None
     reference: Any = None
     within: str | None = None
+    every_k: bool = False
     method: dict[str, Any] | None = None
     rivals: list[dict[str, Any]] | None = None
+    values: dict[str, float] = {}
     published: str = ""
 
     @model_validator(mode="after")
     def _check_methods(self) -> "Claim":
-        if bool(self.method) != bool(self.rivals):
-            raise ValueError("method and rivals come together")
+        if bool(self.method) != bool(self.rivals or self.values):
+            raise ValueError("method and rivals (or values) come together")
         return self
-
-
-class Part(NamedTuple):
-    """Label, difference with its interval, and outcome of one part of a claim.
-
-    Attributes:
-        label: the compared pair, as in "histogram minus triplet".
-        difference: in points of Recall@1, or in % of the mass for overlaps.
-        holds: True: the part holds; False: it is refuted at the corrected level; None: neither.
-        confidence: confidence of the interval of `difference`.
-        equivalent: whether the part is refuted because the two are equivalent.
-    """
-
-    label: str
-    difference: Difference
-    holds: bool | None
-    confidence: float = 1 - LEVEL
-    equivalent: bool = False
-
-    def __str__(self) -> str:
-        mean, low, high, n = self.difference
-        if n < 2:
-            return f"{self.label}: {mean:+.1f} (one seed)" if n else f"{self.label}: no common seed"
-        interval = f"{100 * self.confidence:.3g} % CI {low:+.1f} to {high:+.1f}, n = {n}"
-        return f"{self.label}: {mean:+.1f} ({interval}{', equivalent' * self.equivalent})"
 
 
 class _MissingRuns(Exception):
@@ -144,9 +144,19 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         claims: the claims to judge; None: all of `reports/claims.yaml`.
 
     Returns:
-        One row per claim, dataset and comparison. Columns: claim, text, section, criterion, dataset, asked ("the
-        paper's data", "other data" or, for the cost, "no data"), comparison, verdict, evidence (every part), decisive
-        (the part that decides the verdict), run_ids (of the runs that were used).
+        One row per claim, dataset, comparison and length. Columns:
+
+        - claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, for the cost, "no
+          data"), comparison, length (as text; empty if there is none);
+        - conclusion: the verdicts at all lengths, the same in all rows of a comparison;
+        - verdict; holm: the verdict with adjusted p values;
+        - initial grid: the verdict with the settings that the grids had chosen before they were extended; empty if none
+          was extended;
+        - grids: the number of runs with which each method was tuned, as "20 + 4" with those of extensions;
+        - still improving: how many of the runs that were used;
+        - evidence: every part; decisive: the part that decides the verdict;
+        - p holds, p refuted: p values, NaN without a test;
+        - run_ids: of the runs that were used.
 
     Raises:
         ConfigError: if `reports/claims.yaml` is invalid.
@@ -154,17 +164,28 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
     rows = []
     for claim in read_claims() if claims is None else claims:
         if claim.check == "quadratic":
-            rows.append(_verdict_row(claim, "any", "", _judge_cost(cost)))
+            rows.append(_row(claim, "any", "", "", _judge_cost(cost)))
             continue
         for dataset, runs in results.groupby("dataset", sort=False):
             for comparison in claim.comparison:
-                compared = runs[runs["comparison"] == comparison]
-                rows.append(_verdict_row(claim, str(dataset), comparison, _judge_runs(claim, compared)))
-    return pd.DataFrame(rows)
+                rows += _rows_of_comparison(claim, str(dataset), comparison, runs)
+    return _with_holm(pd.DataFrame(rows)) if rows else pd.DataFrame()
+
+
+def conclusions(board: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the longest length of each claim, dataset and comparison.
+
+    Args:
+        board: the table of `judge`.
+
+    Returns:
+        One row per claim, dataset and comparison; `conclusion` has the verdicts at all lengths.
+    """
+    return board.groupby(["claim", "dataset", "comparison"], sort=False, dropna=False).tail(1)
 
 
 def overlap(results: pd.DataFrame) -> pd.Series:
-    """Overlap of the densities of positive and negative test similarities, sum of min(h+, h-).
+    """Overlap of the densities of positive and negative cosine similarities of test images, sum of min(h+, h-).
 
     Args:
         results: runs with the columns positive_after and negative_after (mass per node, each sums to 1).
@@ -182,21 +203,105 @@ class _Judgement(NamedTuple):
     verdict: str
     evidence: str
     decisive: str
+    improving: str = ""
+    p_holds: float = math.nan
+    p_refuted: float = math.nan
     run_ids: str = ""
 
 
-def _verdict_row(claim: Claim, dataset: str, comparison: str, judgement: _Judgement) -> dict[str, str]:
-    asked = "the paper's data" if dataset in claim.data else "other data" if claim.data else "no data"
+def _row(claim: Claim, dataset: str, comparison: str, length: str, found: _Judgement) -> dict[str, Any]:
+    """A row of the board, with the raw verdict for the columns that depend on other rows."""
     return {
         "claim": claim.name,
         "text": claim.claim,
         "section": claim.section,
         "criterion": claim.criterion,
         "dataset": dataset,
-        "asked": asked,
+        "asked": "the paper's data" if dataset in claim.data else "other data" if claim.data else "no data",
         "comparison": comparison,
-        **judgement._asdict(),
+        "length": length,
+        "conclusion": found.verdict,
+        "verdict": found.verdict,
+        "holm": found.verdict,
+        "initial grid": "",
+        "grids": "",
+        "still improving": found.improving,
+        "evidence": found.evidence,
+        "decisive": found.decisive,
+        "p holds": found.p_holds,
+        "p refuted": found.p_refuted,
+        "run_ids": found.run_ids,
     }
+
+
+def _rows_of_comparison(claim: Claim, dataset: str, comparison: str, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per length of a comparison."""
+    initial = _judged_at_lengths(claim, comparison, _initial_grids(comparison, runs))
+    before = {length: found.verdict for length, found in initial}
+    rows = []
+    for length, found in _judged_at_lengths(claim, comparison, runs):
+        tuning = {"initial grid": before.get(length, ""), "grids": _grid_sizes(comparison, runs, found.run_ids)}
+        rows.append(_row(claim, dataset, comparison, length, found) | tuning)
+    told = _conclusion([row for row in rows if row["verdict"] != NOT_RUN])
+    return [row | {"conclusion": told} for row in rows]
+
+
+def _grid_sizes(comparison: str, runs: pd.DataFrame, run_ids: str) -> str:
+    """Number of runs with which each method of these runs was tuned; empty if the comparison is not tuned."""
+    used = runs[(runs["comparison"] == comparison) & runs["run_id"].isin(run_ids.split(", "))]
+    distinct = runs.drop_duplicates(["comparison", "method", "run_id"])
+    sizes = {method: grid_size(distinct, comparison, method) for method in used["method"].unique()}
+    return ", ".join(f"{method} {size}" for method, size in sizes.items() if size != "0")
+
+
+def _initial_grids(comparison: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs with the settings that were chosen before grids were extended; empty if no grid of the comparison was."""
+    initial = runs[runs["comparison"] == comparison + INITIAL].assign(comparison=comparison)
+    kept = runs[(runs["comparison"] == comparison) & ~runs["method"].isin(initial["method"])]
+    return pd.concat([initial, kept]) if len(initial) else initial
+
+
+def _conclusion(rows: list[dict[str, Any]]) -> str:
+    """The verdicts at all lengths; if they differ, this is said first."""
+    if not rows:
+        return NOT_RUN
+    verdicts = list(dict.fromkeys(row["verdict"] for row in rows))
+    improving = [" (still improving)" * bool(row["still improving"]) for row in rows]
+    if len(rows) == 1:
+        return str(verdicts[0]) + improving[0]
+    named = [f"{row['verdict']} after" if len(verdicts) > 1 else "after" for row in rows]
+    shown = [f"{name} {row['length']}{still}" for name, row, still in zip(named, rows, improving, strict=True)]
+    return f"{DEPENDS if len(verdicts) > 1 else verdicts[0]}: {', '.join(shown)}"
+
+
+def _with_holm(board: pd.DataFrame) -> pd.DataFrame:
+    """The board with the column holm. A family is all tested verdicts of a dataset at the same place of the lengths."""
+    place = board[::-1].groupby(["claim", "dataset", "comparison"]).cumcount()  # 0 is the longest
+    tested = board[board["p holds"].notna()]
+    for _, family in tested.groupby([tested["dataset"], place[tested.index]]):
+        adjusted = zip(holm(family["p holds"]), holm(family["p refuted"]), strict=True)
+        board.loc[family.index, "holm"] = [verdict(*pair) for pair in adjusted]
+    return board
+
+
+def _judged_at_lengths(claim: Claim, comparison: str, runs: pd.DataFrame) -> Iterator[tuple[str, _Judgement]]:
+    """Each length of a comparison, the shortest first, and the judgement by the results after this length."""
+    name = comparison + CHOICE if claim.check == "budget" else comparison
+    compared = runs[runs["comparison"] == name]
+    for length, at in _at_lengths(claim, compared):
+        yield length, _judge_runs(claim, at)
+
+
+def _at_lengths(claim: Claim, runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each length, or of each number of images that every method has seen, the smallest first."""
+    if claim.equal == "images" and len(runs):
+        images = runs["length"] * runs["batch_size"]
+        seen = [set(of_method) for _, of_method in images.groupby(runs["method"])]
+        common = sorted(set.intersection(*seen))
+        found = [(f"{number:,.0f} images", runs[images == number]) for number in common]
+    else:
+        found = [(f"{length:,} iterations", at_length(runs, length)) for length in lengths_in(runs)]
+    return found or [("", runs)]
 
 
 def _judge_runs(claim: Claim, runs: pd.DataFrame) -> _Judgement:
@@ -205,8 +310,24 @@ def _judge_runs(claim: Claim, runs: pd.DataFrame) -> _Judgement:
     except _MissingRuns as missing:
         return _Judgement(NOT_RUN, str(missing), str(missing))
     evidence = [*map(str, parts), *([f"published: {claim.published}"] if claim.published else [])]
-    decisive = str(_decisive_part(claim.check, parts))
-    return _Judgement(_combined_verdict(parts), "; ".join(evidence), decisive, ", ".join(sorted(set(used["run_id"]))))
+    p_holds, p_refuted = p_values(parts)
+    tested = all(part.is_tested for part in parts)
+    return _Judgement(
+        verdict(p_holds, p_refuted),
+        "; ".join(evidence),
+        str(decisive_part(claim.check, parts)),
+        _still_improving(used),
+        *((p_holds, p_refuted) if tested else (math.nan, math.nan)),
+        ", ".join(sorted(set(used["run_id"]))),
+    )
+
+
+def _still_improving(runs: pd.DataFrame) -> str:
+    """How many of these runs reached their best validation in the last tenth of their length; empty for none."""
+    trained = runs.drop_duplicates("run_id")
+    trained = trained[trained["length"] > 0]
+    n = int(trained["still_improving"].sum())
+    return f"{n} of {len(trained)} runs" if n else ""
 
 
 def _claim_parts(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
@@ -214,19 +335,11 @@ def _claim_parts(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[P
     if claim.check == "table":
         used = _complete_runs(runs, claim.among)
         return used, _compare_with_table(used)
+    if claim.check == "above_value":
+        return _compare_with_value(claim, runs)
+    if claim.check == "budget":
+        return _compare_budgets(claim, runs)
     return (_compare_levels if claim.method is None else _compare_methods)(claim, runs)
-
-
-def _decisive_part(check: str, parts: list[Part]) -> Part:
-    """The part that decides a verdict: a refuted one, else an open one, else one that holds; the worst of several."""
-    worst = WORST.get(check, lambda mean: -abs(mean))
-    return min(parts, key=lambda part: ((False, None, True).index(part.holds), worst(part.difference.mean)))
-
-
-def _combined_verdict(parts: list[Part]) -> str:
-    if any(part.holds is False for part in parts):
-        return REFUTED
-    return REPRODUCED if all(part.holds for part in parts) else OPEN
 
 
 def _complete_runs(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
@@ -252,25 +365,34 @@ def _runs_of_method(runs: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFram
     return runs
 
 
-def _values_by_seed(runs: pd.DataFrame, values: pd.Series | None = None) -> pd.Series:
-    """The Recall@1 of these runs, or their rows of `values`, indexed by seed."""
-    chosen = runs["recall@1"] if values is None else values[runs.index]
-    return pd.Series(chosen.to_numpy(), index=runs["seed"].to_numpy())
+def _columns(claim: Claim, runs: pd.DataFrame) -> list[str]:
+    """The compared columns: Recall@1, or Recall@K at every K."""
+    return recall_names(runs) if claim.every_k else ["recall@1"]
 
 
 def _compare_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
-    """The runs of the method and of its rivals, and one part per rival."""
+    """The runs of the method and of its rivals, and one part per rival and column."""
     assert claim.method is not None
     ours, rivals = _runs_of_method(runs, claim.method), [_runs_of_method(runs, rival) for rival in claim.rivals or []]
     used = pd.concat([ours, *rivals])
-    overlaps = overlap(used) if claim.check == "less_overlap" else None
-    prefix = "overlap, " if claim.check == "less_overlap" else ""
+    columns, prefix = _columns(claim, used), ""
+    if claim.check == "less_overlap":
+        columns, prefix, overlaps = [OVERLAP], *_overlaps(used)
+        ours, *rivals = (part.assign(overlap=overlaps[part.index]) for part in (ours, *rivals))
     parts = []
     for rival in rivals:
-        label = f"{prefix}{ours['method'].iloc[0]} minus {rival['method'].iloc[0]}"
-        values = _values_by_seed(ours, overlaps), _values_by_seed(rival, overlaps)
-        parts.append(METHOD_CHECKS[claim.check](label, *values, len(rivals)))
+        for column in columns:
+            before = f"{column}: " * (len(columns) > 1) + prefix
+            label = f"{before}{ours['method'].iloc[0]} minus {rival['method'].iloc[0]}"
+            parts.append(METHOD_CRITERIA[claim.check](label, paired_difference(ours, rival, column), claim.margin))
     return used, parts
+
+
+def _overlaps(runs: pd.DataFrame) -> tuple[str, pd.Series]:
+    """A word for the overlap of each run, and the overlaps in the distance that each loss trains, if known."""
+    if "trained_overlap" in runs and runs["trained_overlap"].notna().all():
+        return "overlap, ", runs["trained_overlap"]
+    return "overlap of cosine similarities, ", overlap(runs)
 
 
 def _compare_levels(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
@@ -278,126 +400,38 @@ def _compare_levels(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, lis
     assert claim.axis is not None
     runs = _complete_runs(runs, claim.among | ({} if claim.levels is None else {claim.axis: claim.levels}))
     groups = [("", runs)] if claim.within is None else [
-        (f"{claim.within} {value}: ", group) for value, group in runs.groupby(claim.within)
+        (f"{claim.within} {short_value(value)}: ", group) for value, group in runs.groupby(claim.within)
     ]  # fmt: skip
     parts: list[Part] = []
+    columns = _columns(claim, runs)
     for prefix, group in groups:
-        levels = {level: _values_by_seed(rows) for level, rows in group.groupby(claim.axis)}
+        levels = dict(list(group.groupby(claim.axis)))
         _check_levels(claim, prefix, levels)
-        parts += LEVEL_CHECKS[claim.check](f"{prefix}{claim.axis}", levels, claim.reference, len(groups))
+        for column in columns:
+            axis = f"{column}: " * (len(columns) > 1) + f"{prefix}{claim.axis}"
+            parts += LEVEL_CRITERIA[claim.check](axis, levels, claim.reference, claim.margin, column)
     return runs, parts
 
 
-def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.Series]) -> None:
+def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.DataFrame]) -> None:
     found = f"{prefix}{claim.axis} {', '.join(map(short_value, levels))}"
     missing = (set(claim.levels or []) | ({claim.reference} - {None})) - levels.keys()
-    least = 3 if claim.check == "rising" else 2
     if missing:
         raise _MissingRuns(f"{claim.axis} {', '.join(map(short_value, missing))} is missing: got {found}")
-    if len(levels) < least:
-        raise _MissingRuns(f"too few levels: got {found}; the check needs {least}")
-    if not all(values.index.is_unique for values in levels.values()):
+    if len(levels) < 2:
+        raise _MissingRuns(f"too few levels: got {found}; the check needs 2")
+    if not all(runs["seed"].is_unique for runs in levels.values()):
         raise _MissingRuns(f"{found}: a level has several runs of one seed, which differ in other settings")
-
-
-def _above(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
-    """Holds if a is above b. Refuted if a is below b, or if the two are equivalent."""
-    difference, strict = paired_difference(a, b, 1 - LEVEL), paired_difference(a, b, 1 - LEVEL / k)
-    if difference.low > 0:
-        return Part(label, difference, True)
-    equivalent = equivalence(a, b, level=LEVEL / k).verdict == "equivalent"
-    return Part(label, difference, False if strict.high < 0 or equivalent else None, equivalent=equivalent)
-
-
-def _equivalent(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
-    """Holds if a and b are equivalent. The interval is that of the two one-sided tests."""
-    tests = equivalence(a, b, level=LEVEL)
-    different = equivalence(a, b, level=LEVEL / k).verdict == "different"
-    holds = True if tests.verdict == "equivalent" else False if different else None
-    return Part(label, Difference(*tests[1:]), holds, 1 - 2 * LEVEL)
-
-
-def _less_overlap(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
-    """Holds if the overlap a is below the overlap b. Refuted if it is above."""
-    difference, strict = paired_difference(a, b, 1 - LEVEL), paired_difference(a, b, 1 - LEVEL / k)
-    return Part(label, difference, True if difference.high < 0 else False if strict.low > 0 else None)
-
-
-def _rising(axis: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
-    """One part per step: each level is above the next lower one."""
-    steps = list(pairwise(sorted(levels)))
-    return [_above(f"{axis} {b:g} minus {a:g}", levels[b], levels[a], len(steps) * groups) for a, b in steps]
-
-
-def _each_minus_reference(check: Callable[..., Part]) -> Callable[..., list[Part]]:
-    """Checks of each other level minus the reference."""
-
-    def checked(axis: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
-        pairs = [(level, reference) for level in levels if level != reference]
-        return _checked_pairs(check, axis, levels, pairs, groups)
-
-    return checked
-
-
-def _best(axis: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
-    """One part per other level: the reference is above it."""
-    pairs = [(reference, level) for level in levels if level != reference]
-    return _checked_pairs(_above, axis, levels, pairs, groups)
-
-
-def _checked_pairs(
-    check: Callable[..., Part], axis: str, levels: dict[Any, pd.Series], pairs: list[tuple[Any, Any]], groups: int
-) -> list[Part]:
-    """One part per pair (a, b) of levels, labelled "a minus b"."""
-    k = len(pairs) * groups
-    return [check(f"{axis} {short_value(a)} minus {short_value(b)}", levels[a], levels[b], k) for a, b in pairs]
-
-
-def _no_gain(label: str, a: pd.Series, b: pd.Series, k: int) -> Part:
-    """Holds if a minus b is below the margin (one-sided test). Refuted if it is above the margin."""
-    one_sided, strict = paired_difference(a, b, 1 - 2 * LEVEL), paired_difference(a, b, 1 - LEVEL / k)
-    holds = True if one_sided.high < EQUIVALENCE_MARGIN else False if strict.low > EQUIVALENCE_MARGIN else None
-    return Part(label, one_sided, holds, 1 - 2 * LEVEL)
-
-
-def _sensitive(axis: str, levels: dict[Any, pd.Series], reference: Any, groups: int) -> list[Part]:
-    """One part: the best level minus the worst. It is the widest of k pairs, so it is tested at 5 % / k."""
-    pairs = list(combinations(sorted(levels, key=lambda level: levels[level].mean()), 2))
-    worst, best = pairs[len(levels) - 2]
-    confidence = 1 - LEVEL / len(pairs)
-    strict = paired_difference(levels[best], levels[worst], confidence)
-    all_alike = all(equivalence(levels[a], levels[b], level=LEVEL).verdict == "equivalent" for a, b in pairs)
-    holds = True if strict.low > EQUIVALENCE_MARGIN else False if all_alike else None
-    return [Part(f"{axis} {best:g} minus {worst:g}", strict, holds, confidence)]
-
-
-METHOD_CHECKS: dict[str, Callable[..., Part]] = {
-    "above": _above,
-    "equivalent": _equivalent,
-    "less_overlap": _less_overlap,
-}
-LEVEL_CHECKS: dict[str, Callable[..., list[Part]]] = {
-    "rising": _rising,
-    "sensitive": _sensitive,
-    "equivalent": _each_minus_reference(_equivalent),
-    "no_gain": _each_minus_reference(_no_gain),
-    "best": _best,
-}
-# Sort keys of the mean difference by which the worst part of a check comes first; for other checks, the largest
-# difference in either direction is the worst.
-WORST: dict[str, Callable[[float], float]] = {
-    **dict.fromkeys(("above", "rising", "best"), lambda mean: mean),
-    **dict.fromkeys(("no_gain", "less_overlap"), lambda mean: -mean),
-}
 
 
 def _judge_cost(cost: pd.DataFrame | None) -> _Judgement:
     if cost is None or len(cost) < 3:
-        return _Judgement(NOT_RUN, *["the cost of the loss was not measured with this study"] * 2)
+        missing = "the cost of the loss was not measured with this study"
+        return _Judgement(NOT_RUN, missing, missing)
     exponent = float(np.polyfit(np.log(cost["batch_size"]), np.log(cost["seconds"]), 1)[0])
     measured = ", ".join(f"{row.batch_size:,.0f}: {1e3 * row.seconds:.0f} ms" for row in cost.itertuples())
-    verdict = REPRODUCED if exponent <= 2.5 else REFUTED if exponent >= 3 else OPEN
-    return _Judgement(verdict, f"exponent {exponent:.2f} ({measured})", f"exponent {exponent:.2f}")
+    outcome = REPRODUCED if exponent <= 2.5 else REFUTED if exponent >= 3 else OPEN
+    return _Judgement(outcome, f"exponent {exponent:.2f} ({measured})", f"exponent {exponent:.2f}")
 
 
 def _compare_with_table(runs: pd.DataFrame) -> list[Part]:
@@ -409,16 +443,66 @@ def _compare_with_table(runs: pd.DataFrame) -> list[Part]:
     splits = runs["split"].nunique()
     if splits not in (1, SPLITS):
         raise _MissingRuns(f"the values of Table 1 are means over {SPLITS} splits: got runs of {splits}")
-    return [_compare_with_value(row, runs[row.metric].to_numpy(), len(exact), splits > 1) for row in exact.itertuples()]
+    return [_part_of_table(runs, row, splits > 1) for row in exact.itertuples()]
 
 
-def _compare_with_value(row: Any, values: np.ndarray, k: int, same_splits: bool) -> Part:
-    mean, low, high = t_interval(values - row.published)
-    _, lowest, highest = t_interval(values - row.published, 1 - LEVEL / k)
-    inside = low > -EQUIVALENCE_MARGIN and high < EQUIVALENCE_MARGIN
-    if same_splits:  # Both means are over the same splits, so the interval over splits is too wide.
-        inside = len(values) > 1 and abs(mean) < EQUIVALENCE_MARGIN
-    outside = lowest > EQUIVALENCE_MARGIN or highest < -EQUIVALENCE_MARGIN
-    difference = Difference(mean, low, high, len(values))
-    holds = True if inside else False if outside else None
-    return Part(f"{row.metric} minus the published {row.published}", difference, holds)
+def _part_of_table(runs: pd.DataFrame, row: Any, same_splits: bool) -> Part:
+    """Equivalence with a published value. Means over the same splits are compared without a test."""
+    found = mean_over_runs(runs, row.metric)
+    difference = found._replace(mean=found.mean - row.published)
+    label = f"{row.metric} minus the published {row.published}"
+    p_holds, p_refuted = difference.p_within(EQUIVALENCE_MARGIN), difference.p_outside(EQUIVALENCE_MARGIN)
+    if not same_splits:
+        return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL)
+    # The interval over splits is too wide for means over the same splits. It can refute a value, but not confirm it.
+    near = difference.n > 1 and abs(difference.mean) < EQUIVALENCE_MARGIN
+    note = " (mean over the same splits, no test)"
+    return Part(label, difference, float(not near), p_refuted, note=note, is_tested=False)
+
+
+def _compare_with_value(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+    """The runs of the method, and one part: they are above the published value of their dataset."""
+    assert claim.method is not None
+    used = _runs_of_method(runs, claim.method)
+    dataset = used["dataset"].iloc[0]
+    if dataset not in claim.values:
+        raise _MissingRuns(f"there is no published value for {dataset}")
+    found = mean_over_runs(used)
+    difference = found._replace(mean=found.mean - claim.values[dataset])
+    label = f"{used['method'].iloc[0]} minus the published {claim.values[dataset]}"
+    return used, [METHOD_CRITERIA["above"](label, difference, claim.margin)]
+
+
+def _compare_budgets(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
+    """The runs of the grids, and one part per method: what a part of the budget misses of the best of its grid.
+
+    The part of the method holds if it misses less than the margin, those of its rivals hold if they miss more. There is
+    one run per setting, so there is no test.
+    """
+    assert claim.method is not None
+    used, parts = [], []
+    for settings in (claim.method, *(claim.rivals or [])):
+        grid = _complete_runs(runs, settings)
+        missed, k = missed_by_budget(grid["validation_recall@1"].to_numpy())
+        label = f"{settings['loss']}, {k} of {len(grid)} settings minus the best of all, on validation classes"
+        holds = (missed < claim.margin) == (settings is claim.method)
+        note = " (expected value over draws of the settings, no test)"
+        unknown = Estimate(-missed, math.nan, 1)
+        parts.append(Part(label, unknown, float(not holds), float(holds), note=note, is_tested=False))
+        used.append(grid)
+    return pd.concat(used), parts
+
+
+def missed_by_budget(values: np.ndarray, share: float = BUDGET) -> tuple[float, int]:
+    """How much the best of a few random settings of a grid is expected to be below the best of all.
+
+    Args:
+        values: one value per setting, higher is better.
+        share: number of drawn settings, as a share of all.
+
+    Returns:
+        The expected difference (Dodge et al. 2019, "Show Your Work", without replacement), and the number of settings.
+    """
+    ordered, k = np.sort(values), max(1, round(share * len(values)))
+    chances = np.array([comb(i, k - 1) for i in range(len(values))], dtype=float) / comb(len(values), k)
+    return float(ordered[-1] - chances @ ordered), k

@@ -1,4 +1,4 @@
-"""Check a machine with GPUs: tests marked `cuda`, a short run on one GPU and on all, benchmarks of the losses."""
+"""Check a machine with GPUs: tests marked `cuda`, short runs, benchmarks of the losses, throughput of training."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,11 +18,15 @@ import torch
 
 from hloss.runs.config import parse_config
 from hloss.runs.files import read_result
+from hloss.study.devices import SLOTS
 from hloss.study.processes import prepare
+from hloss.study.throughput import MEASURED as THROUGHPUT
 
 NO_CUDA = 3
-TESTS_SECONDS, NCCL_SECONDS, RUN_SECONDS, BENCHMARK_SECONDS = 80, 50, 40, 60  # RUN_SECONDS for each of two runs
-STOP_SECONDS = 5  # for each of the five commands; all limits together are below 300 s
+TESTS_SECONDS, NCCL_SECONDS, BENCHMARK_SECONDS, SPEED_SECONDS = 80, 30, 35, 35
+RUN_SECONDS, SMALL_SECONDS = 25, 30  # RUN_SECONDS for each of two runs
+STOP_SECONDS = 5  # for each of the seven commands; all limits together are below 300 s
+SPEED_FILE = Path("throughput.csv")
 NCCL = "tests/losses/test_nccl.py"
 
 
@@ -57,12 +62,33 @@ def check_gpus() -> int:
         memory = torch.cuda.get_device_properties(number).total_memory / 2**30
         print(f"GPU {number}: {torch.cuda.get_device_name(number)}, {memory:.0f} GiB", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        checks = marked_tests("cuda", Path(folder), TESTS_SECONDS, "tests", f"--ignore={NCCL}")
+        checks = marked_files("cuda", Path(folder), TESTS_SECONDS)
         checks += marked_tests("cuda", Path(folder), NCCL_SECONDS, NCCL)  # separately, as its tests can hang
         checks += [smoke_run("cuda", devices, Path(folder)) for devices in sorted({1, gpus})]
+        checks.append(small_runs("cuda", min(SLOTS, os.cpu_count() or 1), Path(folder)))
         checks.append(benchmarks("not memory"))  # main memory is measured on the CPU
+        checks.append(throughput())
     print(check_table(checks, gpus))
     return int(any(check.outcome not in ("passed", "skipped") for check in checks))
+
+
+def marked_files(mark: str, folder: Path, most_seconds: float) -> list[Check]:
+    """Run the tests with a mark, each file but NCCL in a process of its own, all at the same time.
+
+    Args:
+        mark: mark of pytest.
+        folder: folder for the reports of pytest.
+        most_seconds: time limit.
+
+    Returns:
+        The rows of `marked_tests`.
+    """
+    files = [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if f"mark.{mark}" in file.read_text()]
+    files = [file for file in files if not file.startswith("tests/benchmarks/")]
+    files.remove(NCCL)
+    with ThreadPoolExecutor(len(files)) as pool:
+        found = pool.map(lambda file: marked_tests(mark, folder, most_seconds, file), files)
+        return [check for checks in found for check in checks]
 
 
 def marked_tests(mark: str, folder: Path, most_seconds: float, *which: str) -> list[Check]:
@@ -118,6 +144,36 @@ def smoke_run(device: str, devices: int, folder: Path) -> Check:
     if outcome != "passed" or result is None:
         return Check(name, "failed" if outcome == "passed" else outcome, seconds, output[-1] if output else "")
     return Check(name, "passed", seconds, f"test Recall@1 {100 * result['metrics']['recall@1']:.1f} %")
+
+
+def small_runs(device: str, several: int, folder: Path) -> Check:
+    """Train small networks at the same time on one GPU.
+
+    Args:
+        device: "cuda" or "cpu".
+        several: number of runs.
+        folder: folder for the configs and the runs.
+    """
+
+    def start(seed: int) -> tuple[str, float, list[str]]:
+        file = folder / f"config-seed-{seed}.json"
+        settings = {"device": device, "seed": seed, "iterations": 20, "runs_dir": str(folder / "runs-small")}
+        file.write_text(json.dumps(settings))
+        return run_command([sys.executable, "-m", "hloss.runs", str(file)], SMALL_SECONDS)
+
+    with ThreadPoolExecutor(several) as pool:
+        found = list(pool.map(start, range(1, several + 1)))
+    failed = [(outcome, output[-1] if output else "") for outcome, _, output in found if outcome != "passed"]
+    outcome, remark = failed[0] if failed else ("passed", "")
+    return Check(f"{several} small runs at once on one GPU", outcome, max(seconds for _, seconds, _ in found), remark)
+
+
+def throughput() -> Check:
+    """Measure the steps per second of training and print them."""
+    command = [sys.executable, "-m", "hloss.study.speed", str(SPEED_SECONDS - 10), str(SPEED_FILE)]
+    outcome, seconds, output = run_command(command, SPEED_SECONDS)
+    print("\n".join(output), flush=True)
+    return Check("throughput of training", outcome, seconds, f"rows for {THROUGHPUT} are in {SPEED_FILE}")
 
 
 def benchmarks(which: str) -> Check:

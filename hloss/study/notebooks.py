@@ -27,11 +27,13 @@ from hloss.runs.checkpoints import read_status, write_status
 from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write, read_result
-from hloss.study.devices import own_devices
+from hloss.study.devices import own_devices, usable_gpus
+from hloss.study.kernels import use_forked_kernel
 from hloss.study.spec import Study, StudyRun
 
 # Settings of HTMLExporter for scripts that a page would load from other hosts.
 SCRIPT_URLS = ("mathjax_url", "require_js_url", "jquery_url", "jupyter_widgets_base_url", "mermaid_js_url")
+KERNEL_IMPORTS = ("pandas", "hloss.runs.run", "hloss.study.plots")  # of notebooks that run or report
 REFUSALS = ("ConfigError", "DatasetError")  # another attempt would raise these errors again
 STOP_SECONDS = 20  # Slurm's KillWait is 30 unless the cluster says otherwise
 
@@ -83,6 +85,7 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(folder) or {}
+    runs_per_gpu = 1 if run.needs_own_gpu() else run.resources.runs_per_gpu
     if attempt > 1 and is_final(status):
         fail(f"{run.name} is not attempted again: {status['message']}")
     if is_final(status):  # an earlier start wrote it; this start attempts the run again
@@ -95,7 +98,8 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
         if not is_final(read_status(folder) or {}):  # the run has not written its status
             write_status(folder, "failed", iteration, message)
 
-    with own_devices(run.resources.gpus) if own_gpus or not run.resources.gpus else contextlib.nullcontext():
+    gpus, locks = run.resources.gpus, own_gpus or not run.resources.gpus
+    with own_devices(gpus, runs_per_gpu) if locks else contextlib.nullcontext():
         execute("20_train", folder / "run.ipynb", run.config.model_dump(), folder / "run.log", on_refusal)
     if read_result(folder) is None:
         fail(f"{run.name}: the notebook ended without a result; the log is {folder / 'run.log'}")
@@ -107,7 +111,7 @@ def _check_given_gpus(run: StudyRun, iteration: int) -> None:
     Without this check the run would train on the CPU, because torch also counts GPUs that it cannot initialise.
     """
     given = run.resources.gpus
-    found = torch.cuda.device_count() if given and torch.cuda.is_available() else 0
+    found = usable_gpus() if given else 0
     if given > found:
         message = (
             f"{run.name}: torch {torch.__version__} can use too few GPUs on {platform.node()}: got {found}, Slurm "
@@ -239,6 +243,7 @@ def execute(
 
 
 def _execute(notebook: str, out: Path, parameters: dict[str, Any]) -> None:
+    use_forked_kernel(KERNEL_IMPORTS)
     with socket_files() as config:
         papermill.execute_notebook(
             f"notebooks/{notebook}.ipynb",

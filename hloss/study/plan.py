@@ -1,8 +1,8 @@
 """Plan of a study: the runs left, and the time, memory and disk that they need.
 
 Costs come from complete runs in `runs/` of the same dataset, network, batch and kind of device, with any loss, or else
-from `workflow/measured.csv`. For a run without a measured cost the plan shows the resources that the study requests,
-and adds them up separately.
+from `workflow/measured.csv`. For a run on a GPU whose steps per second are in `workflow/throughput.csv`, the plan
+estimates the hours. For other runs it shows the resources that the study requests. It adds up each kind separately.
 """
 
 import re
@@ -20,10 +20,13 @@ from hloss.runs.files import NETWORK_FILE, read_result
 from hloss.study.devices import CPU_NAMES
 from hloss.study.results import card_hashes, stale_runs
 from hloss.study.spec import Study, StudyRun
+from hloss.study.throughput import MEASURED as THROUGHPUT
+from hloss.study.throughput import Throughput
 
 MEASURED = Path("workflow/measured.csv")
 COST_SETTINGS = ("dataset", "network", "batch_size", "micro_batch", "devices")  # runs with equal values cost the same
 COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
+ESTIMATED = "estimated"
 STALE = "to redo"  # the state of a run whose result is stale
 CostKey = tuple[str, ...]
 
@@ -96,13 +99,16 @@ class PlannedRun:
         return self.run.dataset, self.run.name, self.state, *shown
 
 
-def plan_runs(study: Study, gpus: int | None, costs: dict[CostKey, Cost]) -> list[PlannedRun]:
+def plan_runs(
+    study: Study, gpus: int | None, costs: dict[CostKey, Cost], throughput: Throughput | None = None
+) -> list[PlannedRun]:
     """Plan the known runs of a study.
 
     Args:
         study: with its tuning resolved.
         gpus: number of GPUs of this machine; None: a cluster provides the requested GPUs.
         costs: measured costs, from `measured_costs` and `read_costs`.
+        throughput: of the GPUs that provide for the runs; None if it was not measured.
 
     Returns:
         One entry per run, in the order of the study.
@@ -111,7 +117,8 @@ def plan_runs(study: Study, gpus: int | None, costs: dict[CostKey, Cost]) -> lis
     planned = []
     for run in study.runs:
         state, left = run_state(run, run.config.run_id in stale)
-        planned.append(PlannedRun(run, state, None if left is None else need_of_run(run, left, gpus, costs)))
+        need = None if left is None else need_of_run(run, left, gpus, costs, throughput)
+        planned.append(PlannedRun(run, state, need))
     return planned
 
 
@@ -139,7 +146,29 @@ def plan_text(study: Study, planned: list[PlannedRun]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def need_of_run(run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey, Cost]) -> Need:
+def gpu_hours_text(planned: list[PlannedRun], throughput: Throughput) -> str:
+    """Format the hours of one GPU that the training of the runs left would take; "" if none of them uses a GPU.
+
+    Args:
+        planned: the plan of `plan_runs`.
+        throughput: of the GPU.
+    """
+    left = [(run_state(entry.run, entry.state == STALE)[1], entry.run) for entry in planned if entry.need]
+    left = [(iterations, run) for iterations, run in left if iterations and run.resources.gpus]
+    seconds = [(iterations, throughput.seconds(run.config)) for iterations, run in left]
+    hours = sum(iterations * each / 3600 for iterations, each in seconds if iterations and each)
+    if not hours:
+        return ""
+    known = sum(each is not None for _, each in seconds)
+    return (
+        f"Estimate: the training of {known} of {len(left)} runs takes {hours:.0f} hours of one {throughput.card}, "
+        f"by the steps per second in {THROUGHPUT}, without validations and tests."
+    )
+
+
+def need_of_run(
+    run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey, Cost], throughput: Throughput | None = None
+) -> Need:
     """Compute what a run needs for its remaining iterations.
 
     A run without training needs the memory and disk of a run that trains.
@@ -149,11 +178,16 @@ def need_of_run(run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey,
         left: number of iterations left.
         gpus: as in `plan_runs`.
         costs: as in `plan_runs`.
+        throughput: as in `plan_runs`.
     """
     key = cost_key(run, gpus)
     *settings, _, device = key
     cost = costs.get(key) or costs.get((*settings, "trained", device))
     on_gpu = device == "cuda"
+    estimate = throughput.seconds(run.config) if throughput and on_gpu else None
+    if cost is None and throughput and estimate:
+        source = f"{ESTIMATED} for {throughput.card}, without validations"
+        return Need(left * estimate / 3600, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
     if cost is None:
         device_of_request = "for a GPU" if run.resources.gpus and not on_gpu else ""  # on a CPU it takes longer
         source = f"not measured on {device}: requested by the study {device_of_request}".rstrip()
@@ -181,7 +215,9 @@ def total_text(needs: list[Need]) -> str:
     for need in needs:
         if not need.measured:
             guesses[need.source].append(need)
-    lines += [f"{len(asked)} runs {source}, at most {_hours_and_memory(asked)}." for source, asked in guesses.items()]
+    for source, asked in guesses.items():
+        most = "about" if source.startswith(ESTIMATED) else "at most"
+        lines.append(f"{len(asked)} runs {source}, {most} {_hours_and_memory(asked)}.")
     if guesses:
         lines.append("One complete run of each kind measures its cost.")
     return "\n\n".join(lines)

@@ -41,9 +41,11 @@ def recall_curves(recalls: pd.DataFrame) -> Figure:
 def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Plot the test Recall@1 of the methods of a comparison: one point per seed, and the mean with its 95 % interval.
 
+    The mean is an open circle if a run of the method is still improving.
+
     Args:
         name: name of the comparison.
-        results: results on one dataset, from `hloss.study.results.read_results`.
+        results: results on one dataset at one length, from `hloss.study.results.read_results`.
         table: their `hloss.study.statistics.summary`.
     """
     runs = results[(results["comparison"] == name) & results["complete"]]
@@ -56,9 +58,45 @@ def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
         axes.scatter(seeds, np.full(len(seeds), row) + apart, s=16, color="0.55")
     spread = np.nan_to_num(np.array([mean - means["recall@1 low"], means["recall@1 high"] - mean]))
     axes.errorbar(mean, range(len(order)), xerr=spread, fmt="o", color=POSITIVE, markersize=6, capsize=3, zorder=3)
-    axes.set(title=f"{runs['dataset'].iloc[0]}: {name}", xlabel="test Recall@1 (%)", ylim=(len(order) - 0.5, -0.5))
+    improving = np.flatnonzero(means["still improving"] > 0)
+    axes.plot(mean.iloc[improving], improving, "o", color="white", markersize=3.5, zorder=4)
+    remark = " (open circle: still improving)" if len(improving) else ""
+    axes.set(title=f"{_title(name, runs)}{remark}", xlabel="test Recall@1 (%)", ylim=(len(order) - 0.5, -0.5))
     axes.set_yticks(range(len(order)), order)
     axes.grid(axis="x", color="0.9")
+    return _finish(figure)
+
+
+def _title(name: str, runs: pd.DataFrame) -> str:
+    """Dataset, comparison and, if all trained runs have the same, length."""
+    lengths = sorted(set(runs["length"]) - {0})
+    after = f" after {lengths[0]:,} iterations" if len(lengths) == 1 else ""
+    return f"{runs['dataset'].iloc[0]}: {name}{after}"
+
+
+def recall_by_length(name: str, table: pd.DataFrame) -> Figure:
+    """Plot the mean test Recall@1 of the methods of a comparison over the training length.
+
+    An open circle marks a length at which a run of the method is still improving.
+
+    Args:
+        name: name of the comparison.
+        table: the `hloss.study.statistics.summary` of one dataset at all lengths.
+    """
+    rows = table[(table["comparison"] == name) & (table["n"] > 0) & (table["length"] > 0)]
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for method, means in rows.groupby("method", sort=False):
+        means = means.sort_values("length")
+        (line,) = axes.plot(means["length"], means["recall@1"], label=method)
+        for improving, shown in means.groupby(means["still improving"] > 0):
+            face = "white" if improving else line.get_color()
+            axes.plot(shown["length"], shown["recall@1"], "o", color=line.get_color(), markerfacecolor=face)
+    ticks = sorted(set(rows["length"]))
+    axes.set(xscale="log", xlabel="training length (iterations); open circle: still improving",
+             ylabel="test Recall@1 (%)", title=f"{rows['dataset'].iloc[0]}: {name}")  # fmt: skip
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return _finish(figure)
 
 
@@ -95,6 +133,25 @@ def training_curves(history: pd.DataFrame) -> Figure:
     sns.lineplot(history, x="iteration", y="recall", hue="method", units="seed", estimator=None, ax=axes)
     axes.set(xlabel="iteration", ylabel="validation Recall@1 (%)", ylim=(0, None))
     sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return _finish(figure)
+
+
+def pair_records(records: pd.DataFrame, labels: dict[str, str]) -> Figure:
+    """Plot recorded values of pairs over iterations, one panel per value and one line per method.
+
+    Args:
+        records: one row per method and validation, with the columns method, iteration and those of `labels`.
+        labels: column -> label of its axis.
+    """
+    figure, grid = plt.subplots(-(-len(labels) // 2), 2, figsize=(9, 2.9 * -(-len(labels) // 2)), squeeze=False)
+    for axes in grid.flat[len(labels) :]:
+        axes.set_visible(False)
+    for axes, (name, label) in zip(grid.flat, labels.items(), strict=False):
+        for method, rows in records.groupby("method", sort=False):
+            axes.plot(rows["iteration"], rows[name], label=method)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set(xlabel="iteration", ylabel=label)
+    grid[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _finish(figure)
 
 

@@ -23,8 +23,8 @@ import yaml
 from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
+from hloss.study.estimates import mean_over_runs
 from hloss.study.spec import LOSS_COMPARISONS
-from hloss.study.statistics import t_interval
 
 PUBLISHED = "reports/published_values.csv"
 NEEDED = ("dataset", "method", "network", "protocol", "selection", "metric", "value", "source", "place", "url")
@@ -138,19 +138,20 @@ def _is_published(run: pd.Series, value: dict[str, Any]) -> bool:
 def _comparison_row(
     dataset: str, method: str, runs: pd.DataFrame, value: dict[str, Any], whole: bool
 ) -> dict[str, Any]:
-    ours, low, high = t_interval(runs[value["metric"]].to_numpy())
+    ours = mean_over_runs(runs, value["metric"])
+    low, high = ours.interval()
     match = _match(runs.iloc[0], value)
     return {
         "dataset": dataset,
         "method": method,
         "metric": value["metric"],
-        "ours": ours,
+        "ours": ours.mean,
         "low": low,
         "high": high,
         "n": len(runs),
         "run_ids": ", ".join(runs.run_id),
         "published": value["value"],
-        "difference": ours - value["value"] if whole and match != PROTOCOL else math.nan,
+        "difference": ours.mean - value["value"] if whole and match != PROTOCOL else math.nan,
         "match": match,
         **{name: value[name] for name in ("source", "place", "url", "note")},
     }

@@ -8,9 +8,11 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
-from hloss.study.claims import NOT_RUN
-from hloss.study.results import chosen_settings, read_results
-from hloss.study.spec import CHOICE, LOSS_COMPARISONS
+from hloss.study.claims import conclusions
+from hloss.study.criteria import NOT_RUN
+from hloss.study.estimates import mean_over_runs
+from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
+from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
 
 BEGIN = "<!-- results: begin (made by workflow/scripts/write_readme_results.py) -->"
@@ -61,27 +63,29 @@ def results_section(folder: Path) -> str:
     datasets = sorted(results["dataset"].unique())
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
-    board = pd.read_csv(folder / "claims.csv", keep_default_na=False)
-    means = summary(results, ["recall@1"])
+    board = conclusions(pd.read_csv(folder / "claims.csv", keep_default_na=False))
+    means = summary(at_length(results), ["recall@1"])
     lines = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
     lines += [_edges_line(results)]
-    title = "Mean test Recall@1 in % (95 % CI over seeds), the highest first:"
+    losses = at_length(results[results["comparison"].isin(LOSS_COMPARISONS)])
+    trained = " or ".join(f"{length:,}" for length in lengths_in(losses))
+    varies = mean_over_runs(losses[losses["method"] == losses["method"].iloc[0]].drop_duplicates("seed")).varies
+    title = f"Mean test Recall@1 in % after {trained} iterations (95 % CI over {varies}), the highest first:"
     return "\n\n".join([_limits(results), _reading(), _claims_table(board), title, "\n".join(lines)])
 
 
 def _limits(results: pd.DataFrame) -> str:
     """The limits of these results: data, seeds and length of training."""
     trained = results[(results["iterations"] > 0) & results["complete"]]
-    methods = trained[~trained["comparison"].str.endswith(CHOICE)]
+    methods = trained[~trained["comparison"].str.endswith(OF_TUNING)]
     seeds = methods.groupby(["comparison", "method"])["seed"].nunique()
-    runs = trained.drop_duplicates("run_id")
-    usual = runs["iterations"].mode()[0]
-    improving = sum(map(_is_best_last, runs["history_recall"]))
+    runs = distinct_runs(trained)
+    usual, improving = runs["iterations"].mode()[0], runs["still_improving"].sum()
     return fill(
         f"These results are limited: one dataset of drawn characters (`{DATASET}`), {_range(seeds)} seeds per method, "
-        f"{usual} iterations in {(runs['iterations'] == usual).sum()} of {len(runs)} trained runs. "
-        f"{improving} of the {len(runs)} runs reach their best validation Recall@1 at their last validation, so "
-        "training ended while they still improved. Longer training can change the order of the losses. "
+        f"{usual:,} iterations in {(runs['iterations'] == usual).sum()} of {len(runs)} trained runs. "
+        f"{improving} of the {len(runs)} runs are still improving: their best validation Recall@1 lies in the last "
+        "tenth of training. Longer training can change the order of the losses. "
         "A claim that fails here can still hold on the paper's data.",
         width=120,
     )
@@ -92,18 +96,14 @@ def _range(numbers: pd.Series) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _is_best_last(recalls: list[float]) -> bool:
-    """Whether the last of a run's validations is above all others."""
-    return len(recalls) > 1 and recalls[-1] > max(recalls[:-1])
-
-
 def _reading() -> str:
     margin = f"±{EQUIVALENCE_MARGIN:g} points"
     return fill(
         "Each cell gives a verdict and the difference that decides it, in points of test Recall@1. All were measured "
         "on glyphs, also where a claim names another dataset. Equivalent: the 90 % confidence interval (CI) lies "
-        f'within {margin}. "A above B" is not reproduced if A and B are equivalent. The report has the criteria and '
-        "all runs: `reports/sample/report.html`.",
+        f'within {margin}. "A above B" is not reproduced if A and B are equivalent. Holm: the verdict after correction '
+        "for the number of tests, where it differs. The report has the criteria and all runs: "
+        "`reports/sample/report.html`.",
         width=120,
     )
 
@@ -121,7 +121,8 @@ def _cell(verdicts: pd.DataFrame) -> str:
     lines = []
     for row in verdicts.itertuples():
         name = f"*{row.comparison}*: " if len(verdicts) > 1 else ""
-        lines.append(f"{name}{row.verdict}: {typeset(str(row.decisive))}")
+        adjusted = f"; Holm: {row.holm}" * (row.holm != row.verdict)
+        lines.append(f"{name}{row.conclusion}: {typeset(str(row.decisive))}{adjusted}")
     return "<br>".join(lines)
 
 
@@ -141,9 +142,10 @@ def _means_line(title: str, means: pd.DataFrame, comparison: str) -> str:
 def _edges_line(results: pd.DataFrame) -> str:
     """The losses whose tuned setting is at an edge of its grid."""
     shown = []
-    for _, method, chosen, edges, _ in chosen_settings(results).itertuples(index=False, name=None):
-        at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
-        shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
+    for row in chosen_settings(at_length(results)).to_dict("records"):
+        edges = row["at an edge of its grid"].split(", ")
+        at_edge = [setting for setting in row["chosen"].split(", ") if setting.split()[0] in edges]
+        shown += [f"{row['method']}, {', '.join(at_edge)}"] if at_edge else []
     return _item("Tuned to an edge of the grid, so a better value may lie beyond it", shown or ["none"])
 
 

@@ -19,9 +19,11 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
-from hloss.study.spec import CHOICE, LOSS_COMPARISONS, Study, StudyRun, short_value
+from hloss.study.parts import merged_parts, parts_of, write_part
+from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
 
+OF_QUERIES = ("ranks", "query_classes")  # columns with one value per query
 SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # within a dataset; card_sha256 within a split
 MADE_BY = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
 SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # within a dataset
@@ -70,6 +72,9 @@ def card_hashes(study: Study, skip_missing: bool = False) -> dict[str, str]:
 def write_results(study: Study, keep: bool) -> None:
     """Write results.parquet (`collect`) and loss_cost.csv (`measured_loss_cost`) to reports/STUDY.
 
+    Also pairs.parquet (`pair_records`) if a run recorded its pairs, and the part of a study with `part_of`. If
+    reports/STUDY has parts, results.parquet is their merged table.
+
     Args:
         study: with its tuning resolved.
         keep: as in `collect`.
@@ -79,9 +84,13 @@ def write_results(study: Study, keep: bool) -> None:
     """
     file = Path("reports") / study.name / "results.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
-    table, cost = collect(study, keep), measured_loss_cost()
+    table, cost = merged_parts(file) if parts_of(file) else collect(study, keep), measured_loss_cost()
+    if study.part_of:
+        write_part(study.name, study.part_of, table)
+    if len(pairs := pair_records(study)):
+        atomic_write(file.with_name("pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
     atomic_write(file.with_name("loss_cost.csv"), lambda part: cost.to_csv(part, index=False))
-    atomic_write(file, lambda part: table.to_parquet(part, index=False))
+    atomic_write(file, lambda part: table.to_parquet(part, index=False, compression="zstd"))
 
 
 def measured_loss_cost() -> pd.DataFrame:
@@ -110,8 +119,9 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         keep: accept results of several versions of the code or of a package.
 
     Returns:
-        One row per run; `complete` is False for a run without a result. Columns: those of the study (study, title,
-        comparison, method, place, settings of the run), of the result (metrics as fractions) and of its provenance.
+        One row per run and length; `complete` is False for a run without a result. Columns: those of the study (study,
+        title, comparison, method, place, settings of the run, length), of the result (metrics as fractions) and of its
+        provenance.
 
     Raises:
         ConfigError: if there is no result; if several versions of the code or of a package that settings name made the
@@ -120,13 +130,16 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
     rows, first = [], {run.dataset: run.config.seed for run in sorted(study.runs, key=lambda r: -r.config.seed)}
     opened = functools.cache(open_dataset)
     for run in study.runs:
-        row: dict[str, Any] = {"complete": False}
+        of_lengths: list[dict[str, Any]] = [{"complete": False} for _ in run.config.lengths]
         if result := read_result(run.config.folder):
             dataset = opened(run.config.data_folder)
             exact = run.config.seed == first[run.dataset] and bool(set(LOSS_COMPARISONS) & set(run.methods))
-            row = result_columns(run.config, result, dataset, exact)
-        rows.append(_study_columns(study, run) | row)
-    rows += [_study_columns(study, run) | {"run_id": "", "complete": False} for run in study.waiting]
+            of_lengths = result_rows(run.config, result, dataset, exact)
+            if all(name.endswith(CHOICE) for name in run.methods):  # no claim compares the queries of a grid's runs
+                of_lengths = [{k: v for k, v in row.items() if k not in OF_QUERIES} for row in of_lengths]
+        rows += [a | b for a, b in zip(_study_rows(study, run), of_lengths, strict=True)]
+    rows += [row | {"run_id": "", "complete": False} for run in study.waiting for row in _study_rows(study, run)]
+    rows = [row for row in rows if row["comparison"]]
     table = pd.DataFrame(rows)
     if not table["complete"].any():
         raise ConfigError(f"study {study.name!r} has no result; run `make study STUDY={study.name}` first")
@@ -134,6 +147,30 @@ def collect(study: Study, keep: bool = False) -> pd.DataFrame:
         _refuse_versions(study.name, table)
     refuse_mixed(table)
     return table
+
+
+def pair_records(study: Study) -> pd.DataFrame:
+    """Collect the records of pairs of a study's complete runs with `record_pairs`.
+
+    Args:
+        study: with its tuning resolved.
+
+    Returns:
+        One row per run and validation. Columns: dataset, method, seed, run_id, and those of the run's history.parquet:
+        iteration, loss, validation_recall@1 (fraction) and the values of `hloss.runs.evaluation.pair_record`. Empty
+        without a record.
+    """
+    tables = []
+    for run in study.runs:
+        if (run.config.folder / "result.json").exists():
+            history = pd.read_parquet(run.config.folder / "history.parquet")
+            if "validation_overlap" in history:
+                recorded = history[history["validation_overlap"].notna()]
+                names = {"dataset": run.dataset, "method": run.method, "seed": run.config.seed}
+                tables.append(recorded.assign(**names, run_id=run.config.run_id))
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    first = [name for name in ("dataset", "method", "seed", "run_id") if name in table]
+    return table[first + [name for name in table if name not in first]]
 
 
 def _refuse_versions(study: str, table: pd.DataFrame) -> None:
@@ -147,56 +184,100 @@ def _refuse_versions(study: str, table: pd.DataFrame) -> None:
             )
 
 
-def _study_columns(study: Study, run: StudyRun) -> dict[str, Any]:
-    """The columns of a run that follow from the study."""
-    return {
-        "study": run.config.study,
-        "title": study.title,
-        "comparison": list(run.methods),
-        "method": list(run.methods.values()),
-        "place": [study.order[run.dataset, *pair] for pair in run.methods.items()],
-        "run_id": run.config.run_id,
-        **run.config.resolved(),
-        "dataset": run.dataset,
-        "split": run.config.dataset,
-    }
+def _study_rows(study: Study, run: StudyRun) -> list[dict[str, Any]]:
+    """The columns of a run that follow from the study, at each length; `report_at` is in the lengths of the rows."""
+    settings = {name: value for name, value in run.config.resolved().items() if name != "report_at"}
+    rows = []
+    for length in run.config.lengths:
+        methods = {name: method for name, method in run.methods.items() if length in run.lengths_in(name)}
+        row = {
+            "study": run.config.study,
+            "title": study.title,
+            "comparison": list(methods),
+            "method": list(methods.values()),
+            "place": [study.order[run.dataset, *pair] for pair in methods.items()],
+            "run_id": run.config.run_id,
+            **settings,
+            "dataset": run.dataset,
+            "split": run.config.dataset,
+            "length": length,
+        }
+        rows.append(row)
+    return rows
 
 
-def result_columns(config: RunConfig, result: dict[str, Any], dataset: Dataset, exact: bool) -> dict[str, Any]:
-    """The columns of a run that follow from its result.
+def reported(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a run at each of its lengths.
+
+    Args:
+        result: content of a result.json; older ones have one length.
+
+    Returns:
+        The entries of `lengths`, the shortest first.
+    """
+    if "lengths" in result:
+        return result["lengths"]
+    iterations, chosen = result["config"]["iterations"], result["chosen"]["iteration"]
+    entry = {"iterations": iterations, "chosen_iteration": chosen, "still_improving": 10 * chosen > 9 * iterations}
+    same = ("validation_recall@1", "metrics", "panel", "training_seconds", "network_sha256")
+    return [
+        entry | {name: result[name] for name in same} | {"similarity_density": result["similarity_density"]["after"]}
+    ]
+
+
+def result_rows(config: RunConfig, result: dict[str, Any], dataset: Dataset, exact: bool) -> list[dict[str, Any]]:
+    """The columns of a run that follow from its result, at each of its lengths.
+
+    A row at a length is that of a run of so many iterations, except for `reverse_probability`.
 
     Args:
         config: settings of the run.
         result: content of its result.json.
         dataset: the dataset of the run.
-        exact: compute the exact probability of reverse, which is slow; otherwise it is NaN.
+        exact: compute the exact probability of reverse at the last length, which is slow; otherwise it is NaN.
 
     Returns:
-        Column -> value; metrics are fractions.
+        Column -> value for each length, the shortest first; metrics are fractions.
     """
+    lengths = reported(result)
+    of_queries = _query_columns(config.folder, dataset)
+    rows = [
+        _length_columns(config, result, at, dataset) | queries
+        for at, queries in zip(lengths, of_queries, strict=True)
+    ]  # fmt: skip
+    if exact:
+        rows[-1]["reverse_probability"] = _reverse_probability(config.folder, dataset)
+    return rows
+
+
+def _length_columns(config: RunConfig, result: dict[str, Any], at: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """The columns of a run at one length, an entry of `reported`."""
     history = pd.read_parquet(config.folder / "history.parquet")
-    validated = history.dropna() if len(history) else pd.DataFrame({"iteration": [], "validation_recall@1": []})
-    density = result["similarity_density"]
+    validated = pd.DataFrame({"iteration": [], "validation_recall@1": []})
+    if len(history):
+        validated = history[history["validation_recall@1"].notna() & (history["iteration"] <= at["iterations"])]
+    density = {"before": result["similarity_density"]["before"], "after": at["similarity_density"]}
     return {
         "complete": True,
         "network": result["config"]["network"],
-        **result["metrics"],
-        **_class_interval(config.folder, dataset),
-        "validation_recall@1": result["validation_recall@1"],
-        "chosen_iteration": result["chosen"]["iteration"],
+        **at["metrics"],
+        "validation_recall@1": at["validation_recall@1"],
+        "chosen_iteration": at["chosen_iteration"],
+        "still_improving": at["still_improving"],
         "chosen_how": result["chosen"]["how"],
         "trained_on": result["trained_on"],
         "protocol": result["protocol"],
         "n_queries": result["n_queries"],
         "n_unmatched": result["n_unmatched"],
         "prepared": json.dumps(dataset.card.get("settings", {})),
-        "training_seconds": result["training_seconds"],
+        "training_seconds": at["training_seconds"],
         "history_iteration": validated["iteration"].astype(int).tolist(),
         "history_recall": validated["validation_recall@1"].tolist(),
         "nodes": density["after"]["nodes"],
         **{f"{sign}_{when}": density[when][sign] for sign in ("positive", "negative") for when in ("before", "after")},
-        "reverse_probability": _reverse_probability(config.folder, dataset) if exact else math.nan,
-        "panel": json.dumps(result["panel"]),
+        "reverse_probability": math.nan,
+        "trained_overlap": 100 * at.get("trained_overlap", math.nan),  # older results lack it
+        "panel": json.dumps(at["panel"]),
         **result["fingerprint"],
         **_provenance_columns(result["provenance"]),
     }
@@ -212,13 +293,22 @@ def _provenance_columns(provenance: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _class_interval(folder: Path, dataset: Dataset) -> dict[str, float]:
-    """The 95 % bootstrap interval over test classes of a run's Recall@1, as fractions."""
+def _query_columns(folder: Path, dataset: Dataset) -> list[dict[str, Any]]:
+    """The columns that follow from the ranks of the queries, at each length of a run.
+
+    `ranks`, uint16 (q,), has the rank of each query's first match, at most 65,535; 0: the query has no match.
+    `query_classes`, int32 (q,), has the classes of the queries. `classes_low` and `classes_high` are the 95 % bootstrap
+    interval of Recall@1 over test classes, as fractions.
+    """
     ranks, queries = (np.load(folder / f"{name}.npy") for name in ("ranks", "queries"))
-    classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries]
-    matched = ranks > 0
-    _, low, high = bootstrap_over_classes(ranks[matched] == 1, classes[matched], np.random.default_rng(0))
-    return {"classes_low": low, "classes_high": high}
+    classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries].astype(np.int32)
+    rows = []
+    for found in np.atleast_2d(ranks):  # older runs have one length and one dimension
+        matched = found > 0
+        _, low, high = bootstrap_over_classes(found[matched] == 1, classes[matched], np.random.default_rng(0))
+        packed = np.minimum(found, np.iinfo(np.uint16).max).astype(np.uint16)
+        rows.append({"classes_low": low, "classes_high": high, "ranks": packed, "query_classes": classes})
+    return rows
 
 
 def _reverse_probability(folder: Path, dataset: Dataset) -> float:
@@ -272,22 +362,65 @@ def read_results(file: Path) -> pd.DataFrame:
     """Read a study's table of results.
 
     Args:
-        file: a results.parquet.
+        file: a results.parquet; if there are parts in the folder `parts` beside it, these are merged instead.
 
     Returns:
-        One row per run and comparison in the order of the study, metrics in %. `complete` is False for a run without a
-        result.
+        One row per run, comparison and length in the order of the study, metrics in %. `length` is the number of
+        iterations after which the test is reported: 0 for a run without training, else one of `report_at` and
+        `iterations`. `chosen_iteration`, `still_improving` (the best validation lies in the last tenth of the length),
+        metrics, histories, densities and ranks are those of the length; `at_length` selects one. `complete` is False
+        for a run without a result. `ranks` and `query_classes` are missing for runs of a grid and in older tables.
 
     Raises:
-        ConfigError: if results cannot be compared (`refuse_mixed`).
+        ConfigError: if results cannot be compared (`refuse_mixed`), or parts cannot be merged (`merged_parts`).
     """
-    table = pd.read_parquet(file)
+    table = merged_parts(file) if parts_of(file) else pd.read_parquet(file)
+    if "length" not in table:  # an older table: one length per run
+        improving = 10 * table["chosen_iteration"] > 9 * table["iterations"]
+        table = table.assign(length=table["iterations"], still_improving=improving)
+    table["still_improving"] = table["still_improving"].eq(True)  # missing in runs without a result
     refuse_mixed(table)
     fractions = ("recall@", "validation_recall@", "map", "r_precision", "classes_")
     metrics = [name for name in table.columns if name.startswith(fractions)]
     table[metrics] *= 100
     table = table.explode(["comparison", "method", "place"])
     return table.sort_values("place", kind="stable", ignore_index=True)
+
+
+def at_length(results: pd.DataFrame, length: int | None = None) -> pd.DataFrame:
+    """The rows of one training length; runs without training belong to every length.
+
+    Args:
+        results: the table of `read_results`, or a table with its columns dataset, comparison, method and length.
+        length: in iterations; None: the longest length of each method of a comparison.
+
+    Returns:
+        The matching rows.
+
+    Raises:
+        ConfigError: if no row has the length.
+    """
+    if length is None:
+        longest = results.groupby(["dataset", "comparison", "method"])["length"].transform("max")
+        return results[results["length"] == longest]
+    if length not in (known := lengths_in(results)):
+        raise ConfigError(f"length is unknown: got {length}; allowed are {', '.join(map(str, known))}")
+    return results[results["length"].isin([0, length])]
+
+
+def lengths_in(results: pd.DataFrame) -> list[int]:
+    """The training lengths of a table, in iterations, the shortest first; 0 (no training) is left out."""
+    return sorted(int(length) for length in set(results["length"]) - {0})
+
+
+def distinct_runs(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per run, that of its longest length, in the order of the table.
+
+    Args:
+        results: complete runs of `read_results`.
+    """
+    longest_first = results.sort_values("length", ascending=False, kind="stable")
+    return longest_first.drop_duplicates("run_id").sort_index()
 
 
 def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
@@ -304,7 +437,7 @@ def select_results(results: pd.DataFrame, **wanted: object) -> pd.DataFrame:
         ConfigError: if no row has one of the values.
     """
     for name, value in wanted.items():
-        known = [v for v in results[name].unique() if not str(v).endswith(CHOICE)]
+        known = [v for v in results[name].unique() if not str(v).endswith(OF_TUNING)]
         if value not in results[name].unique():
             raise ConfigError(f"{name} is unknown: got {value!r}; allowed are {', '.join(map(str, known))}")
         results = results[results[name] == value]
@@ -328,7 +461,7 @@ def recalls_over_k(results: pd.DataFrame) -> pd.DataFrame:
     """Test Recall@K in long form.
 
     Args:
-        results: complete runs of `read_results`.
+        results: complete runs of `read_results` at one length.
 
     Returns:
         One row per run and K. Columns: method, seed, K, recall (%).
@@ -341,7 +474,7 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
     """Validation Recall@1 during training in long form.
 
     Args:
-        results: complete runs of `read_results`; runs without training are left out.
+        results: complete runs of `read_results` at one length; runs without training are left out.
 
     Returns:
         One row per run and validation. Columns: method, seed, iteration, recall (%).
@@ -357,32 +490,67 @@ def histories(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
-    """The settings that tuning chose.
+    """The settings that tuning chose at each length.
 
     Args:
         results: the table of `read_results`.
 
     Returns:
-        One row per dataset and method. Columns: dataset, method, chosen (values of the settings in the grid), "at an
-        edge of its grid" (settings whose value is the smallest or largest of the grid), run_ids (of the grid).
+        One row per dataset, tuned comparison, method and length. Columns: dataset, comparison, method, length, chosen
+        (values of the settings in the grid), "at an edge of its grid" (settings whose value is the smallest or largest
+        of the grid, with its extensions), "runs of the grid" (as "20", or "20 + 4" with those of the extensions), "on
+        the initial grid" (the chosen values without extensions; empty if there are none), run_ids (of the grid).
     """
     rows = []
-    tuned = results[results["comparison"] == LOSS_COMPARISONS[1]]
-    for (dataset, method), runs in tuned.groupby(["dataset", "method"], sort=False):
-        first = runs.iloc[0]
-        grid = results[(results["dataset"] == dataset) & (results["comparison"] == LOSS_COMPARISONS[1] + CHOICE)]
-        grid = grid[grid["loss"] == first["loss"]]
+    names = results["comparison"].unique()
+    tuned = results[results["comparison"].isin([name for name in names if f"{name}{CHOICE}" in names])]
+    for (dataset, comparison, method, length), runs in tuned.groupby(
+        ["dataset", "comparison", "method", "length"], sort=False
+    ):
+        of_length = results[(results["dataset"] == dataset) & (results["length"] == length)]
+        grid, added = grid_of(of_length, comparison, method)
+        before = of_length[(of_length["comparison"] == f"{comparison}{INITIAL}") & (of_length["method"] == method)]
+        grid = pd.concat([grid, added])
         axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
-        edges = [name for name in axes if first["run_id"] and first[name] in (grid[name].min(), grid[name].max())]
-        shown = ", ".join(f"{name} {first[name]:g}" for name in axes) if first["run_id"] else "not chosen yet"
-        at_edge, run_ids = ", ".join(edges), ", ".join(grid.loc[grid["complete"], "run_id"])
+        chosen, known = runs.iloc[0], bool(runs.iloc[0]["run_id"])
+        edges = [name for name in axes if known and chosen[name] in (grid[name].min(), grid[name].max())]
         rows.append(
             {
                 "dataset": dataset,
+                "comparison": comparison,
                 "method": method,
-                "chosen": shown,
-                "at an edge of its grid": at_edge,
-                "run_ids": run_ids,
+                "length": length,
+                "chosen": _shown_settings(chosen, axes) if known else "not chosen yet",
+                "at an edge of its grid": ", ".join(edges),
+                "runs of the grid": grid_size(of_length, comparison, method),
+                "on the initial grid": _shown_settings(before.iloc[0], axes) if len(before) else "",
+                "run_ids": ", ".join(grid.loc[grid["complete"], "run_id"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def grid_of(results: pd.DataFrame, comparison: str, method: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of the grid of a tuned method.
+
+    Args:
+        results: rows of one dataset and length, from `read_results`.
+        comparison: the tuned comparison.
+        method: name of the method in it.
+
+    Returns:
+        The runs of the initial grid, and the runs that were added to it; both empty if the method is not tuned.
+    """
+    runs = results[results["method"].str.startswith(f"{method}, ")]
+    initial, added = (f"{comparison}{CHOICE}", f"{comparison}{EXTENDED}{CHOICE}")
+    return runs[runs["comparison"] == initial], runs[runs["comparison"] == added]
+
+
+def grid_size(results: pd.DataFrame, comparison: str, method: str) -> str:
+    """Number of runs of a grid as text: "20", or "20 + 4" with added ones; arguments as in `grid_of`."""
+    initial, added = grid_of(results, comparison, method)
+    return f"{len(initial)}{f' + {len(added)}' * bool(len(added))}"
+
+
+def _shown_settings(run: pd.Series, axes: list[str]) -> str:
+    return ", ".join(f"{name} {run[name]:g}" for name in axes)

@@ -8,12 +8,13 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import file_lock
-from hloss.study.devices import visible_devices
+from hloss.study.claims import conclusions
+from hloss.study.devices import SLOTS, visible_devices
 from hloss.study.notebooks import check_parameters
 from hloss.study.processes import call
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.progress import Progress
-from hloss.study.results import card_hashes, stale_runs
+from hloss.study.results import at_length, card_hashes, stale_runs
 from hloss.study.slurm import job_prefix, jobs_in_queue, wait_for_jobs
 from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
@@ -69,7 +70,7 @@ def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, 
         status = _run_on_slurm(study, command, progress, queue)
     else:
         gpus = available_gpus(study)
-        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={gpus}"], progress)
+        status = call([*command, f"gpus={gpus}", "--cores", str(cores), "--resources", f"gpu={SLOTS * gpus}"], progress)
     if status:
         sys.exit(
             f"study {study.name} is not complete; run the same command again to continue "
@@ -157,7 +158,8 @@ def print_headline(study: Study) -> None:
         study: a study with a written report.
     """
     folder = Path("reports") / study.name
-    table = headline(pd.read_csv(folder / "summary.csv"), LOSS_COMPARISONS, ["recall@1"])
-    verdicts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts().items()
+    table = headline(at_length(pd.read_csv(folder / "summary.csv")), LOSS_COMPARISONS, ["recall@1"])
+    verdicts = conclusions(pd.read_csv(folder / "claims.csv"))["verdict"].value_counts().items()
     counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts)
-    print(f"\n{table.to_string(index=False)}\n\nclaims of the paper: {counts}\n\n{folder / 'report.html'}")
+    claims = f"claims of the paper, at the longest length: {counts}"
+    print(f"\n{table.to_string(index=False)}\n\n{claims}\n\n{folder / 'report.html'}")

@@ -1,60 +1,102 @@
 """Load a study: the runs that a YAML file in workflow/studies declares.
 
-title: title of the report
-extends: other                                  # add runs to another study, with its fixed settings and seeds
-include: [one, two]                             # or report all runs of other studies together
-fixed: {dataset: glyphs, iterations: 600}       # settings of every run; dataset: cuhk03-{seed} is one split per seed
-seeds: [0, 1]                                   # one run per seed
-tuning_seed: 100                                # seed of the runs that choose settings
-resources: {gpus: 1, memory_gb: 8, hours: 2}    # resources of each run (Resources)
-runs:
-  - name: histogram                             # name of the method in tables and figures
-    comparison: bins                            # comparison of the method (default: losses)
-    set: {loss: histogram}                      # settings of its runs
-    cross: {n_bins: [50, 200]}                  # one run per combination and seed
-    seeds: [0]                                  # replaces the seeds of the study
-    resources: {hours: 6}                       # replaces resources of the study
-    tune: true                                  # the combinations are a grid that is run with tuning_seed; the best
-                                                # on the validation classes is run with every seed
+A file looks like this::
 
-A run that belongs to several comparisons is run once. A run of several studies is written to the folder of the study
-that the others extend or include. `load_study` reads only the YAML files; `hloss.study.tuning.resolve_tuning` reads
-from results which settings a grid chose.
+    title: title of the report
+    extends: other                                # add runs to another study, with its fixed settings and seeds
+    include: [one, two]                           # or report all runs of other studies together
+    fixed: {dataset: glyphs, iterations: 600}     # settings of every run; dataset: cuhk03-{seed} is one split per seed
+    seeds: [0, 1]                                 # one run per seed
+    tuning_seed: 100                              # seed of the runs that choose settings
+    part_of: sample                               # write the table to reports/sample/parts, the runs to runs/sample
+    resources: {gpus: 1, memory_gb: 8, hours: 2}  # resources of each run (Resources)
+    runs:
+      - name: histogram                           # name of the method in tables and figures
+        comparison: bins                          # comparison of the method (default: losses)
+        set: {loss: histogram}                    # settings of its runs
+        cross: {n_bins: [50, 200]}                # one run per combination and seed
+        seeds: [0]                                # replaces the seeds of the study
+        resources: {hours: 6}                     # replaces resources of the study
+        tune: true                                # the combinations are a grid that is run with tuning_seed; the best
+                                                  # on the validation classes is run with every seed; a grid
+                                                  # whose best is at an edge is extended (hloss.study.tuning)
+
+A run that belongs to several comparisons is run once. A run that is as long as one of the lengths in `report_at` of
+another run with its settings is not run: its result is that of the other run at this length. A grid chooses at each
+length, so a tuned method can have other settings after 200 iterations than after 2,000. A run of several studies is
+written to the folder of the study that the others extend or include. `load_study` reads only the YAML files;
+`hloss.study.tuning.resolve_tuning` reads from results which settings a grid chose.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hloss.losses.settings import did_you_mean
+from hloss.runs.checkpoints import read_status
 from hloss.runs.config import RunConfig, parse_config
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, GPUMemoryError
+from hloss.study.devices import SLOTS
 
 STUDIES = Path("workflow/studies")
 LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
 CHOICE = ": choice"  # suffix of the comparison that contains the runs of a grid
+SMALL_NETWORKS = ("glyphnet", "pixels")  # with few multiplications: a run leaves most of a GPU idle
+EXTENDED = ", extended"  # before CHOICE: the runs that were added to a grid
+INITIAL = ", initial grid"  # suffix of the comparison with the settings that a grid had chosen before it was extended
+OF_TUNING = (CHOICE, INITIAL)  # endings of comparisons that only show how settings were chosen
+OPTIONAL = {"fixed", "resources", "tuning_seed", "part_of"}  # keys of a study's file
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 
 
 class Resources(BaseModel):
-    """Resources of one run. A cluster uses all of them, this machine only `gpus`."""
+    """Resources of one run. A cluster uses all of them, this machine only `gpus` and `runs_per_gpu`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     partition: str = Field("", description="Slurm partition; empty: the cluster's default")
     account: str = Field("", description="Slurm account; empty: the user's default")
     gpus: int = Field(ge=0, description="GPUs of the run; 0: it runs on the CPU. Default: the run's `devices`")
+    runs_per_gpu: Literal[1, 2, 4, 8, 16] = Field(
+        1, description=f"runs that may share a GPU. Default: {SLOTS} for {' and '.join(SMALL_NETWORKS)}, else 1"
+    )
+    gpu_parts: str = Field(
+        "",
+        pattern=r"^(\w+:[1-9]\d*)?$",
+        description="Slurm's generic resource for a part of a GPU, and the parts of each GPU: shard:16 or mps:100. "
+        "Empty: the cluster has none, and a run gets whole GPUs",
+    )
     memory_gb: float = Field(8.0, gt=0, description="main memory of the first attempt, in GiB; a retry asks for more")
     hours: float = Field(4.0, gt=0, description="time limit of the first attempt; a retry asks for more")
     max_memory_gb: float = Field(64.0, gt=0, description="memory of a node: no retry asks for more")
     max_hours: float = Field(24.0, gt=0, description="the partition's time limit: no retry asks for more")
+
+    def gpu_slots(self, alone: bool) -> int:
+        """Slots of this machine's GPUs, of which each has SLOTS.
+
+        Args:
+            alone: the run shares no GPU.
+        """
+        return self.gpus * SLOTS // (1 if alone else self.runs_per_gpu)
+
+    def slurm_gpus(self, alone: bool) -> tuple[int, str]:
+        """Whole GPUs and generic resources for a job of Slurm, one of them 0 or empty.
+
+        Args:
+            alone: as in `gpu_slots`.
+        """
+        if alone or self.runs_per_gpu == 1 or not (self.gpus and self.gpu_parts):
+            return self.gpus, ""
+        name, _, parts = self.gpu_parts.partition(":")
+        return 0, f"{name}:{max(int(parts) // self.runs_per_gpu, 1)}"
 
     def memory_mib(self, attempt: int) -> int:
         """Main memory of an attempt in MiB: memory_gb × attempt, at most max_memory_gb.
@@ -82,12 +124,18 @@ class StudyRun:
         resources: requested resources.
         methods: comparison -> method, as in {"bins": "histogram, n_bins 50"}.
         dataset: name of the dataset in results: "cuhk03" for cuhk03-1, cuhk03-2, ...
+        only_at: comparison -> lengths at which the run belongs to it; a comparison that is missing has all lengths.
     """
 
     config: RunConfig
     resources: Resources
     methods: dict[str, str]
     dataset: str
+    only_at: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def lengths_in(self, comparison: str) -> tuple[int, ...]:
+        """Lengths at which the run belongs to a comparison, in iterations."""
+        return self.only_at.get(comparison, self.config.lengths)
 
     @property
     def method(self) -> str:
@@ -99,6 +147,27 @@ class StudyRun:
         """Its method and seed."""
         return f"{self.method}, seed {self.config.seed}"
 
+    def needs_own_gpu(self) -> bool:
+        """Whether its last attempt ran out of the memory of a GPU, so that the next attempt shares none."""
+        status = read_status(self.config.folder) or {}
+        return status.get("message", "").startswith(GPUMemoryError.__name__)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What an entry with `tune` chooses from.
+
+    Attributes:
+        axes: values of each setting in the file.
+        runs_on: returns the runs of a grid with these axes, in the comparison with this suffix.
+        runs_with: returns the runs of every seed for the chosen run of the grid at each length, in the comparison with
+            this suffix.
+    """
+
+    axes: dict[str, list[Any]]
+    runs_on: Callable[[dict[str, list[Any]], str], tuple[StudyRun, ...]]
+    runs_with: Callable[[Mapping[int, RunConfig], str], tuple[StudyRun, ...]]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -107,12 +176,12 @@ class Entry:
     Attributes:
         runs: known runs. An entry with `tune` has the runs of its grid and, after the choice, those of every seed.
         waiting: runs whose settings are not chosen; they have the settings of the grid's first run as placeholders.
-        runs_with: returns the runs of every seed for the config of a run of the grid; None: nothing to choose.
+        grid: the grid of an entry with `tune`; None: nothing to choose.
     """
 
     runs: tuple[StudyRun, ...]
     waiting: tuple[StudyRun, ...] = ()
-    runs_with: Callable[[RunConfig], tuple[StudyRun, ...]] | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -124,12 +193,14 @@ class Study:
         title: title of its report.
         files: files that declare it, its own first.
         entries: entries of these files.
+        part_of: name of the folder in reports that gets the table as a part; "": none.
     """
 
     name: str
     title: str
     files: tuple[Path, ...]
     entries: tuple[Entry, ...]
+    part_of: str = ""
 
     @cached_property
     def runs(self) -> tuple[StudyRun, ...]:
@@ -151,13 +222,50 @@ class Study:
 
 def _merged(runs: Iterable[StudyRun]) -> tuple[StudyRun, ...]:
     """The runs without repetitions; a repeated run belongs to the comparisons of all of its repetitions."""
-    merged: dict[str, StudyRun] = {}
-    for run in runs:
-        first = merged.setdefault(run.config.run_id, run)
-        if first is not run:
-            methods = first.methods | run.methods | first.methods  # in this order, and the first name of each
-            merged[run.config.run_id] = replace(first, methods=methods)
+    given, merged = list(runs), dict[str, StudyRun]()
+    same_settings = defaultdict(list)
+    for run in given:
+        same_settings[_settings_without_length(run.config)].append(run)
+    for run in given:
+        moved = _moved(run, same_settings[_settings_without_length(run.config)])
+        first = merged.setdefault(moved.config.run_id, moved)
+        if first is not moved:
+            merged[moved.config.run_id] = _joined(first, moved)
     return tuple(merged.values())
+
+
+def _settings_without_length(config: RunConfig) -> str:
+    settings = config.resolved()
+    return repr(sorted((name, settings[name]) for name in settings.keys() - {"iterations", "report_at"}))
+
+
+def _moved(run: StudyRun, others: list[StudyRun]) -> StudyRun:
+    """The longest run that reports at all lengths of `run`, with the comparisons of `run`.
+
+    A run of a grid stays as it is: its entry reads its result by its run id.
+    """
+    if any(name.endswith(CHOICE) for name in run.methods):
+        return run
+    lengths = set(run.config.lengths)
+    longer = max(
+        (other for other in others if lengths <= set(other.config.lengths)),
+        key=lambda other: (other.config.iterations, len(other.config.lengths)),
+    )
+    return _only_at(replace(longer, methods=run.methods), {name: run.lengths_in(name) for name in run.methods})
+
+
+def _joined(first: StudyRun, again: StudyRun) -> StudyRun:
+    """One run for two with the same settings; comparisons in this order, each with its first method."""
+    methods = first.methods | again.methods | first.methods
+    lengths = {
+        name: tuple(sorted({n for run in (first, again) if name in run.methods for n in run.lengths_in(name)}))
+        for name in methods
+    }
+    return _only_at(replace(first, methods=methods), lengths)
+
+
+def _only_at(run: StudyRun, lengths: dict[str, tuple[int, ...]]) -> StudyRun:
+    return replace(run, only_at={name: at for name, at in lengths.items() if at != run.config.lengths})
 
 
 @dataclass(frozen=True)
@@ -166,7 +274,8 @@ class StudyFile:
 
     Attributes:
         path: the file.
-        folder: name of the study whose folder gets the runs: the extended study, or the study itself.
+        folder: name of the study whose folder gets the runs: that of `part_of`, the extended study, or the study
+            itself.
         content: content of the file, merged with that of the extended study.
     """
 
@@ -189,7 +298,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         ConfigError: if the study or a setting is unknown or out of range; the message names the file and the run.
     """
     content, files = _read_yaml(name, folder)
-    file = StudyFile(files[0], files[-1].stem, content)
+    file = StudyFile(files[0], content.get("part_of", files[-1].stem), content)
     entries: list[Entry] = []
     for included in content.get("include", ()):
         if included == name:
@@ -198,7 +307,7 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         files += [path for path in study.files if path not in files]
         entries += study.entries
     entries += [_load_entry(file, entry) for entry in content.get("runs", ())]
-    return Study(name, content["title"], tuple(files), tuple(entries))
+    return Study(name, content["title"], tuple(files), tuple(entries), content.get("part_of", ""))
 
 
 def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[dict[str, Any], list[Path]]:
@@ -224,7 +333,7 @@ def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[d
         base, files = _read_yaml(content["extends"], folder, may_be_combined=False)
         return {**base, **content, "runs": [*base["runs"], *content["runs"]]}, [file, *files]
     else:
-        _check_keys(file, "the study", content, {"title", "seeds", "runs"}, {"fixed", "resources", "tuning_seed"})
+        _check_keys(file, "the study", content, {"title", "seeds", "runs"}, OPTIONAL)
     return content, [file]
 
 
@@ -236,24 +345,40 @@ def _load_entry(file: StudyFile, entry: dict[str, Any]) -> Entry:
 
 
 def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> Entry:
-    """The grid of an entry with the tuning seed, and its runs with a chosen setting.
+    """The grid of an entry with the tuning seed, and its runs with the chosen settings.
 
-    The runs of the grid choose on the validation classes, so they never train on them: `refit` is False.
+    Settings that are chosen at some lengths only are run for the longest of these lengths. The runs of the grid choose
+    on the validation classes, so they never train on them: `refit` is False.
     """
     tuning_seed = file.content.get("tuning_seed")
     if tuning_seed is None or tuning_seed in file.content["seeds"]:
         raise ConfigError(
             f"{file.path}, run {entry['name']!r}: tune needs a tuning_seed that is not one of seeds: got {tuning_seed}"
         )
+    if wrong := {"iterations", "report_at"} & entry["cross"].keys():
+        raise ConfigError(
+            f"{file.path}, run {entry['name']!r}: a grid cannot choose {wrong.pop()}, because it chooses at each "
+            "length; move it to set, or remove tune"
+        )
     comparison = entry.get("comparison", LOSS_COMPARISONS[0])
-    choice = {"comparison": f"{comparison}{CHOICE}", "set": entry["set"] | {"refit": False}}
-    grid = _crossed_runs(file, entry | choice, [tuning_seed])
 
-    def runs_with(chosen: RunConfig) -> tuple[StudyRun, ...]:
-        settings = entry["set"] | {axis: getattr(chosen, axis) for axis in entry["cross"]}
-        return _crossed_runs(file, entry | {"set": settings, "cross": {}}, seeds)
+    def runs_on(axes: dict[str, list[Any]], suffix: str) -> tuple[StudyRun, ...]:
+        settings = {"comparison": comparison + suffix, "set": entry["set"] | {"refit": False}, "cross": axes}
+        return _crossed_runs(file, entry | settings, [tuning_seed])
 
-    return Entry(grid, runs_with(grid[0].config), runs_with)
+    def runs_with(chosen: Mapping[int, RunConfig], suffix: str) -> tuple[StudyRun, ...]:
+        runs: list[StudyRun] = []
+        for config in dict.fromkeys(config.run_id for config in chosen.values()):
+            lengths = [length for length, other in chosen.items() if other.run_id == config]
+            axes = {axis: getattr(chosen[lengths[0]], axis) for axis in entry["cross"]}
+            until = {} if len(lengths) == len(chosen) else {"iterations": max(lengths), "report_at": lengths}
+            settings = {"comparison": comparison + suffix, "set": entry["set"] | axes | until, "cross": {}}
+            runs += _crossed_runs(file, entry | settings, seeds)
+        return tuple(runs)
+
+    first = runs_on(entry["cross"], CHOICE)
+    waiting = runs_with(dict.fromkeys(first[0].config.lengths, first[0].config), "")
+    return Entry(first, waiting, Grid(entry["cross"], runs_on, runs_with))
 
 
 def _crossed_runs(file: StudyFile, entry: dict[str, Any], seeds: Sequence[int]) -> tuple[StudyRun, ...]:
@@ -281,7 +406,11 @@ def _study_run(file: StudyFile, entry: dict[str, Any], combination: dict[str, An
 
 def _checked_resources(file: Path, method: str, config: RunConfig, *mappings: dict[str, Any] | None) -> Resources:
     """The resources of a run; later mappings replace values of earlier ones."""
-    settings: dict[str, Any] = {"gpus": 0 if config.device == "cpu" else config.devices}
+    small = config.network in SMALL_NETWORKS and config.devices == 1
+    settings: dict[str, Any] = {
+        "gpus": 0 if config.device == "cpu" else config.devices,
+        "runs_per_gpu": SLOTS if small else 1,
+    }
     for mapping in mappings:
         _check_keys(file, "resources", mapping or {}, set(), set(Resources.model_fields))
         settings |= mapping or {}
@@ -295,6 +424,11 @@ def _checked_resources(file: Path, method: str, config: RunConfig, *mappings: di
         raise ConfigError(
             f"{file}, {method}: resources gpus does not fit the run: got {resources.gpus}; with "
             f"device={config.device!r} and devices={config.devices} allowed are {' or '.join(map(str, allowed))}"
+        )
+    if resources.gpus > 1 and resources.runs_per_gpu > 1:
+        raise ConfigError(
+            f"{file}, {method}: a run on several GPUs shares none: got runs_per_gpu={resources.runs_per_gpu} with "
+            f"gpus={resources.gpus}; set runs_per_gpu to 1"
         )
     return resources
 

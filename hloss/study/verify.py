@@ -20,26 +20,32 @@ from hloss.runs.models import has_pretrained_part
 from hloss.runs.provenance import code_sha256
 from hloss.runs.run import run
 from hloss.study.devices import CPU_NAMES
-from hloss.study.results import MADE_BY, result_columns
+from hloss.study.parts import parts_of
+from hloss.study.results import MADE_BY, OF_QUERIES, reported, result_rows
+from hloss.study.verified import DIFFERENT, RESULTS, is_confirmed, read_verified, verified_file
 
 # Processors round differently, and training amplifies that. 25 runs of the glyphs study (200 iterations, one 800) were
 # repeated on another processor: Recall@1 changed by 0.7 points (root mean square), and no fraction by more than 2.0.
 # Another seed changes Recall@1 by 1.8 points (root mean square).
 TOLERANCE_POINTS = 4.0
-EXACT, CLOSE, DIFFERENT = "bit for bit", f"within {TOLERANCE_POINTS:g} points", "different"
-OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split"}
+EXACT, CLOSE = "bit for bit", f"within {TOLERANCE_POINTS:g} points"
+OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split", "length"}
 NOT_COMPARED = {*MADE_BY, *RunConfig.model_fields, *OF_THE_STUDY, "training_seconds"}
-ROUNDING_DECIDES = ("chosen_iteration", "panel")  # rounding can change these, and columns of several numbers
+ROUNDING_DECIDES = (
+    "chosen_iteration",
+    "still_improving",
+    "panel",
+)  # rounding can change these, and columns of several numbers
 
 
 def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Repeat randomly drawn runs of a table of results, and write verified.json to the folder of the table.
+    """Repeat randomly drawn runs of a table of results, and write the outcome to its `verified_file`.
 
     On a machine of the same kind (processor or GPU, and version of torch) all measured values must be equal bit for
     bit. On another machine every fraction must lie within `TOLERANCE_POINTS` (see `differing_columns`).
 
     Args:
-        results: the results.parquet of a study.
+        results: the results.parquet of a study, or a part.
         n: number of runs to repeat; all if the table has fewer.
         seed: seed of the draw.
         report: called with one line per run.
@@ -57,42 +63,44 @@ def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], Non
             "`python workflow/scripts/rename_results.py`"
         )
     complete = table[table["complete"]]
-    drawn = complete.sample(min(n, len(complete)), random_state=seed)
+    of_runs = complete.drop_duplicates("run_id")
+    drawn = of_runs.sample(min(n, len(of_runs)), random_state=seed)
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="hloss-verify-") as folder:
         for number, (_, row) in enumerate(drawn.iterrows(), 1):
-            again = repeated(row, folder)
-            runs[row["run_id"]] = outcome = compared(row, again)
+            lengths = complete[complete["run_id"] == row["run_id"]]
+            again = repeated(lengths, folder)
+            runs[row["run_id"]] = outcome = compared(lengths, again)
             told = " ".join([outcome["outcome"], *outcome["columns"]])
             report(f"{number} of {len(drawn)}: run {row['run_id']} ({row['method'][0]}, seed {row['seed']}): {told}")
     verified = {
         "results_sha256": sha256(results.read_bytes()).hexdigest(),
         "date": datetime.now(UTC).date().isoformat(),
         "code_sha256": code_sha256(),
-        **{name: again[name] for name in ("git_commit", "device", "processor", "torch")},
+        **{name: again[0][name] for name in ("git_commit", "device", "processor", "torch")},
         "seed": seed,
         "tolerance_points": TOLERANCE_POINTS,
         "runs": runs,
     }
     text = json.dumps(verified, indent=1) + "\n"
-    atomic_write(results.with_name("verified.json"), lambda part: part.write_text(text))
+    atomic_write(verified_file(results), lambda part: part.write_text(text))
     return verified
 
 
-def repeated(row: pd.Series, folder: str) -> dict[str, Any]:
-    """Repeat the run of a row.
+def repeated(rows: pd.DataFrame, folder: str) -> list[dict[str, Any]]:
+    """Repeat a run.
 
     Args:
-        row: a row of a results.parquet.
+        rows: the rows of the run in a results.parquet, one per length.
         folder: folder for the repeated run.
 
     Returns:
-        The columns of the new result.
+        The columns of the new result at each of these lengths.
 
     Raises:
         ConfigError: if the dataset differs from that of the results, or a GPU is missing.
     """
-    config = config_of(row, folder)
+    config, row = config_of(rows, folder), rows.iloc[0]
     dataset = open_dataset(config.data_folder)
     if dataset.card_sha256 != row["card_sha256"]:
         raise ConfigError(
@@ -100,19 +108,27 @@ def repeated(row: pd.Series, folder: str) -> dict[str, Any]:
             f"{dataset.card_sha256[:8]}; the results have {row['card_sha256'][:8]}: prepare the dataset again"
         )
     result = run(config, lambda line: None)
-    return result_columns(config, result, dataset, exact=bool(pd.notna(row["reverse_probability"])))
+    again = result_rows(config, result, dataset, exact=bool(rows["reverse_probability"].notna().any()))
+    columns = dict(zip((at["iterations"] for at in reported(result)), again, strict=True))
+    return [columns[length] for length in _lengths(rows)]
 
 
-def config_of(row: pd.Series, runs_dir: str) -> RunConfig:
-    """The config of the run of a row.
+def _lengths(rows: pd.DataFrame) -> list[int]:
+    """The lengths of a run's rows; older tables have one, the run's iterations."""
+    return rows["length" if "length" in rows else "iterations"].astype(int).tolist()
+
+
+def config_of(rows: pd.DataFrame, runs_dir: str) -> RunConfig:
+    """The config of a run, which reports at the lengths of its rows.
 
     Args:
-        row: a row of a results.parquet.
+        rows: the rows of the run in a results.parquet, one per length.
         runs_dir: folder for the repeated run.
 
     Raises:
         ConfigError: if the run was made on a GPU and torch finds none.
     """
+    row = rows.iloc[0]
     on_gpu = row["device"] not in CPU_NAMES
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError(f"run {row['run_id']} needs a GPU ({row['device']}): torch finds none on this machine")
@@ -120,6 +136,8 @@ def config_of(row: pd.Series, runs_dir: str) -> RunConfig:
     settings = {name: _plain(name, row[name]) for name in names}
     if not has_pretrained_part(row["network"]):
         settings.pop("pretrained_lr_factor", None)  # the row has its default, which such a network refuses
+    if settings["iterations"]:
+        settings["report_at"] = _lengths(rows)
     where = {"dataset": row["split"], "device": "cuda" if on_gpu else "cpu", "study": "verify", "runs_dir": runs_dir}
     return parse_config(settings | where)
 
@@ -137,23 +155,29 @@ def _plain(name: str, value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def compared(row: pd.Series, again: dict[str, Any]) -> dict[str, Any]:
-    """Compare a repeated run with its row.
+def compared(rows: pd.DataFrame, again: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare a repeated run with its rows.
 
     Args:
-        row: a row of a results.parquet.
-        again: the columns of the repeated run, from `repeated`.
+        rows: the rows of the run in a results.parquet, one per length.
+        again: the columns of the repeated run at these lengths, from `repeated`.
 
     Returns:
-        "outcome" (`EXACT`, `CLOSE` or `DIFFERENT`), "columns" (names of columns that differ too much) and
+        "outcome" (`EXACT`, `CLOSE` or `DIFFERENT`), "columns" (names of columns that differ too much at any length) and
         "largest_difference_points" (of all fractions).
     """
-    bits = differing_columns(row, again)
-    columns = bits if machine_kind(row) == machine_kind(again) else differing_columns(row, again, exactly=False)
-    fractions = (name for name in bits if isinstance(row[name], float) and name not in ROUNDING_DECIDES)
-    points = max((100 * abs(row[name] - again.get(name, np.nan)) for name in fractions), default=0.0)
+    bits: list[str] = []
+    columns: list[str] = []
+    points = 0.0
+    for (_, row), new in zip(rows.iterrows(), again, strict=True):
+        differing = differing_columns(row, new)
+        is_same_machine = machine_kind(row) == machine_kind(new)
+        bits += differing
+        columns += differing if is_same_machine else differing_columns(row, new, exactly=False)
+        fractions = [name for name in differing if isinstance(row[name], float) and name not in ROUNDING_DECIDES]
+        points = max([points, *(100 * abs(row[name] - new.get(name, np.nan)) for name in fractions)])
     outcome = DIFFERENT if columns else CLOSE if bits else EXACT
-    return {"outcome": outcome, "columns": columns, "largest_difference_points": points}
+    return {"outcome": outcome, "columns": list(dict.fromkeys(columns)), "largest_difference_points": points}
 
 
 def machine_kind(made: Mapping[Any, Any]) -> tuple[str, ...]:
@@ -175,7 +199,8 @@ def differing_columns(row: pd.Series, again: dict[str, Any], exactly: bool = Tru
             the chosen iteration and the panel are not compared.
     """
     same = _is_same if exactly else _is_close
-    return [name for name in row.index if name not in NOT_COMPARED and not same(name, row[name], again.get(name))]
+    left_out = NOT_COMPARED | {name for name in OF_QUERIES if name in row and row[name] is None}  # of a grid's run
+    return [name for name in row.index if name not in left_out and not same(name, row[name], again.get(name))]
 
 
 def _is_same(name: str, a: Any, b: Any) -> bool:
@@ -192,40 +217,29 @@ def _is_close(name: str, a: Any, b: Any) -> bool:
     return _is_same(name, a, b)
 
 
-def read_verified(results: Path) -> dict[str, Any] | None:
-    """Read the verified.json in the folder of a table of results.
-
-    Args:
-        results: a results.parquet.
-
-    Returns:
-        Its content; None if the file is missing or belongs to another version of the table.
-    """
-    file = results.with_name("verified.json")
-    verified = json.loads(file.read_text()) if file.exists() else None
-    return verified if verified and verified["results_sha256"] == sha256(results.read_bytes()).hexdigest() else None
-
-
 def origin(runs: pd.DataFrame, results: Path) -> str:
     """Describe in Markdown the code that made the runs of a table, and the code that verified them.
 
     Args:
         runs: rows with the columns code_sha256 and git_commit.
-        results: the results.parquet.
+        results: the results.parquet; its parts, if it has any, are described instead.
     """
     versions = [_version(*made) for made in runs[["code_sha256", "git_commit"]].drop_duplicates().to_numpy()]
     made = f"Made by {' and '.join(versions)}"
     if len(versions) > 1:
         made = f"**Made by {len(versions)} versions of the code**: {', '.join(versions)}"
-    verified = read_verified(results)
-    if verified is None:
-        return f"{made}."
+    files = parts_of(results) or [results]
+    checked = [_verification(file, verified) for file in files if (verified := read_verified(file))]
+    return "; ".join([made, *checked]) + "."
+
+
+def _verification(results: Path, verified: dict[str, Any]) -> str:
     outcomes = pd.Series([run["outcome"] for run in verified["runs"].values()]).value_counts()
     told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
     by = _version(verified["code_sha256"], verified["git_commit"])
-    is_good = DIFFERENT not in outcomes
-    word = "verified" if is_good else "**not confirmed**"
-    return f"{made}; {word} at {by} by {len(verified['runs'])} runs repeated on {verified['date']}: {told}."
+    word = "verified" if is_confirmed(verified) else "**not confirmed**"
+    of = "" if results.name == RESULTS else f"{results.stem} "
+    return f"{of}{word} at {by} by {len(verified['runs'])} runs repeated on {verified['date']}: {told}"
 
 
 def _version(code_sha256: str, git_commit: str) -> str:

@@ -1,5 +1,7 @@
 """The histogram loss, forward and backward, against its floor (the plain product) and its peers; D = 512."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -81,13 +83,41 @@ def test_against_dense_bins(race, n):
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # of that package
-@pytest.mark.parametrize("n", [256, 512])
-def test_against_pytorch_metric_learning(race, n):
+@pytest.mark.parametrize("mined", [False, True], ids=["labels", "mined"])
+@pytest.mark.parametrize("n", [128, 256, 512])
+def test_against_pytorch_metric_learning(race, n, mined):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
+    from pytorch_metric_learning.miners import MultiSimilarityMiner
+
+    from hloss.losses import dropin
+
     embeddings, labels = batch(n)
-    sides = {"pytorch-metric-learning": losses.HistogramLoss(n_bins=200), "HistogramLoss": HistogramLoss()}
+    sides = {"pytorch-metric-learning": losses.HistogramLoss(n_bins=200), "drop-in": dropin.HistogramLoss(n_bins=200)}
+    if mined:
+        pairs = MultiSimilarityMiner()(embeddings, labels)
+        sides = {name: partial(loss, indices_tuple=pairs) for name, loss in sides.items()}
+    else:
+        sides["HistogramLoss"] = HistogramLoss()
     steps = {name: step(loss, embeddings, labels) for name, loss in sides.items()}
-    race(f"N = {n}", "HistogramLoss", steps, rounds=3)
+    race(f"N = {n}{', mined pairs' if mined else ''}", "drop-in", steps, rounds=5)
+
+
+@pytest.mark.parametrize("module", ["pytorch_metric_learning.losses", "hloss.losses.dropin"])
+@pytest.mark.parametrize("n", [128, 256, 512])
+def test_memory_against_pytorch_metric_learning(record, n, module):
+    pytest.importorskip("pytorch_metric_learning")
+    grown = peak_above_start(f"""
+import torch
+from {module} import HistogramLoss
+loss = HistogramLoss(n_bins=200)
+warm = torch.randn(16, 512).requires_grad_()
+loss(warm, torch.arange(16) // 8).backward()
+embeddings = torch.randn({n}, 512).requires_grad_()
+labels = torch.arange({n}) // 8
+# start
+loss(embeddings, labels).backward()
+""")
+    record(f"N = {n}", module, f"{grown / 2**20:.0f} MiB", "peak above the process before the call")
 
 
 @pytest.mark.parametrize("n", [1024])

@@ -18,6 +18,7 @@ from tests.helpers.copied_project import (
     kill_tree,
     processes,
     projects,
+    span_of,
     starts,
     wait_until,
 )
@@ -101,8 +102,10 @@ def test_failed_jobs_are_retried_to_the_report_of_this_machine(slurm, jobs, new_
         called(slurm, "scancel", first_job(cancelled))
 
     def kill():
-        for kernel in processes("ipykernel_launcher", SLURM_JOB_ID=first_job(killed)):
-            kernel.kill()
+        for runner in processes("run_notebook.py run", SLURM_JOB_ID=first_job(killed)):
+            for kernel in runner.children():
+                if "run_notebook.py" in " ".join(kernel.cmdline()):  # forked from the runner
+                    kernel.kill()
 
     def let_time_run_out():
         called(slurm, "scontrol", "update", f"JobId={first_job(overdue)}", "EndTime=now+1")
@@ -140,6 +143,36 @@ def iteration_of(checkpoint):
     return torch.load(checkpoint, weights_only=True)["progress"]["iteration"]
 
 
+def trust_simulated_gpus(project):
+    """Let runs begin although torch cannot use the simulated GPUs, which have no driver."""
+    file = project.folder / "hloss" / "study" / "notebooks.py"
+    counted = "usable_gpus() if given else 0"
+    assert counted in file.read_text()
+    file.write_text(file.read_text().replace(counted, "given"))
+
+
+def test_small_runs_share_gpus_by_shards(slurm, jobs, new_project):
+    study = {
+        "title": "three runs on shards of two GPUs",
+        "fixed": SHORT,
+        "seeds": [0, 1, 2],
+        "resources": {"gpus": 1, "runs_per_gpu": 2, "gpu_parts": "shard:2", "memory_gb": 2, "hours": 0.2},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
+    project = new_project("project", study)
+    project.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5})
+    trust_simulated_gpus(project)
+    start = project.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.2")
+    wait_until(
+        "three run at once", lambda: [state for _, state, *_ in jobs().values()] == ["RUNNING"] * 3, during=start
+    )
+    assert project.finish(start) == 0, project.printed()
+    asked = called(slurm, "squeue", "--states=all", "--noheader", "--format=%b", f"--jobs={','.join(jobs())}")
+    assert asked.split() == ["gres:shard:1"] * 3
+    gpus = [span_of(run)[2] for run in (project.folder / "runs" / "short").iterdir()]
+    assert sorted(gpus) in (["0", "0", "1"], ["0", "1", "1"])
+
+
 def test_killed_start_continues_without_running_anything_twice(slurm, jobs, new_project):
     study = {
         "title": "four runs on two GPUs",
@@ -150,10 +183,7 @@ def test_killed_start_continues_without_running_anything_twice(slurm, jobs, new_
     }
     project = new_project("project", study)
     project.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5, "jobs": 3})
-    file = project.folder / "hloss" / "study" / "notebooks.py"  # the simulated GPUs have no driver
-    counted = "torch.cuda.device_count() if given and torch.cuda.is_available() else 0"
-    assert counted in file.read_text()
-    file.write_text(file.read_text().replace(counted, "given"))
+    trust_simulated_gpus(project)
     first = project.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.4")
     wait_until(
         "two jobs run, one waits", lambda: sorted(s for _, s, *_ in jobs().values()) == ["PENDING", *["RUNNING"] * 2]

@@ -13,6 +13,7 @@ from tests.helpers.copied_project import (
     assert_no_gpu_for_two,
     continued,
     has_checkpoint,
+    most_at_once,
     processes,
     projects,
     starts,
@@ -135,10 +136,24 @@ def test_each_run_has_its_own_gpu(new_project, tmp_path):
         "title": "four runs on two GPUs",
         "fixed": QUICK,
         "seeds": [0, 1],
-        "resources": {"gpus": 1},
+        "resources": {"gpus": 1, "runs_per_gpu": 1},
         "runs": [{"name": "histogram", "set": {"loss": "histogram"}, "cross": {"n_bins": [50, 200]}}],
     }
     project = new_project("project", study)
     environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}  # no such devices, so torch uses the CPU
     assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
     assert_no_gpu_for_two(list((project.folder / "runs" / "short").iterdir()), {"0", "1"})
+
+
+def test_two_runs_share_a_gpu(new_project, tmp_path):
+    study = {
+        "title": "three runs on one GPU",
+        "fixed": QUICK,
+        "seeds": [0, 1, 2],
+        "resources": {"gpus": 1, "runs_per_gpu": 2},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
+    project = new_project("project", study)
+    environment = {"CUDA_VISIBLE_DEVICES": "0", "TMPDIR": str(tmp_path)}  # no such device, so torch uses the CPU
+    assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
+    assert most_at_once(list((project.folder / "runs" / "short").iterdir())) == 2

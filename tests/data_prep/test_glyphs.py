@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import glyphs
+from data_prep.__main__ import main
 from data_prep.glyph_list import LIST_FILE
 from data_prep.prepared import PreparationError, new_folder
 from hloss.runs.datasets import open_dataset
@@ -47,6 +48,50 @@ def test_a_second_preparation_gives_the_same_bytes(prepared, tmp_path):
     again = glyphs.prepare(tmp_path / "glyphs")
     assert again == card
     assert (tmp_path / "glyphs" / "card.json").read_bytes() == (folder / "card.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folds")
+    main(["glyphs", "--folds", "--out", str(folder / "glyphs")])
+    return [open_dataset(folder / f"glyphs-{number}") for number in range(6)]
+
+
+def classes_of(dataset, split):
+    return set(dataset.index.label[dataset.index.split == split])
+
+
+def test_every_class_is_tested_by_one_fold_or_is_for_tuning_alone(prepared, folds):
+    *tested, tuning = folds
+    every = set(open_dataset(prepared[0]).index.label)
+    test_sets = [classes_of(dataset, "test") for dataset in tested]
+    held = classes_of(tuning, "val") | classes_of(tuning, "test")
+    assert sorted(label for labels in (*test_sets, held) for label in labels) == sorted(every)
+    assert len(held) == round(0.1 * len(every))
+    assert max(map(len, test_sets)) - min(map(len, test_sets)) <= 1
+    for dataset, own in zip(tested, test_sets, strict=True):
+        others = classes_of(dataset, "train") | classes_of(dataset, "val")
+        assert others == every - held - own
+        assert len(classes_of(dataset, "val")) == len(held)
+    assert classes_of(tuning, "train") <= every - held
+    assert len({len(classes_of(dataset, "train")) for dataset in folds}) == 1
+
+
+def test_folds_have_the_images_of_glyphs(prepared, folds):
+    whole = open_dataset(prepared[0])
+    row_of = dict(zip(whole.index.source, range(len(whole.index)), strict=True))
+    for dataset in folds:
+        rows = dataset.index.source.map(row_of)
+        assert dataset.index.label.tolist() == whole.index.label[rows].tolist()
+        assert np.array_equal(dataset.images, whole.images[rows])
+    assert len({(d.folder / "images.npy").stat().st_ino for d in folds[:5]}) == 1
+
+
+def test_cards_of_folds_differ_in_their_test_set_only(folds):
+    settings = [dict(dataset.card["settings"]) for dataset in folds]
+    assert [one.pop("test_set") for one in settings] == list(range(6))
+    assert all(one == settings[0] for one in settings)
+    assert "for tuning" in folds[5].card["class_split"]
 
 
 def test_an_interrupted_preparation_leaves_no_files(tmp_path):

@@ -196,6 +196,12 @@ def assert_no_gpu_for_two(runs: list[Path], gpus: set[str]) -> None:
         assert all(begin >= end for begin, _, other in spans[number + 1 :] if other == gpu), spans
 
 
+def most_at_once(runs: list[Path]) -> int:
+    """The largest number of runs at one time, by their logs."""
+    spans = [span_of(run) for run in runs]
+    return max(sum(begin <= start < end for begin, end, _ in spans) for start, *_ in spans)
+
+
 def span_of(run: Path) -> tuple[datetime, datetime, str]:
     """Start, end and GPU of a run, from its log."""
     lines = (run / "run.log").read_text().splitlines()

@@ -1,5 +1,7 @@
 """A real Slurm of one node for the tests: munged, slurmctld and slurmd on loopback, with two simulated GPUs.
 
+Each GPU has two shards.
+
 The GPUs are character devices: Slurm counts them, hands them out and sets CUDA_VISIBLE_DEVICES. There are no cgroups,
 so memory is watched by polling. The node claims one CPU more than GPUs, so that GPUs run out first.
 """
@@ -55,10 +57,10 @@ SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=0
 ReturnToService=2
 MinJobAge=3600
 KillWait=5
-GresTypes=gpu
+GresTypes=gpu,shard
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:2,shard:4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
 PartitionName=second Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP
 """
@@ -112,7 +114,8 @@ def write_configuration(folder: Path) -> None:
     (folder / "slurm.conf").write_text(text)
     for number in (0, 1):
         os.mknod(folder / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    (folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File={folder}/gpu[0-1]\n")
+    devices = f"NodeName={host} Name=gpu File={folder}/gpu[0-1]\nNodeName={host} Name=shard Count=4\n"
+    (folder / "gres.conf").write_text(devices)
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))

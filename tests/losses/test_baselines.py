@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_a_negative_as_near_as_the_positive_is_not_semi_hard(dtype):
     assert Triplet()(same, torch.arange(60) // 3).item() == pytest.approx(0.2, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"binomial"}))
+@pytest.mark.parametrize("name", [name for name, loss in BASELINES.items() if "margin" in signature(loss).parameters])
 @pytest.mark.parametrize("margin", [1e-9, 1e9])
 def test_extreme_margins_are_finite(name, margin):
     for dtype in (torch.float32, torch.float64):

@@ -251,7 +251,7 @@ def test_unusable_input_is_refused_by_row(spoil, options, message):
         ({"n_bins": 10.0}, "n_bins"),
         ({"kernel": "cosine"}, "kernel must be one of triangular, gaussian, epanechnikov, uniform: got 'cosine'"),
         ({"kernel": "gaussian"}, "bandwidth of the gaussian kernel .* must be a finite number above 0: got None"),
-        ({"bandwidth": 1.0}, "bandwidth is not for the triangular kernel: got 1.0"),
+        ({"bandwidth": 1.0}, "bandwidth of the triangular kernel must be None: got 1.0"),
         ({"margin": 0.015}, "a multiple of the bin width 0.01 .*got 0.015"),
         ({"margin": -0.1}, "margin must be a finite number of at least 0"),
         ({"alpha": 2.0}, "alpha is only for order_cost .softplus.: got 2.0 with 'step'"),

@@ -186,13 +186,13 @@ runs:
         ({**MULTI_SIMILARITY, "miner": "MultiSimilarityMinr"}, r"MultiSimilarityMinr .*did you mean MultiSimilarityMi"),
         ({**MULTI_SIMILARITY, "miner_options": {"eps": 1}}, "eps=1 is unknown to MultiSimilarityMiner"),
         ({**MULTI_SIMILARITY, "margin": 0.1}, "has no setting margin; it has loss_options, miner, miner_options"),
-        ({**MULTI_SIMILARITY, "loss_options": "alpha: 1"}, "loss_options='alpha: 1': Input should be a valid dict"),
+        ({**MULTI_SIMILARITY, "loss_options": "alpha: 1"}, "loss_options='alpha: 1': must be a valid dict"),
         (
             {"loss": "triplet", "miner": "BatchHardMiner"},
             "loss 'triplet' has no setting miner; it has margin, on_degenerate",
         ),
         ({"loss": "triplet", "margin": 0.0}, "margin must be a finite number above 0: got 0.0"),
-        ({"loss": "lifted", "normalize": 1}, "normalize=1: Input should be a valid boolean"),
+        ({"loss": "lifted", "normalize": 1}, "normalize=1: must be a valid boolean"),
         ({"loss": "pml"}, "loss='pml' is unknown; allowed are histogram, binomial, lifted"),
         ({"metric": "cosin"}, r"metric='cosin' is unknown; allowed are cosine, euclidean \(did you mean cosine\?\)"),
         ({"sampler": "balance"}, r"allowed are class-shuffle, balanced, random-class \(did you mean balanced\?\)"),
@@ -236,7 +236,7 @@ def test_baselines_have_no_parameters():
     [
         ({"n_bin": 50}, r"n_bin=50 is not a setting of a run \(did you mean n_bins\?\)"),
         ({"n_bins": 0}, "n_bins must be a whole number of at least 1: got 0"),
-        ({"n_bins": "fifty"}, "n_bins='fifty': Input should be a valid integer"),
+        ({"n_bins": "fifty"}, "n_bins='fifty': must be a valid integer"),
         (
             {"loss": "histogramm"},
             r"loss='histogramm' is unknown; allowed are .*\(did you mean histogram\?\)",
@@ -266,6 +266,35 @@ def test_run_id_changes_only_with_settings_that_affect_the_result():
     assert parse_config({"device": "cpu", "study": "other", "threads": 2}).run_id == default.run_id
     assert parse_config({"n_bins": 100}).run_id != default.run_id
     assert parse_config({"seed": 1}).run_id != default.run_id
+
+
+def test_report_at_changes_a_run_id_if_it_adds_a_length():
+    assert parse_config({"iterations": 60, "report_at": [60]}).run_id == parse_config({"iterations": 60}).run_id
+    added = parse_config({"iterations": 60, "report_at": [20, 40]})
+    assert added.run_id != parse_config({"iterations": 60}).run_id
+    assert added.run_id == parse_config({"iterations": 60, "report_at": [20, 40, 60]}).run_id
+    assert added.lengths == (20, 40, 60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_at": []}, "the lengths must increase; allowed are 1 to iterations=60"),
+        ({"report_at": [0]}, "the lengths must increase"),
+        ({"report_at": [40, 20]}, "the lengths must increase"),
+        ({"report_at": [20, 20]}, "the lengths must increase"),
+        ({"report_at": [80]}, "allowed are 1 to iterations=60"),
+        ({"report_at": [30]}, "no validation takes place after 30 iterations; allowed are multiples of validate_every"),
+        ({"report_at": [20], "refit": True}, "does not fit refit=True: .* not that of a shorter run"),
+        ({"report_at": [20], "lr_step": 10}, "does not fit lr_step=10"),
+        ({"report_at": [20], "iterations": 0, "loss": "none"}, "allowed are 1 to iterations=0"),
+        ({"report_at": 20}, "report_at=20"),
+    ],
+    ids=str,
+)
+def test_refuses_lengths_that_a_shorter_run_would_not_give(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"iterations": 60, "validate_every": 20, **settings})
 
 
 def test_only_another_tf32_than_the_default_changes_a_run_id():

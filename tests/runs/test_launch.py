@@ -292,7 +292,7 @@ def test_processes_end_with_their_parent(settings, tmp_path):
             {"devices": 2, "device": "cuda"},
             'device="cuda" with devices=2: torch finds too few CUDA devices: got 0; lower devices',
         ),
-        ({"batchnorm": "live", "micro_batch": 2}, "a batch in slices has no live statistics"),
+        ({"batchnorm": "live", "micro_batch": 2}, "cannot use statistics of the whole batch in slices"),
     ],
     ids=str,
 )

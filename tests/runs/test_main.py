@@ -36,6 +36,20 @@ def test_refuses_a_missing_settings_file(tmp_path):
         main([str(tmp_path / "nowhere.json")])
 
 
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ('{"loss": ', r"hloss\.runs: .*settings\.json is not a JSON file: Expecting value"),
+        ('["loss"]', r"settings\.json must contain a mapping such as .*: got \['loss'\]"),
+    ],
+)
+def test_refuses_a_settings_file_without_a_mapping(tmp_path, content, match):
+    file = tmp_path / "settings.json"
+    file.write_text(content)
+    with pytest.raises(SystemExit, match=match):
+        main([str(file)])
+
+
 def test_lists_and_deletes_the_networks_of_a_study(settings, capsys):
     short = {**settings, "iterations": 4}
     kept = [parse_config({**short, "seed": seed}) for seed in (0, 1)]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -49,6 +50,61 @@ def test_a_killed_run_continues_to_the_same_result(settings, tmp_path):
     assert outcome(run(broken, lines.append)) == outcome(whole)
     assert lines[0] == "continued from iteration 11 (choose)"
     assert not list(broken.folder.glob("checkpoint*"))
+
+
+LENGTHS = {"report_at": [10, 40], "iterations": 60, "validate_every": 5, "checkpoint_seconds": 1e6}
+
+
+def without_seconds(entry):
+    return {name: value for name, value in entry.items() if name != "training_seconds"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"crop": 16, "horizontal_flip": True, "dropout": 0.3},
+        {"loss": "semi-hard-triplet", "sampler": "balanced"},
+        {"micro_batch": 8, "batchnorm": "slices", "weight_decay": 0.01},
+        {"pytorch-metric-learning": True, "loss": "pml:ProxyAnchorLoss"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")  # of pytorch-metric-learning
+def test_the_result_at_a_length_is_that_of_a_run_of_so_many_iterations(given, settings, tmp_path):
+    if given.pop("pytorch-metric-learning", False):
+        pytest.importorskip("pytorch_metric_learning")
+    settings = {**settings, **LENGTHS, **given}
+    config = parse_config(settings)
+    result = run(config, quiet)
+    ranks = np.load(config.folder / "ranks.npy")
+    assert [entry["iterations"] for entry in result["lengths"]] == [10, 40, 60]
+    assert given or len({entry["network_sha256"] for entry in result["lengths"]}) > 1
+    for row, entry in zip(ranks, result["lengths"], strict=True):
+        shorter = parse_config({**settings, "report_at": None, "iterations": entry["iterations"]})
+        alone = run(shorter, quiet)
+        assert [without_seconds(entry)] == [without_seconds(own) for own in alone["lengths"]]
+        assert alone["network_sha256"] == entry["network_sha256"]
+        assert outcome(alone)["metrics"] == entry["metrics"]
+        assert alone["chosen"]["iteration"] == entry["chosen_iteration"]
+        assert np.array_equal(np.load(shorter.folder / "ranks.npy"), row[None])
+    assert outcome(alone) == outcome(result)
+
+
+def test_a_run_that_was_killed_reports_the_same_at_every_length(settings, tmp_path):
+    whole = run(parse_config({**settings, **LENGTHS}), quiet)
+    broken = parse_config({**settings, **LENGTHS, "checkpoint_seconds": 0.0, "runs_dir": str(tmp_path / "broken")})
+    for last in (10, 40, 60):  # at the validation of each length
+
+        def killed(line, last=last):
+            if line.startswith(f"iteration {last}/"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(broken, killed)
+    again = run(broken, quiet)
+    assert list(map(without_seconds, again["lengths"])) == list(map(without_seconds, whole["lengths"]))
+    assert outcome(again) == outcome(whole)
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs
@@ -170,7 +226,7 @@ def test_refit_is_refused_where_validation_was_never_part_of_training(settings, 
     card = json.loads((tmp_path / "tiny" / "card.json").read_text())
     (tmp_path / "tiny" / "card.json").write_text(json.dumps({**card, "val_from_train": False}))
     config = parse_config({**settings, "refit": True, "data_dir": str(tmp_path)})
-    with pytest.raises(ConfigError, match="refit=True: the validation classes of 'tiny' were not carved out"):
+    with pytest.raises(ConfigError, match="refit=True: the validation classes of 'tiny' are not drawn from its"):
         run(config, quiet)
     assert read_status(config.folder)["state"] == "failed"
     assert read_status(config.folder)["retry"] is False
@@ -197,6 +253,45 @@ def test_when_checkpoints_are_written_does_not_change_a_result(settings, tmp_pat
     assert often["network_sha256"] == never["network_sha256"]
 
 
+@pytest.mark.parametrize("loss", ["histogram", "binomial", "lifted", "semi-hard-triplet", "pml:ArcFaceLoss"])
+@pytest.mark.filterwarnings("ignore")  # of pytorch-metric-learning
+def test_a_record_of_pairs_does_not_change_a_bit_of_the_run(loss, settings, tmp_path):
+    if loss.startswith("pml:"):
+        pytest.importorskip("pytorch_metric_learning")
+    settings = {**settings, "loss": loss, "dropout": 0.3, "horizontal_flip": True, "checkpoint_seconds": 1e6}
+    plain = run(parse_config(settings), quiet)
+    config = parse_config({**settings, "record_pairs": True, "runs_dir": str(tmp_path / "recorded")})
+    recorded = run(config, quiet)
+    assert config.run_id == parse_config(settings).run_id
+    assert outcome(recorded) == outcome(plain)
+    assert recorded["network_sha256"] == plain["network_sha256"]
+    history = pd.read_parquet(config.folder / "history.parquet")
+    names = ["iteration", "loss", "validation_recall@1"]
+    before = pd.read_parquet(parse_config(settings).folder / "history.parquet")
+    pd.testing.assert_frame_equal(history[names], before, check_exact=True)
+    shares = [f"{of}_{name}" for of in ("batch", "validation") for name in ("overlap", "reverse")]
+    shares += [] if loss.startswith("pml:") else ["pairs_with_slope"]
+    assert history[shares].notna().all(axis=1).tolist() == [n % 4 == 0 for n in history["iteration"]]
+    assert history[shares].dropna().stack().between(0, 1).all()
+    assert ("positive_slope" in history) == (not loss.startswith("pml:"))
+
+
+def test_a_record_of_pairs_continues_after_a_kill(settings, tmp_path):
+    whole = parse_config({**settings, "record_pairs": True})
+    run(whole, quiet)
+    broken = parse_config({**settings, "record_pairs": True, "runs_dir": str(tmp_path / "broken")})
+
+    def killed(line):
+        if line.startswith("iteration 8/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, killed)
+    run(broken, quiet)
+    histories = [pd.read_parquet(config.folder / "history.parquet") for config in (whole, broken)]
+    pd.testing.assert_frame_equal(*histories, check_exact=True)
+
+
 def test_pretrained_weights_decide_a_result_by_their_content(settings, tmp_path):
     torch.manual_seed(0)
     file = tmp_path / "weights.pth"
@@ -214,7 +309,7 @@ def test_pretrained_weights_decide_a_result_by_their_content(settings, tmp_path)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"crop": 17}, "crop=17 is larger than the images of tiny, 16 x 16"),
+        ({"crop": 17}, "crop=17 is larger than the images of tiny, 16 x 16 pixels; allowed are 1 to 16"),
         ({"network": "parts"}, r"requires images of shape \(160, 60, 3\)"),
         ({"micro_batch": 8}, 'set batchnorm to "frozen" .* or "slices"'),
         ({"network": "torchvision:resnet18", "weights": "nowhere.pth"}, "nor a file that exists"),

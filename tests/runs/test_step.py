@@ -239,7 +239,7 @@ def test_batches_continue_where_their_state_was_taken(ahead, dataset):
         next(first)
     state = first.state_dict()
     first.close()
-    assert len(state["drawn"]) == (10 if ahead else 0)
+    assert [len(batch) for batch in state["drawn"]] == ([10] if ahead else [])
     second = Batches(dataset, dataset.rows("train"), config, ahead=ahead)
     json.dumps(state["drawn"])  # the batch fetched ahead is part of it, in plain numbers
     second.load_state_dict(state)
@@ -251,7 +251,7 @@ def test_batches_continue_where_their_state_was_taken(ahead, dataset):
 @pytest.mark.parametrize("view", [{}, {"crop": 9}, {"horizontal_flip": True}, {"crop": 9, "horizontal_flip": True}])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_batches_of_resident_images_equal_those_of_the_host(view, channels, dataset):
-    """Also in shares, and continued by the other from its state."""
+    """Also in shares, drawn several at once, and continued from a state."""
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (100, 14, 11, channels), dtype=np.uint8)
     host = dataclasses.replace(dataset, images=images)
@@ -259,12 +259,13 @@ def test_batches_of_resident_images_equal_those_of_the_host(view, channels, data
     assert isinstance(resident, ResidentDataset)
     config = parse_config({"batch_size": 10, "images_per_class": 4, **view})
     rows = np.arange(15, 90)
-    for share in [(0, 1), (1, 3)]:
-        expected = drawn(Batches(host, rows, config, share), 6)
-        first, second = (Batches(resident, rows, config, share) for _ in range(2))
+    for share, at_once in [((0, 1), 1), ((1, 3), 1), ((0, 1), 4), ((2, 3), 4)]:
+        expected = drawn(Batches(host, rows, config, share), 9)
+        first, second = (Batches(resident, rows, config, share, at_once=at_once) for _ in range(2))
         found = drawn(first, 3)
         second.load_state_dict(first.state_dict())
-        found += drawn(second, 3)
+        assert len(second.state_dict()["drawn"]) == (1 if at_once == 4 else 0)
+        found += drawn(second, 6)
         for (images, labels), (host_images, host_labels) in zip(found, expected, strict=True):
             assert torch.equal(images, host_images)
             assert torch.equal(labels, host_labels)

@@ -15,8 +15,10 @@ from hloss.study.gpu_check import (
     check_from_case,
     check_gpus,
     check_table,
+    marked_files,
     marked_tests,
     run_command,
+    small_runs,
     smoke_run,
 )
 
@@ -58,6 +60,11 @@ print('begun', flush=True)
         assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 
 
+def test_all_time_limits_together_are_below_five_minutes():
+    parts = ("TESTS", "NCCL", "RUN", "RUN", "SMALL", "BENCHMARK", "SPEED")
+    assert sum(getattr(gpu_check, f"{part}_SECONDS") + gpu_check.STOP_SECONDS for part in parts) < 300
+
+
 @pytest.mark.slow
 def test_reports_tests_that_finished_before_the_time_limit(tmp_path):
     file = tmp_path / "test_some.py"
@@ -68,14 +75,18 @@ def test_reports_tests_that_finished_before_the_time_limit(tmp_path):
 
 
 @pytest.mark.slow
-def test_checks_run_on_a_cpu(tmp_path, capsys):
-    tests = marked_tests("cuda", tmp_path, 300, "tests", f"--ignore={NCCL}")
+def test_checks_run_on_a_cpu(monkeypatch, tmp_path, capsys):
+    for part in ("RUN", "SMALL", "BENCHMARK"):  # a GPU is faster
+        monkeypatch.setattr(gpu_check, f"{part}_SECONDS", 200)
+    tests = marked_files("cuda", tmp_path, 300)
     tests += marked_tests("cuda", tmp_path, 300, NCCL)
     modules = {check.name.partition(":")[0] for check in tests}
     assert modules == {"test_baselines", "test_cuda", "test_cuda_retrieval", "test_nccl", "test_run"}
     assert all(check.outcome in ("passed", "skipped") for check in tests), check_table(tests, 0)
     run = smoke_run("cpu", 1, tmp_path)
     assert run.outcome == "passed", run.remark
+    together = small_runs("cpu", 2, tmp_path)
+    assert together.outcome == "passed", together.remark
     assert benchmarks("product and (64 or 128)").outcome == "passed"
     printed = capsys.readouterr().out
     assert "| N = 64 | HistogramLoss |" in printed

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 
 import nbformat
 import pytest
@@ -77,3 +78,15 @@ def test_fails_early_if_torch_cannot_use_the_assigned_gpus(usable, counted, conf
     with pytest.raises(SystemExit):  # there is no result
         execute_run(study_of(config, gpus=2), config.run_id, 1, own_gpus=False)
     assert began == ["20_train"]
+
+
+def test_kernel_inherits_what_is_imported(attempt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    told = "import os, sys, torch\nraise ValueError(('hloss.runs.run' in sys.modules, os.getppid()))"
+    assert f"ValueError: (True, {os.getpid()})" in attempt(1, told)
+
+
+def test_kernel_of_a_process_that_used_cuda_starts_anew(attempt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    told = "import os, sys\nraise ValueError(('hloss.runs.run' in sys.modules, os.getppid()))"
+    assert f"ValueError: (False, {os.getpid()})" in attempt(1, told)

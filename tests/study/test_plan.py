@@ -11,6 +11,7 @@ from hloss.study.plan import (
     Cost,
     Need,
     cost_key,
+    gpu_hours_text,
     measured_costs,
     plan_runs,
     plan_text,
@@ -18,6 +19,7 @@ from hloss.study.plan import (
     run_state,
 )
 from hloss.study.spec import load_study
+from hloss.study.throughput import Throughput, read_throughput
 from tests.helpers.studies import study_of
 
 
@@ -49,6 +51,33 @@ def test_plan_of_the_paper_has_hours_and_memory_of_every_run(gpus, measured, mon
     assert len(needs) == 191
     assert all(need.memory > 0 for need in needs)
     assert sum(need.measured for need in needs) == measured
+
+
+def test_plan_of_the_paper_has_hours_of_a_known_gpu(monkeypatch, tmp_path):
+    study, h200 = load_study("paper"), read_throughput()["NVIDIA H200"]
+    monkeypatch.chdir(tmp_path)  # a folder without results
+    planned = plan_runs(study, None, {}, h200)
+    needs = [entry.need for entry in planned]
+    cub = [entry.need for entry in planned if entry.run.dataset == "cub" and entry.run.config.iterations]
+    assert {round(need.hours, 3) for need in cub} == {round(2 * 20_000 / 35.8 / 3600, 3)}
+    assert {need.source for need in cub} == {"estimated for NVIDIA H200, without validations"}
+    hours = sum(need.hours for need in needs)
+    assert f"about {hours:.2f} h" in plan_text(study, planned)
+    assert all(0 < entry.need.hours < entry.run.resources.hours for entry in planned if entry.run.config.iterations)
+    here = plan_runs(study, 0, {}, h200)
+    assert f"takes {hours:.0f} hours of one NVIDIA H200" in gpu_hours_text(here, h200)
+
+
+def test_throughput_of_another_batch_follows_from_the_most_similar(config):
+    measured = Throughput("a card", {(config.network, "32-true", "convolutions"): {16: 100.0, 64: 200.0}})
+
+    def seconds(**settings):
+        return measured.seconds(parse_config(config.model_dump() | settings))
+
+    assert [seconds(batch_size=n) for n in (8, 16, 24, 64, 128)] == [0.16, 0.16, 0.24, 0.32, 0.64]
+    assert seconds(batch_size=128, micro_batch=32, batchnorm="slices") == pytest.approx(0.64 * 4 / 3)
+    assert seconds(precision="bf16-mixed") is None
+    assert seconds(devices=2) is None
 
 
 def test_unmeasured_run_without_its_gpu_names_the_request(config):

@@ -21,7 +21,7 @@ def results():
         for method, values in {"b": (40.0, 42.0, 47.0), "a": (10.0, 11.0, None), "c": (5.0,)}.items()
         for seed, value in enumerate(values)
     ]
-    frame = pd.DataFrame(rows).assign(dataset="mini", comparison="losses")
+    frame = pd.DataFrame(rows).assign(dataset="mini", comparison="losses", length=200, still_improving=False)
     return frame.assign(run_id=[f"r{i}" for i in range(len(frame))])
 
 
@@ -34,7 +34,7 @@ def test_comparison_shows_seeds_means_and_intervals(results):
     table = summary(results, ["recall@1"])
     (axes,) = plots.comparison("losses", results, table).axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a", "c"]
-    assert axes.get_title() == "mini: losses"
+    assert axes.get_title() == "mini: losses after 200 iterations"
     *points, errors = axes.collections
     shown = [sorted(p.get_offsets()[:, 0].tolist()) for p in points]
     assert shown == [[40.0, 42.0, 47.0], [10.0, 11.0], [5.0]]
@@ -158,3 +158,35 @@ def test_order_costs_and_discretisation_show_one_line_each():
 def test_import_leaves_out_seaborn_and_scipy():
     code = "import sys; from hloss.study import plots; sys.exit('seaborn' in sys.modules or 'scipy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_comparison_marks_methods_that_are_still_improving(results):
+    improving = results.assign(still_improving=(results["method"] == "a") & (results["seed"] == 0))
+    (axes,) = plots.comparison("losses", improving, summary(improving, ["recall@1"])).axes
+    assert axes.get_title() == "mini: losses after 200 iterations (open circle: still improving)"
+    (opened,) = [line for line in axes.get_lines() if line.get_color() == "white"]
+    assert opened.get_xydata().tolist() == [[10.5, 1]]
+
+
+def test_recall_by_length_shows_means_and_which_are_still_improving(results):
+    longer = results.assign(length=600, still_improving=False)
+    longer["recall@1"] += 5
+    both = pd.concat([results.assign(still_improving=True), longer], ignore_index=True)
+    (axes,) = plots.recall_by_length("losses", summary(both, ["recall@1"])).axes
+    assert line_of(axes, "a").tolist() == [[200, 10.5], [600, 15.5]]
+    faces = {
+        tuple(line.get_xydata()[0]): line.get_markerfacecolor() for line in axes.get_lines() if line.get_marker() == "o"
+    }
+    assert {point for point, face in faces.items() if face == "white"} == {(200, 43.0), (200, 10.5), (200, 5.0)}
+    assert len(faces) == 6
+
+
+def test_pair_records_show_each_value_of_each_method():
+    rows = [
+        {"method": m, "iteration": i, "share": i / k, "slope": -i} for m, k in (("a", 1), ("b", 2)) for i in (50, 100)
+    ]
+    figure = plots.pair_records(pd.DataFrame(rows), {"share": "a share", "slope": "a slope"})
+    share, slope = figure.axes
+    assert line_of(share, "b").tolist() == [[50, 25], [100, 50]]
+    assert line_of(slope, "a").tolist() == [[50, -50], [100, -100]]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["a share", "a slope"]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+from hloss.runs.checkpoints import write_progress, write_status
 from hloss.runs.run import run
 from hloss.study.progress import Progress
 from tests.helpers.studies import study_of
@@ -32,3 +33,19 @@ def test_prints_each_change_once_and_ignores_old_statuses(config, capsys):
     assert re.fullmatch(
         r"   \[1/1\]  method 0, seed 0: test Recall@1 [\d.]+ % \(about 0.0 min left\)\n", capsys.readouterr().out
     )
+
+
+def test_a_terminal_has_one_line_per_run_at_work(config, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = Progress(study_of(config))
+    config.folder.mkdir(parents=True)
+    write_status(config.folder, "running", 2)
+    numbers = {"iteration": 2, "iterations": 4, "loss": 0.25, "images_per_second": 1234.0, "seconds_left": 60.0}
+    write_progress(config.folder, **numbers, validations=[[2, 0.5]])
+    progress()
+    shown = capsys.readouterr().err
+    assert "method 0, seed 0: 50 % of 4 iterations, " in shown
+    assert "loss 0.2500, validation 50.0 %, 1234 images/s" in shown
+    run(config, lambda line: None)
+    progress()
+    assert progress.bars == {}

@@ -85,6 +85,7 @@ def runs_of(dataset, method, recall, **settings):
             "dataset": dataset,
             "method": method,
             "run_id": f"{method}-{i}",
+            "seed": i,
             "protocol": protocol,
             "complete": True,
             "prepared": '{"boxes": "labeled", "camera_pairs": 3}',

@@ -15,7 +15,15 @@ from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import ConfigError
 from hloss.runs.provenance import NAMED_PACKAGES
 from hloss.runs.run import run
-from hloss.study.results import chosen_settings, collect, read_results, select_results, stale_runs
+from hloss.study.results import (
+    at_length,
+    chosen_settings,
+    collect,
+    lengths_in,
+    read_results,
+    select_results,
+    stale_runs,
+)
 from hloss.study.spec import load_study
 from hloss.study.statistics import bootstrap_over_classes, summary
 from hloss.study.tuning import resolve_tuning
@@ -239,3 +247,66 @@ def test_runs_that_choose_are_not_trained_again_on_all_classes(study):
     (chosen,) = chosen_settings(read_results(study[1] / "results.parquet")).to_dict("records")
     assert re.fullmatch(r"n_bins (20|50)", chosen["chosen"])
     assert chosen["at an edge of its grid"] == "n_bins"  # of two values both are
+
+
+def test_rows_of_a_length_are_those_of_a_shorter_study(study):
+    study.content["fixed"]["report_at"] = [2]
+    study.content["runs"][1]["set"]["report_at"] = None
+    study.content["runs"][0]["cross"] = {"n_bins": [20]}
+    tables = {}
+    for name, changes in {"both": {}, "short": {"iterations": 2, "report_at": None}}.items():
+        study.content["fixed"] |= changes
+        loaded = study.load()
+        for r in loaded.runs:
+            run(r.config, lambda line: None)
+        collect(loaded).to_parquet(study.folder / "results.parquet")
+        tables[name] = read_results(study.folder / "results.parquet")
+    both, short = tables["both"], tables["short"]
+    assert both[["method", "seed", "length"]].to_numpy().tolist() == [
+        ["histogram, n_bins 20", 0, 2],
+        ["histogram, n_bins 20", 0, 4],
+        ["histogram, n_bins 20", 1, 2],
+        ["histogram, n_bins 20", 1, 4],
+        ["raw pixels", 0, 0],
+    ]
+    assert lengths_in(both) == [2, 4]
+    same = [name for name in both if name not in ("run_id", "iterations", "training_seconds", "reverse_probability")]
+    for (_, a), (_, b) in zip(at_length(both, 2).iterrows(), short.iterrows(), strict=True):
+        for name in same:
+            assert np.array_equal(a[name], b[name]) or (a[name] != a[name] and b[name] != b[name]), name
+    assert at_length(both)["length"].tolist() == [4, 4, 0]
+    assert both["still_improving"].tolist() == (both["chosen_iteration"] > 0.9 * both["length"]).tolist()
+    means = summary(both, ["recall@1"])
+    assert means[["length", "n"]].to_numpy().tolist() == [[2, 2], [4, 2], [0, 1]]
+    with pytest.raises(ConfigError, match="length is unknown: got 3; allowed are 2, 4"):
+        at_length(both, 3)
+
+
+def test_ranks_of_the_queries_give_the_recall_of_each_length(study):
+    study.content["fixed"]["report_at"] = [2]
+    study.content["runs"][1]["set"]["report_at"] = None
+    study.tune()
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    for r in (known := resolve_tuning(loaded)).runs:
+        run(r.config, lambda line: None)
+    collect(known).to_parquet(study.folder / "results.parquet")
+    results = read_results(study.folder / "results.parquet")
+    of_grid = results["comparison"].str.endswith(": choice")
+    assert of_grid.sum() == 4
+    assert results["ranks"].isna().equals(of_grid)
+    for row in results[~of_grid].itertuples():
+        assert (row.ranks.dtype, row.query_classes.dtype) == (np.uint16, np.int32)
+        assert 100 * np.mean(row.ranks == 1) == pytest.approx(results.loc[row.Index, "recall@1"])
+    chosen = chosen_settings(results)
+    assert chosen["length"].tolist() == [2, 4]
+
+
+def test_older_tables_have_one_length():
+    results = read_results(Path("reports/sample/results.parquet"))
+    trained = results[results["iterations"] > 0]
+    assert (results["length"] == results["iterations"]).all()
+    assert lengths_in(results) == sorted(trained["iterations"].unique())
+    assert trained["still_improving"].mean() > 0.9
+    assert not results.loc[results["iterations"] == 0, "still_improving"].any()

@@ -60,12 +60,18 @@ def test_headline_equals_the_report(config, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "reports" / "some"
     folder.mkdir(parents=True)
-    rows = [("losses", "histogram", 2, 3), ("losses", "triplet", 0, 3), ("bins", "n_bins 50", 3, 3)]
-    table = pd.DataFrame(rows, columns=["comparison", "method", "n", "of"]).assign(dataset="tiny")
+    rows = [
+        ("losses", "histogram", 200, 2, 3, 2),
+        ("losses", "histogram", 600, 2, 3, 1),
+        ("losses", "triplet", 600, 0, 3, 0),
+        ("bins", "n_bins 50", 600, 3, 3, 0),
+    ]
+    columns = ["comparison", "method", "length", "n", "of", "still improving"]
+    table = pd.DataFrame(rows, columns=columns).assign(dataset="tiny")
     recall = {"recall@1": 41.26, "recall@1 low": 40.0, "recall@1 high": 42.52}
     table.assign(**recall).to_csv(folder / "summary.csv", index=False)
     pd.DataFrame({"verdict": ["reproduced", "not run", "reproduced"]}).to_csv(folder / "claims.csv", index=False)
     print_headline(study_of(config))
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
-    assert lines[1] == ["tiny", "losses", "histogram", "2", "of", "3", "41.3", "40.0", "to", "42.5"]
+    assert " ".join(lines[1]) == "tiny losses histogram 600 2 of 3 41.3 40.0 to 42.5 1 of 2"
     assert [line[0] for line in lines] == ["dataset", "tiny", "claims", "reports/some/report.html"]

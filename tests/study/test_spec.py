@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from hloss.runs.checkpoints import write_status
 from hloss.runs.errors import ConfigError
 from hloss.study.spec import load_study
 
@@ -43,6 +44,48 @@ def test_retries_request_more_up_to_node_and_partition(study):
     assert [asked.minutes(attempt) for attempt in (1, 2)] == [48 * 60] * 2
 
 
+def test_small_networks_share_a_gpu(study):
+    text, _ = study
+    text["runs"].append({"name": "large", "set": {"loss": "histogram", "network": "parts"}})
+    runs = {r.name: r for r in study.load().runs}
+    small, large = runs["raw pixels, seed 0"], runs["large, seed 0"]
+    assert [r.resources.runs_per_gpu for r in (small, large)] == [16, 1]
+    assert [r.resources.gpu_slots(alone=False) for r in (small, large)] == [1, 16]
+    assert small.resources.gpu_slots(alone=True) == 16
+    text["fixed"]["devices"] = 2
+    asked = study.load().runs[0].resources
+    assert (asked.gpus, asked.runs_per_gpu, asked.gpu_slots(alone=False)) == (2, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("resources", "alone", "asked"),
+    [
+        ({}, False, (1, "")),
+        ({"gpu_parts": "shard:32"}, False, (0, "shard:2")),
+        ({"gpu_parts": "shard:32"}, True, (1, "")),
+        ({"gpu_parts": "mps:100"}, False, (0, "mps:6")),
+        ({"gpu_parts": "shard:8"}, False, (0, "shard:1")),
+        ({"gpu_parts": "shard:8", "runs_per_gpu": 4}, False, (0, "shard:2")),
+        ({"gpu_parts": "shard:8", "runs_per_gpu": 1}, False, (1, "")),
+        ({"gpu_parts": "shard:8", "gpus": 0}, False, (0, "")),
+    ],
+    ids=str,
+)
+def test_slurm_gives_parts_of_a_gpu_where_it_has_them(study, resources, alone, asked):
+    study.content["resources"] = resources
+    assert study.load().runs[0].resources.slurm_gpus(alone) == asked
+
+
+def test_run_that_filled_a_shared_gpu_is_retried_alone(study):
+    run = study.load().runs[0]
+    assert not run.needs_own_gpu()
+    run.config.folder.mkdir(parents=True)
+    write_status(run.config.folder, "failed", 3, "GPUMemoryError: CUDA out of memory", retry=True)
+    assert run.needs_own_gpu()
+    write_status(run.config.folder, "running", 3)
+    assert not run.needs_own_gpu()
+
+
 def test_resources_do_not_change_the_run_id(study):
     before = [r.config.run_id for r in study.load().runs]
     study[0]["resources"] = {"hours": 1}
@@ -55,13 +98,15 @@ def test_resources_do_not_change_the_run_id(study):
         (
             {"gpu": 1},
             "auto",
-            r"resources has wrong keys: got unknown \['gpu'\] .*; allowed are account, gpus, hours",
+            r"resources has wrong keys: got unknown \['gpu'\] .*; allowed are account, gpu_parts, gpus, hours",
         ),
         ({"hours": 0}, "auto", "histogram, n_bins 20: resources hours=0: Input should be greater than 0"),
         ({"memory_gb": "much"}, "auto", "resources memory_gb='much'"),
         ({"gpus": 1}, "cpu", "got 1; with device='cpu' and devices=1 allowed are 0"),
         ({"gpus": 0}, "cuda", "got 0; with device='cuda' and devices=1 allowed are 1"),
         ({"gpus": 3}, "auto", "allowed are 0 or 1"),
+        ({"runs_per_gpu": 3}, "auto", "resources runs_per_gpu=3: Input should be 1, 2, 4, 8 or 16"),
+        ({"gpu_parts": "shards"}, "auto", "resources gpu_parts='shards'"),
     ],
     ids=str,
 )
@@ -154,3 +199,27 @@ def test_run_of_two_included_studies_belongs_to_both_comparisons(study):
     loaded = load_study("both", folder)
     assert len(loaded.runs) == 5
     assert loaded.runs[0].methods == {"losses": "histogram, n_bins 20", "bins": "histogram"}
+
+
+def test_a_run_as_long_as_a_length_of_another_is_not_run(study):
+    study.content["runs"] = [
+        {"name": "short", "set": {"loss": "histogram", "iterations": 2}},
+        {"name": "whole", "comparison": "long", "set": {"loss": "histogram", "report_at": [2]}},
+        {"name": "other", "set": {"loss": "histogram", "iterations": 2, "n_bins": 20}},
+        {"name": "no length of another", "set": {"loss": "histogram", "n_bins": 20}},
+    ]
+    runs = [run for run in study.load().runs if run.config.seed == 0]
+    assert [(run.methods, run.config.lengths, run.only_at) for run in runs] == [
+        ({"losses": "short", "long": "whole"}, (2, 4), {"losses": (2,)}),
+        ({"losses": "other"}, (2,), {}),
+        ({"losses": "no length of another"}, (4,), {}),
+    ]
+
+
+def test_lengths_of_one_comparison_add_up(study):
+    study.content["runs"] = [
+        {"name": "histogram", "set": {"loss": "histogram", "iterations": 2}},
+        {"name": "histogram", "set": {"loss": "histogram", "report_at": [2]}},
+    ]
+    (run, _) = study.load().runs
+    assert (run.config.lengths, run.only_at) == ((2, 4), {})

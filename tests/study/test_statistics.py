@@ -1,124 +1,11 @@
-"""Intervals and verdicts, compared with scipy, with naive versions and with their coverage in simulations."""
+"""Bootstrap over the classes of one run, and tables of differences: naive versions, and coverage in a simulation."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
-from hloss.study.statistics import (
-    EQUIVALENCE_MARGIN,
-    Difference,
-    bootstrap_over_classes,
-    differences_from,
-    equivalence,
-    paired_difference,
-    t_interval,
-)
-
-
-def over_seeds(*values, first=0):
-    return pd.Series(values, index=range(first, first + len(values)), dtype=float)
-
-
-def test_interval_over_seeds_equals_scipy():
-    values = np.random.default_rng(0).normal(42, 1.5, 5)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.9)
-    assert t_interval(values, 0.9) == pytest.approx((values.mean(), *expected), abs=1e-12)
-
-
-def test_single_seed_has_no_interval():
-    mean, low, high = t_interval(np.array([41.5]))
-    assert mean == 41.5
-    assert np.isnan([low, high]).all()
-
-
-def test_paired_difference_equals_scipy_over_the_common_seeds():
-    rng = np.random.default_rng(1)
-    a = pd.Series(rng.normal(44, 2, 5), index=[4, 0, 2, 1, 3])
-    b = pd.Series(rng.normal(41, 2, 6), index=[1, 2, 3, 4, 7, 8])
-    oracle = stats.ttest_rel(a.loc[[1, 2, 3, 4]], b.loc[[1, 2, 3, 4]])
-    difference = paired_difference(a, b, confidence=0.8)
-    assert difference[1:3] == pytest.approx(oracle.confidence_interval(0.8), abs=1e-12)
-    assert difference.mean == pytest.approx(np.mean([a[s] - b[s] for s in (1, 2, 3, 4)]), abs=1e-12)
-    assert difference.n == 4
-
-
-def test_paired_difference_is_antisymmetric():
-    a, b = over_seeds(40, 43, 41.5), over_seeds(39, 44, 42)
-    forth, back = paired_difference(a, b), paired_difference(b, a)
-    assert forth == pytest.approx(Difference(-back.mean, -back.high, -back.low, back.n), abs=1e-12)
-
-
-def test_variation_shared_by_seeds_does_not_widen_the_interval():
-    difference = paired_difference(over_seeds(0 + 3, 30 + 2, -20 + 4), over_seeds(0, 30, -20))
-    assert difference == pytest.approx(Difference(*t_interval(np.array([3.0, 2.0, 4.0])), 3))
-
-
-@pytest.mark.parametrize(("first", "n"), [(2, 1), (9, 0)])
-def test_fewer_than_two_common_seeds_have_no_interval(first, n):
-    difference = paired_difference(over_seeds(40, 41, 43), over_seeds(39, 38, 40, first=first))
-    assert difference.n == n
-    assert np.isnan([difference.low, difference.high]).all()
-    assert np.isnan(difference.mean) == (n == 0)
-
-
-def test_refuses_a_repeated_seed():
-    with pytest.raises(ValueError, match=r"b must have one value per seed: got several for \[1\]"):
-        paired_difference(over_seeds(1, 2), pd.Series([1.0, 2.0, 3.0], index=[0, 1, 1]))
-
-
-def test_refuses_a_value_that_is_not_finite():
-    with pytest.raises(ValueError, match="a must be finite: got"):
-        equivalence(over_seeds(1, float("nan")), over_seeds(1, 2))
-
-
-def one_sided_tests(differences, margin):
-    """The larger p value of the two one-sided tests, by scipy."""
-    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
-    return max(above, below)
-
-
-@given(st.lists(st.integers(-300, 300), min_size=2, max_size=6, unique=True), st.sampled_from([0.01, 0.05, 0.1]))
-def test_verdict_equals_the_tests_of_scipy(hundredths, level):
-    differences = np.array(hundredths) / 100
-    found = equivalence(over_seeds(*(50 + differences)), over_seeds(*[50] * len(differences)), level=level)
-    low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - level)
-    outside = low > EQUIVALENCE_MARGIN or high < -EQUIVALENCE_MARGIN
-    p = one_sided_tests(differences, EQUIVALENCE_MARGIN)
-    assert found.verdict == ("equivalent" if p < level else "different" if outside else "undecided")
-
-
-@pytest.mark.parametrize(
-    ("differences", "verdict"),
-    [
-        ((0.1, -0.2, 0.0, 0.3, -0.1), "equivalent"),
-        ((0.5, 0.5), "equivalent"),  # without any spread the interval is a point
-        ((5.0, 5.5, 4.6, 5.2, 4.9), "different"),
-        ((-5.0, -5.5, -4.6), "different"),
-        ((1.0, 3.0, 0.5, 2.5, 1.5), "undecided"),
-        ((1.0, 1.2, 0.9, 1.1, 1.0), "equivalent"),  # above zero, but within the margin
-        ((3.0, 2.2, 3.8), "undecided"),  # the mean is outside the margin, the interval is not
-        ((0.0,), "undecided"),
-        ((), "undecided"),
-    ],
-)
-def test_equivalent_different_or_undecided(differences, verdict):
-    a, b = over_seeds(*(40 + d for d in differences)), over_seeds(*(40 for _ in differences))
-    assert equivalence(a, b).verdict == verdict
-
-
-def test_equivalence_returns_the_interval_of_its_tests():
-    found = equivalence(over_seeds(40.1, 39.8, 40.4), over_seeds(40, 40, 40))
-    assert found[1:] == pytest.approx(paired_difference(over_seeds(0.1, -0.2, 0.4), over_seeds(0, 0, 0), 0.9))
-
-
-@pytest.mark.parametrize("wrong", [{"margin": 0.0}, {"margin": -1.0}, {"level": 0.0}, {"level": 0.5}])
-def test_refuses_a_margin_or_level_out_of_range(wrong):
-    with pytest.raises(ValueError, match="margin must be above 0"):
-        equivalence(over_seeds(1, 2), over_seeds(1, 2), **wrong)
+from hloss.study.statistics import bootstrap_over_classes, differences_from
 
 
 def test_method_with_missing_runs_has_no_verdict():
@@ -132,6 +19,32 @@ def test_method_with_missing_runs_has_no_verdict():
     assert half["verdict"].to_dict() == {"lifted": "not run", "triplet": "different"}
     assert half.loc["lifted", ["minus histogram", "n"]].tolist() == pytest.approx([5, 4])
     assert set(differences_from(results, "lifted")["verdict"]) == {"not run"}
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ((0.1, -0.2, 0.0, 0.3, -0.1), "equivalent"),
+        ((5.0, 5.5, 4.6, 5.2, 4.9), "different"),
+        ((-5.0, -5.5, -4.6), "different"),
+        ((1.0, 3.0, 0.5, 2.5, 1.5), "undecided"),
+        ((1.0, 1.2, 0.9, 1.1, 1.0), "equivalent"),  # above zero, but within the margin
+        ((3.0, 2.2, 3.8), "undecided"),  # the mean is outside the margin, the interval is not
+        ((0.0,), "undecided"),
+    ],
+)
+def test_equivalent_different_or_undecided(differences, verdict):
+    rows = [("a", s, 40 + d) for s, d in enumerate(differences)] + [("b", s, 40.0) for s in range(len(differences))]
+    results = pd.DataFrame(rows, columns=["method", "seed", "recall@1"]).assign(complete=True)
+    (row,) = differences_from(results, "b").to_dict("records")
+    assert (row["minus b"], row["n"], row["verdict"]) == (
+        pytest.approx(np.mean(differences)),
+        len(differences),
+        verdict,
+    )
+    if len(differences) > 1:
+        expected = stats.ttest_1samp(differences, 0).confidence_interval()
+        assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
 
 
 def run_of(rng, n_classes):
@@ -204,26 +117,6 @@ def covered(intervals, truth):
     return np.mean([low <= truth <= high for low, high in intervals])
 
 
-@pytest.mark.parametrize("n", [3, 5])
-def test_intervals_over_few_seeds_cover_95_percent(n):
-    runs = np.random.default_rng(0).normal(42, 1.5, (5_000, n))  # standard error 0.3 %
-    assert 0.93 < covered([t_interval(values)[1:] for values in runs], 42) < 0.97
-    naive = [np.quantile(values[np.random.default_rng(1).integers(n, size=(500, n))].mean(1), [0.025, 0.975])
-             for values in runs[:1_000]]  # fmt: skip
-    assert covered(naive, 42) < 0.9, "the simulation cannot fail: it accepts a bootstrap over seeds"
-
-
-@pytest.mark.parametrize("n", [3, 5])
-def test_intervals_of_paired_differences_cover_95_percent(n):
-    rng = np.random.default_rng(2)
-    found = []
-    for _ in range(3_000):  # standard error 0.4 %
-        shared = rng.normal(0, 3, n)
-        a, b = over_seeds(*(43 + shared + rng.normal(0, 1, n))), over_seeds(*(42 + shared + rng.normal(0, 0.5, n)))
-        found.append(paired_difference(a, b)[1:3])
-    assert 0.93 < covered(found, 1) < 0.97
-
-
 @pytest.mark.parametrize("classes", [100, 400])  # test classes of CUB-200-2011 and CUHK03, and of glyphs
 def test_intervals_over_classes_cover_95_percent_and_intervals_over_queries_do_not(classes):
     rng = np.random.default_rng(5)
@@ -233,27 +126,3 @@ def test_intervals_over_classes_cover_95_percent_and_intervals_over_queries_do_n
     means = np.array([hits.mean() for hits, _ in runs])
     half = 1.96 * np.sqrt(means * (1 - means) / [len(hits) for hits, _ in runs])
     assert covered(zip(means - half, means + half, strict=True), TRUE_MEAN) < 0.85
-
-
-@pytest.mark.parametrize("n", [3, 5])
-def test_equivalence_test_has_a_size_of_5_percent(n):
-    """A true difference equal to the margin is called equivalent in 5 % of cases."""
-    rng = np.random.default_rng(3)
-    runs = rng.normal(42 + EQUIVALENCE_MARGIN, 0.5, (2_000, n))
-    verdicts = [equivalence(over_seeds(*run), over_seeds(*[42] * n)).verdict for run in runs]
-    assert 0.035 < verdicts.count("equivalent") / len(verdicts) < 0.065  # standard error 0.5 %
-    assert verdicts.count("different") / len(verdicts) < 0.035  # one side of the 95 % interval
-
-
-def test_equivalence_test_has_a_power_of_80_percent_at_five_seeds():
-    """The spread of 0.8 points is typical of paired differences on glyphs."""
-    rng = np.random.default_rng(4)
-    verdicts = [equivalence(over_seeds(*rng.normal(42, 0.8, 5)), over_seeds(*[42] * 5)).verdict for _ in range(500)]
-    assert verdicts.count("equivalent") > 0.8 * len(verdicts)
-    assert verdicts.count("different") == 0
-
-
-def test_t_interval_equals_the_textbook_formula():
-    mean, low, high = t_interval([1.0, 2.0, 3.0, 4.0])
-    half = 3.182446 * 1.290994 / 2  # t quantile for 3 degrees of freedom, standard deviation, root of n
-    assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-5)

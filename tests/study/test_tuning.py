@@ -7,8 +7,9 @@ import yaml
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
+from hloss.study.results import chosen_settings, collect
 from hloss.study.spec import load_study
-from hloss.study.tuning import resolve_tuning
+from hloss.study.tuning import next_value, resolve_tuning
 
 
 def test_a_tuned_setting_is_the_best_on_validation_and_only_then_known(study):
@@ -56,3 +57,166 @@ def test_a_study_that_includes_others_has_their_runs_and_those_that_wait(study, 
     assert [r.config.folder.parent.name for r in loaded.runs] == ["small"] * 3 + ["other"]
     assert [r.name for r in loaded.waiting] == ["histogram, seed 0", "histogram, seed 1"]
     assert [f.name for f in loaded.files] == ["both.yaml", "small.yaml", "other.yaml"]
+
+
+def results_of_grid(monkeypatch, validation):
+    """Let the runs of the grid have these validation Recall@1, as in {20: {2: 0.5, 4: 0.1}} for n_bins 20."""
+
+    def read(folder):
+        n_bins = {run.config.folder: run.config.n_bins for run in grid}.get(folder)
+        entries = [{"iterations": n, "validation_recall@1": v} for n, v in validation.get(n_bins, {}).items()]
+        return {"lengths": entries} if entries else None
+
+    grid = []
+    monkeypatch.setattr("hloss.study.tuning.read_result", read)
+    return grid
+
+
+def test_a_grid_chooses_at_each_length_and_runs_no_choice_longer_than_needed(study, monkeypatch):
+    study.tune()["fixed"]["report_at"] = [2]
+    study.content["runs"][1]["set"]["report_at"] = None
+    grid = results_of_grid(monkeypatch, {20: {2: 0.5, 4: 0.1}, 50: {2: 0.2, 4: 0.3}})
+    loaded = study.load()
+    grid += loaded.runs[:2]
+    assert [(r.config.lengths, r.config.seed) for r in loaded.waiting] == [((2, 4), 0), ((2, 4), 1)]
+    tuned = [r for r in resolve_tuning(loaded).runs if "tuned losses" in r.methods]
+    assert [(r.config.n_bins, r.config.lengths, r.config.seed) for r in tuned] == [
+        (20, (2,), 0), (20, (2,), 1), (50, (4,), 0), (50, (4,), 1),
+    ]  # fmt: skip
+    assert {r.method for r in tuned} == {"histogram"}
+
+
+def test_a_grid_that_chooses_the_same_at_each_length_needs_one_run_per_seed(study, monkeypatch):
+    study.tune()["fixed"]["report_at"] = [2]
+    study.content["runs"][1]["set"]["report_at"] = None
+    grid = results_of_grid(monkeypatch, {20: {2: 0.5, 4: 0.5}, 50: {2: 0.2, 4: 0.3}})
+    loaded = study.load()
+    grid += loaded.runs[:2]
+    tuned = [r for r in resolve_tuning(loaded).runs if "tuned losses" in r.methods]
+    assert [(r.config.n_bins, r.config.lengths) for r in tuned] == [(20, (2, 4))] * 2
+
+
+def test_a_choice_at_a_length_of_a_longer_run_of_the_study_is_not_run(study, monkeypatch):
+    study.tune()["fixed"]["report_at"] = [2]
+    study.content["runs"][1] = {"name": "fixed", "set": {"loss": "histogram", "n_bins": 20}, "seeds": [0]}
+    grid = results_of_grid(monkeypatch, {20: {2: 0.5, 4: 0.1}, 50: {2: 0.2, 4: 0.3}})
+    loaded = study.load()
+    grid += loaded.runs[:2]
+    resolved = resolve_tuning(loaded)
+    (shared,) = [r for r in resolved.runs if r.config.n_bins == 20 and r.config.seed == 0]
+    assert shared.methods == {"tuned losses": "histogram", "losses": "fixed"}
+    assert (shared.config.lengths, shared.only_at) == ((2, 4), {"tuned losses": (2,)})
+    assert [shared.lengths_in(name) for name in shared.methods] == [(2,), (2, 4)]
+
+
+def test_a_grid_over_lengths_is_refused(study):
+    study.tune()["runs"][0]["cross"] = {"iterations": [2, 4]}
+    with pytest.raises(ConfigError, match="a grid cannot choose iterations, because it chooses at each length"):
+        study.load()
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """`validated(function)`: every run has a result whose validation Recall@1 is a function of its settings."""
+
+    def replace_results(recall):
+        results = {}
+
+        def made(folder):
+            return results.get(folder)
+
+        def complete(runs):
+            for one in runs:
+                at = {"iterations": one.config.iterations, "validation_recall@1": recall(one.config)}
+                results[one.config.folder] = {"lengths": [at]}
+
+        monkeypatch.setattr("hloss.study.tuning.read_result", made)
+        return complete
+
+    return replace_results
+
+
+def grid_of(study, comparison="tuned losses: choice"):
+    return sorted(r.config.n_bins for r in study.runs if comparison in r.methods)
+
+
+def all_resolved(study, complete):
+    """The study after every stage of its grids, and the number of stages."""
+    loaded, stages = resolve_tuning(study.load()), 0
+    while loaded.waiting:
+        complete(loaded.runs)
+        loaded, stages = resolve_tuning(study.load()), stages + 1
+        assert stages < 9
+    return loaded, stages
+
+
+def tune(study, cross):
+    """Tune the histogram loss alone on this grid."""
+    study.tune()["runs"][0]["cross"] = cross
+    del study.content["runs"][1:]
+
+
+BINS = [20, 40, 80]
+
+
+@pytest.mark.parametrize(
+    ("best", "added", "stages", "chosen"),
+    [(40, [], 1, 40), (80, [160], 2, 80), (160, [160, 320], 3, 160), (1000, [160, 320], 3, 320), (20, [10], 2, 20),
+     (1, [5, 10], 3, 5)],
+)  # fmt: skip
+def test_a_grid_is_extended_until_its_choice_is_interior_at_most_twice(study, validated, best, added, stages, chosen):
+    tune(study, {"n_bins": BINS})
+    resolved, needed = all_resolved(study, validated(lambda config: -abs(config.n_bins - best)))
+    assert needed == stages
+    assert grid_of(resolved) == BINS
+    assert grid_of(resolved, "tuned losses, extended: choice") == added
+    assert set(grid_of(resolved, "tuned losses")) == {chosen}
+    initial = {min(max(best, 20), 80)} if added else set()
+    assert set(grid_of(resolved, "tuned losses, initial grid")) == initial
+    assert resolve_tuning(resolved).runs == resolved.runs
+
+
+def test_an_extension_has_all_combinations_with_the_other_settings(study, validated):
+    tune(study, {"n_bins": BINS, "margin": [0.0, 0.1]})
+    resolved, _ = all_resolved(study, validated(lambda config: config.n_bins + config.margin))
+    added = [r.config for r in resolved.runs if "tuned losses, extended: choice" in r.methods]
+    assert [(c.n_bins, c.margin) for c in added] == [
+        (160, 0.0),
+        (160, 0.1),
+        (320, 0.0),
+        (320, 0.1),
+    ]  # 0 has no next value
+
+
+def test_a_value_that_no_run_can_have_is_not_added(study, validated):
+    tune(study, {"dropout": [0.3, 0.6, 0.9]})  # the next value is 1.8
+    resolved, _ = all_resolved(study, validated(lambda config: config.dropout))
+    assert not [r for r in resolved.runs if "tuned losses, extended: choice" in r.methods]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.001, 0.003, 0.01], 0.03), ([0.001, 0.0003, 0.0001], 0.00003), ([100, 200, 400], 800), ([4, 3, 2], None),
+     ([5.0, 10.0, 25.0], 50.0), ([0.0, 0.1, 0.2], None), ([1, 2], None), (["a", "b", "c"], None)],
+)  # fmt: skip
+def test_next_value_continues_the_last_two_steps(values, expected):
+    assert next_value(values) == expected
+    assert type(next_value(values)) is type(expected)
+
+
+def test_the_table_of_choices_shows_extensions_and_the_initial_choice(study):
+    tune(study, {"n_bins": BINS})
+    loaded = resolve_tuning(study.load())
+    while loaded.waiting:
+        for one in loaded.runs:
+            run(one.config, lambda line: None)
+        loaded = resolve_tuning(study.load())
+    for one in loaded.runs:
+        run(one.config, lambda line: None)
+    table = collect(loaded).explode(["comparison", "method", "place"])
+    (row,) = chosen_settings(table).to_dict("records")
+    added = len(grid_of(loaded, "tuned losses, extended: choice"))
+    assert row["runs of the grid"] == ("3" if not added else f"3 + {added}")
+    assert row["chosen"] == f"n_bins {grid_of(loaded, 'tuned losses')[0]}"
+    initial = grid_of(loaded, "tuned losses, initial grid")
+    assert row["on the initial grid"] == (f"n_bins {initial[0]}" if initial else "")

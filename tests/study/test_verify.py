@@ -13,7 +13,8 @@ from hloss.runs.config import parse_config
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
 from hloss.study.results import collect
-from hloss.study.verify import CLOSE, DIFFERENT, EXACT, NOT_COMPARED, TOLERANCE_POINTS, config_of, origin, verify
+from hloss.study.verified import DIFFERENT
+from hloss.study.verify import CLOSE, EXACT, NOT_COMPARED, TOLERANCE_POINTS, config_of, origin, verify
 from tests.helpers.studies import study_of
 
 ROOT = Path(__file__).parents[2]
@@ -155,8 +156,8 @@ def test_several_versions_of_the_code_are_named(table, results):
 
 def test_every_run_of_the_committed_sample_has_a_config_again(tmp_path):
     table = pd.read_parquet(ROOT / "reports/sample/results.parquet")
-    for _, row in table.iterrows():
-        resolved = config_of(row, str(tmp_path)).resolved() | {"dataset": row["dataset"]}
+    for _, rows in table.groupby("run_id"):
+        row, resolved = rows.iloc[0], config_of(rows, str(tmp_path)).resolved() | {"dataset": rows["dataset"].iloc[0]}
         assert {name: row[name] for name, value in resolved.items() if value is not None} == {
             name: value for name, value in resolved.items() if value is not None
         }

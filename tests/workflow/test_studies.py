@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from hloss.study.spec import STUDIES, load_study
+from hloss.study.plan import plan_runs, read_costs
+from hloss.study.spec import LOSS_COMPARISONS, STUDIES, load_study
 
 
 def test_every_committed_study_loads():
@@ -35,6 +36,45 @@ def test_paper_ablations_contain_all_runs_of_the_paper():
     everything, paper = load_study("paper-ablations"), load_study("paper")
     assert {run.config.folder for run in paper.runs} < {run.config.folder for run in everything.runs}
     assert {run.dataset for run in everything.waiting} == set(DATASETS)
+
+
+PARTS = yaml.safe_load((STUDIES / "sample.yaml").read_text())["include"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_the_sample_takes_at_most_150_minutes_on_two_cores(name):
+    study = load_study(name)
+    assert study.part_of == "sample"
+    known = [entry.need.hours for entry in plan_runs(study, 0, read_costs())]
+    longest = max(known)
+    assert 60 * (sum(known) + longest * len(study.waiting)) / 2 < 150
+    trained = [run.config for run in study.runs + study.waiting if run.config.iterations]
+    images = {tuple(length * config.batch_size for length in config.lengths) for config in trained}
+    assert (25_600, 76_800, 256_000) in images
+    assert {run.dataset for run in study.runs} == {"glyphs"}
+    assert all(run.config.dataset == f"glyphs-{run.config.seed}" for run in study.runs)
+
+
+def test_the_sample_has_five_seeds_for_losses_bins_batch_and_margin():
+    study, seeds = load_study("sample"), {}
+    for run in study.runs + study.waiting:
+        for comparison in run.methods:
+            seeds.setdefault(comparison, set()).add(run.config.seed)
+    five = {*LOSS_COMPARISONS, "bins", "bins at the tuned rate", "batch", "batch at equal images", "margin"}
+    assert {name for name, found in seeds.items() if len(found) == 5} == five
+    three = {"bins by batch", "kernel", "order cost", "C", "learning rate", "sampler"}
+    assert {name for name, found in seeds.items() if len(found) == 3} == three
+    grids = {name: found for name, found in seeds.items() if name.endswith(": choice")}
+    assert grids == {f"{name}: choice": {5} for name in ("tuned losses", "batch at equal images")}
+
+
+def test_every_grid_of_the_sample_has_the_rate_of_the_paper_and_the_same_size():
+    entries = [entry for name in PARTS for entry in yaml.safe_load((STUDIES / f"{name}.yaml").read_text())["runs"]]
+    grids = [entry["cross"] for entry in entries if entry.get("tune")]
+    assert all(0.0001 in grid["learning_rate"] for grid in grids)
+    of_losses = [entry["cross"] for entry in entries if entry.get("comparison") == LOSS_COMPARISONS[1]]
+    assert {tuple(map(len, grid.values())) for grid in of_losses} == {(5, 4)}
+    assert len(of_losses) == 7
 
 
 HISTOGRAM = {"kernel": "triangular", "margin": 0.0, "order_cost": "step", "density": "histogram", "metric": "cosine"}

@@ -5,11 +5,14 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from hloss.runs.errors import ConfigError
 from hloss.study.devices import visible_devices
-from hloss.study.plan import measured_costs, plan_runs, plan_text, read_costs
+from hloss.study.plan import gpu_hours_text, measured_costs, plan_runs, plan_text, read_costs
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.spec import load_study
+from hloss.study.throughput import read_throughput
 from hloss.study.tuning import resolve_tuning
 
 
@@ -28,8 +31,14 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"study {options.study}: {error}")
     gpus = None if cluster else len(visible_devices())
-    print(plan_text(study, plan_runs(study, gpus, read_costs() | measured_costs(Path("runs")))))
+    known = read_throughput()
+    throughput = known.get(torch.cuda.get_device_name()) if gpus else next(iter(known.values()))
+    planned = plan_runs(study, gpus, read_costs() | measured_costs(Path("runs")), throughput)
+    print(plan_text(study, planned))
+    if gpus == 0 and throughput and (estimate := gpu_hours_text(planned, throughput)):
+        print(f"\n{estimate}")
     parallel = "the cluster decides how many run at once" if cluster else f"CORES={options.cores} and {gpus} GPUs"
+    parallel += f", at most {max(run.resources.runs_per_gpu for run in study.runs)} runs per GPU" if gpus else ""
     print(f"The hours are for runs in sequence; parallel runs divide them ({parallel}).")
 
 

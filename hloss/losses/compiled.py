@@ -1,0 +1,99 @@
+"""The streaming histogram loss under torch.compile and torch.export, as one operator.
+
+The compiler cannot trace the passes over blocks of pairs, whose number depends on the labels. The operator computes the
+loss and its gradient together, and the backward pass multiplies that gradient. What the CUDA kernels of `fused` compute
+has an operator there.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hloss.losses.pairs import find_pairs
+from hloss.losses.settings import LossSettings
+from hloss.losses.streaming import StreamedLoss, checked_batch
+from hloss.numerics import full_precision
+
+
+def loss(
+    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, s: LossSettings
+) -> Tensor:
+    """Return the loss by an operator that compilers do not look into.
+
+    Raises:
+        RuntimeError: the Beta density, whose derivative uses autograd. Without fullgraph=True, torch.compile then calls
+            the plain loss.
+    """
+    if s.density == "beta":
+        raise RuntimeError('density="beta" cannot be compiled or exported: call the loss outside the compiled function')
+    costs = s.order_cost, float(s.margin), float(s.alpha)
+    settings = s.n_bins, s.kernel, s.bandwidth, *costs, s.normalize, s.on_degenerate
+    return _loss_and_gradients(embeddings, labels, references, reference_labels, *settings)[0]
+
+
+def refuse_transforms() -> None:
+    """Raise RuntimeError within a transform of torch.func, which cannot see into the loss."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the histogram loss does not support torch.func (vmap, grad, ...): call it once per batch, and use "
+            "backward() or torch.autograd.grad"
+        )
+
+
+@torch.library.custom_op("hloss::loss_and_gradients", mutates_args=())
+def _loss_and_gradients(
+    embeddings: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    n_bins: int,
+    kernel: str,
+    bandwidth: float | None,
+    order_cost: str,
+    margin: float,
+    alpha: float,
+    normalize: bool,
+    on_degenerate: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, and its full-precision gradients by embeddings and references; an empty tensor stands for None."""
+    s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
+    rows, columns = full_precision(embeddings), None if references is None else full_precision(references)
+    batch, norms = checked_batch(rows, labels, columns, reference_labels, s.normalize)
+    context: Any = SimpleNamespace(needs_input_grad=(True, True))
+    context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+    with torch.no_grad():
+        value = StreamedLoss.forward(context, batch.embeddings, batch.references, norms, find_pairs(batch), s)
+        by_rows, by_columns, *_ = StreamedLoss.backward(context, torch.ones_like(value))
+    by_rows = _by_given(by_rows, batch.embeddings, rows)
+    if columns is None or batch.references is None:
+        return value, by_rows, value.new_empty(0)
+    return value, by_rows, _by_given(by_columns, batch.references, columns)
+
+
+def _by_given(by_prepared: Tensor, prepared: Tensor, given: Tensor) -> Tensor:
+    """Return the gradient by the embeddings given from that by the prepared ones, whose rows may be scaled."""
+    if prepared is given:
+        return by_prepared
+    return by_prepared * (prepared.abs().amax(1, keepdim=True) / given.abs().amax(1, keepdim=True))
+
+
+@_loss_and_gradients.register_fake
+def _shapes(embeddings, labels, references, *rest):  # type: ignore[no-untyped-def]
+    value = full_precision(embeddings[:0]).new_empty(())
+    sides = (x.shape if x is not None else (0,) for x in (embeddings, references))
+    return value, *(value.new_empty(shape) for shape in sides)
+
+
+def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*output[1:])
+    ctx.is_within, ctx.dtype, ctx.n_inputs = inputs[2] is None, inputs[0].dtype, len(inputs)
+
+
+def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+    by_embeddings, by_references = ((gradient * upstream).to(ctx.dtype) for gradient in ctx.saved_tensors)
+    return by_embeddings, None, None if ctx.is_within else by_references, *(None,) * (ctx.n_inputs - 3)
+
+
+_loss_and_gradients.register_autograd(_backward, setup_context=_save_for_backward)

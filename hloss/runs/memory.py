@@ -1,0 +1,76 @@
+"""Cross-batch memory (Wang et al., CVPR 2020, https://arxiv.org/abs/1912.06798): pairs with earlier batches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MemoryLoss(nn.Module):
+    """A loss over the pairs of a batch and the pairs of the batch with the embeddings of earlier batches.
+
+    Each pair counts once, as it would in one large batch of them all; pairs of two earlier embeddings are left out.
+    Earlier embeddings are kept as they were and get no gradient. `state_dict()` has them, so a resumed run continues
+    with the same memory.
+
+    Args:
+        loss: called as `loss(embeddings, matrix of pairs, reference embeddings)`, and without a memory as
+            `loss(embeddings, labels)`.
+        batches: number of earlier batches kept, at least 1.
+        start: number of first batches whose loss has no memory, at least 0. They are kept, too.
+    """
+
+    def __init__(self, loss: nn.Module, batches: int, start: int) -> None:
+        super().__init__()
+        self.loss, self.batches, self.start = loss, batches, start
+        self.seen = 0  # batches
+        self.embeddings: list[Tensor] = []  # of the earlier batches, the oldest first
+        self.labels: list[Tensor] = []
+
+    @property
+    def metric(self) -> str:
+        """Metric that the loss trains."""
+        return getattr(self.loss, "metric", "cosine")
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of embeddings (n, d) with labels (n,), and add them to the memory."""
+        if self.embeddings and self.seen >= self.start:
+            references, column_labels = (  # A loaded memory is on the CPU.
+                torch.cat([own, *(earlier.to(own.device) for earlier in kept)])
+                for own, kept in ((embeddings, self.embeddings), (labels, self.labels))
+            )
+            loss = self.loss(embeddings, pairs_once(labels, column_labels), references)
+        else:
+            loss = self.loss(embeddings, labels)
+        self.seen += 1
+        self.embeddings = [*self.embeddings, embeddings.detach()][-self.batches :]
+        self.labels = [*self.labels, labels][-self.batches :]
+        return loss
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the memory, for `state_dict()`."""
+        return {"seen": self.seen, "embeddings": self.embeddings, "labels": self.labels}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the memory."""
+        self.seen, self.embeddings, self.labels = state["seen"], state["embeddings"], state["labels"]
+
+
+def pairs_once(labels: Tensor, column_labels: Tensor) -> Tensor:
+    """Return the int8 matrix of pairs of a batch, (n,), with columns (m,) that begin with the batch itself.
+
+    +1 for equal labels, -1 for others, and 0 for columns up to the row: a pair of the batch with itself, or a second
+    time.
+    """
+    return torch.where(labels[:, None] == column_labels, 1, -1).to(torch.int8).triu(1)
+
+
+def takes_references(loss: nn.Module) -> bool:
+    """Whether a loss accepts a matrix of pairs with reference embeddings."""
+    embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) // 2
+    try:
+        loss(embeddings, pairs_once(labels, labels), embeddings)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,181 @@
+"""Criteria of claims: each turns a difference, or the levels of a setting, into parts with two p values.
+
+A part holds if its first p value is below `LEVEL`. It is refuted if its second p value, times the number of parts of
+the claim, is below `LEVEL` (Bonferroni: one refuted part refutes the claim). That all parts hold needs no correction.
+
+- above: a is above b. Refuted if a is below b, and also if the two are equivalent.
+- equivalent: a and b differ by less than the margin, in either direction (two one-sided tests).
+- not_below: a is not below b by the margin or more (non-inferiority).
+- no_gain: a is not above b by the margin or more (no superiority).
+- less_overlap: a is below b.
+- best: the reference is above every other level. near_best: it is not below any by the margin or more.
+- sensitive: the best level is above the worst by more than the margin. Refuted if all levels are equivalent.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from hloss.study.estimates import Estimate, paired_difference
+from hloss.study.spec import short_value
+
+LEVEL = 0.05
+REPRODUCED, REFUTED, OPEN, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
+
+
+class Part(NamedTuple):
+    """One comparison of a claim.
+
+    Attributes:
+        label: the compared pair, as in "histogram minus triplet".
+        difference: in points of Recall@K, or in % of the mass for overlaps.
+        p_holds: p value of the test that the part holds.
+        p_refuted: p value of the test that it does not, before the correction for the number of parts.
+        confidence: confidence of the interval to show.
+        note: what else the evidence says about the part.
+        is_tested: False if the part is a comparison of numbers without a test.
+    """
+
+    label: str
+    difference: Estimate
+    p_holds: float
+    p_refuted: float
+    confidence: float = 1 - LEVEL
+    note: str = ""
+    is_tested: bool = True
+
+    def __str__(self) -> str:
+        mean, n, varies = self.difference.mean, self.difference.n, self.difference.varies
+        if not self.is_tested:
+            return f"{self.label}: {mean:+.1f}{self.note}"
+        if n < 2:
+            return f"{self.label}: {mean:+.1f} (one seed)" if n else f"{self.label}: no common seed"
+        low, high = self.difference.interval(self.confidence)
+        interval = f"{100 * self.confidence:.3g} % CI {low:+.1f} to {high:+.1f} over {varies}, n = {n}"
+        return f"{self.label}: {mean:+.1f} ({interval}{self.note})"
+
+
+def above(label: str, difference: Estimate, margin: float) -> Part:
+    """Criterion `above` of the module's docstring, for a difference a minus b."""
+    p_holds, p_equivalent = min(1.0, 2 * difference.p_above(0)), difference.p_within(margin)
+    p_refuted = 1.0 if p_holds < LEVEL else min(1.0, 2 * difference.p_below(0), p_equivalent)
+    return Part(label, difference, p_holds, p_refuted, note=", equivalent" * (p_holds >= LEVEL > p_equivalent))
+
+
+def equivalent(label: str, difference: Estimate, margin: float) -> Part:
+    """Criterion `equivalent`, for a difference a minus b."""
+    return Part(label, difference, difference.p_within(margin), difference.p_outside(margin), 1 - 2 * LEVEL)
+
+
+def not_below(label: str, difference: Estimate, margin: float) -> Part:
+    """Criterion `not_below`, for a difference a minus b."""
+    p_refuted = min(1.0, 2 * difference.p_below(-margin))
+    return Part(label, difference, difference.p_above(-margin), p_refuted, 1 - 2 * LEVEL)
+
+
+def no_gain(label: str, difference: Estimate, margin: float) -> Part:
+    """Criterion `no_gain`, for a difference a minus b."""
+    p_refuted = min(1.0, 2 * difference.p_above(margin))
+    return Part(label, difference, difference.p_below(margin), p_refuted, 1 - 2 * LEVEL)
+
+
+def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
+    """Criterion `less_overlap`, for a difference a minus b; the margin is not used."""
+    p_below, p_above = (min(1.0, 2 * p) for p in (difference.p_below(0), difference.p_above(0)))
+    return Part(label, difference, p_below, p_above)
+
+
+def each_minus_reference(criterion: Callable[..., Part]) -> Callable[..., list[Part]]:
+    """Parts of each other level minus the reference."""
+
+    def parts(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin: float, column: str) -> list[Part]:
+        pairs = [(level, reference) for level in levels if level != reference]
+        return _parts_of_pairs(criterion, axis, levels, pairs, margin, column)
+
+    return parts
+
+
+def reference_minus_each(criterion: Callable[..., Part]) -> Callable[..., list[Part]]:
+    """Parts of the reference minus each other level."""
+
+    def parts(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin: float, column: str) -> list[Part]:
+        pairs = [(reference, level) for level in levels if level != reference]
+        return _parts_of_pairs(criterion, axis, levels, pairs, margin, column)
+
+    return parts
+
+
+def _parts_of_pairs(
+    criterion: Callable[..., Part],
+    axis: str,
+    levels: dict[Any, pd.DataFrame],
+    pairs: Iterable[tuple[Any, Any]],
+    margin: float,
+    column: str,
+) -> list[Part]:
+    """One part per pair (a, b) of levels, labelled "a minus b"."""
+    return [
+        criterion(
+            f"{axis} {short_value(a)} minus {short_value(b)}",
+            paired_difference(levels[a], levels[b], column),
+            margin,
+        )
+        for a, b in pairs
+    ]
+
+
+def sensitive(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin: float, column: str) -> list[Part]:
+    """One part: the best level minus the worst, the widest of k pairs, so that its p value is multiplied by k."""
+    ordered = sorted(levels, key=lambda level: levels[level][column].mean())
+    pairs = list(combinations(ordered, 2))
+    difference = paired_difference(levels[ordered[-1]], levels[ordered[0]], column)
+    p_holds = min(1.0, 2 * difference.p_above(margin) * len(pairs))
+    p_alike = max(paired_difference(levels[b], levels[a], column).p_within(margin) for a, b in pairs)
+    label = f"{axis} {short_value(ordered[-1])} minus {short_value(ordered[0])}"
+    return [Part(label, difference, p_holds, p_alike, 1 - LEVEL / len(pairs))]
+
+
+METHOD_CRITERIA: dict[str, Callable[[str, Estimate, float], Part]] = {
+    "above": above,
+    "equivalent": equivalent,
+    "not_below": not_below,
+    "less_overlap": less_overlap,
+}
+LEVEL_CRITERIA: dict[str, Callable[..., list[Part]]] = {
+    "equivalent": each_minus_reference(equivalent),
+    "not_below": each_minus_reference(not_below),
+    "no_gain": each_minus_reference(no_gain),
+    "best": reference_minus_each(above),
+    "near_best": reference_minus_each(not_below),
+    "sensitive": sensitive,
+}
+# Sort keys of the mean difference by which the worst part of a criterion comes first; for the others, the largest
+# difference in either direction is the worst.
+WORST: dict[str, Callable[[float], float]] = {
+    **dict.fromkeys(("above", "best", "not_below", "near_best", "above_value"), lambda mean: mean),
+    **dict.fromkeys(("no_gain", "less_overlap"), lambda mean: -mean),
+}
+
+
+def p_values(parts: list[Part]) -> tuple[float, float]:
+    """P values of a claim: that all parts hold, and that one of them is refuted."""
+    refuted = min(part.p_refuted for part in parts)
+    return max(part.p_holds for part in parts), min(1.0, len(parts) * refuted)
+
+
+def verdict(p_holds: float, p_refuted: float) -> str:
+    """The verdict that follows from the p values of a claim."""
+    return REFUTED if p_refuted < LEVEL else REPRODUCED if p_holds < LEVEL else OPEN
+
+
+def decisive_part(check: str, parts: list[Part]) -> Part:
+    """The part that decides a verdict: a refuted one, else an open one, else one that holds; the worst of several."""
+    worst = WORST.get(check, lambda mean: -abs(mean))
+
+    def order(part: Part) -> tuple[int, float]:
+        outcome = verdict(part.p_holds, min(1.0, len(parts) * part.p_refuted))
+        return (REFUTED, OPEN, REPRODUCED).index(outcome), worst(part.difference.mean)
+
+    return min(parts, key=order)

@@ -1,0 +1,267 @@
+"""The index page of a study: its runs, their state and their validation curves, as one HTML file that reloads itself.
+
+It is a file: a browser opens it on this machine, or on the login node of a cluster, without a server.
+"""
+
+import html
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hloss.runs.checkpoints import read_progress, read_status
+from hloss.runs.files import atomic_write, read_result
+from hloss.study.spec import Study, StudyRun
+
+RELOAD_SECONDS = 10
+COLORS = ("#4477aa", "#cc6677", "#228833", "#b8860b", "#66ccee", "#aa3377", "#777777", "#ee7733")
+WIDTH, HEIGHT, LEFT, BOTTOM = 720, 260, 40, 28  # of the chart, in pixels
+STYLE = """
+:root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --line: #bbb; --soft: #595959; --bad: #b00020; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #eee; --page: #181818; --line: #555; --soft: #aaa; --bad: #ff7b88; }
+}
+body { font: 16px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 62rem;
+  margin: 1.5rem auto; padding: 0 1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.failed { color: var(--bad); font-weight: 600; }
+.soft, svg text { color: var(--soft); fill: var(--soft); font-size: 0.85rem; }
+svg { width: 100%; height: auto; max-width: 45rem; }
+progress { width: 100%; max-width: 45rem; }
+a { color: inherit; }
+"""
+
+
+class RunState(NamedTuple):
+    """What the page shows of a run.
+
+    Attributes:
+        run: the run.
+        state: "complete", "running", "failed", "stopped" or "to do".
+        message: why it failed or stopped.
+        progress: content of its progress.json, empty before its first validation.
+        result: content of its result.json; None before its end.
+    """
+
+    run: StudyRun
+    state: str
+    message: str
+    progress: dict[str, Any]
+    result: dict[str, Any] | None
+
+
+class IndexPage:
+    """Writes `runs/STUDY/index.html`. Complete runs are read once.
+
+    Args:
+        study: the study with its known runs.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.file = Path("runs") / study.name / "index.html"
+        self.complete: dict[Path, RunState] = {}
+        self.written_at = -float("inf")
+
+    def write_if_due(self) -> None:
+        """Write the page if the last one is older than RELOAD_SECONDS. Errors of the file system are ignored."""
+        if time.monotonic() - self.written_at >= RELOAD_SECONDS:
+            with suppress(OSError):
+                self.write()
+
+    def write(self) -> None:
+        """Write the page.
+
+        Raises:
+            OSError: a run's folder cannot be read, or the page cannot be written.
+        """
+        self.written_at = time.monotonic()
+        text = page(self.study, [self._state(run) for run in self.study.runs], self.file.parent)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.file, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def _state(self, run: StudyRun) -> RunState:
+        folder = run.config.folder
+        if folder not in self.complete:
+            found = read_state(run)
+            if found.state != "complete":
+                return found
+            self.complete[folder] = found
+        return self.complete[folder]
+
+
+def read_state(run: StudyRun) -> RunState:
+    """Read the state of a run from its folder.
+
+    Args:
+        run: a run of a study.
+    """
+    folder = run.config.folder
+    progress, result = read_progress(folder) or {}, read_result(folder)
+    if result:
+        return RunState(run, "complete", "", progress, result)
+    status = read_status(folder) or {"state": "to do", "message": ""}
+    state = "running" if status["state"] == "complete" else status["state"]  # its result is about to be written
+    return RunState(run, state, status["message"], progress, None)
+
+
+def page(study: Study, states: Sequence[RunState], folder: Path) -> str:
+    """HTML of the index page.
+
+    Args:
+        study: the study.
+        states: states of its runs.
+        folder: folder of the page, to which links are relative.
+    """
+    by_state = {name: [s for s in states if s.state == name] for name in ("failed", "running", "stopped", "to do")}
+    complete = [s for s in states if s.state == "complete"]
+    working = bool(by_state["running"] or by_state["to do"] or study.waiting)
+    sections = [
+        _failed_table("Failed", by_state["failed"], folder),
+        _failed_table("Stopped", by_state["stopped"], folder),
+        _running_table(by_state["running"], folder),
+        _chart(states),
+        _complete_table(complete, folder),
+        _details(f"{len(by_state['to do'])} runs to do", (_name(s) for s in by_state["to do"])),
+    ]
+    reload = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">' if working else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{reload}'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(study.name)}: {len(complete)} of {len(states)} runs</title><style>{STYLE}</style></head>"
+        f"<body><main><h1>{html.escape(study.title)}</h1>{_summary(study, states)}{''.join(sections)}"
+        f'<p class="soft">Written {time.strftime("%Y-%m-%d %H:%M:%S")}. '
+        f"{f'The page reloads every {RELOAD_SECONDS} seconds.' if working else 'No run is at work.'}</p>"
+        "</main></body></html>\n"
+    )
+
+
+def _summary(study: Study, states: Sequence[RunState]) -> str:
+    """Numbers of runs, and the time left at the present rate."""
+    count = {name: sum(s.state == name for s in states) for name in ("complete", "running", "failed", "stopped")}
+    parts = [f"{count['complete']} of {len(states)} runs are complete"]
+    parts += [f"{count['running']} at work"] if count["running"] else []
+    parts += [f'<span class="failed">{count["failed"]} failed</span>'] if count["failed"] else []
+    parts += [f"{count['stopped']} stopped"] if count["stopped"] else []
+    parts += [f"{len(study.waiting)} more wait for settings that a grid chooses"] if study.waiting else []
+    left = seconds_left(states)
+    parts += [] if left is None else [f"about {_duration(left)} left"]
+    bar = f'<progress value="{count["complete"]}" max="{len(states)}" aria-label="complete runs"></progress>'
+    return f"<p>{'; '.join(parts)}.</p>{bar}"
+
+
+def seconds_left(states: Sequence[RunState]) -> float | None:
+    """Estimate the training time left: that of the runs at work now, and the mean of complete runs for each run to do.
+
+    Args:
+        states: states of all runs of a study.
+
+    Returns:
+        Seconds; None without a complete run, or if no run is at work.
+    """
+    running = [s for s in states if s.state == "running"]
+    done = [s.result["training_seconds"] for s in states if s.result]
+    if not running or not done:
+        return None
+    mean = sum(done) / len(done)
+    of_running = sum(s.progress.get("seconds_left", mean) for s in running)
+    return float((of_running + mean * sum(s.state == "to do" for s in states)) / len(running))
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def _name(state: RunState) -> str:
+    return html.escape(f"{state.run.dataset}: {state.run.name}")
+
+
+def _link(state: RunState, file: str, text: str, folder: Path) -> str:
+    target = os.path.relpath(state.run.config.folder / file, folder)
+    return f'<a href="{html.escape(target)}">{text}</a>'
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; columns whose title ends with " #" hold numbers. Nothing if there is no row."""
+    if not rows:
+        return ""
+    numeric = [' class="number"' * name.endswith(" #") for name in columns]
+    head = "".join(f"<th{c}>{name.removesuffix(' #')}</th>" for c, name in zip(numeric, columns, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{c}>{cell}</td>' for c, cell in zip(numeric, row, strict=True))}</tr>" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<h2>{title}</h2><div class="scroll" tabindex="0" role="region" aria-label="{title}">{table}</div>'
+
+
+def _failed_table(title: str, states: Sequence[RunState], folder: Path) -> str:
+    rows = [[_name(s), html.escape(s.message), _link(s, "run.log", "run.log", folder)] for s in states]
+    return _table(title, ["run", "why", "log"], rows)
+
+
+def _running_table(states: Sequence[RunState], folder: Path) -> str:
+    rows = []
+    for s in states:
+        p = s.progress
+        recall = f"{100 * p['validations'][-1][1]:.1f}" if p.get("validations") else ""
+        numbers = ["starting", "", "", "", ""]
+        if p:
+            done = f"{p['iteration']:,} of {p['iterations']:,}"
+            rate, left = f"{p['images_per_second']:,.0f}", _duration(p["seconds_left"])
+            numbers = [done, f"{p['loss']:.4f}", recall, rate, left]
+        rows.append([_link(s, "run.log", _name(s), folder), *numbers])
+    columns = ["run", "iteration #", "loss #", "validation Recall@1 (%) #", "images/s #", "left #"]
+    return _table("At work", columns, rows)
+
+
+def _complete_table(states: Sequence[RunState], folder: Path) -> str:
+    rows = []
+    for s in states:
+        assert s.result is not None
+        recall = f"{100 * s.result['metrics']['recall@1']:.1f}"
+        rows.append([_link(s, "run.ipynb", _name(s), folder), recall, _duration(s.result["training_seconds"])])
+    return _table("Complete", ["run", "test Recall@1 (%) #", "training #"], rows)
+
+
+def _details(title: str, lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{line}</li>" for line in lines)
+    return f"<details><summary>{title}</summary><ul>{items}</ul></details>" if items else ""
+
+
+def _chart(states: Sequence[RunState]) -> str:
+    """Validation Recall@1 over the iterations: one line per run, one color per loss."""
+    curves = [(s.run.config.loss, s.progress["validations"]) for s in states if s.progress.get("validations")]
+    if not curves:
+        return ""
+    losses = list(dict.fromkeys(loss for loss, _ in curves))
+    color = {loss: COLORS[i % len(COLORS)] for i, loss in enumerate(losses)}
+    last = max(iteration for _, points in curves for iteration, _ in points)
+
+    def place(iteration: float, recall: float) -> str:
+        x = LEFT + (WIDTH - LEFT - 10) * iteration / last
+        return f"{x:.1f},{(HEIGHT - BOTTOM) - (HEIGHT - BOTTOM - 10) * recall:.1f}"
+
+    lines = "".join(
+        f'<polyline points="{" ".join(place(*point) for point in points)}" fill="none" stroke="{color[loss]}" '
+        'stroke-width="1.5" stroke-opacity="0.7"/>'
+        for loss, points in curves
+    )
+    grid = "".join(
+        f'<path d="M{place(0, r).replace(",", " ")} H{WIDTH - 10}" stroke="var(--line)" stroke-width="0.5"/>'
+        f'<text x="{LEFT - 6}" y="{float(place(0, r).split(",")[1]) + 4}" text-anchor="end">{100 * r:.0f}</text>'
+        for r in (0, 0.25, 0.5, 0.75, 1)
+    )
+    ends = f'<text x="{LEFT}" y="{HEIGHT - 8}">0</text><text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">'
+    legend = " ".join(f'<span style="color:{color[loss]}">&#9632;</span> {html.escape(loss)}' for loss in losses)
+    return (
+        f'<h2>Validation</h2><figure style="margin:0"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="Validation Recall@1 in percent of {len(curves)} runs over {last} iterations">'
+        f"{grid}{ends}{last:,} iterations</text>{lines}</svg>"
+        f"<figcaption>Validation Recall@1 (%) over the iterations, a line per run. {legend}</figcaption></figure>"
+    )

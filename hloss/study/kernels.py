@@ -1,0 +1,142 @@
+"""Kernels of Jupyter that are forked from this process, so that they need not import again what it has imported."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import torch
+from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
+
+INLINE = "module://matplotlib_inline.backend_inline"
+NAME = "forked"  # of the provisioner
+
+
+class ForkedKernel:
+    """A process that waits for the arguments of a kernel and then becomes it; it has the methods of Popen.
+
+    It must be forked before this process starts threads, event loops or CUDA.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(self) -> None:
+        reading, self._writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # another thread, which waits for the end of the parent
+            self.pid = os.fork()
+        if not self.pid:
+            os.close(self._writing)
+            _become_kernel(reading)
+        os.close(reading)
+        self.returncode: int | None = None
+
+    def start(self, arguments: list[str], environment: dict[str, str], folder: str) -> None:
+        """Start the kernel.
+
+        Args:
+            arguments: of `python -m ipykernel_launcher`.
+            environment: variables of the environment.
+            folder: working directory.
+        """
+        with os.fdopen(self._writing, "w") as pipe:
+            json.dump([arguments, environment, folder], pipe)
+
+    def poll(self) -> int | None:
+        """The exit status, or None while the kernel runs."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        """Wait for the exit status."""
+        return self._wait(0)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the kernel has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+
+def _become_kernel(reading: int) -> None:
+    """Wait for the arguments, carry out the kernel, and exit."""
+    try:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        with os.fdopen(reading) as pipe:
+            message = pipe.read()
+        if message:
+            _run_kernel(*json.loads(message))
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+def _run_kernel(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if torch.cuda._is_in_bad_fork():  # the forking process used CUDA
+        os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *arguments])
+    logging.basicConfig(level=logging.WARNING, handlers=[logging.StreamHandler()], force=True)
+    if "matplotlib" in sys.modules:  # it read the variable when it was imported
+        sys.modules["matplotlib"].rcParams["backend"] = os.environ.get("MPLBACKEND", INLINE)
+    sys.argv = ["ipykernel_launcher", *arguments]
+    IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
+
+
+class ForkedProvisioner(LocalProvisioner):
+    """Starts the kernel that `use_forked_kernel` forked."""
+
+    waiting: list[ForkedKernel] = []  # noqa: RUF012
+
+    async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
+        """Start the kernel.
+
+        Args:
+            cmd: command of a kernel.
+            **options: options of Popen, of which the environment and the working directory are used.
+        """
+        kernel = self.waiting.pop()
+        self.cwd = options.get("cwd") or os.getcwd()
+        kernel.start(cmd[cmd.index("-f") :], options["env"], str(self.cwd))
+        self.process = kernel  # type: ignore[assignment]
+        self.pid = self.pgid = kernel.pid
+        return self.connection_info
+
+
+def use_forked_kernel(modules: Iterable[str]) -> None:
+    """Fork a kernel, which the next notebook of this process uses.
+
+    Args:
+        modules: modules that the notebook will import; they are imported here, before the fork.
+    """
+    for module in (*modules, "ipykernel.kernelapp"):
+        import_module(module)
+    factory = KernelProvisionerFactory.instance()
+    factory.provisioners[NAME] = EntryPoint(NAME, f"{__name__}:{ForkedProvisioner.__name__}", factory.GROUP_NAME)
+    factory.default_provisioner_name = NAME
+    ForkedProvisioner.waiting.append(ForkedKernel())

@@ -1,0 +1,128 @@
+"""Parts of a table of results: the tables of several studies that one report shows together.
+
+A study with `part_of: sample` writes its table to reports/sample/parts/STUDY.parquet when all of its runs are complete.
+`make verify RESULTS=reports/sample` repeats runs of each part, and writes STUDY.verified.json beside it.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+
+from hloss.runs.errors import ConfigError
+from hloss.runs.files import atomic_write
+from hloss.study.spec import LOSS_COMPARISONS
+from hloss.study.verified import is_confirmed, read_verified
+
+IN_COMPARISONS = ("comparison", "method", "place")  # columns with one value per comparison of a run
+
+
+def parts_of(results: Path) -> list[Path]:
+    """The parts of a table of results; empty if it has none.
+
+    Args:
+        results: reports/NAME/results.parquet, which need not exist.
+
+    Returns:
+        The files in reports/NAME/parts, sorted by name.
+    """
+    return sorted((results.parent / "parts").glob("*.parquet"))
+
+
+def write_part(name: str, part_of: str, table: pd.DataFrame) -> Path | None:
+    """Write the table of a study as a part, if all of its runs are complete.
+
+    Args:
+        name: name of the study.
+        part_of: name of the folder in reports.
+        table: the table of `hloss.study.results.collect`.
+
+    Returns:
+        The file; None if a run is missing.
+    """
+    if not table["complete"].all():
+        return None
+    file = Path("reports") / part_of / "parts" / f"{name}.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, lambda part: table.to_parquet(part, index=False, compression="zstd"))
+    return file
+
+
+def merged_parts(results: Path) -> pd.DataFrame:
+    """Merge the parts of a table of results.
+
+    Args:
+        results: reports/NAME/results.parquet, which need not exist.
+
+    Returns:
+        A table as `hloss.study.results.collect` returns it. A run of several parts has one row per length, with all of
+        its comparisons. Parts with comparisons between losses come first, others by name.
+
+    Raises:
+        ConfigError: if there is no part; if several versions of torch made the parts, or several versions of the code
+            of which none was compared with all parts by `make verify`; or if a run differs between two parts.
+    """
+    tables = {file: pd.read_parquet(file) for file in parts_of(results)}
+    if not tables:
+        raise ConfigError(f"{results.parent / 'parts'} has no parts; run a study with part_of: {results.parent.name}")
+    _check_torch(tables)
+    _check_code(tables)
+    order = sorted(tables, key=lambda file: (not _has_losses(tables[file]), file.name))
+    placed = [_with_places(tables[file], number) for number, file in enumerate(order)]
+    return _joined_runs(pd.concat(placed, ignore_index=True))
+
+
+def _has_losses(table: pd.DataFrame) -> bool:
+    return bool(set(LOSS_COMPARISONS) & set(table["comparison"].explode()))
+
+
+def _with_places(table: pd.DataFrame, number: int) -> pd.DataFrame:
+    return table.assign(place=[[100_000 * number + place for place in places] for places in table["place"]])
+
+
+def _check_torch(tables: dict[Path, pd.DataFrame]) -> None:
+    versions = {file.stem: ", ".join(sorted(set(table["torch"]))) for file, table in tables.items()}
+    if len(set(versions.values())) > 1:
+        made = "; ".join(f"{name}: {version}" for name, version in versions.items())
+        raise ConfigError(f"parts of several versions of torch cannot be merged: got {made}; run these parts again")
+
+
+def _check_code(tables: dict[Path, pd.DataFrame]) -> None:
+    """Refuse parts unless one version of the code made each part, or repeated runs of it with equal results."""
+    compared = {file: set(table["code_sha256"]) for file, table in tables.items()}
+    made = set().union(*compared.values())
+    accepted = {file: set(codes) if len(codes) == 1 else set() for file, codes in compared.items()}
+    for file, codes in accepted.items():
+        verified = read_verified(file)
+        if verified and is_confirmed(verified):
+            codes.add(verified["code_sha256"])
+    if not set.intersection(*accepted.values()):
+        parts = "; ".join(f"{file.stem}: {', '.join(code[:8] for code in sorted(c))}" for file, c in compared.items())
+        raise ConfigError(
+            f"parts of {len(made)} versions of the code cannot be merged unless one version was compared with all: got "
+            f"{parts}; repeat runs of the parts with `make verify RESULTS={next(iter(tables)).parents[1]}`"
+        )
+
+
+def _joined_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per run and length, with the comparisons of all of its rows."""
+    rows: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for position, key in enumerate(zip(table["run_id"], table["length"], strict=True)):
+        rows[key].append(position)
+    for (run_id, length), (first, *others) in rows.items():
+        for other in others:
+            _check_same(run_id, length, table.loc[first], table.loc[other])
+        for name in IN_COMPARISONS if others else ():
+            table.at[first, name] = [value for position in (first, *others) for value in table.at[position, name]]
+    return table.loc[[first for first, *_ in rows.values()]].reset_index(drop=True)
+
+
+def _check_same(run_id: str, length: int, a: pd.Series, b: pd.Series) -> None:
+    """Refuse two results of a run with different metrics."""
+    names = [name for name in a.index if name.startswith(("recall@", "validation_recall@"))]
+    differing = [name for name in names if a[name] != b[name] and pd.notna(a[name])]
+    if differing or a["card_sha256"] != b["card_sha256"]:
+        raise ConfigError(
+            f"run {run_id} at length {length} differs between two parts in {', '.join(differing) or 'its dataset'}: "
+            f"run the parts again on one machine (study {b['study']})"
+        )

@@ -1,0 +1,106 @@
+"""The index page of a study."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from hloss.runs.checkpoints import read_progress, write_progress, write_status
+from hloss.runs.run import run
+from hloss.study.index_page import IndexPage, page, read_state, seconds_left
+from hloss.study.spec import load_study
+from hloss.study.tuning import resolve_tuning
+
+
+class Text(html.parser.HTMLParser):
+    """The words of a page, its links, and its unclosed tags."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.words, self.links, self.open = [], [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name == "href"]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def half_done(study, tmp_path, monkeypatch):
+    """Of five runs one is complete, one failed, one is at work, and two are to do."""
+    monkeypatch.chdir(tmp_path)
+    loaded = study.load()
+    complete, failed, working = loaded.runs[:3]
+    run(complete.config, lambda line: None)
+    for one in (failed, working):
+        one.config.folder.mkdir(parents=True)
+    write_status(failed.config.folder, "failed", 2, "RunError: the loss is <not> finite")
+    write_status(working.config.folder, "running", 2)
+    numbers = {"iteration": 2, "iterations": 4, "loss": 0.25, "images_per_second": 1234.0, "seconds_left": 60.0}
+    write_progress(working.config.folder, **numbers, validations=[[2, 0.5]])
+    return loaded
+
+
+def test_shows_each_state(half_done, tmp_path):
+    index = IndexPage(half_done)
+    index.write()
+    source = index.file.read_text()
+    text = Text(source)
+    assert text.open == []
+    words = " ".join(" ".join(text.words).split())
+    complete, failed, working, *to_do = half_done.runs
+    result = json.loads((complete.config.folder / "result.json").read_text())
+    assert "1 of 5 runs are complete; 1 at work; 1 failed" in words
+    assert "RunError: the loss is <not> finite" in words
+    assert f"{working.name} 2 of 4 0.2500 50.0 1,234 60 s" in words
+    assert f"tiny: {complete.name} {100 * result['metrics']['recall@1']:.1f}" in words
+    assert all(one.name in words for one in to_do)
+    linked = [(index.file.parent / link).resolve() for link in text.links]
+    assert linked == [
+        failed.config.folder / "run.log",
+        working.config.folder / "run.log",
+        complete.config.folder / "run.ipynb",
+    ]
+    assert len(re.findall("<polyline", source)) == 2
+    assert 'http-equiv="refresh"' in source
+
+
+def test_the_progress_of_a_run_is_what_it_measured(half_done):
+    complete = half_done.runs[0].config
+    numbers = read_progress(complete.folder)
+    result = json.loads((complete.folder / "result.json").read_text())
+    assert (numbers["iteration"], numbers["iterations"], numbers["seconds_left"]) == (4, 4, 0)
+    assert max(recall for _, recall in numbers["validations"]) == result["validation_recall@1"]
+
+
+def test_a_finished_study_does_not_reload(half_done):
+    states = [read_state(half_done.runs[0])]
+    assert "refresh" not in page(half_done, states, half_done.runs[0].config.folder)
+
+
+def test_time_left(half_done):
+    states = [read_state(one) for one in half_done.runs]
+    seconds = states[0].result["training_seconds"]
+    assert seconds_left(states) == 60 + 2 * seconds
+    assert seconds_left(states[1:]) is None
+    assert seconds_left([s for s in states if s.state != "running"]) is None
+
+
+def test_a_tuned_study_says_what_waits(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study.tune()
+    study.load()
+    index = IndexPage(resolve_tuning(load_study("small", study.folder)))
+    index.write()
+    assert "2 more wait for settings that a grid chooses" in index.file.read_text()

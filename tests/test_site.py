@@ -1,0 +1,36 @@
+"""The pages of the site; `make docs` builds it."""
+
+import re
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+DOCS = PROJECT / "docs"
+# Modules that no reader calls: the inner parts of the losses and what a command line consists of.
+INNER = {
+    "hloss.losses.compiled",
+    "hloss.losses.densities",
+    "hloss.losses.fused",
+    "hloss.losses.kernels",
+    "hloss.losses.pairs",
+    "hloss.losses.pairwise",
+    "hloss.losses.passes",
+    "hloss.losses.settings",
+    "hloss.losses.streaming",
+}
+
+
+def modules(folder: Path) -> set[str]:
+    files = {file.relative_to(PROJECT) for file in folder.rglob("*.py") if not file.name.startswith("__")}
+    return {".".join(file.with_suffix("").parts) for file in files}
+
+
+def test_every_public_module_is_on_one_page_of_the_reference():
+    named = [name for page in DOCS.glob("api/*.md") for name in re.findall(r"automodule:: (\S+)", page.read_text())]
+    assert len(named) == len(set(named))
+    assert set(named) == (modules(PROJECT / "hloss") | modules(PROJECT / "data_prep")) - INNER
+
+
+def test_every_guide_is_in_the_table_of_contents():
+    listed = (DOCS / "index.md").read_text().split()
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")} - {"index"}
+    assert pages <= set(listed)
