@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from hloss.losses.baselines import BinomialDeviance, Contrastive, LiftedStructure, Quadruplet, SemiHardTriplet, Triplet
 from hloss.losses.distributed import global_batch
 from hloss.losses.histogram import HistogramLoss, histogram_loss, pair_histograms, pair_slopes, reverse_probability
+from hloss.losses.pairs import pair_matrix
 from hloss.retrieval.protocols import evaluate
 from hloss.retrieval.ranks import recall_at_k
 from hloss.samplers import BalancedSampler, ClassShuffleSampler, RandomClassSampler
@@ -24,6 +25,7 @@ __all__ = [
     "global_batch",
     "histogram_loss",
     "pair_histograms",
+    "pair_matrix",
     "pair_slopes",
     "recall_at_k",
     "reverse_probability",

@@ -1,14 +1,20 @@
-"""Full-precision matrix products, and checks of arguments, for losses, samplers and retrieval."""
+"""Full-precision matrix products, and checks of arguments, for losses, samplers and retrieval.
+
+A check of a setting returns its value, or raises a ValueError with the name of the setting and the value.
+"""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LONGEST = (1 + 1e-4) ** 0.5  # Largest norm of an embedding that is not normalised: 1 plus rounding errors.
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+USUAL = 2.0**-30, 2.0**30  # Between these norms, squares of numbers that matter neither overflow nor lose digits.
 
 
 class NotFiniteError(ValueError):
@@ -44,82 +50,124 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    """Return `value`; raise ValueError unless it is one of the allowed names."""
+    """Check that `value` is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {value!r}")
     return value
 
 
-def whole_number(name: str, value: int, least: int) -> int:
-    """Return `value`; raise ValueError unless it is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Check that `value` is an integer, of any library, of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}: got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
+    """Check that `value` is a finite number of at least `least` and above `above`."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and least <= value > above):
+        bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
+        raise ValueError(f"{name} must be a finite number{bound}: got {value!r}")
+    return float(value)
+
+
+def switch(name: str, value: bool) -> bool:
+    """Check that `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False: got {value!r}")
     return value
 
 
-def swap_cuda_precision(precision: str) -> str:
-    """Set the precision of float32 products on CUDA, "ieee" for exact ones; returns what it was."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        before, matmul.fp32_precision = matmul.fp32_precision, precision
-    else:  # torch before 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest" if precision == "ieee" else precision)
-    return before
-
-
 def check_embeddings(name: str, embeddings: Tensor) -> None:
-    """Raise ValueError unless embeddings are floating-point of shape (n, d)."""
+    """Raise ValueError unless embeddings are a floating-point tensor of shape (n, d)."""
+    if not isinstance(embeddings, Tensor):
+        raise ValueError(f"{name} must be a tensor: got {type(embeddings).__name__}; convert it by torch.as_tensor")
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(f"{name} must be floating-point (n, d): got {embeddings.dtype} {tuple(embeddings.shape)}")
 
 
-def check_labels(name: str, labels: Tensor, n: int) -> None:
-    """Raise ValueError unless labels are integers of shape (n,)."""
-    if labels.shape != (n,) or labels.is_floating_point():
+def integers(name: str, values: Any) -> Tensor:
+    """Return integers as a tensor, unsigned ones as int64: they lack operators, and -1 is 255 to uint8.
+
+    Raises:
+        ValueError: the values are not integers: labels, or +1, -1 and 0.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be integers: got {type(values).__name__} ({error})") from None
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers: got {values.dtype}; convert them by .long()")
+    return values.long() if values.dtype in UNSIGNED else values
+
+
+def checked_labels(name: str, labels: Any, n: int) -> Tensor:
+    """Return labels as integers of shape (n,); raise ValueError if they are none."""
+    labels = integers(name, labels)
+    if labels.shape != (n,):
         raise ValueError(f"{name} must be integers of shape ({n},): got {labels.dtype} {tuple(labels.shape)}")
+    return labels
 
 
-def check_finite(embeddings: Tensor) -> None:
-    """Raise NotFiniteError with the rows of embeddings (n, d) that contain NaN or infinity. Synchronises once."""
-    if not math.isfinite(embeddings.detach().sum().item()):  # A sum of finite numbers can overflow, too.
-        refuse_not_finite("embeddings", ~embeddings.isfinite().all(1))
+def row_norms(embeddings: Tensor) -> Tensor:
+    """Return the norms (n, 1) of embeddings (n, d), at least in float32, without a gradient."""
+    return torch.linalg.vector_norm(full_precision(embeddings.detach()), dim=1, keepdim=True)
+
+
+def norm_range(norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest norm, scalars; NaN if one is, 1 if there is none."""
+    return norms.aminmax() if len(norms) else (norms.new_ones(()), norms.new_ones(()))
+
+
+Prepare = Callable[[str, Tensor, float, float], Tensor]  # Name, embeddings, smallest and largest norm.
+
+
+def to_normalize(name: str, embeddings: Tensor, shortest: float, longest: float) -> Tensor:
+    """Return embeddings (n, d) that can be normalised: rows beyond `USUAL` are divided by their largest number.
+
+    Raises:
+        ValueError: a row is NaN, infinite or zero, or its norm is not a finite number of its dtype.
+    """
+    if USUAL[0] <= shortest and longest <= USUAL[1]:
+        return embeddings
+    refuse_not_finite(name, ~embeddings.isfinite().all(1))
+    embeddings = full_precision(embeddings)
+    largest = embeddings.detach().abs().amax(1, keepdim=True)
+    refuse_rows(name, largest[:, 0] == 0, "are zero and have no direction")
+    norms = row_norms(embeddings / largest) * largest
+    refuse_rows(name, norms[:, 0].isinf(), f"have norms above {torch.finfo(norms.dtype).max:.2g}")
+    return embeddings / largest.where((norms < USUAL[0]) | (norms > USUAL[1]), 1)
+
+
+def to_use_raw(name: str, embeddings: Tensor, shortest: float, longest: float) -> Tensor:
+    """Return embeddings whose squared distances have a finite sum; raise ValueError with the rows if they have none."""
+    most = torch.finfo(full_precision(embeddings[:0]).dtype).max ** 0.5 * 2.0**-20
+    return _no_longer(name, embeddings, longest, most, f"have norms above {most:.2g}: squared distances can overflow")
+
+
+def to_use_as_units(name: str, embeddings: Tensor, shortest: float, longest: float) -> Tensor:
+    """Return embeddings whose similarities lie in [-1, 1]; raise ValueError with the rows if they do not."""
+    remedy = "similarities leave [-1, 1]; normalise them or set normalize=True"
+    return _no_longer(name, embeddings, longest, LONGEST, f"are longer than 1 (up to {longest:.6g}): {remedy}")
+
+
+def _no_longer(name: str, embeddings: Tensor, longest: float, most: float, reason: str) -> Tensor:
+    if not longest <= most:
+        refuse_not_finite(name, ~embeddings.isfinite().all(1))
+        refuse_rows(name, ~(row_norms(embeddings)[:, 0] <= most), reason)
+    return embeddings
 
 
 def refuse_not_finite(name: str, mask: Tensor) -> None:
     """Raise NotFiniteError with the rows where a mask (n,) is true, if there are any."""
-    n, rows = int(mask.sum()), rows_where(mask)
-    if n:
-        more = f" and {n - len(rows)} more" if n > len(rows) else ""
-        raise NotFiniteError(f"{name} rows {rows}{more} hold NaN or infinity")
+    refuse_rows(name, mask, "hold NaN or infinity", NotFiniteError)
 
 
-def checked_norms(name: str, embeddings: Tensor, normalize: bool) -> Tensor | None:
-    """Return the norms (n, 1) to divide embeddings by, None without `normalize`. Synchronises once.
-
-    Raises:
-        ValueError: a row is NaN, infinite, zero, or, without `normalize`, longer than 1.
-    """
-    check_embeddings(name, embeddings)
-    norms = torch.linalg.vector_norm(full_precision(embeddings.detach()), dim=1, keepdim=True)
-    if len(norms):
-        shortest, longest = torch.stack(norms.aminmax()).tolist()  # Both are NaN if any norm is.
-        if not (0 < shortest <= longest < math.inf if normalize else longest <= LONGEST):
-            _refuse_rows(name, norms[:, 0])
-    return norms if normalize else None
-
-
-def _refuse_rows(name: str, norms: Tensor) -> None:
-    refuse_not_finite(name, ~norms.isfinite())
-    zero = rows_where(norms == 0)
-    if zero:
-        raise ValueError(f"{name} rows {zero} are zero and have no direction")
-    raise ValueError(
-        f"{name} rows {rows_where(norms > LONGEST)} are longer than 1 (up to {norms.max().item():.6g}): similarities "
-        "leave [-1, 1]; normalise them or set normalize=True"
-    )
-
-
-def rows_where(mask: Tensor) -> list[int]:
-    """Return the first ten rows where a mask (n,) is true."""
-    return mask.nonzero().flatten()[:10].tolist()
+def refuse_rows(name: str, mask: Tensor, reason: str, error: type[ValueError] = ValueError) -> None:
+    """Raise an error with the first ten rows where a mask (n,) is true, if there are any."""
+    rows = mask.nonzero().flatten().tolist()
+    if rows:
+        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+        raise error(f"{name} rows {rows[:10]}{more} {reason}")

@@ -2,7 +2,7 @@
 
 A sampler yields lists of exactly `batch_size` image indices without end: iterations, not epochs, drive training. The
 generator is the only source of randomness: the same seed gives the same batches. Labels that cannot fill the batches
-raise ValueError.
+raise ValueError. All take the arguments of `ClassSampler`.
 
 Within a class, every sampler draws the images in a shuffled order and shuffles again at its end. No image is drawn
 twice in one visit, and a class of n images is seen within ceil(n / images per visit) visits. (The authors' code
@@ -15,17 +15,24 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from hloss.numerics import whole_number
+from hloss.numerics import integers, whole_number
 
 
 class ClassSampler:
-    """Base class of the samplers: draws images of a class, and saves and restores the state."""
+    """Base class of the samplers: draws images of a class, and saves and restores the state.
+
+    Args:
+        labels: integer class labels of all images, (n,).
+        batch_size: images in a batch, at least 2.
+        images_per_class: most images of a class in a batch or in one visit, at least 2.
+        generator: the source of randomness.
+    """
 
     kept_lists: tuple[str, ...] = ()  # Lists of a subclass that belong to its state, without the underscore.
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
-        labels = torch.as_tensor(labels)
-        if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0:
+        labels = integers("labels", labels)
+        if labels.ndim != 1 or len(labels) == 0:
             raise ValueError(f"labels must be integers of shape (n,), n > 0: got {labels.dtype} {tuple(labels.shape)}")
         self.batch_size = whole_number("batch_size", batch_size, 2)
         self.images_per_class = whole_number("images_per_class", images_per_class, 2)
@@ -39,17 +46,25 @@ class ClassSampler:
         self._images = [images.tolist() for images in by_class]  # Lists are faster than tensors for so few elements.
         self._position = self.sizes.copy()  # At the end, so that the first visit shuffles.
         self._order: list[int] = []  # Classes that remain in the current pass over the classes.
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """Raise ValueError if the classes cannot fill the batches."""
+        self._check_filled("images_per_class", self.images_per_class)
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
             yield self._draw_batch()
 
+    def __len__(self) -> int:
+        """Return the number of batches that hold as many images as there are: an epoch, though batches never end."""
+        return len(self.labels) // self.batch_size
+
     def _draw_batch(self) -> list[int]:
         raise NotImplementedError
 
-    def _check_filled(self, **images_per_class: int) -> None:
-        """Raise ValueError if all classes together, with so many images of each, do not fill a batch."""
-        ((name, n),) = images_per_class.items()
+    def _check_filled(self, name: str, n: int) -> None:
+        """Raise ValueError if all classes together, with at most n images of each, do not fill a batch."""
         most = sum(min(size, n) for size in self.sizes)
         if most < self.batch_size:
             classes = f"{len(self.sizes)} classes with {name}={n}"
@@ -85,8 +100,7 @@ class ClassSampler:
 
     def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
         """Continue after the batch at which `state` was taken; raise ValueError if it is for other labels."""
-        images = torch.as_tensor(state["images"])
-        own = torch.tensor(list(chain.from_iterable(self._images)))
+        images, own = torch.as_tensor(state["images"]), torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
             raise ValueError(f"the sampler's state is for {len(images)} other images than these {len(self.labels)}")
         self.generator.set_state(torch.as_tensor(state["generator"]))
@@ -100,14 +114,8 @@ class ClassShuffleSampler(ClassSampler):
     """The authors' sampler: visit the classes in a shuffled order and cut the sequence of their images into batches.
 
     A visit yields up to `images_per_class` images (the authors use 10 on CUB and Market-1501), so a class may lie in
-    two consecutive batches. A pass visits every class once. In a batch of two passes, classes of the first come last in
-    the second: no image is in it twice if a pass yields at least batch_size + images_per_class images.
-
-    Args:
-        labels: integer class labels of all images, (n,).
-        batch_size: images in a batch, at least 2, at most what one pass yields.
-        images_per_class: most images of a class in one visit, at least 2.
-        generator: the source of randomness.
+    two consecutive batches. A pass visits every class once and must yield a batch. In a batch of two passes, classes of
+    the first come last in the second: no image is in it twice if a pass yields batch_size + images_per_class images.
 
     Example:
         >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
@@ -119,7 +127,6 @@ class ClassShuffleSampler(ClassSampler):
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
         super().__init__(labels, batch_size, images_per_class, generator)
-        self._check_filled(images_per_class=images_per_class)
         self._pending: list[int] = []  # Images that were drawn and are in no batch yet.
         self._pending_class = [-1]  # The class of these images.
 
@@ -140,12 +147,6 @@ class BalancedSampler(ClassSampler):
     The classes come in a shuffled order, each once per pass, and no class comes twice in a batch. A class with fewer
     images is refused, because an image drawn twice makes a positive pair with itself.
 
-    Args:
-        labels: integer class labels of all images, (n,).
-        batch_size: images in a batch, a multiple of `images_per_class`.
-        images_per_class: images of every class in a batch, at least 2, at most the size of the smallest class.
-        generator: the source of randomness.
-
     Example:
         >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
         >>> next(iter(BalancedSampler(labels, 4, 2, generator)))
@@ -154,27 +155,25 @@ class BalancedSampler(ClassSampler):
 
     kept_lists = ("order",)
 
-    def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
-        super().__init__(labels, batch_size, images_per_class, generator)
-        self.classes_per_batch, rest = divmod(batch_size, images_per_class)
+    def _check_classes(self) -> None:
+        per_class = f"images_per_class {self.images_per_class}"
+        self.classes_per_batch, rest = divmod(self.batch_size, self.images_per_class)
         if rest:
-            raise ValueError(f"batch_size {batch_size} is not a multiple of images_per_class {images_per_class}")
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of {per_class}")
         if self.classes_per_batch > len(self.sizes):
-            needed = f"batch_size {batch_size} with images_per_class {images_per_class} needs {self.classes_per_batch}"
-            raise ValueError(f"{needed} classes: got {len(self.sizes)}")
-        small = sum(size < images_per_class for size in self.sizes)
+            needed = f"batch_size {self.batch_size} with {per_class} needs {self.classes_per_batch} classes"
+            raise ValueError(f"{needed}: got {len(self.sizes)}")
+        small = sum(size < self.images_per_class for size in self.sizes)
         if small:
             raise ValueError(
-                f"{small} of {len(self.sizes)} classes have fewer than images_per_class {images_per_class} images "
+                f"{small} of {len(self.sizes)} classes have fewer than {per_class} images "
                 f"(the smallest {min(self.sizes)}); lower images_per_class, or use another sampler"
             )
 
     def _draw_batch(self) -> list[int]:
+        if len(self._order) < self.classes_per_batch:
+            self._order += self._shuffled_classes(last=self._order)
         chosen, self._order = self._order[: self.classes_per_batch], self._order[self.classes_per_batch :]
-        missing = self.classes_per_batch - len(chosen)
-        if missing:
-            walk = self._shuffled_classes(last=chosen)
-            chosen, self._order = chosen + walk[:missing], walk[missing:]
         return [image for label in chosen for image in self._visit(label, self.images_per_class)]
 
 
@@ -185,10 +184,6 @@ class RandomClassSampler(ClassSampler):
     with too few images gives all of them. The last class of a batch is cut to the batch size.
 
     Args:
-        labels: integer class labels of all images, (n,).
-        batch_size: images in a batch, at least 2.
-        images_per_class: most images of a class in a batch.
-        generator: the source of randomness.
         min_images_per_class: fewest images of a class in a batch, at least 2, at most `images_per_class`.
 
     Example:
@@ -205,13 +200,14 @@ class RandomClassSampler(ClassSampler):
         generator: torch.Generator,
         min_images_per_class: int = 5,
     ) -> None:
-        super().__init__(labels, batch_size, images_per_class, generator)
         self.min_images_per_class = whole_number("min_images_per_class", min_images_per_class, 2)
-        if min_images_per_class > images_per_class:
-            raise ValueError(
-                f"min_images_per_class {min_images_per_class} is above images_per_class {images_per_class}"
-            )
-        self._check_filled(min_images_per_class=min_images_per_class)
+        super().__init__(labels, batch_size, images_per_class, generator)
+
+    def _check_classes(self) -> None:
+        least, most = self.min_images_per_class, self.images_per_class
+        if least > most:
+            raise ValueError(f"min_images_per_class {least} is above images_per_class {most}")
+        self._check_filled("min_images_per_class", least)
 
     def _draw_batch(self) -> list[int]:
         batch: list[int] = []

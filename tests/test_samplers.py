@@ -187,3 +187,12 @@ def test_the_other_samplers_refuse_what_cannot_make_batches(name, sizes, options
 def test_labels_of_the_wrong_kind_are_refused():
     with pytest.raises(ValueError, match="labels must be integers"):
         ClassShuffleSampler(torch.rand(50), 10, 5, torch.Generator())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_length_is_the_batches_of_an_epoch_and_the_stream_is_endless(name):
+    sampler = build(name)
+    assert len(sampler) == len(sampler.labels) // sampler.batch_size > 0
+    loader = DataLoader(torch.arange(len(sampler.labels)), batch_sampler=sampler)
+    assert len(loader) == len(sampler)
+    assert len(take(loader, 2 * len(sampler) + 1)) == 2 * len(sampler) + 1

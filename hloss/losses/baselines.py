@@ -4,15 +4,15 @@ Memory is O(n^2), also for losses over triplets and quadruplets. An active hinge
 a sum over pairs, each weighted by its number of active terms. Sorting gives these numbers. Pairs are i < j.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hloss.losses.pairwise import cosine_similarities, root, squared_distances
-from hloss.losses.settings import ON_DEGENERATE, number, switch
-from hloss.numerics import check_embeddings, check_finite, check_labels, full_precision, one_of
+from hloss.losses.batch import Batch
+from hloss.losses.cuda_forms import CudaPairs
+from hloss.losses.pairwise import DensePairs, root
+from hloss.losses.settings import ON_DEGENERATE
+from hloss.numerics import full_precision, number, one_of, switch, to_normalize, to_use_raw
 
 ROUNDING = 1e-12  # Closer squared distances of unit vectors count as equal: their float64 error is about 1e-15.
 
@@ -36,38 +36,42 @@ class BaselineLoss(nn.Module):
         """Similarity for retrieval: "cosine" if the loss normalises the embeddings, else "euclidean"."""
         return "cosine" if self.normalize else "euclidean"
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of a batch. Synchronises with the embeddings' device once.
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        reference_embeddings: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of the pairs of a batch, or of all pairs of an embedding and a reference embedding.
 
-        Args:
-            embeddings: floating-point (n, d); half precision is computed in float32, also under autocast.
-            labels: integer class labels (n,), on any device.
+        Arguments are those of `HistogramLoss.forward`. Anchors of triplets are embeddings: a row of a matrix of pairs
+        gives the positives and negatives of an anchor. Synchronises with the embeddings' device once.
 
         Returns:
             Scalar of the embeddings' dtype, float32 for half precision.
 
         Raises:
-            ValueError: a shape or dtype is wrong, an embedding is NaN or infinite, or the loss is undefined.
+            ValueError: a shape or dtype is wrong, an embedding is NaN, infinite, zero where it is normalised, or so
+                long that distances overflow, or the loss is undefined.
         """
-        check_embeddings("embeddings", embeddings)
-        check_labels("labels", labels, len(embeddings))
-        embeddings, labels = full_precision(embeddings), labels.to(embeddings.device, non_blocking=embeddings.is_cuda)
-        same = labels[:, None] == labels
-        total, n_same = torch.stack([embeddings.detach().sum(dtype=torch.float64), same.sum()]).tolist()
-        if not math.isfinite(total):
-            check_finite(embeddings)
-        n_positive, n_negative = int(n_same) - len(same), len(same) ** 2 - int(n_same)
-        if (n_positive and n_negative) or (len(same) > 1 and not self.needs_both_groups):
-            return self._loss(embeddings, same, n_positive, n_negative).to(embeddings.dtype)
+        batch = Batch(embeddings, labels, reference_embeddings, reference_labels)
+        pairs = (CudaPairs if embeddings.is_cuda else DensePairs)(batch)
+        pairs.set_counts(*batch.verify(to_normalize if self.normalize else to_use_raw, *pairs.counts()))
+        dtype = full_precision(embeddings[:0]).dtype
+        n_pairs = pairs.n_positive, pairs.n_negative
+        if all(n_pairs) or (any(n_pairs) and not self.needs_both_groups):
+            return self._loss(pairs).to(dtype)
         if self.on_degenerate == "zero":
-            return embeddings.sum() * 0
+            sides = [x for x in (embeddings, reference_embeddings) if x is not None]
+            return torch.cat([x * 0 for x in sides]).sum().to(dtype)
+        n_positive, n_negative = (n // (2 if batch.within else 1) for n in n_pairs)
         raise ValueError(
-            f"a batch of {len(embeddings)} with {n_positive // 2} positive and {n_negative // 2} negative pairs leaves "
+            f"a batch of {len(embeddings)} with {n_positive} positive and {n_negative} negative pairs leaves "
             'this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
         )
 
-    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
-        """Compute the loss from the mask (n, n) of equal labels and the numbers of ordered pairs."""
+    def _loss(self, pairs: DensePairs) -> Tensor:
         raise NotImplementedError
 
 
@@ -94,10 +98,11 @@ class BinomialDeviance(BaselineLoss):
         self.beta = number("beta", beta)
         self.C = number("C", C, above=0)
 
-    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
-        slope = self.alpha * embeddings.new_full(same.shape, self.C).masked_fill_(same, -1)
-        weight = embeddings.new_full(same.shape, 1 / n_negative).masked_fill_(same, 1 / n_positive).fill_diagonal_(0)
-        similarity = cosine_similarities(embeddings)
+    def _loss(self, pairs: DensePairs) -> Tensor:
+        similarity = pairs.similarities()
+        slope = self.alpha * torch.full_like(similarity, self.C).masked_fill_(pairs.positive, -1)
+        weight = torch.zeros_like(similarity).masked_fill_(pairs.negative, 1 / pairs.n_negative)
+        weight.masked_fill_(pairs.positive, 1 / pairs.n_positive)
         deviance = F.softplus(slope * (similarity - self.beta), threshold=40)  # The default threshold errs by 2e-9.
         return (deviance * weight).sum()
 
@@ -123,12 +128,14 @@ class LiftedStructure(BaselineLoss):
         self.normalize = switch("normalize", normalize)
         self.margin = number("margin", margin)
 
-    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
-        distance = root(squared_distances(embeddings, self.normalize))
-        rivals = (self.margin - distance).masked_fill(same, -torch.inf)
-        # Every row has a negative: a row without one would share its label with the whole batch.
-        hinges = all_hinges if embeddings.is_cuda else listed_hinges
-        return hinges(rivals.logsumexp(1), distance, same).square().sum() / n_positive
+    def _loss(self, pairs: DensePairs) -> Tensor:
+        distance = root(pairs.squared_distances(self.normalize))
+        # Finite also for a row without a negative, whose -inf would have no gradient.
+        rivals = (self.margin - distance).masked_fill(~pairs.negative, torch.finfo(distance.dtype).min)
+        by_row = rivals.logsumexp(1)
+        by_column = by_row if pairs.batch.within else rivals.logsumexp(0)
+        total = pairs.lifted_hinges(by_row, by_column, distance).square().sum()
+        return total / (pairs.n_positive if pairs.batch.within else 2 * pairs.n_positive)
 
 
 class Triplet(BaselineLoss):
@@ -152,10 +159,10 @@ class Triplet(BaselineLoss):
         super().__init__(on_degenerate)
         self.margin = number("margin", margin, above=0)
 
-    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
-        distance = squared_distances(embeddings, normalize=True)
+    def _loss(self, pairs: DensePairs) -> Tensor:
+        distance = pairs.squared_distances(normalize=True)
         margins = (self.margin, ROUNDING) if self.semi_hard else (self.margin,)
-        weight = _memberships(distance.detach(), same, margins)
+        weight = _memberships(distance.detach(), pairs, margins)
         n_triplets = weight.clamp(min=0).sum()
         total = (weight * distance).sum() + self.margin * n_triplets
         return total / n_triplets.clamp(min=1)
@@ -196,11 +203,11 @@ class Contrastive(BaselineLoss):
         self.normalize = switch("normalize", normalize)
         self.margin = number("margin", margin, above=0)
 
-    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
-        negative, positive = ~same, same.fill_diagonal_(False)
-        squared = squared_distances(embeddings, self.normalize)
+    def _loss(self, pairs: DensePairs) -> Tensor:
+        squared = pairs.squared_distances(self.normalize)
         hinge = F.relu(self.margin - root(squared)).square()
-        return (squared * positive + hinge * negative).sum() / (2 * (n_positive + n_negative))
+        total = (squared * pairs.positive + hinge * pairs.negative).sum()
+        return total / (2 * (pairs.n_positive + pairs.n_negative))
 
 
 class Quadruplet(BaselineLoss):
@@ -222,10 +229,11 @@ class Quadruplet(BaselineLoss):
         super().__init__(on_degenerate)
         self.margin = number("margin", margin, least=0)
 
-    def _loss(self, embeddings: Tensor, same: Tensor, n_positive: int, n_negative: int) -> Tensor:
-        similarity = cosine_similarities(embeddings.double())
-        positives = _listed(similarity, same.triu(1), n_positive // 2)
-        negatives = _listed(similarity, (~same).triu(), n_negative // 2)
+    def _loss(self, pairs: DensePairs) -> Tensor:
+        similarity = pairs.similarities(torch.float64)
+        twice = 2 if pairs.batch.within else 1
+        positives = pairs.listed(similarity, pairs.each(pairs.positive), pairs.n_positive // twice)
+        negatives = pairs.listed(similarity, pairs.each(pairs.negative), pairs.n_negative // twice)
         reach = negatives.detach() + self.margin
         below, above = positives.detach().sort().values, reach.sort().values
         # A term is active where s_positive < s_negative + margin. Each pair is weighted by its number of active terms.
@@ -235,42 +243,21 @@ class Quadruplet(BaselineLoss):
         return total / (len(positives) * len(negatives))
 
 
-def listed_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:
-    """Return max(0, J_ij) of the lifted structured loss for each positive pair i < j, as a vector."""
-    i, j = same.triu(1).nonzero(as_tuple=True)
-    return F.relu(torch.logaddexp(nearest[i], nearest[j]) + distance[i, j])
-
-
-def all_hinges(nearest: Tensor, distance: Tensor, same: Tensor) -> Tensor:
-    """Return the same as a matrix (n, n) that is 0 for all other pairs. It does not synchronise."""
-    hinge = F.relu(torch.logaddexp(nearest[:, None], nearest) + distance)
-    return hinge.masked_fill(~same.triu(1), 0)
-
-
-def _listed(matrix: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Return the n entries of a matrix where the mask is true, row by row."""
-    return matrix.flatten().gather(0, true_places(mask, n)) if matrix.is_cuda else matrix[mask]
-
-
-def true_places(mask: Tensor, n: int) -> Tensor:
-    """Return the flat indices of the n true entries of a mask, in order. Unlike `nonzero` it does not synchronise."""
-    return mask.flatten().byte().sort(descending=True, stable=True).indices[:n]
-
-
-def _memberships(distance: Tensor, same: Tensor, margins: tuple[float, ...]) -> Tensor:
-    """Count the triplets with d_an < d_ap + margin of each (anchor, other): (n, n), negated for negative pairs.
+def _memberships(distance: Tensor, pairs: DensePairs, margins: tuple[float, ...]) -> Tensor:
+    """Count the triplets with d_an < d_ap + margin of each (anchor, other): (n, m), negated for negative pairs.
 
     With two margins, return the count for the first minus the count for the second.
     """
     reach = torch.stack([distance + margin for margin in margins])
-    negatives = distance.masked_fill(same, torch.inf).sort(1).values.expand_as(reach)
+    negatives = distance.masked_fill(~pairs.negative, torch.inf).sort(1).values.expand_as(reach)
     of_positive = torch.searchsorted(negatives.contiguous(), reach)
-    reaching = reach.masked_fill((~same).fill_diagonal_(True), -torch.inf).sort(2).values
+    reaching = reach.masked_fill(~pairs.positive, -torch.inf).sort(2).values
     not_reaching = torch.searchsorted(reaching, distance.expand_as(reach).contiguous(), right=True)
-    n_triplets, *others = torch.where(same, of_positive, not_reaching - len(distance))
+    of_negative = torch.where(pairs.negative, not_reaching - distance.shape[1], 0)
+    n_triplets, *others = torch.where(pairs.positive, of_positive, of_negative)
     for other in others:
         n_triplets = n_triplets - other
-    return n_triplets.fill_diagonal_(0).to(distance)
+    return n_triplets.to(distance)
 
 
 BASELINES: dict[str, type[nn.Module]] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hloss.losses.pairs import find_pairs
 from hloss.losses.settings import LossSettings
-from hloss.losses.streaming import StreamedLoss, checked_sides
+from hloss.losses.streaming import StreamedLoss, checked_batch
 from hloss.numerics import full_precision
 
 
@@ -59,15 +59,24 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, and its full-precision gradients by embeddings and references; an empty tensor stands for None."""
     s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
-    norms = checked_sides(embeddings, references, s.normalize)
-    pairs = find_pairs(embeddings, labels, references, reference_labels)
-    sides = [x if x is None else full_precision(x) for x in (embeddings, references)]
+    rows, columns = full_precision(embeddings), None if references is None else full_precision(references)
+    batch, norms = checked_batch(rows, labels, columns, reference_labels, s.normalize)
     context: Any = SimpleNamespace(needs_input_grad=(True, True))
     context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
     with torch.no_grad():
-        value = StreamedLoss.forward(context, sides[0], sides[1], norms, pairs, s)
-        by_embeddings, by_references, *_ = StreamedLoss.backward(context, torch.ones_like(value))
-    return value, by_embeddings, value.new_empty(0) if references is None else by_references
+        value = StreamedLoss.forward(context, batch.embeddings, batch.references, norms, find_pairs(batch), s)
+        by_rows, by_columns, *_ = StreamedLoss.backward(context, torch.ones_like(value))
+    by_rows = _by_given(by_rows, batch.embeddings, rows)
+    if columns is None or batch.references is None:
+        return value, by_rows, value.new_empty(0)
+    return value, by_rows, _by_given(by_columns, batch.references, columns)
+
+
+def _by_given(by_prepared: Tensor, prepared: Tensor, given: Tensor) -> Tensor:
+    """Return the gradient by the embeddings given from that by the prepared ones, whose rows may be scaled."""
+    if prepared is given:
+        return by_prepared
+    return by_prepared * (prepared.abs().amax(1, keepdim=True) / given.abs().amax(1, keepdim=True))
 
 
 @_loss_and_gradients.register_fake

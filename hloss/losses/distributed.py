@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from hloss.numerics import integers
+
 
 def global_batch(loss: nn.Module) -> nn.Module:
     """Wrap a loss so that it uses the embeddings and labels of all processes of `torch.distributed`.
@@ -39,6 +41,7 @@ class _GlobalBatch(nn.Module):
             raise ValueError(
                 "reference embeddings are not supported with several processes; gather them before the loss"
             )
+        labels = integers("labels", labels)
         if labels.ndim != 1 or len(labels) != len(embeddings):
             raise ValueError(f"labels must have shape ({len(embeddings)},) on every process: got {tuple(labels.shape)}")
         sizes = _shares(embeddings)

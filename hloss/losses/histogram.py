@@ -18,8 +18,8 @@ from hloss.losses import compiled, fused
 from hloss.losses.densities import Density, grid_nodes, missing_pairs
 from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock, Pairs, find_pairs
 from hloss.losses.settings import LossSettings
-from hloss.losses.streaming import Sides, StreamedLoss, arrange, checked_sides, collect_density
-from hloss.numerics import checked_norms, exact_products, one_of
+from hloss.losses.streaming import Sides, StreamedLoss, arrange, checked_batch, collect_density
+from hloss.numerics import check_embeddings, exact_products, integers, one_of
 
 
 class HistogramLoss(nn.Module):
@@ -87,13 +87,16 @@ class HistogramLoss(nn.Module):
         """
         s = self.settings
         compiled.refuse_transforms()
+        check_embeddings("embeddings", embeddings)
+        labels = integers("labels", labels)
+        if reference_labels is not None:
+            reference_labels = integers("reference_labels", reference_labels)
         if fused.serves(embeddings, labels, reference_embeddings, reference_labels, s):
             return fused.loss(embeddings, labels, reference_embeddings, reference_labels, s)
         if torch.compiler.is_compiling():
             return compiled.loss(embeddings, labels, reference_embeddings, reference_labels, s)
-        norms = checked_sides(embeddings, reference_embeddings, s.normalize)
-        pairs = find_pairs(embeddings, labels, reference_embeddings, reference_labels)
-        return StreamedLoss.apply(embeddings, reference_embeddings, norms, pairs, s)
+        batch, norms = checked_batch(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
+        return StreamedLoss.apply(batch.embeddings, batch.references, norms, find_pairs(batch), s)
 
     def extra_repr(self) -> str:
         """Return the settings for `repr`."""
@@ -176,10 +179,10 @@ def _density_of(
     **settings: Any,
 ) -> Density:
     s = HistogramLoss(**settings).settings
-    norms = checked_sides(embeddings, reference_embeddings, s.normalize)
-    pairs = find_pairs(embeddings, labels, reference_embeddings, reference_labels)
+    batch, norms = checked_batch(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
+    pairs = find_pairs(batch)
     with exact_products(embeddings.device):
-        density, _ = collect_density(Sides(embeddings, reference_embeddings, norms, pairs, s.n_bins), pairs, s)
+        density, _ = collect_density(Sides(batch.embeddings, batch.references, norms, pairs, s.n_bins), pairs, s)
     if density.undefined:
         raise ValueError(density.undefined)
     return density
@@ -204,20 +207,17 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
         0.5
     """
     one_of("ties", ties, ("half", "count"))
-    norms = checked_norms("embeddings", embeddings, True)
-    pairs = find_pairs(embeddings, labels, None, None)
+    batch, (norms, _) = checked_batch(embeddings, labels, None, None, normalize=True)
+    pairs = find_pairs(batch)
     with torch.no_grad(), exact_products(embeddings.device):
-        unit = arrange(embeddings, norms, pairs.row_order)
+        unit = arrange(batch.embeddings, norms, pairs.row_order)
         positive = torch.cat([unit.new_empty(0), *_similarities(unit, pairs, POSITIVE)]).sort().values
         n_negative, reversed_pairs = 0, 0.0
         for negative in _similarities(unit, pairs, NEGATIVE):
             n_negative += len(negative)
             at_most = torch.searchsorted(positive, negative, right=True)
-            reversed_pairs += at_most.sum().item()
-            if ties == "half" and len(positive):
-                equal = positive[(at_most - 1).clamp_(0)] == negative  # Few pairs.
-                below = torch.searchsorted(positive, negative[equal])
-                reversed_pairs -= (at_most[equal] - below).sum().item() / 2
+            below = torch.searchsorted(positive, negative) if ties == "half" else at_most
+            reversed_pairs += (at_most + below).sum().item() / 2
     if not (len(positive) and n_negative):
         raise ValueError(missing_pairs(len(positive), n_negative))
     return reversed_pairs / len(positive) / n_negative

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hloss.numerics import check_labels, rows_where
+from hloss.losses.batch import Batch
+from hloss.numerics import exact_products, refuse_rows, whole_number
 
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # The group of a pair.
 ROWS, COLUMNS = 256, 1024  # Largest block of pairs on a CPU: 2^18 pairs fit into its caches.
@@ -103,38 +104,38 @@ class MatrixPairs:
 Pairs = LabelPairs | MatrixPairs
 
 
-def find_pairs(embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None) -> Pairs:
-    """Return the pairs of a batch, or of a batch with references. Arguments as for `HistogramLoss.forward`."""
-    n, m = len(embeddings), len(embeddings if references is None else references)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers: got {labels.dtype}")
-    labels = labels.to(embeddings.device)
-    if labels.ndim == 2:
-        return _matrix_pairs(labels, reference_labels, n, m, references is None)
-    if labels.shape != (n,):
-        raise ValueError(f"labels must have shape ({n},) or be a ({n}, {m}) matrix of pairs: got {tuple(labels.shape)}")
-    if references is None:
-        if reference_labels is not None:
-            raise ValueError("reference_labels need reference_embeddings: got none")
-        return LabelPairs(labels, None)
-    if reference_labels is None:
-        raise ValueError(f"reference_labels must be integers of shape ({m},): got None")
-    check_labels("reference_labels", reference_labels, m)
-    return LabelPairs(labels, reference_labels.to(labels.device))
+def find_pairs(batch: Batch) -> Pairs:
+    """Return the pairs of a batch, or of a batch with references."""
+    if batch.is_matrix:
+        return MatrixPairs(batch.labels, batch.within)
+    return LabelPairs(batch.labels, batch.reference_labels)
 
 
-def _matrix_pairs(matrix: Tensor, reference_labels: Tensor | None, n: int, m: int, within: bool) -> MatrixPairs:
-    if matrix.shape != (n, m):
-        raise ValueError(f"the matrix of pairs must have shape ({n}, {m}): got {tuple(matrix.shape)}")
-    if reference_labels is not None:
-        raise ValueError("reference_labels must be None with a matrix of pairs")
-    rows = rows_where((matrix.abs() > 1).any(1))
-    if rows:
-        raise ValueError(f"the matrix of pairs may hold +1, -1 and 0 alone; rows {rows} hold other values")
-    rows = rows_where((matrix != matrix.T).any(1)) if within else []
-    if rows:
-        raise ValueError(f"the matrix of pairs must be symmetric; rows {rows} differ from their columns")
-    return MatrixPairs(matrix, within)
+def pair_matrix(multi_hot: Tensor, at_least: int = 1) -> Tensor:
+    """Return the matrix of pairs of images with several labels: +1 for enough common labels, -1 for fewer.
+
+    Args:
+        multi_hot: whether each image has each label, 0 or 1, (n, labels).
+        at_least: number of common labels that makes a pair positive.
+
+    Returns:
+        Int8 (n, n), as losses take it in place of labels. Set entries to 0 to leave pairs out.
+
+    Example:
+        >>> pair_matrix(torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1]]))
+        tensor([[ 1,  1, -1],
+                [ 1,  1, -1],
+                [-1, -1,  1]], dtype=torch.int8)
+    """
+    whole_number("at_least", at_least, 1)
+    multi_hot = torch.as_tensor(multi_hot)
+    if multi_hot.ndim != 2:
+        raise ValueError(f"multi_hot must be 0 and 1 of shape (n, labels): got {tuple(multi_hot.shape)}")
+    wrong = ((multi_hot != 0) & (multi_hot != 1)).any(1)
+    refuse_rows("multi_hot must be 0 and 1 of shape (n, labels);", wrong, "hold other numbers")
+    with exact_products(multi_hot.device):
+        common = multi_hot.float() @ multi_hot.float().T
+    return torch.where(common >= at_least, 1, -1).to(torch.int8)
 
 
 def block_rows(device: torch.device) -> int:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from hloss.losses.checks import is_deferred, verify_or_defer
+from hloss.losses.cuda_forms import swap_cuda_precision
 from hloss.losses.densities import LANE_PAIRS, cost_matrix, kernel_matrix, missing_pairs
-from hloss.losses.pairs import find_pairs
 from hloss.losses.settings import LossSettings
-from hloss.losses.streaming import checked_sides
-from hloss.numerics import LONGEST, swap_cuda_precision
+from hloss.losses.streaming import checked_batch
+from hloss.numerics import LONGEST
 
 KEPT_PAIRS = 2**22  # places of so many pairs are kept for the backward pass: 8 MiB
 BLOCK_ROWS = 2**13  # most rows, and columns within one batch, of a block of slopes
@@ -425,10 +425,8 @@ def _verify(
 ) -> None:
     """Raise what the plain path raises, which names the rows."""
     negatives, positives, refused_rows, refused_pairs = checks
-    if refused_rows:
-        checked_sides(embeddings, references, s.normalize)
-    if refused_pairs:
-        find_pairs(embeddings, labels, references, reference_labels)
+    if refused_rows or refused_pairs:
+        checked_batch(embeddings, labels, references, reference_labels, s.normalize)
     if not (negatives and positives) and s.on_degenerate == "raise":
         raise ValueError(missing_pairs(positives, negatives))
 

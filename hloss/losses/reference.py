@@ -1,7 +1,7 @@
 """The histogram loss as the paper states it: equations 1-6 over all pairs of a batch, differentiated by autograd.
 
 Read this module first. It stores a weight for every pair and node, so memory is O(n^2 n_bins). `hloss.losses.histogram`
-computes the same loss without them.
+computes the same loss without them, with other kernels and densities.
 
 The symbols are those of Ustinova & Lempitsky (2016), https://arxiv.org/abs/1611.00822: embeddings y_i; similarities
 s_ij = <y_i, y_j> of the positive pairs in S+ and of the negative pairs in S-; nodes t_r = -1 + r Delta for r = 0 ...
@@ -9,31 +9,20 @@ n_bins, with Delta = 2 / n_bins; histograms h+ and h-; the loss L. Functions com
 Autograd computes equation 5, the derivative of L by one s_ij.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def histogram_loss(
-    embeddings: Tensor,
-    labels: Tensor,
-    n_bins: int = 200,
-    kernel: str = "triangular",
-    bandwidth: float | None = None,
-    order_cost: str = "step",
-    margin: float = 0.0,
-    alpha: float = 1.0,
-    density: str = "histogram",
-    normalize: bool = True,
+    embeddings: Tensor, labels: Tensor, n_bins: int = 200, normalize: bool = True, **cost: Any
 ) -> Tensor:
-    """Return L = sum over r, q of h-_r C_rq h+_q, equations 4 and 6. Arguments as for `HistogramLoss`."""
-    positive, negative = pair_similarities(embeddings, labels, normalize)
-    if density == "beta":
-        h_positive, h_negative = beta_density(positive, n_bins), beta_density(negative, n_bins)
-    else:
-        h_positive, h_negative = (histogram(s, n_bins, kernel, bandwidth) for s in (positive, negative))
+    """Return L = sum over r, q of h-_r C_rq h+_q, equations 4 and 6. `cost` holds arguments of `order_costs`."""
+    h_positive, h_negative = (histogram(s, n_bins) for s in pair_similarities(embeddings, labels, normalize))
     t = nodes(n_bins)
-    C = order_costs(t[:, None] - t, order_cost, margin, alpha).to(h_positive)
+    C = order_costs(t[:, None] - t, **cost).to(h_positive)
     return h_negative @ C @ h_positive
 
 
@@ -67,10 +56,9 @@ def node_weights(s: Tensor, n_bins: int) -> Tensor:
     return (1 - f) * (r == b) + f * (r == b + 1)
 
 
-def histogram(s: Tensor, n_bins: int, kernel: str = "triangular", bandwidth: float | None = None) -> Tensor:
-    """Return h, equation 1, (n_bins + 1,): the mean weight of each node, smoothed unless the kernel is triangular."""
-    h = node_weights(s, n_bins).mean(0)
-    return h if kernel == "triangular" else kernel_weights(n_bins, kernel, bandwidth).to(h) @ h
+def histogram(s: Tensor, n_bins: int) -> Tensor:
+    """Return h, equation 1, (n_bins + 1,): the mean weight of each node."""
+    return node_weights(s, n_bins).mean(0)
 
 
 def order_costs(difference: Tensor, order_cost: str = "step", margin: float = 0.0, alpha: float = 1.0) -> Tensor:
@@ -83,35 +71,3 @@ def order_costs(difference: Tensor, order_cost: str = "step", margin: float = 0.
     if order_cost == "step":
         return (reach > -1e-9).to(reach)  # The bound allows for rounding.
     return reach.clamp(min=0) if order_cost == "linear" else F.softplus(alpha * reach, threshold=50)
-
-
-def kernel_weights(n_bins: int, kernel: str, bandwidth: float | None) -> Tensor:
-    """Return K[r, b], the mass in the cell r +- 1/2 of a kernel around node b, reflected at both ends.
-
-    `bandwidth` is the kernel's standard deviation in nodes. Columns sum to 1.
-    """
-    assert bandwidth is not None
-    r, period = torch.arange(n_bins + 1, dtype=torch.float64), 2 * (n_bins + 1)
-    turns = range(-int(10 * bandwidth / period) - 1, int(10 * bandwidth / period) + 2)
-    cells = torch.stack([image + turn * period for turn in turns for image in (r, -1 - r)])  # r and its reflections.
-    offset = cells[:, :, None] - r
-    return (mass_below((offset + 0.5) / bandwidth, kernel) - mass_below((offset - 0.5) / bandwidth, kernel)).sum(0)
-
-
-def mass_below(z: Tensor, kernel: str) -> Tensor:
-    """Return the mass below z of a kernel of standard deviation 1."""
-    if kernel == "gaussian":
-        return torch.special.ndtr(z)
-    half_width = {"uniform": 3**0.5, "epanechnikov": 5**0.5}[kernel]
-    z = (z / half_width).clamp(-1, 1)
-    return (z + 1) / 2 if kernel == "uniform" else (2 + 3 * z - z**3) / 4
-
-
-def beta_density(s: Tensor, n_bins: int) -> Tensor:
-    """Return the authors' other h: at the nodes, the Beta density with the mean and variance of x = (s + 1) / 2."""
-    x = (s + 1) / 2
-    mean, variance = x.mean(), x.var()
-    total = mean * (1 - mean) / variance - 1
-    at = ((nodes(n_bins) + 1) / 2).to(x)
-    at[0], at[-1] = 1e-5, 0.999  # The authors' layer evaluates the density here instead of at 0 and 1.
-    return torch.distributions.Beta(mean * total, (1 - mean) * total).log_prob(at).exp() / n_bins

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hloss.losses.batch import Batch
 from hloss.losses.densities import DENSITY_CLASSES, Density
 from hloss.losses.pairs import Buffers, PairBlock, Pairs, block_rows
 from hloss.losses.settings import LossSettings
-from hloss.numerics import checked_norms, exact_products, full_precision
+from hloss.numerics import exact_products, full_precision, to_normalize, to_use_as_units
 
 KEPT_PAIRS = 2**20  # Up to so many pairs are kept for the backward pass, in 8 MiB.
 
@@ -111,15 +112,10 @@ def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tenso
     return torch.index_select(grad, 0, order.argsort(), out=unit).to(like.dtype)
 
 
-def checked_sides(embeddings: Tensor, references: Tensor | None, normalize: bool) -> Norms:
-    """Check the embeddings and references of a loss, and return their norms, None where they are not divided."""
-    norms = checked_norms("embeddings", embeddings, normalize)
-    if references is None:
-        return norms, None
-    reference_norms = checked_norms("reference_embeddings", references, normalize)
-    if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
-        raise ValueError(
-            f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}: "
-            f"got {tuple(references.shape)} of {references.dtype}"
-        )
-    return norms, reference_norms
+def checked_batch(
+    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, normalize: bool
+) -> tuple[Batch, Norms]:
+    """Return the checked arguments of the loss, and the norms; raise ValueError, with the rows, if they are wrong."""
+    batch = Batch(embeddings, labels, references, reference_labels)
+    batch.verify(to_normalize if normalize else to_use_as_units)
+    return batch, (batch.norms[0], batch.norms[-1]) if normalize else (None, None)

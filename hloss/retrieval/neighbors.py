@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.numerics import exact_products, one_of
-from hloss.retrieval.ranks import METRICS
+from hloss.numerics import exact_products, one_of, whole_number
+from hloss.retrieval.similarity import centre, checked_embeddings
 
 BACKENDS = ("faiss", "torch")
 SPARE = 16
@@ -43,18 +43,19 @@ def neighbors(
         Float64 cosines or Euclidean distances (q, k), and int64 indices into the gallery (q, k), on the CPU.
 
     Raises:
-        ValueError: metric or backend is unknown, or k is out of range.
+        ValueError: metric or backend is unknown, k is out of range, or embeddings are wrong; rows are named.
     """
     backend = backend or ("faiss" if find_spec("faiss") else "torch")
-    one_of("metric", metric, METRICS)
     one_of("backend", backend, BACKENDS)
-    if not 1 <= k <= len(gallery) - (own is not None):
-        raise ValueError(f"k must be between 1 and {len(gallery) - (own is not None)}, the number of images: got {k!r}")
+    queries, gallery, scale = _checked(queries, gallery, metric)
+    most = len(gallery) - (own is not None)
+    if whole_number("k", k, 1) > most:
+        raise ValueError(f"k must be between 1 and {most}, the number of images: got {k!r}")
     if metric == "cosine":
         queries, gallery = F.normalize(queries.double()), F.normalize(gallery.double())
-    else:  # Centred embeddings have the same distances and lose fewer digits in float32.
-        centre = gallery.mean(0, dtype=torch.float64)
-        queries, gallery = queries.double() - centre, gallery.double() - centre
+    else:
+        origin = centre(gallery)
+        queries, gallery = queries.double() - origin, gallery.double() - origin
     n_candidates = min(k + SPARE, len(gallery))
     propose = _proposed_by_faiss if backend == "faiss" else _proposed_by_torch
     candidates = propose(queries.float(), gallery.float(), n_candidates, metric).sort(1).values
@@ -63,7 +64,20 @@ def neighbors(
         similarity.masked_fill_(candidates == own.to(candidates.device)[:, None], -torch.inf)
     similarity, place = similarity.sort(dim=1, descending=True, stable=True)
     nearest = candidates.gather(1, place)[:, :k]
-    return (similarity if metric == "cosine" else -similarity)[:, :k].cpu(), nearest.cpu()
+    return (similarity if metric == "cosine" else -similarity / scale)[:, :k].cpu(), nearest.cpu()
+
+
+def _checked(queries: Tensor, gallery: Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
+    """Return checked embeddings, and by what they were multiplied so that their squares are finite."""
+    (queries, a), (gallery, b) = (
+        checked_embeddings(*side, metric) for side in (("queries", queries), ("gallery", gallery))
+    )
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries must be (q, {gallery.shape[1]}) as the gallery: got {tuple(queries.shape)}")
+    if a == b:
+        return queries, gallery, a
+    scale = min(a, b)
+    return queries.double() * (scale / a), gallery.double() * (scale / b), scale
 
 
 def _proposed_by_torch(queries: Tensor, gallery: Tensor, k: int, metric: str) -> Tensor:

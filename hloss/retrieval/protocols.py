@@ -1,6 +1,7 @@
 """Evaluation protocols by name: which images query which gallery, and their Recall@K and average precision.
 
-Similarity, ties and exactness are those of `hloss.retrieval.ranks`. Queries without a match are counted separately.
+Similarities are those of `hloss.retrieval.similarity`; ties count as in `hloss.retrieval.ranks`. Queries without a
+match are counted separately.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.numerics import check_labels, exact_products, one_of
-from hloss.retrieval.ranks import SimilaritySpace, checked_embeddings, match_ranks, match_scores, recall_fractions
+from hloss.numerics import checked_labels, exact_products, one_of
+from hloss.retrieval.ranks import checked_k, match_ranks, match_scores, recall_fractions
+from hloss.retrieval.similarity import SimilaritySpace, checked_set
 
 ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")  # The use of an image in a protocol.
 PAIRS, GPU_PAIRS = 2**22, 2**25  # Pairs of a block, in float64.
@@ -81,8 +83,9 @@ def evaluate(
         1.0
     """
     one_of("protocol", protocol, PROTOCOLS)
-    embeddings, labels = checked_embeddings(embeddings, labels)
-    rows = _Rows(protocol, SimilaritySpace(embeddings, metric), labels, tuple(k), cameras, roles, seed)
+    k = checked_k(k)
+    embeddings, labels = checked_set(embeddings, labels, metric)
+    rows = _Rows(protocol, SimilaritySpace(embeddings, metric), labels, k, cameras, roles, seed)
     with torch.no_grad(), exact_products(embeddings.device):
         return PROTOCOLS[protocol](rows)
 
@@ -103,9 +106,7 @@ class _Rows:
     def cameras(self) -> Tensor:
         if self.given_cameras is None:
             raise ValueError(f"cameras must be given for protocol {self.protocol!r}: got None")
-        cameras = torch.as_tensor(self.given_cameras, device=self.labels.device)
-        check_labels("cameras", cameras, len(self.labels))
-        return cameras
+        return checked_labels("cameras", self.given_cameras, len(self.labels)).to(self.labels.device)
 
     def of_role(self, *roles: str) -> Tensor:
         """Return the indices of the rows with these roles."""
@@ -193,8 +194,9 @@ def _scored(
     blocks = torch.arange(len(queries), device=queries.device).split(max(pairs // len(gallery), 1))
     parts = []
     for block in blocks:
-        similarity = space.products(queries[block], gallery)
-        ranks = match_ranks(similarity, *match_and_ignored(block), space.tie, lanes)
+        vectors = queries[block]
+        edge = partial(space.edge, squares=space.squares_of(vectors)[:, None])
+        ranks = match_ranks(space.products(vectors, gallery), *match_and_ignored(block), edge, lanes)
         parts.append(match_scores(ranks))
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
@@ -226,7 +228,7 @@ class _SingleShot:
         self.queries, query_label, self.query_identity, self.query_size = self._sorted(rows, a)
         self.gallery, gallery_label, self.gallery_identity, self.gallery_size = self._sorted(rows, b)
         self.similarity = rows.space.exact(self.queries, self.gallery)
-        self.tie = rows.space.tie
+        self.edge = rows.space.edge(self.similarity, rows.space.squares[self.queries, None])
         self.same = query_label[:, None] == gallery_label
         self.pairs = GPU_PAIRS if self.same.is_cuda else PAIRS
 
@@ -251,9 +253,9 @@ class _SingleShot:
 
     def _ranks(self, queries: Tensor, gallery: Tensor) -> Tensor:
         """Return ranks (drawings, query identities) of the matches for one query and gallery image per identity."""
-        similarity = self.similarity[queries[:, :, None], gallery[:, None]]
-        best = similarity.masked_fill(~self.same, -torch.inf).amax(2, keepdim=True)
-        rivals = ((similarity >= best - self.tie) & ~self.same).sum(2)
+        pairs = queries[:, :, None], gallery[:, None]
+        edge = self.edge[pairs].masked_fill(~self.same, -torch.inf).amax(2, keepdim=True)
+        rivals = ((self.similarity[pairs] >= edge) & ~self.same).sum(2)
         return torch.where(self.same.any(1), rivals + 1, 0)
 
     def expected_cmc(self, k: tuple[int, ...]) -> Tensor:
@@ -266,7 +268,7 @@ class _SingleShot:
         parts = []
         for query, match in (block.unbind(1) for block in cases.split(max(self.pairs // len(self.gallery), 1))):
             similarity = self.similarity[query]
-            ahead = similarity >= similarity.gather(1, match[:, None]) - self.tie
+            ahead = similarity >= self.edge[query, match, None]
             share = similarity.new_zeros(len(query), len(self.gallery_size))
             share.index_add_(1, self.gallery_identity, ahead.double()).div_(self.gallery_size)
             share.scatter_(1, self.gallery_identity[match, None], 0)

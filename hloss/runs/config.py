@@ -16,7 +16,7 @@ from hloss.losses.baselines import BASELINES
 from hloss.losses.histogram import HistogramLoss
 from hloss.losses.pml import PREFIX, PMLLoss, pml_metric
 from hloss.losses.settings import did_you_mean
-from hloss.retrieval.ranks import METRICS
+from hloss.retrieval.similarity import METRICS
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import non_finite, project_path
 from hloss.runs.memory import MemoryLoss, takes_references

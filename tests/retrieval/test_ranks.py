@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from hloss.retrieval import ranks
-from hloss.retrieval.ranks import METRICS, first_match_ranks, match_ranks, recall_at_k
+from hloss.retrieval import cuda_ranks, ranks
+from hloss.retrieval.ranks import first_match_ranks, match_ranks, recall_at_k
+from hloss.retrieval.similarity import METRICS, TIE
 from tests.retrieval.oracles import exact_ranks, first_match_oracle, first_ranks_of, gallery_with_ties, ranks_of
 
 both_ways = pytest.mark.parametrize("way", ["blocks", "strips"])
@@ -18,7 +19,8 @@ both_ways = pytest.mark.parametrize("way", ["blocks", "strips"])
 def ranks_by(way, rows, embeddings, labels, metric="cosine"):
     """First-match ranks by blocks or strips of so many rows, on the CPU."""
     devices = ("cpu",) if way == "strips" else ()
-    with mock.patch.multiple(ranks, BLOCK=rows, STRIP=rows * len(labels), STRIP_DEVICES=devices):
+    strips = mock.patch.object(cuda_ranks, "STRIP", rows * len(labels))
+    with strips, mock.patch.multiple(ranks, BLOCK=rows, STRIP_DEVICES=devices):
         return first_match_ranks(embeddings, labels, metric)
 
 
@@ -115,7 +117,7 @@ def test_ranks_of_all_matches_are_those_of_a_sort(lanes):
     kind = torch.randint(10, similarity.shape, generator=generator)  # 0: match, 1: ignored
     kind[0], kind[1], kind[2] = 5, kind[1].clamp(max=1), 1
     kind[1, 20:] = 1
-    found = match_ranks(similarity, kind == 0, kind == 1, ranks.TIE, lanes)
+    found = match_ranks(similarity, kind == 0, kind == 1, lambda s: s - TIE, lanes)
     for i, row in enumerate(found.tolist()):
         expected = ranks_of(similarity[i], kind[i] == 0, kind[i] == 1)
         assert row == expected + [0] * (found.shape[1] - len(expected))

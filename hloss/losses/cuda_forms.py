@@ -1,0 +1,71 @@
+"""Forms of the dense losses for CUDA, equal to those of `pairwise` up to rounding.
+
+The time of a small batch depends on the number of kernels, so normalisation and distances take fewer. No form waits
+for the GPU, as `nonzero` and boolean indexing do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hloss.losses.pairwise import DensePairs, squared_within
+
+
+class CudaPairs(DensePairs):
+    """`DensePairs` on a GPU."""
+
+    def listed(self, matrix: Tensor, mask: Tensor, n: int) -> Tensor:
+        """Return the n entries of a matrix where the mask is true, row by row."""
+        return matrix.flatten().gather(0, true_places(mask, n))
+
+    def lifted_hinges(self, by_row: Tensor, by_column: Tensor, distance: Tensor) -> Tensor:
+        """Return max(0, log(exp by_row_i + exp by_column_j) + D_ij) of the positive pairs, 0 for all others, (n, m)."""
+        hinge = F.relu(torch.logaddexp(by_row[:, None], by_column) + distance)
+        return hinge.masked_fill(~self.each(self.positive), 0)
+
+    def _normalized(self, embeddings: Tensor) -> Tensor:
+        return fused_normalize(embeddings)
+
+    def _squared_within(self, y: Tensor) -> Tensor:
+        return FusedSquaredDistances.apply(y)
+
+
+def true_places(mask: Tensor, n: int) -> Tensor:
+    """Return the flat indices of the n true entries of a mask, in order."""
+    return mask.flatten().byte().sort(descending=True, stable=True).indices[:n]
+
+
+def fused_normalize(embeddings: Tensor) -> Tensor:
+    """Compute F.normalize by rms_norm: 5 kernels instead of 17, forward and backward; no row is zero."""
+    d = embeddings.shape[1]
+    return F.rms_norm(embeddings, (d,), eps=1e-36) / d**0.5
+
+
+class FusedSquaredDistances(torch.autograd.Function):
+    """`squared_within` with an explicit gradient: 4 kernels instead of 14."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        """Return the distances."""
+        ctx.save_for_backward(y)
+        return squared_within(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Return the gradient of y."""
+        (y,) = ctx.saved_tensors
+        both = grads[0] + grads[0].T
+        return torch.addmm(both.sum(1, keepdim=True) * y, both, y, beta=2, alpha=-2)
+
+
+def swap_cuda_precision(precision: str) -> str:
+    """Set the precision of float32 products on CUDA, "ieee" for exact ones; returns what it was."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        before, matmul.fp32_precision = matmul.fp32_precision, precision
+    else:  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else precision)
+    return before
