@@ -16,6 +16,10 @@ INNER = {
     "hloss.losses.passes",
     "hloss.losses.settings",
     "hloss.losses.streaming",
+    "hloss.losses.batch",
+    "hloss.losses.cuda_forms",
+    "hloss.retrieval.cuda_ranks",
+    "hloss.retrieval.similarity",
 }
 
 
