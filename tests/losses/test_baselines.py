@@ -300,6 +300,7 @@ def test_the_forms_without_a_wait_equal_those_with_one():
     assert torch.equal(true_places(mask, int(mask.sum())), mask.flatten().nonzero()[:, 0])
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 needs a driver to imitate a GPU")
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_call_reads_from_the_device_once(name, monkeypatch):
     """On an imitation of a GPU, whose tensors hold no data: whatever depended on data but the one read would fail."""
