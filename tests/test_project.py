@@ -14,10 +14,11 @@ NAMES_IN_CONDA = {"torch": "pytorch", "snakemake": "snakemake-minimal"}
 
 
 def requirements(*extras: str) -> dict[str, str]:
-    """Package -> bound, of the package itself and some extras."""
+    """Package -> bound, of the package itself and some extras, without those for some versions of Python only."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = [*project["dependencies"], *(r for name in extras for r in project["optional-dependencies"][name])]
-    return dict(re.fullmatch(r"([\w-]+)(.*)", r).groups() for r in found if not r.startswith("hloss["))
+    unconditional = [r for r in found if ";" not in r and not r.startswith("hloss[")]
+    return dict(re.fullmatch(r"([\w-]+)(.*)", r).groups() for r in unconditional)
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,7 @@ def test_the_forms_without_a_wait_equal_those_with_one():
     assert torch.equal(*(pairs.listed(distance, mask, int(mask.sum())) for pairs in (everything, listed)))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 needs a driver to imitate a GPU")
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("kind", ["labels", "matrix", "references", "matrix of references"])
 def test_a_call_reads_from_the_device_once(name, kind, monkeypatch):

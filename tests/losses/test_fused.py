@@ -32,6 +32,7 @@ def test_the_kernels_in_the_interpreter():
 
 
 @NEEDS_TRITON
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="Triton 3.2 describes a kernel's arguments otherwise")
 def test_the_kernels_compile_for_gpus_that_are_not_there(tmp_path):
     said = run(["-m", "tests.losses.compiled_kernels"], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert said.count("sm_80") == said.count("sm_90") > 10
