@@ -1,6 +1,7 @@
 """The histogram loss within torch's compilers, exporters, wrappers and global switches: it works, or says why not."""
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NEEDS_GPU])]
 @pytest.fixture
 def compiler():
     """torch.compile without the graph breaks that it would pass over."""
-    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler imports what some versions deprecate
+        torch._dynamo.reset()
     yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
 
