@@ -124,12 +124,14 @@ class ForkedProvisioner(LocalProvisioner):
     waiting: list[ForkedKernel] = []  # noqa: RUF012
 
     async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
-        """Start the kernel.
+        """Start the kernel that waits, or the usual one if none does.
 
         Args:
             cmd: command of a kernel.
             **options: options of Popen, of which the environment and the working directory are used.
         """
+        if not self.waiting:
+            return await super().launch_kernel(cmd, **options)
         kernel = self.waiting.pop()
         self.cwd = options.get("cwd") or os.getcwd()
         kernel.start(cmd[cmd.index("-f") :], options["env"], str(self.cwd))

@@ -166,7 +166,7 @@ def test_report_of_incomplete_study_lists_missing_runs_and_gives_no_verdict_on_t
     assert board.loc["C matters", "verdict"] != "not run"  # its runs are complete
     tuned = board[board["comparison"] == "tuned losses"]["verdict"]
     assert tuned["semi-hard triplet"] == "not run"
-    assert tuned["contrastive"] != "not run"
+    assert tuned["contrastive, trained here"] != "not run"
     table = pd.read_csv(tmp_path / "summary.csv")
     assert table[table["method"] == "lifted structure"]["n"].tolist() == [0, 0]
     assert "make study STUDY=glyphs" in said
