@@ -25,6 +25,7 @@ class BaselineLoss(nn.Module):
     """
 
     needs_both_groups = True
+    has_anchors = False  # whether (i, j) and (j, i) are different pairs
     normalize = True
 
     def __init__(self, on_degenerate: str) -> None:
@@ -123,6 +124,8 @@ class LiftedStructure(BaselineLoss):
         tensor(0.7256)
     """
 
+    has_anchors = True
+
     def __init__(self, margin: float = 1.0, normalize: bool = False, on_degenerate: str = "raise") -> None:
         super().__init__(on_degenerate)
         self.normalize = switch("normalize", normalize)
@@ -153,6 +156,7 @@ class Triplet(BaselineLoss):
         tensor(0.6000)
     """
 
+    has_anchors = True
     semi_hard = False
 
     def __init__(self, margin: float = 0.2, on_degenerate: str = "raise") -> None:

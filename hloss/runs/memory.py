@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class MemoryLoss(nn.Module):
     """A loss over the pairs of a batch and the pairs of the batch with the embeddings of earlier batches.
 
-    Each pair counts once, as it would in one large batch of them all; pairs of two earlier embeddings are left out.
+    Each pair counts once, as it would in one large batch of them all; pairs of two earlier embeddings are left out. For
+    losses with anchors (triplets, lifted structure) the anchors are the embeddings of the batch.
     Earlier embeddings are kept as they were and get no gradient. `state_dict()` has them, so a resumed run continues
     with the same memory.
 
@@ -39,7 +40,8 @@ class MemoryLoss(nn.Module):
                 torch.cat([own, *(earlier.to(own.device) for earlier in kept)])
                 for own, kept in ((embeddings, self.embeddings), (labels, self.labels))
             )
-            loss = self.loss(embeddings, pairs_once(labels, column_labels), references)
+            matrix = pairs_of_batch(labels, column_labels, getattr(self.loss, "has_anchors", False))
+            loss = self.loss(embeddings, matrix, references)
         else:
             loss = self.loss(embeddings, labels)
         self.seen += 1
@@ -56,13 +58,19 @@ class MemoryLoss(nn.Module):
         self.seen, self.embeddings, self.labels = state["seen"], state["embeddings"], state["labels"]
 
 
-def pairs_once(labels: Tensor, column_labels: Tensor) -> Tensor:
-    """Return the int8 matrix of pairs of a batch, (n,), with columns (m,) that begin with the batch itself.
+def pairs_of_batch(labels: Tensor, column_labels: Tensor, both_orders: bool) -> Tensor:
+    """Return the int8 matrix of pairs of a batch with columns that begin with the batch itself.
 
-    +1 for equal labels, -1 for others, and 0 for columns up to the row: a pair of the batch with itself, or a second
-    time.
+    Args:
+        labels: integer labels of the batch (n,).
+        column_labels: integer labels of the columns (m,), the first n those of the batch.
+        both_orders: keep (i, j) and (j, i) of the batch; otherwise the second is left out.
+
+    Returns:
+        (n, m): +1 for equal labels, -1 for others, 0 for what is left out, such as an embedding with itself.
     """
-    return torch.where(labels[:, None] == column_labels, 1, -1).to(torch.int8).triu(1)
+    matrix = torch.where(labels[:, None] == column_labels, 1, -1).to(torch.int8)
+    return matrix.fill_diagonal_(0) if both_orders else matrix.triu(1)
 
 
 def takes_references(loss: nn.Module) -> bool:
@@ -70,7 +78,7 @@ def takes_references(loss: nn.Module) -> bool:
     embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(8) // 2
     try:
-        loss(embeddings, pairs_once(labels, labels), embeddings)
+        loss(embeddings, pairs_of_batch(labels, labels, False), embeddings)
     except (TypeError, ValueError):
         return False
     return True

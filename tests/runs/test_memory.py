@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
+from torch.nn import functional as F
 
-from hloss import HistogramLoss, global_batch
+from hloss import HistogramLoss, SemiHardTriplet, Triplet, global_batch
 from hloss.losses.baselines import BASELINES
 from hloss.runs.config import parse_config
 from hloss.runs.errors import ConfigError
@@ -36,6 +37,28 @@ def test_the_loss_is_that_of_a_large_batch_without_the_pairs_of_earlier_embeddin
         gradients = [torch.autograd.grad(x, embeddings)[0] for x in (found, expected)]
         torch.testing.assert_close(*gradients, atol=1e-13, rtol=1e-9)
         earlier.append((embeddings.detach(), labels))
+
+
+@pytest.mark.parametrize("semi_hard", [False, True])
+def test_anchors_of_triplets_are_the_whole_batch(semi_hard):
+    loss = (SemiHardTriplet if semi_hard else Triplet)(margin=0.3)
+    memory = MemoryLoss(loss, batches=1, start=0)
+    (earlier, earlier_labels), (embeddings, labels) = batches(2)
+    memory(earlier, earlier_labels)
+    found = memory(embeddings, labels)
+    columns = F.normalize(torch.cat([embeddings, earlier.detach()]))
+    column_labels = torch.cat([labels, earlier_labels])
+    distance = (columns[:12, None] - columns).square().sum(2)
+    hinges = []
+    for a in range(12):
+        same = [j for j in range(24) if j != a and column_labels[j] == labels[a]]
+        other = [j for j in range(24) if column_labels[j] != labels[a]]
+        gaps = [distance[a, p] - distance[a, n] for p in same for n in other]
+        hinges += [gap + 0.3 for gap in gaps if gap + 0.3 > 0 and (not semi_hard or gap < 0)]
+    expected = torch.stack(hinges).mean()
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+    gradients = [torch.autograd.grad(x, embeddings)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_the_memory_starts_after_so_many_batches_and_holds_those_before():
