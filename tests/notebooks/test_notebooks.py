@@ -180,7 +180,7 @@ def check_tables(shown, means):
         (row["comparison"], row["method"]): row["runs"].removeprefix("runs")
         for rows in shown
         for row in rows
-        if {"comparison", "method", "runs"} <= row.keys()
+        if {"comparison", "method", "runs"} <= row.keys() and "at an edge of its grid" not in row
     }
     assert told == {key: run_ids for key, run_ids in runs_of.items() if not key[0].endswith(": choice")}
     assert {"losses", "tuned losses", "bins", "learning rate"} <= {comparison for comparison, _ in told}
