@@ -38,3 +38,4 @@ def test_every_guide_is_in_the_table_of_contents():
     listed = (DOCS / "index.md").read_text().split()
     pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")} - {"index"}
     assert pages <= set(listed)
+    assert all(listed.count(page) == 1 for page in pages)
