@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -30,8 +31,10 @@ def visible_devices() -> list[str]:
 def usable_gpus() -> int:
     """Number of GPUs that torch can use.
 
-    A forked process asks torch, because a process that has asked cannot fork a kernel that uses CUDA.
+    On Linux a forked process asks torch, because a process that has asked cannot fork a kernel that uses CUDA.
     """
+    if sys.platform != "linux":
+        return _count_gpus()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the other process does not need
         child = os.fork()

@@ -141,11 +141,15 @@ class ForkedProvisioner(LocalProvisioner):
 
 
 def prepare_kernel(modules: Iterable[str]) -> None:
-    """Fork a kernel, which the next notebook of this process uses; does nothing if one waits.
+    """Fork a kernel, which the next notebook of this process uses; does nothing if one waits, or not on Linux.
+
+    Libraries of macOS do not work after a fork; its kernels start as usual.
 
     Args:
         modules: modules that the notebook will import.
     """
+    if sys.platform != "linux":
+        return
     factory = KernelProvisionerFactory.instance()
     factory.provisioners[NAME] = EntryPoint(NAME, f"{__name__}:{ForkedProvisioner.__name__}", factory.GROUP_NAME)
     factory.default_provisioner_name = NAME

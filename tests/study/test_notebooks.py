@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hloss.runs.checkpoints import read_status, write_status
-from hloss.study import notebooks
+from hloss.study import devices, kernels, notebooks
 from hloss.study.notebooks import execute_report, execute_run
 from tests.helpers.studies import study_of
 
@@ -109,3 +109,13 @@ def test_a_failed_export_of_the_report_says_why(config, monkeypatch, tmp_path, c
     said = '90_report.ipynb is complete, but its export to report.html failed: ValueError("No template sub-directory'
     assert said in capsys.readouterr().out
     assert not (folder / "report.html").exists()
+
+
+def test_kernels_start_as_usual_where_libraries_do_not_work_after_a_fork(monkeypatch):
+    def no_fork():
+        raise AssertionError("forked")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("os.fork", no_fork)
+    kernels.prepare_kernel(())
+    assert devices.usable_gpus() == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
