@@ -86,13 +86,17 @@ def pair_record(
 
     Returns:
         The values of `slope_record`, and `batch_overlap`, `batch_reverse`, `validation_overlap` and
-        `validation_reverse` of `separation` in the metric that the loss trains.
+        `validation_reverse` of `separation` in the metric that the loss trains; the last two only with validation
+        images.
     """
     loss = config.build_loss(len(dataset.labels(rows).unique()))
     assert loss is not None
     batch = embedded_rows(network, dataset, rows, config, device)
     record = slope_record(loss, *batch)
-    for name, pairs in (("batch", batch), ("validation", split_embeddings(network, dataset, "val", config, device))):
+    parts = {"batch": batch}
+    if len(dataset.rows("val")):
+        parts["validation"] = split_embeddings(network, dataset, "val", config, device)
+    for name, pairs in parts.items():
         found = separation(*pairs, config.trained_metric)
         record |= {f"{name}_{value}": number for value, number in found.items()}
     return record
