@@ -169,7 +169,7 @@ def test_small_runs_share_gpus_by_shards(slurm, jobs, new_project):
     assert project.finish(start) == 0, project.printed()
     asked = called(slurm, "squeue", "--states=all", "--noheader", "--format=%b", f"--jobs={','.join(jobs())}")
     assert asked.split() == ["gres:shard:1"] * 3
-    gpus = [span_of(run)[2] for run in (project.folder / "runs" / "short").iterdir()]
+    gpus = [span_of(run)[2] for run in project.run_folders()]
     assert sorted(gpus) in (["0", "0", "1"], ["0", "1", "1"])
 
 
@@ -195,12 +195,12 @@ def test_killed_start_continues_without_running_anything_twice(slurm, jobs, new_
     assert project.finish(project.start("PROFILE=slurm", **slurm)) == 0, project.printed()
     assert "3 jobs of an earlier start are in the queue" in project.printed()
     submitted = [run_id for run_id, *_ in jobs().values()]
-    assert sorted(submitted) == sorted(run.name for run in folder.iterdir())
+    assert sorted(submitted) == sorted(run.name for run in project.run_folders())
     assert len(submitted) == 4
-    assert [len(starts(run)) for run in folder.iterdir()] == [1] * 4
+    assert [len(starts(run)) for run in project.run_folders()] == [1] * 4
     partitions = called(slurm, "squeue", "--states=all", "--noheader", "--format=%P", f"--jobs={','.join(jobs())}")
     assert partitions.split() == ["second"] * 4
-    assert_no_gpu_for_two(list(folder.iterdir()), {"0", "1"})
+    assert_no_gpu_for_two(project.run_folders(), {"0", "1"})
 
 
 def test_interrupted_start_cancels_its_jobs(slurm, jobs, new_project):

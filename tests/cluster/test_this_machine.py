@@ -170,7 +170,7 @@ def test_each_run_has_its_own_gpu(new_project, tmp_path):
     project = new_project("project", study)
     environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}  # no such devices, so torch uses the CPU
     assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
-    assert_no_gpu_for_two(list((project.folder / "runs" / "short").iterdir()), {"0", "1"})
+    assert_no_gpu_for_two(project.run_folders(), {"0", "1"})
 
 
 def test_two_runs_share_a_gpu(new_project, tmp_path):
@@ -184,4 +184,4 @@ def test_two_runs_share_a_gpu(new_project, tmp_path):
     project = new_project("project", study)
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TMPDIR": str(tmp_path)}  # no such device, so torch uses the CPU
     assert project.finish(project.start("CORES=4", **environment)) == 0, project.printed()
-    assert most_at_once(list((project.folder / "runs" / "short").iterdir())) == 2
+    assert most_at_once(project.run_folders()) == 2

@@ -97,6 +97,10 @@ class Project:
         ids = json.loads(answer.stdout)
         return {name: self.folder / "runs" / self.study / run_id for name, run_id in ids.items()}
 
+    def run_folders(self) -> list[Path]:
+        """The folders of the runs that have begun."""
+        return [folder for folder in (self.folder / "runs" / self.study).iterdir() if folder.is_dir()]
+
     def results(self) -> dict[str, dict]:
         """The results of each run without times and paths."""
         deciding = ("metrics", "chosen", "validation_recall@1", "similarity_density", "panel", "fingerprint")
