@@ -53,9 +53,9 @@ def test_killed_study_continues_with_the_missing_runs(new_project):
     wait_until("two runs in the middle", lambda: all(has_checkpoint(run) for run in trained), during=first)
     wait_until("one run complete", (untrained / "result.json").exists, during=first)
 
-    (runner,) = processes(f"run_notebook.py run short {trained[0].name}", PYTHONPATH=str(project.folder))
-    for kernel in runner.children():
-        kernel.kill()
+    runners = processes(f"run_notebook.py run short {trained[0].name}", PYTHONPATH=str(project.folder))
+    (kernel,) = (process for process in runners if process.ppid() in {runner.pid for runner in runners})  # forked
+    kernel.kill()
     wait_until("the run whose kernel was killed starts again", lambda: len(starts(trained[0])) == 2, during=first)
     assert len(starts(trained[1])) == 1
     engine = processes("workflow/scripts/run_study.py short", PYTHONPATH=str(project.folder))
