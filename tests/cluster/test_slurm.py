@@ -156,7 +156,7 @@ def test_small_runs_share_gpus_by_shards(slurm, jobs, new_project):
         "title": "three runs on shards of two GPUs",
         "fixed": SHORT,
         "seeds": [0, 1, 2],
-        "resources": {"gpus": 1, "runs_per_gpu": 2, "gpu_parts": "shard:2", "memory_gb": 2, "hours": 0.2},
+        "resources": {"gpus": 1, "runs_per_gpu": 2, "gpu_parts": "shard:2", "memory_gb": 4, "hours": 0.2},
         "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
     }
     project = new_project("project", study)
