@@ -11,11 +11,7 @@ from data_prep.__main__ import main
 from hloss.runs import process
 from hloss.runs.config import parse_config
 from hloss.runs.run import run
-
-LINUX_ONLY = (
-    "copy_file_range", "eventfd", "getresuid", "getxattr", "memfd_create", "pidfd_open", "posix_fadvise",
-    "posix_fallocate", "sched_getaffinity", "sched_setaffinity", "splice", "unshare",
-)  # fmt: skip
+from tests.helpers.linux import LINUX_ONLY
 
 
 def test_prepares_and_runs_without_functions_of_linux(tmp_path, monkeypatch):

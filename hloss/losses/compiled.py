@@ -28,9 +28,7 @@ def loss(
     """
     if s.density == "beta":
         raise RuntimeError('density="beta" cannot be compiled or exported: call the loss outside the compiled function')
-    costs = s.order_cost, float(s.margin), float(s.alpha)
-    settings = s.n_bins, s.kernel, s.bandwidth, *costs, s.normalize, s.on_degenerate
-    return _loss_and_gradients(embeddings, labels, references, reference_labels, *settings)[0]
+    return _loss_and_gradients(embeddings, labels, references, reference_labels, *s.of_histogram)[0]
 
 
 def refuse_transforms() -> None:

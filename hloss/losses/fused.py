@@ -98,9 +98,7 @@ def loss(
 ) -> Tensor:
     """The histogram loss. `serves` must be true for these arguments."""
     if torch.compiler.is_compiling():
-        costs = s.order_cost, float(s.margin), float(s.alpha)
-        settings = s.n_bins, s.kernel, s.bandwidth, *costs, s.normalize, s.on_degenerate
-        return _operator(embeddings, labels, references, reference_labels, *settings, PRECISION)[0]
+        return _operator(embeddings, labels, references, reference_labels, *s.of_histogram, PRECISION)[0]
     return _Fused.apply(embeddings, references, labels, reference_labels, s, PRECISION)
 
 

@@ -20,7 +20,7 @@ REFUSED_ROWS = tl.constexpr(0)
 REFUSED_PAIRS = tl.constexpr(1)
 SOME_NEGATIVE = tl.constexpr(2)
 SOME_POSITIVE = tl.constexpr(3)
-FLAGS = tl.constexpr(4)
+FLAGS = tl.constexpr(densities.FLAGS)
 
 
 @triton.jit

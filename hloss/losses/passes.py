@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hloss.losses.checks import is_deferred, verify_or_defer
 from hloss.losses.cuda_forms import swap_cuda_precision
-from hloss.losses.densities import LANE_PAIRS, cost_matrix, kernel_matrix, missing_pairs
+from hloss.losses.densities import FLAGS, LANE_PAIRS, cost_matrix, kernel_matrix, missing_pairs
 from hloss.losses.settings import LossSettings
 from hloss.losses.streaming import checked_batch
 from hloss.numerics import LONGEST
@@ -46,7 +46,6 @@ SMALL_TILE = Tile(32, 32, 64, 4, 3)  # similarities of at most SMALL rows and co
 LARGE_TILE = Tile(64, 64, 32, 4, 3)
 GRADIENT_TILE = Tile(64, 64, 32, 4, 3)
 SMALL = 512
-FLAGS = 4  # numbers of a table behind counts and sums: `kernels` names them
 FILL = 64  # places come in multiples of this, as the sides of all tiles divide it
 
 

@@ -56,6 +56,12 @@ class LossSettings:
         return 2 / self.n_bins
 
     @property
+    def of_histogram(self) -> tuple[int, str, float | None, str, float, float, bool, str]:
+        """All settings but the density, in order, as operators of a histogram take them."""
+        costs = self.order_cost, float(self.margin), float(self.alpha)
+        return self.n_bins, self.kernel, self.bandwidth, *costs, self.normalize, self.on_degenerate
+
+    @property
     def margin_nodes(self) -> int:
         """The margin mu of equation 6, in nodes."""
         return round(self.margin / self.delta)

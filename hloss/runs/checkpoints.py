@@ -45,8 +45,7 @@ def write_status(folder: Path, state: str, iteration: int, message: str = "", re
 
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Content of `status.json` in a run's folder; None if the file does not exist."""
-    file = Path(folder) / "status.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return _read(Path(folder) / "status.json")
 
 
 def write_progress(folder: Path, **numbers: Any) -> None:
@@ -63,7 +62,10 @@ def write_progress(folder: Path, **numbers: Any) -> None:
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
     """Content of `progress.json` in a run's folder; None if the file does not exist."""
-    file = folder / PROGRESS
+    return _read(folder / PROGRESS)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 

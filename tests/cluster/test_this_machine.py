@@ -19,10 +19,22 @@ from tests.helpers.copied_project import (
     starts,
     wait_until,
 )
+from tests.helpers.linux import LINUX_ONLY
 
 pytestmark = pytest.mark.slow
 
 QUICK = {"dataset": "glyphs", "batch_size": 128, "validate_every": 10, "iterations": 40, "checkpoint_seconds": 2.0}
+
+
+def one_run(**settings):
+    """A study of one run with these settings."""
+    return {
+        "title": "one run",
+        "fixed": QUICK | settings,
+        "seeds": [0],
+        "resources": {"gpus": 0},
+        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
+    }
 
 
 @pytest.fixture
@@ -83,14 +95,7 @@ def test_killed_study_continues_with_the_missing_runs(new_project):
 
 
 def test_failure_after_the_result_does_not_repeat_training(new_project):
-    study = {
-        "title": "one run",
-        "fixed": QUICK | {"iterations": 10},
-        "seeds": [0],
-        "resources": {"gpus": 0},
-        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
-    }
-    project = new_project("project", study)
+    project = new_project("project", one_run(iterations=10))
     (run,) = project.runs().values()
     file = project.folder / "notebooks" / "20_train.ipynb"
     notebook = nbformat.read(file, as_version=4)
@@ -109,14 +114,7 @@ def test_failure_after_the_result_does_not_repeat_training(new_project):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_interrupted_start_leaves_checkpoints_and_no_process(number, new_project):
-    study = {
-        "title": "one run",
-        "fixed": QUICK,
-        "seeds": [0],
-        "resources": {"gpus": 0},
-        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
-    }
-    project = new_project("project", study)
+    project = new_project("project", one_run())
     start = project.start(STEP_SECONDS="1")
     (run,) = project.runs().values()
     wait_until("a checkpoint", lambda: has_checkpoint(run), during=start)
@@ -131,24 +129,16 @@ def test_interrupted_start_leaves_checkpoints_and_no_process(number, new_project
     assert len(starts(run)) == 1
 
 
-WITHOUT_LINUX = """
+WITHOUT_LINUX = f"""
 import os
-for name in ("posix_fallocate", "posix_fadvise", "sched_getaffinity", "sched_setaffinity", "copy_file_range", "splice",
-             "memfd_create", "pidfd_open", "eventfd", "pipe2", "fdatasync", "getrandom", "getxattr", "setxattr"):
+for name in {LINUX_ONLY}:
     if hasattr(os, name):
         delattr(os, name)
 """
 
 
 def test_folder_with_a_blank_and_a_quote_without_a_home_and_without_functions_of_linux(new_project):
-    study = {
-        "title": "one run",
-        "fixed": QUICK | {"iterations": 10},
-        "seeds": [0],
-        "resources": {"gpus": 0},
-        "runs": [{"name": "histogram", "set": {"loss": "histogram"}}],
-    }
-    project = new_project("my project's", study)
+    project = new_project("my project's", one_run(iterations=10))
     (project.folder / "sitecustomize.py").write_text(WITHOUT_LINUX)
     # A folder in a file cannot be made, not even by root.
     unknown_user = {"HOME": "/dev/null/home", "LOGNAME": "", "USER": "", "XDG_CACHE_HOME": ""}

@@ -1,7 +1,5 @@
 """Retrieval on a GPU: the ranks and neighbors of the CPU at any global precision, with few synchronisations."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from hloss.retrieval.neighbors import neighbors
 from hloss.retrieval.protocols import PROTOCOLS, evaluate
 from hloss.retrieval.ranks import first_match_ranks
 from hloss.retrieval.similarity import METRICS
+from tests.helpers.gpu_waits import counted_waits
 from tests.retrieval.oracles import gallery_with_ties, street, views
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -109,14 +108,9 @@ def test_neighbors_are_those_of_the_cpu(metric, backend):
 
 def synchronisations(measure):
     measure()  # the first call may initialise libraries
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            measure()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    with counted_waits() as waits:
+        measure()
+    return len(waits)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -24,23 +24,10 @@ KILLING = Path(__file__).parents[1] / "helpers" / "killing.py"
 
 
 @pytest.fixture
-def settings(tiny_data, tmp_path):
+def settings(settings):
     """A run with dropout, crops, horizontal flips and refit, which saves a checkpoint after every iteration."""
-    return {
-        "dataset": "tiny",
-        "batch_size": 16,
-        "images_per_class": 4,
-        "crop": 15,
-        "horizontal_flip": True,
-        "dropout": 0.3,
-        "iterations": 60,
-        "validate_every": 6,
-        "refit": True,
-        "data_dir": str(tiny_data),
-        "runs_dir": str(tmp_path / "runs"),
-        "device": "cpu",
-        "checkpoint_seconds": 0.0,
-    }
+    random = {"crop": 15, "horizontal_flip": True, "dropout": 0.3, "refit": True}
+    return settings | random | {"batch_size": 16, "iterations": 60, "validate_every": 6}
 
 
 @pytest.fixture

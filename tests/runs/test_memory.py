@@ -82,19 +82,8 @@ def test_a_saved_memory_continues(tmp_path):
 
 
 @pytest.fixture
-def settings(tiny_data, tmp_path):
-    return {
-        "dataset": "tiny",
-        "batch_size": 16,
-        "images_per_class": 4,
-        "dropout": 0.3,
-        "iterations": 12,
-        "validate_every": 6,
-        "refit": True,
-        "data_dir": str(tiny_data),
-        "runs_dir": str(tmp_path / "runs"),
-        "device": "cpu",
-    }
+def settings(settings):
+    return settings | {"batch_size": 16, "dropout": 0.3, "validate_every": 6, "refit": True}
 
 
 def losses_of(settings, **more):

@@ -61,25 +61,24 @@ def test_a_study_that_includes_others_has_their_runs_and_those_that_wait(study, 
     assert [f.name for f in loaded.files] == ["both.yaml", "small.yaml", "other.yaml"]
 
 
-def results_of_grid(monkeypatch, validation):
-    """Let the runs of the grid have these validation Recall@1, as in {20: {2: 0.5, 4: 0.1}} for n_bins 20."""
+def loaded_with_results(study, monkeypatch, validation):
+    """Load a study; the runs of its grid have these validation Recall@1, as in {20: {2: 0.5, 4: 0.1}} for n_bins 20."""
 
     def read(folder):
         n_bins = {run.config.folder: run.config.n_bins for run in grid}.get(folder)
         entries = [{"iterations": n, "validation_recall@1": v} for n, v in validation.get(n_bins, {}).items()]
         return {"lengths": entries} if entries else None
 
-    grid = []
+    loaded = study.load()
+    grid = loaded.runs[:2]
     monkeypatch.setattr("hloss.study.tuning.read_result", read)
-    return grid
+    return loaded
 
 
 def test_a_grid_chooses_at_each_length_and_runs_no_choice_longer_than_needed(study, monkeypatch):
     study.tune()["fixed"]["report_at"] = [2]
     study.content["runs"][1]["set"]["report_at"] = None
-    grid = results_of_grid(monkeypatch, {20: {2: 0.5, 4: 0.1}, 50: {2: 0.2, 4: 0.3}})
-    loaded = study.load()
-    grid += loaded.runs[:2]
+    loaded = loaded_with_results(study, monkeypatch, {20: {2: 0.5, 4: 0.1}, 50: {2: 0.2, 4: 0.3}})
     assert [(r.config.lengths, r.config.seed) for r in loaded.waiting] == [((2, 4), 0), ((2, 4), 1)]
     tuned = [r for r in resolve_tuning(loaded).runs if "tuned losses" in r.methods]
     assert [(r.config.n_bins, r.config.lengths, r.config.seed) for r in tuned] == [
@@ -91,9 +90,7 @@ def test_a_grid_chooses_at_each_length_and_runs_no_choice_longer_than_needed(stu
 def test_a_grid_that_chooses_the_same_at_each_length_needs_one_run_per_seed(study, monkeypatch):
     study.tune()["fixed"]["report_at"] = [2]
     study.content["runs"][1]["set"]["report_at"] = None
-    grid = results_of_grid(monkeypatch, {20: {2: 0.5, 4: 0.5}, 50: {2: 0.2, 4: 0.3}})
-    loaded = study.load()
-    grid += loaded.runs[:2]
+    loaded = loaded_with_results(study, monkeypatch, {20: {2: 0.5, 4: 0.5}, 50: {2: 0.2, 4: 0.3}})
     tuned = [r for r in resolve_tuning(loaded).runs if "tuned losses" in r.methods]
     assert [(r.config.n_bins, r.config.lengths) for r in tuned] == [(20, (2, 4))] * 2
 
@@ -101,9 +98,7 @@ def test_a_grid_that_chooses_the_same_at_each_length_needs_one_run_per_seed(stud
 def test_a_choice_at_a_length_of_a_longer_run_of_the_study_is_not_run(study, monkeypatch):
     study.tune()["fixed"]["report_at"] = [2]
     study.content["runs"][1] = {"name": "fixed", "set": {"loss": "histogram", "n_bins": 20}, "seeds": [0]}
-    grid = results_of_grid(monkeypatch, {20: {2: 0.5, 4: 0.1}, 50: {2: 0.2, 4: 0.3}})
-    loaded = study.load()
-    grid += loaded.runs[:2]
+    loaded = loaded_with_results(study, monkeypatch, {20: {2: 0.5, 4: 0.1}, 50: {2: 0.2, 4: 0.3}})
     resolved = resolve_tuning(loaded)
     (shared,) = [r for r in resolved.runs if r.config.n_bins == 20 and r.config.seed == 0]
     assert shared.methods == {"tuned losses": "histogram", "losses": "fixed"}
