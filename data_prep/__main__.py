@@ -57,9 +57,10 @@ def prepare_and_report(name: str, options: argparse.Namespace) -> None:
     Raises:
         PreparationError: the dataset cannot be prepared.
     """
-    out = options.out or Path("data") / name
+    suffix = f"-{options.difficulty}" if name == "glyphs" and options.difficulty != "normal" else ""
+    out = options.out or Path("data") / f"{name}{suffix}"
     if name == "glyphs" and options.folds:
-        for number, card in enumerate(glyphs.prepare_folds(out)):
+        for number, card in enumerate(glyphs.prepare_folds(out, options.difficulty)):
             print(f"{out}-{number}: {card_summary(card)}; {card['class_split']}")
         return
     card = prepare(name, out, options)
@@ -82,7 +83,7 @@ def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
         PreparationError: the dataset cannot be prepared.
     """
     if name == "glyphs":
-        return glyphs.prepare(out)
+        return glyphs.prepare(out, options.difficulty)
     if name == "cuhk03":
         variant = cuhk03.Variant(
             options.boxes, options.camera_pairs, options.test_set, options.index_file, options.partial
@@ -140,7 +141,10 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("check", help="describe a prepared dataset, warnings first")
     command.add_argument("folder", type=Path, help="folder of the prepared dataset, for example data/glyphs")
     command = commands.add_parser("glyphs", help="the built-in dataset of drawn characters")
-    command.add_argument("--out", type=Path, help="folder to write (default: data/glyphs)")
+    help = "folder to write (default: data/glyphs, data/glyphs-easy or data/glyphs-hard)"
+    command.add_argument("--out", type=Path, help=help)
+    help = "amount of jitter, noise and occlusion of the drawings (default: normal)"
+    command.add_argument("--difficulty", choices=list(glyphs.JITTERS), default="normal", help=help)
     help = "write OUT-0 to OUT-4 with five disjoint test sets, one per seed of a study, and OUT-5 for tuning"
     command.add_argument("--folds", action="store_true", help=help)
     for name, module in PUBLISHED.items():

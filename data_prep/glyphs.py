@@ -10,6 +10,9 @@ A fixed tenth of the classes is for tuning alone. The other classes are cut into
 FOLDS disjoint test sets. Dataset n of the first five tests on set n, and trains
 and validates on classes of the other sets. Dataset TUNING validates on the
 tenth and trains on classes of all sets.
+
+The classes and splits also come in an easier and a harder drawing, with less
+and more jitter.
 """
 
 import json
@@ -50,13 +53,36 @@ JITTER: dict[str, Any] = {
     "occluded_share": 0.5,
     "occluder_pixels": (6, 10),
 }
+JITTERS: dict[str, dict[str, Any]] = {  # by difficulty
+    "normal": JITTER,
+    "easy": JITTER
+    | {
+        "scale": (0.85, 1.05),
+        "rotation_degrees": (-6.0, 6.0),
+        "shear": (-0.07, 0.07),
+        "shift_pixels": (-1.5, 1.5),
+        "noise_std": 0.08,
+        "occluded_share": 0.2,
+    },
+    "hard": JITTER
+    | {
+        "scale": (0.6, 1.15),
+        "rotation_degrees": (-18.0, 18.0),
+        "shear": (-0.22, 0.22),
+        "shift_pixels": (-3.5, 3.5),
+        "noise_std": 0.2,
+        "occluded_share": 0.8,
+        "occluder_pixels": (8, 12),
+    },
+}
 
 
-def prepare(out: Path) -> dict:
+def prepare(out: Path, difficulty: str = "normal") -> dict:
     """Draw and write the glyphs dataset, in seconds.
 
     Args:
         out: The folder to write.
+        difficulty: One of JITTERS.
 
     Returns:
         The card. The same versions of matplotlib, Pillow and FreeType give the same bytes.
@@ -64,17 +90,18 @@ def prepare(out: Path) -> dict:
     Raises:
         PreparationError: a font file differs from the one of the glyph list, or `out` cannot be replaced.
     """
-    images, index, splits = draw_dataset()
-    return _write(out, images, index.assign(split=splits[index.label]), card())
+    images, index, splits = draw_dataset(difficulty)
+    return _write(out, images, index.assign(split=splits[index.label]), card(difficulty))
 
 
-def prepare_folds(out: Path) -> list[dict]:
+def prepare_folds(out: Path, difficulty: str = "normal") -> list[dict]:
     """Draw the images once and write the datasets OUT-0 to OUT-4, one per test set, and OUT-5 for tuning.
 
     The five datasets of the test sets have the same images, whose file is stored once where the disk has hard links.
 
     Args:
         out: Path of the datasets without their numbers.
+        difficulty: One of JITTERS.
 
     Returns:
         The cards.
@@ -82,19 +109,24 @@ def prepare_folds(out: Path) -> list[dict]:
     Raises:
         PreparationError: as in `prepare`.
     """
-    images, index, splits = draw_dataset()
+    images, index, splits = draw_dataset(difficulty)
     cards, first = [], None
     for number, of_class in enumerate(fold_splits(len(splits))):
         split = of_class[index.label]
         used = split != ""
         folder = out.with_name(f"{out.name}-{number}")
-        cards.append(_write(folder, images[used], index.assign(split=split)[used], fold_card(number), first))
+        cards.append(
+            _write(folder, images[used], index.assign(split=split)[used], fold_card(number, difficulty), first)
+        )
         first = folder if number + 1 < TUNING else None
     return cards
 
 
-def draw_dataset() -> tuple[np.ndarray, pd.DataFrame, np.ndarray]:
+def draw_dataset(difficulty: str = "normal") -> tuple[np.ndarray, pd.DataFrame, np.ndarray]:
     """Draw all images.
+
+    Args:
+        difficulty: One of JITTERS.
 
     Returns:
         Images, uint8 (n, 32, 32, 1); the index, with empty splits; and the split of each class in `glyphs`.
@@ -111,7 +143,7 @@ def draw_dataset() -> tuple[np.ndarray, pd.DataFrame, np.ndarray]:
     for label, entry, face in tqdm(drawings, desc="glyphs", unit="images", mininterval=1):
         code = f"U+{ord(entry['character']):04X}"
         rows.append((label, "", "both", -1, f"{code} {FACES[face]}"))
-        images.append(jitter(draw(entry["character"], FACES[face]), rng))
+        images.append(jitter(draw(entry["character"], FACES[face]), rng, JITTERS[difficulty]))
     return np.stack(images)[..., None], pd.DataFrame(rows, columns=list(COLUMNS)), splits
 
 
@@ -135,15 +167,19 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def card() -> dict:
-    """Return the entries of the card besides counts and hashes."""
+def card(difficulty: str = "normal") -> dict:
+    """Return the entries of the card besides counts and hashes.
+
+    Args:
+        difficulty: One of JITTERS.
+    """
     return {
-        "name": "glyphs",
+        "name": "glyphs" if difficulty == "normal" else f"glyphs-{difficulty}",
         "source": "characters of Unicode categories L, N, P, S drawn in sixteen faces that matplotlib ships",
         "licence": "the fonts' own: DejaVu (Bitstream Vera) and STIX, LICENSE_DEJAVU and LICENSE_STIX in matplotlib",
         "protocol": "all-vs-rest",
         "recall_at": [1, 2, 4, 8, 16, 32],
-        "settings": {"seed": SEED, "shares": SHARES, "jitter": JITTER},
+        "settings": {"seed": SEED, "shares": SHARES, "jitter": JITTERS[difficulty]},
         "versions": {
             "matplotlib": matplotlib.__version__,
             "pillow": PIL.__version__,
@@ -153,11 +189,12 @@ def card() -> dict:
     }
 
 
-def fold_card(number: int) -> dict:
+def fold_card(number: int, difficulty: str = "normal") -> dict:
     """Return the entries of the card of a numbered dataset besides counts and hashes.
 
     Args:
         number: From 0; TUNING for the dataset for tuning.
+        difficulty: One of JITTERS.
     """
     split = f"test set {number} of 0 to {FOLDS - 1}; training and validation classes are drawn from the other test sets"
     if number == TUNING:
@@ -166,8 +203,8 @@ def fold_card(number: int) -> dict:
             "drawn from all of them; the few test classes decide nothing"
         )
     shares = {"tuning": TUNING_SHARE, "val": TUNING_SHARE, "test sets": FOLDS}
-    settings = {"seed": SEED, "shares": shares, "jitter": JITTER, "test_set": number}
-    return card() | {"settings": settings, "class_split": split}
+    settings = {"seed": SEED, "shares": shares, "jitter": JITTERS[difficulty], "test_set": number}
+    return card(difficulty) | {"settings": settings, "class_split": split}
 
 
 def fold_splits(n: int) -> list[np.ndarray]:
@@ -213,22 +250,23 @@ def split_classes(n: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(splits)
 
 
-def jitter(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def jitter(ink: np.ndarray, rng: np.random.Generator, settings: dict[str, Any] = JITTER) -> np.ndarray:
     """Draw a character under a random affine map, with random grey levels, noise and occluding square.
 
     Args:
         ink: Drawing of the character, uint8 (h, w), 255 = ink.
         rng: Random generator, which is advanced.
+        settings: One of the values of JITTERS.
 
     Returns:
         uint8 array of shape (32, 32).
     """
-    scale, angle, shear = (rng.uniform(*JITTER[k]) for k in ("scale", "rotation_degrees", "shear"))
-    low, high = JITTER["shift_pixels"]
+    scale, angle, shear = (rng.uniform(*settings[k]) for k in ("scale", "rotation_degrees", "shear"))
+    low, high = settings["shift_pixels"]
     shift = rng.uniform(low, high, size=2)
     angle = np.deg2rad(angle)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    zoom = scale * JITTER["box_pixels"] / max(ink.shape)
+    zoom = scale * settings["box_pixels"] / max(ink.shape)
     forward = zoom * rotation @ np.array([[1.0, shear], [0.0, 1.0]])
     inverse = np.linalg.inv(forward)
     # Pillow maps output to input coordinates: input centre + inverse (x - output centre - shift).
@@ -239,11 +277,11 @@ def jitter(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     fine = tuple(a / 4 if i % 3 < 2 else a for i, a in enumerate(affine))
     mask = Image.fromarray(ink).transform(size, Image.Transform.AFFINE, fine, Image.Resampling.BILINEAR)
     cover = np.asarray(mask, float).reshape(SIDE, 4, SIDE, 4).mean((1, 3)) / 255
-    background, level = rng.uniform(*JITTER["background"]), rng.uniform(*JITTER["ink"])
+    background, level = rng.uniform(*settings["background"]), rng.uniform(*settings["ink"])
     image = background + (level - background) * cover
-    if rng.random() < JITTER["occluded_share"]:
-        side = rng.integers(JITTER["occluder_pixels"][0], JITTER["occluder_pixels"][1] + 1)
+    if rng.random() < settings["occluded_share"]:
+        side = rng.integers(settings["occluder_pixels"][0], settings["occluder_pixels"][1] + 1)
         top, left = rng.integers(0, SIDE - side + 1, size=2)
         image[top : top + side, left : left + side] = rng.random()
-    image += rng.normal(0, JITTER["noise_std"], image.shape)
+    image += rng.normal(0, settings["noise_std"], image.shape)
     return np.round(255 * image.clip(0, 1)).astype(np.uint8)

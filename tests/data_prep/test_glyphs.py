@@ -125,3 +125,36 @@ def test_refuses_a_damaged_dataset(prepared, tmp_path):
     np.save(broken / "images.npy", np.zeros((3, 32, 32, 1), np.uint8))
     with pytest.raises(DatasetError, match=r"images\.npy is uint8 \(3, 32, 32, 1\)"):
         open_dataset(broken)
+
+
+@pytest.fixture(scope="module")
+def drawings(folds, tmp_path_factory):
+    """Difficulty -> the datasets of its test sets and the one for tuning."""
+    folder = tmp_path_factory.mktemp("difficulties")
+    found = {"normal": folds}
+    for name in ("easy", "hard"):
+        main(["glyphs", "--difficulty", name, "--folds", "--out", str(folder / name)])
+        found[name] = [open_dataset(folder / f"{name}-{number}") for number in range(6)]
+    return found
+
+
+@pytest.mark.parametrize("difficulty", ["easy", "hard"])
+def test_a_difficulty_changes_the_drawings_alone(drawings, difficulty):
+    for normal, other in zip(drawings["normal"], drawings[difficulty], strict=True):
+        assert other.index.equals(normal.index)
+        assert other.card["name"] == f"glyphs-{difficulty}"
+        assert other.card["settings"]["jitter"] != normal.card["settings"]["jitter"]
+        assert not np.array_equal(other.images, normal.images)
+
+
+def distance_within_classes(dataset):
+    """Squared distance of the images of a class from their mean, as a share of that of all images from theirs."""
+    images = dataset.images[:2000].reshape(2000, -1) / 255
+    labels = dataset.index.label[:2000].to_numpy()
+    within = sum(((images[labels == label] - images[labels == label].mean(0)) ** 2).sum() for label in set(labels))
+    return within / ((images - images.mean(0)) ** 2).sum()
+
+
+def test_images_of_a_class_differ_more_the_harder_the_drawing(drawings):
+    easy, normal, hard = (distance_within_classes(drawings[name][0]) for name in ("easy", "normal", "hard"))
+    assert easy < normal < hard
