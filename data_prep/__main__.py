@@ -124,7 +124,10 @@ def descriptions() -> dict[str, list[str]]:
     published = {name: module.ORIGINAL.describe() for name, module in PUBLISHED.items()}
     own = ["your own images", "prepare  python -m data_prep folder --source DIR_or_CSV --out data/NAME"]
     return {
-        "glyphs": ["built-in, needs no download", "prepare  python -m data_prep glyphs"],
+        "glyphs": [
+            "built-in, needs no download",
+            "prepare  python -m data_prep glyphs [--folds] [--difficulty easy|hard]",
+        ],
         **published,
         "folder": own,
     }
