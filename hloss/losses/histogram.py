@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hloss.losses import compiled, fused
-from hloss.losses.densities import Density, grid_nodes, missing_pairs
+from hloss.losses.densities import Density, grid_nodes
 from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock, Pairs, find_pairs
-from hloss.losses.settings import LossSettings
+from hloss.losses.settings import LossSettings, missing_pairs
 from hloss.losses.streaming import Sides, StreamedLoss, arrange, checked_batch, collect_density
 from hloss.numerics import check_embeddings, exact_products, integers, one_of
 
@@ -218,8 +218,8 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
             at_most = torch.searchsorted(positive, negative, right=True)
             below = torch.searchsorted(positive, negative) if ties == "half" else at_most
             reversed_pairs += (at_most + below).sum().item() / 2
-    if not (len(positive) and n_negative):
-        raise ValueError(missing_pairs(len(positive), n_negative))
+    if undefined := missing_pairs(n_negative, len(positive)):
+        raise ValueError(undefined)
     return reversed_pairs / len(positive) / n_negative
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hloss.losses.checks import is_deferred, verify_or_defer
 from hloss.losses.cuda_forms import swap_cuda_precision
-from hloss.losses.densities import FLAGS, LANE_PAIRS, cost_matrix, kernel_matrix, missing_pairs
-from hloss.losses.settings import LossSettings
+from hloss.losses.densities import FLAGS, LANE_PAIRS, cost_matrix, kernel_matrix
+from hloss.losses.settings import LossSettings, missing_pairs
 from hloss.losses.streaming import checked_batch
 from hloss.numerics import LONGEST
 
@@ -426,8 +426,8 @@ def _verify(
     negatives, positives, refused_rows, refused_pairs = checks
     if refused_rows or refused_pairs:
         checked_batch(embeddings, labels, references, reference_labels, s.normalize)
-    if not (negatives and positives) and s.on_degenerate == "raise":
-        raise ValueError(missing_pairs(positives, negatives))
+    if (undefined := missing_pairs(negatives, positives)) and s.on_degenerate == "raise":
+        raise ValueError(undefined)
 
 
 def is_copied(dtype: torch.dtype, normalize: bool) -> bool:

@@ -67,6 +67,14 @@ class LossSettings:
         return round(self.margin / self.delta)
 
 
+def missing_pairs(negatives: int, positives: int) -> str:
+    """Return the error message for a batch without negative or without positive pairs, or an empty string."""
+    if negatives and positives:
+        return ""
+    remedy = 'draw several images of several classes, or set on_degenerate="zero"'
+    return f"the loss of {positives} positive and {negatives} negative pairs is undefined; {remedy}"
+
+
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean NAME?)` with the most similar allowed name, or an empty string if none is similar."""
     similar = difflib.get_close_matches(value, list(allowed), n=1)

@@ -13,7 +13,9 @@ from hloss.numerics import exact_products, full_precision, to_normalize, to_use_
 
 KEPT_PAIRS = 2**20  # Up to so many pairs are kept for the backward pass, in 8 MiB.
 
-Norms = tuple[Tensor | None, Tensor | None]  # Norms of embeddings and references, None where they are not divided.
+Norms = tuple[
+    Tensor | None, Tensor | None
+]  # Norms that divide the rows of embeddings and references; None: not normalised.
 
 
 class Sides:
