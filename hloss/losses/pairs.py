@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hloss.losses.batch import Batch
 from hloss.numerics import exact_products, refuse_rows, whole_number
 
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # The group of a pair.
@@ -98,13 +97,6 @@ class MatrixPairs:
 
 
 Pairs = LabelPairs | MatrixPairs
-
-
-def find_pairs(batch: Batch) -> Pairs:
-    """Return the pairs of a batch, or of a batch with references."""
-    if batch.is_matrix:
-        return MatrixPairs(batch.labels, batch.within)
-    return LabelPairs(batch.labels, batch.reference_labels)
 
 
 def pair_matrix(multi_hot: Tensor, at_least: int = 1) -> Tensor:

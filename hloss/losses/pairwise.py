@@ -3,6 +3,8 @@
 Within one batch m = n and both orders of each pair are present. `hloss.losses.cuda_forms` has the forms for a GPU.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +35,7 @@ def root(squared: Tensor) -> Tensor:
 class DensePairs:
     """The positive and negative pairs of a batch as masks (n, m); the diagonal of one batch is neither."""
 
-    _normalized = staticmethod(F.normalize)
+    _normalized: Callable[[Tensor], Tensor] = staticmethod(F.normalize)
     _squared_within = staticmethod(squared_within)
 
     def __init__(self, batch: Batch) -> None:
