@@ -13,9 +13,8 @@ from hloss.numerics import exact_products, full_precision, to_normalize, to_use_
 
 KEPT_PAIRS = 2**20  # Up to so many pairs are kept for the backward pass, in 8 MiB.
 
-Norms = tuple[
-    Tensor | None, Tensor | None
-]  # Norms that divide the rows of embeddings and references; None: not normalised.
+# The norms by which embeddings and references are divided, None if they are not normalised.
+Norms = tuple[Tensor | None, Tensor | None]
 
 
 class Sides:
@@ -124,7 +123,6 @@ def checked_pairs(
     batch = Batch(embeddings, labels, references, reference_labels)
     batch.verify(to_normalize if normalize else to_use_as_units)
     norms = (batch.norms[0], batch.norms[-1]) if normalize else (None, None)
-    pairs = (
-        MatrixPairs(batch.labels, batch.within) if batch.is_matrix else LabelPairs(batch.labels, batch.reference_labels)
-    )
-    return batch.embeddings, batch.references, norms, pairs
+    if batch.is_matrix:
+        return batch.embeddings, batch.references, norms, MatrixPairs(batch.labels, batch.within)
+    return batch.embeddings, batch.references, norms, LabelPairs(batch.labels, batch.reference_labels)

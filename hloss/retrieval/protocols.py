@@ -137,10 +137,9 @@ def _all_vs_rest(rows: _Rows) -> Retrieval:
 def _query_gallery(rows: _Rows, with_cameras: bool) -> Retrieval:
     """Rank the gallery without images of the query's identity and camera, or without the query itself."""
     queries = rows.of_role("query", "both")
-    own_cameras = torch.arange(len(rows.labels), device=rows.labels.device)  # Each image has a camera of its own.
-    return _without_camera(
-        rows, queries, rows.space.exact_vectors(queries), rows.cameras if with_cameras else own_cameras
-    )
+    vectors = rows.space.exact_vectors(queries)
+    one_each = torch.arange(len(rows.labels), device=rows.labels.device)  # A camera of its own for each image.
+    return _without_camera(rows, queries, vectors, rows.cameras if with_cameras else one_each)
 
 
 def _multi_query(rows: _Rows) -> Retrieval:
@@ -185,8 +184,9 @@ def _ranked(
     pairs, lanes = (GPU_PAIRS, GPU_LANES) if vectors.is_cuda else (PAIRS, 1)
     parts, space = [], rows.space
     for block in torch.arange(len(vectors), device=vectors.device).split(max(pairs // len(gallery), 1)):
-        edge = partial(space.edge, squares=space.squares_of(vectors[block])[:, None])
-        ranks = match_ranks(space.products(vectors[block], gallery), *match_and_ignored(block), edge, lanes)
+        of_block = vectors[block]
+        edge = partial(space.edge, squares=space.squares_of(of_block)[:, None])
+        ranks = match_ranks(space.products(of_block, gallery), *match_and_ignored(block), edge, lanes)
         parts.append(match_scores(ranks))
     return _measured(rows, queries, {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]})
 
