@@ -6,6 +6,7 @@ A check of a setting returns its value, or raises a ValueError with the name of 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,23 +31,19 @@ def full_precision(embeddings: Tensor) -> Tensor:
 def exact_products(device: torch.device) -> Iterator[None]:
     """Compute matrix products on `device` in their full dtype within this context: no autocast, TF32 or bfloat16."""
     matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    backends: list[Any] = [b for b in matmuls if hasattr(b, "fp32_precision")]
-    if backends:
-        before = [b.fp32_precision for b in backends]
-        for b in backends:
-            b.fp32_precision = "ieee"
-    else:  # torch before 2.9
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+    backends: list[Any] = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]
+    exact, before = "ieee", [backend.fp32_precision for backend in backends]
+    setters: list[Callable[[str], None]] = [partial(setattr, backend, "fp32_precision") for backend in backends]
+    if not backends:  # torch before 2.9
+        exact, before, setters = "highest", [torch.get_float32_matmul_precision()], [torch.set_float32_matmul_precision]
+    for set_precision in setters:
+        set_precision(exact)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if backends:
-            for b, value in zip(backends, before, strict=True):
-                b.fp32_precision = value
-        else:
-            torch.set_float32_matmul_precision(precision)
+        for set_precision, precision in zip(setters, before, strict=True):
+            set_precision(precision)
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
@@ -88,11 +85,7 @@ def check_embeddings(name: str, embeddings: Tensor) -> None:
 
 
 def integers(name: str, values: Any) -> Tensor:
-    """Return integers as a tensor, unsigned ones as int64: they lack operators, and -1 is 255 to uint8.
-
-    Raises:
-        ValueError: the values are not integers: labels, or +1, -1 and 0.
-    """
+    """Return integers as a tensor, unsigned ones as int64: they lack operators, and -1 is 255 to uint8."""
     if not isinstance(values, Tensor):
         try:
             values = torch.as_tensor(values)
@@ -127,8 +120,7 @@ Prepare = Callable[[str, Tensor, float, float], Tensor]  # Name, embeddings, sma
 def to_normalize(name: str, embeddings: Tensor, shortest: float, longest: float) -> Tensor:
     """Return embeddings (n, d) that can be normalised: rows beyond `USUAL` are divided by their largest number.
 
-    Raises:
-        ValueError: a row is NaN, infinite or zero, or its norm is not a finite number of its dtype.
+    Raise ValueError with the rows that are NaN, infinite or zero, or whose norm is not a finite number of their dtype.
     """
     if USUAL[0] <= shortest and longest <= USUAL[1]:
         return embeddings

@@ -9,7 +9,7 @@ twice in one visit, and a class of n images is seen within ceil(n / images per v
 shuffles after every visit, so an image of a large class may never be drawn.)
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -42,6 +42,7 @@ class ClassSampler:
         if counts.max() < 2:
             raise ValueError(f"none of the {len(counts)} classes has two images: no batch can have a positive pair")
         self.sizes: list[int] = counts.tolist()
+        self._classes = range(len(self.sizes))
         by_class = labels.argsort(stable=True).split(self.sizes)
         self._images = [images.tolist() for images in by_class]  # Lists are faster than tensors for so few elements.
         self._position = self.sizes.copy()  # At the end, so that the first visit shuffles.
@@ -77,18 +78,15 @@ class ClassSampler:
         taken = images[start : start + n]
         self._position[label] = start + n
         if len(taken) < n:  # Begin another pass, with the images just taken at its end.
-            self._images[label] = self._shuffled(images, last=set(taken))
+            images = self._images[label] = self._shuffled(images, last=set(taken))
             self._position[label] = n - len(taken)
-            taken = taken + self._images[label][: n - len(taken)]
+            taken = taken + images[: n - len(taken)]
         return taken
 
-    def _shuffled(self, items: list[int], last: Container[int] = ()) -> list[int]:
-        """Shuffle the items, those in `last` after all others."""
+    def _shuffled(self, items: Sequence[int], last: Container[int] = ()) -> list[int]:
+        """Shuffle images, or `_classes`, those in `last` after all others."""
         shuffled = [items[i] for i in torch.randperm(len(items), generator=self.generator).tolist()]
         return [i for i in shuffled if i not in last] + [i for i in shuffled if i in last]
-
-    def _shuffled_classes(self, last: Container[int] = ()) -> list[int]:
-        return self._shuffled(list(range(len(self.sizes))), last)
 
     def state_dict(self) -> dict[str, Tensor | list[int]]:
         """Return the state after the last batch, in tensors and lists. No DataLoader worker may be ahead of it."""
@@ -133,7 +131,7 @@ class ClassShuffleSampler(ClassSampler):
     def _draw_batch(self) -> list[int]:
         batch, visited = self._pending, set(self._pending_class)
         while len(batch) < self.batch_size:
-            self._order = self._order or self._shuffled_classes(last=visited)
+            self._order = self._order or self._shuffled(self._classes, last=visited)
             self._pending_class = [self._order.pop(0)]
             visited.update(self._pending_class)
             batch = batch + self._visit(self._pending_class[0], self.images_per_class)
@@ -172,7 +170,7 @@ class BalancedSampler(ClassSampler):
 
     def _draw_batch(self) -> list[int]:
         if len(self._order) < self.classes_per_batch:
-            self._order += self._shuffled_classes(last=self._order)
+            self._order += self._shuffled(self._classes, last=self._order)
         chosen, self._order = self._order[: self.classes_per_batch], self._order[self.classes_per_batch :]
         return [image for label in chosen for image in self._visit(label, self.images_per_class)]
 
@@ -211,7 +209,7 @@ class RandomClassSampler(ClassSampler):
 
     def _draw_batch(self) -> list[int]:
         batch: list[int] = []
-        for label in self._shuffled_classes():
+        for label in self._shuffled(self._classes):
             n = int(torch.randint(self.min_images_per_class, self.images_per_class + 1, (1,), generator=self.generator))
             batch += self._visit(label, min(n, self.batch_size - len(batch)))
             if len(batch) == self.batch_size:

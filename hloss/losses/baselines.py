@@ -11,17 +11,16 @@ from torch.nn import functional as F
 from hloss.losses.batch import Batch
 from hloss.losses.cuda_forms import CudaPairs
 from hloss.losses.pairwise import DensePairs, root
-from hloss.losses.settings import ON_DEGENERATE
+from hloss.losses.settings import ON_DEGENERATE, missing_pairs
 from hloss.numerics import full_precision, number, one_of, switch, to_normalize, to_use_raw
 
 ROUNDING = 1e-12  # Closer squared distances of unit vectors count as equal: their float64 error is about 1e-15.
 
 
 class BaselineLoss(nn.Module):
-    """Base class: `loss(embeddings, labels)`. The loss needs a positive and a negative pair.
+    """Base class: `loss(embeddings, labels)`. The loss needs a positive and a negative pair, or is undefined.
 
-    Args:
-        on_degenerate: "raise" a ValueError for an undefined loss, or return "zero" with a zero gradient.
+    If undefined, it raises ValueError with `on_degenerate` "raise", or is 0 with a gradient of 0 with "zero".
     """
 
     needs_both_groups = True
@@ -46,15 +45,11 @@ class BaselineLoss(nn.Module):
     ) -> Tensor:
         """Return the loss of the pairs of a batch, or of all pairs of an embedding and a reference embedding.
 
-        Arguments are those of `HistogramLoss.forward`. Anchors of triplets are embeddings: a row of a matrix of pairs
-        gives the positives and negatives of an anchor. Synchronises with the embeddings' device once.
-
-        Returns:
-            Scalar of the embeddings' dtype, float32 for half precision.
+        Arguments and result are those of `HistogramLoss.forward`. Anchors of triplets are embeddings: a row of a matrix
+        of pairs gives the positives and negatives of an anchor. Synchronises with the embeddings' device once.
 
         Raises:
-            ValueError: a shape or dtype is wrong, an embedding is NaN, infinite, zero where it is normalised, or so
-                long that distances overflow, or the loss is undefined.
+            ValueError: as for `HistogramLoss.forward`, or an embedding is so long that distances overflow.
         """
         batch = Batch(embeddings, labels, reference_embeddings, reference_labels)
         pairs = (CudaPairs if embeddings.is_cuda else DensePairs)(batch)
@@ -66,11 +61,8 @@ class BaselineLoss(nn.Module):
         if self.on_degenerate == "zero":
             sides = [x for x in (embeddings, reference_embeddings) if x is not None]
             return torch.cat([x * 0 for x in sides]).sum().to(dtype)
-        n_positive, n_negative = (n // (2 if batch.within else 1) for n in n_pairs)
-        raise ValueError(
-            f"a batch of {len(embeddings)} with {n_positive} positive and {n_negative} negative pairs leaves "
-            'this loss undefined; draw several images of several classes, or set on_degenerate="zero"'
-        )
+        each = 2 if batch.within else 1
+        raise ValueError(missing_pairs(pairs.n_negative // each, pairs.n_positive // each))
 
     def _loss(self, pairs: DensePairs) -> Tensor:
         raise NotImplementedError
@@ -248,9 +240,9 @@ class Quadruplet(BaselineLoss):
 
 
 def _memberships(distance: Tensor, pairs: DensePairs, margins: tuple[float, ...]) -> Tensor:
-    """Count the triplets with d_an < d_ap + margin of each (anchor, other): (n, m), negated for negative pairs.
+    """Return by how many triplets each pair is weighted, (n, m): those with d_an < d_ap + margin that contain the pair.
 
-    With two margins, return the count for the first minus the count for the second.
+    The numbers of negative pairs are negative. With two margins: the numbers for the first minus those for the second.
     """
     reach = torch.stack([distance + margin for margin in margins])
     negatives = distance.masked_fill(~pairs.negative, torch.inf).sort(1).values.expand_as(reach)
@@ -258,10 +250,8 @@ def _memberships(distance: Tensor, pairs: DensePairs, margins: tuple[float, ...]
     reaching = reach.masked_fill(~pairs.positive, -torch.inf).sort(2).values
     not_reaching = torch.searchsorted(reaching, distance.expand_as(reach).contiguous(), right=True)
     of_negative = torch.where(pairs.negative, not_reaching - distance.shape[1], 0)
-    n_triplets, *others = torch.where(pairs.positive, of_positive, of_negative)
-    for other in others:
-        n_triplets = n_triplets - other
-    return n_triplets.to(distance)
+    n_triplets = torch.where(pairs.positive, of_positive, of_negative)
+    return (n_triplets[0] if len(margins) == 1 else n_triplets[0] - n_triplets[1]).to(distance)
 
 
 BASELINES: dict[str, type[nn.Module]] = {

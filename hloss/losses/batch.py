@@ -28,49 +28,27 @@ class Batch:
                     f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}: "
                     f"got {tuple(references.shape)} of {references.dtype}"
                 )
-        self.shape = len(embeddings), len(embeddings if references is None else references)
-        self.labels = self._on_device(integers("labels", labels))
-        self.reference_labels = self._checked_reference_labels(reference_labels)
+        n, m = self.shape = len(embeddings), len(embeddings if references is None else references)
+        labels = integers("labels", labels)
+        self.is_matrix = labels.ndim == 2  # The pairs are given by a matrix of +1, -1 and 0.
+        if labels.shape != ((n, m) if self.is_matrix else (n,)):
+            got = tuple(labels.shape)
+            raise ValueError(f"labels must have shape ({n},), or ({n}, {m}) as a matrix of pairs: got {got}")
+        self.labels, self.reference_labels = self._on_device(labels), None
+        if not (self.within or self.is_matrix):
+            self.reference_labels = self._on_device(checked_labels("reference_labels", reference_labels, m))
+        elif reference_labels is not None:
+            pairs = "with a matrix of pairs" if self.is_matrix else "without reference_embeddings"
+            raise ValueError(f"reference_labels must be None {pairs}: got {type(reference_labels).__name__}")
 
     def _on_device(self, labels: Tensor) -> Tensor:
         return labels.to(self.embeddings.device, non_blocking=self.embeddings.is_cuda)
 
-    def _checked_reference_labels(self, given: Tensor | None) -> Tensor | None:
-        n, m = self.shape
-        if self.labels.ndim == 2:
-            if self.labels.shape != (n, m):
-                raise ValueError(f"the matrix of pairs must have shape ({n}, {m}): got {tuple(self.labels.shape)}")
-            if given is not None:
-                raise ValueError("reference_labels must be None with a matrix of pairs")
-            return None
-        if self.labels.shape != (n,):
-            got = tuple(self.labels.shape)
-            raise ValueError(f"labels must have shape ({n},) or be a ({n}, {m}) matrix of pairs: got {got}")
-        if self.within:
-            if given is not None:
-                raise ValueError("reference_labels need reference_embeddings: got none")
-            return None
-        if given is None:
-            raise ValueError(f"reference_labels must be integers of shape ({m},): got None")
-        return self._on_device(checked_labels("reference_labels", given, m))
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the pairs are given by a matrix of +1, -1 and 0."""
-        return self.labels.ndim == 2
-
     def verify(self, prepare: Prepare, *numbers: Tensor) -> list[float]:
-        """Check the values, and prepare the embeddings for the loss. Synchronises with the device once.
+        """Check the values, and prepare the embeddings by `to_normalize`, `to_use_raw` or `to_use_as_units`.
 
-        Args:
-            prepare: `to_normalize`, `to_use_raw` or `to_use_as_units`.
-            numbers: float64 scalars on the device, to be read at the same time.
-
-        Returns:
-            The numbers.
-
-        Raises:
-            ValueError: embeddings or entries of the matrix of pairs are refused; rows are named.
+        Return the numbers, float64 scalars on the device: all values are read with one synchronisation. Raise
+        ValueError with the rows if embeddings or entries of the matrix of pairs are refused.
         """
         sides = [x for x in (self.embeddings, self.references) if x is not None]
         self.norms = [row_norms(x) for x in sides]
@@ -88,12 +66,13 @@ class Batch:
         return values[len(faults) :]
 
     def _faults(self) -> list[tuple[str, Tensor, str]]:
-        """Return what a matrix of pairs must be, a mask of the rows that are not, and why."""
+        """Return for each requirement of a matrix of pairs: its text, a mask of the rows that fail, and why they do."""
         if not self.is_matrix:
             return []
         matrix, name = self.labels, "the matrix of pairs"
         values = ((matrix > 1) | (matrix < -1)).any(1)
-        faults = [(f"{name} may hold +1, -1 and 0 alone;", values, "hold other values")]
+        faults = [(f"{name} must contain only +1, -1 and 0:", values, "contain other values")]
         if self.within:
-            faults.append((f"{name} must be symmetric;", (matrix != matrix.T).any(1), "differ from their columns"))
+            asymmetric = (matrix != matrix.T).any(1)
+            faults.append((f"{name} must be symmetric:", asymmetric, "differ from the columns of the same index"))
         return faults

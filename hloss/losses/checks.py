@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hloss.numerics import whole_number
+
 
 class DeferredChecks:
     """Checks that the device computes and the host has not read yet."""
@@ -63,7 +65,7 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
                 optimizer.step()
             checks.raise_if_bad()
     """
-    checks = DeferredChecks(every)
+    checks = DeferredChecks(whole_number("every", every, 1))
     token = _deferred.set(checks)
     try:
         yield checks

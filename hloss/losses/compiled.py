@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hloss.losses.pairs import find_pairs
 from hloss.losses.settings import LossSettings
-from hloss.losses.streaming import StreamedLoss, checked_batch
+from hloss.losses.streaming import StreamedLoss, checked_pairs
 from hloss.numerics import full_precision
 
 
@@ -22,9 +21,8 @@ def loss(
 ) -> Tensor:
     """Return the loss by an operator that compilers do not look into.
 
-    Raises:
-        RuntimeError: the Beta density, whose derivative uses autograd. Without fullgraph=True, torch.compile then calls
-            the plain loss.
+    The Beta density raises RuntimeError, because its derivative uses autograd. Without fullgraph=True, torch.compile
+    then calls the plain loss.
     """
     if s.density == "beta":
         raise RuntimeError('density="beta" cannot be compiled or exported: call the loss outside the compiled function')
@@ -58,16 +56,16 @@ def _loss_and_gradients(
     """Loss, and its full-precision gradients by embeddings and references; an empty tensor stands for None."""
     s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
     rows, columns = full_precision(embeddings), None if references is None else full_precision(references)
-    batch, norms = checked_batch(rows, labels, columns, reference_labels, s.normalize)
+    given = checked_pairs(rows, labels, columns, reference_labels, s.normalize)
     context: Any = SimpleNamespace(needs_input_grad=(True, True))
     context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
     with torch.no_grad():
-        value = StreamedLoss.forward(context, batch.embeddings, batch.references, norms, find_pairs(batch), s)
+        value = StreamedLoss.forward(context, *given, s)
         by_rows, by_columns, *_ = StreamedLoss.backward(context, torch.ones_like(value))
-    by_rows = _by_given(by_rows, batch.embeddings, rows)
-    if columns is None or batch.references is None:
+    by_rows = _by_given(by_rows, given[0], rows)
+    if columns is None or given[1] is None:
         return value, by_rows, value.new_empty(0)
-    return value, by_rows, _by_given(by_columns, batch.references, columns)
+    return value, by_rows, _by_given(by_columns, given[1], columns)
 
 
 def _by_given(by_prepared: Tensor, prepared: Tensor, given: Tensor) -> Tensor:

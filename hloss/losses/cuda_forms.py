@@ -13,25 +13,6 @@ from torch.nn import functional as F
 from hloss.losses.pairwise import DensePairs, squared_within
 
 
-class CudaPairs(DensePairs):
-    """`DensePairs` on a GPU."""
-
-    def listed(self, matrix: Tensor, mask: Tensor, n: int) -> Tensor:
-        """Return the n entries of a matrix where the mask is true, row by row."""
-        return matrix.flatten().gather(0, true_places(mask, n))
-
-    def lifted_hinges(self, by_row: Tensor, by_column: Tensor, distance: Tensor) -> Tensor:
-        """Return max(0, log(exp by_row_i + exp by_column_j) + D_ij) of the positive pairs, 0 for all others, (n, m)."""
-        hinge = F.relu(torch.logaddexp(by_row[:, None], by_column) + distance)
-        return hinge.masked_fill(~self.each(self.positive), 0)
-
-    def _normalized(self, embeddings: Tensor) -> Tensor:
-        return fused_normalize(embeddings)
-
-    def _squared_within(self, y: Tensor) -> Tensor:
-        return FusedSquaredDistances.apply(y)
-
-
 def true_places(mask: Tensor, n: int) -> Tensor:
     """Return the flat indices of the n true entries of a mask, in order."""
     return mask.flatten().byte().sort(descending=True, stable=True).indices[:n]
@@ -58,6 +39,22 @@ class FusedSquaredDistances(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         both = grads[0] + grads[0].T
         return torch.addmm(both.sum(1, keepdim=True) * y, both, y, beta=2, alpha=-2)
+
+
+class CudaPairs(DensePairs):
+    """`DensePairs` on a GPU."""
+
+    _normalized = staticmethod(fused_normalize)
+    _squared_within = staticmethod(FusedSquaredDistances.apply)
+
+    def listed(self, matrix: Tensor, mask: Tensor, n: int) -> Tensor:
+        """Return the n entries of a matrix where the mask is true, row by row."""
+        return matrix.flatten().gather(0, true_places(mask, n))
+
+    def lifted_hinges(self, by_row: Tensor, by_column: Tensor, distance: Tensor) -> Tensor:
+        """Return max(0, log(exp by_row_i + exp by_column_j) + D_ij) of the positive pairs, 0 for all others, (n, m)."""
+        hinge = F.relu(torch.logaddexp(by_row[:, None], by_column) + distance)
+        return hinge.masked_fill(~self.each(self.positive), 0)
 
 
 def swap_cuda_precision(precision: str) -> str:

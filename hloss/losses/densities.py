@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock
-from hloss.losses.settings import LossSettings
+from hloss.losses.settings import LossSettings, missing_pairs
 
 CPU_LANES = 16
 ONE_PAIR = 2**42  # Above the sum of LANE_PAIRS fractions of 24 bits.
@@ -62,8 +62,7 @@ class HistogramDensity:
     def finish(self) -> None:
         """Set `undefined` to the reason why the loss is undefined, or to an empty string. Synchronises once."""
         self.totals = self.counts[:2].sum(1)
-        negatives, positives = self.totals.tolist()
-        self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
+        self.undefined = missing_pairs(*self.totals.tolist())
 
     def densities(self) -> Tensor:
         """Return p_neg and p_pos, (2, n_bins + 1)."""
@@ -124,14 +123,12 @@ class BetaDensity:
         variance = (self.moments[:, 1] - n * mean**2) / (n - 1)
         self.mean_variance = torch.stack([mean + 0.5, variance], dim=1)
         fits = (variance > 1e-12) & (variance < self.mean_variance[:, 0] * (1 - self.mean_variance[:, 0]))
-        (negatives, positives), (negative_fits, positive_fits) = self.counts[:2].tolist(), fits.tolist()
-        self.undefined = "" if positives and negatives else missing_pairs(positives, negatives)
+        negative_fits, positive_fits = fits.tolist()
+        self.undefined = missing_pairs(*self.counts[:2].tolist())
         if not self.undefined and not (negative_fits and positive_fits):
             group = "negative" if positive_fits else "positive"
-            self.undefined = (
-                f"a Beta density does not fit the similarities of the {group} pairs: "
-                "their variance is undefined, 0 or too large"
-            )
+            reason = "their variance is undefined, 0 or too large"
+            self.undefined = f"a Beta density does not fit the similarities of the {group} pairs: {reason}"
 
     def densities(self, mean_variance: Tensor | None = None) -> Tensor:
         """Return p_neg and p_pos, (2, n_bins + 1)."""
@@ -229,11 +226,3 @@ def _kernel_cumulative(kernel: str, z: Tensor) -> Tensor:
         return (z / 3**0.5).clamp(-1, 1) / 2 + 0.5
     z = (z / 5**0.5).clamp(-1, 1)
     return 0.5 + 0.75 * (z - z**3 / 3)
-
-
-def missing_pairs(positives: int, negatives: int) -> str:
-    """Return the error message for a batch without positive or without negative pairs."""
-    return (
-        f"the histogram loss of {positives} positive and {negatives} negative pairs is undefined; "
-        'draw several images of several classes, or set on_degenerate="zero"'
-    )

@@ -38,9 +38,7 @@ class _GlobalBatch(nn.Module):
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return self.loss(embeddings, labels, *references)
         if any(reference is not None for reference in references):
-            raise ValueError(
-                "reference embeddings are not supported with several processes; gather them before the loss"
-            )
+            raise ValueError("reference embeddings need one process: gather them before the loss")
         labels = integers("labels", labels)
         if labels.ndim != 1 or len(labels) != len(embeddings):
             raise ValueError(f"labels must have shape ({len(embeddings)},) on every process: got {tuple(labels.shape)}")

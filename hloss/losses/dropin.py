@@ -38,17 +38,11 @@ class HistogramLoss(BaseMetricLossFunction):
     - no call warns.
 
     A reducer has no effect, as in theirs: the loss is already one number. The distance only names the similarity, so
-    it records no statistics.
+    it records no statistics. The settings from `kernel` to `density` are those of `hloss.HistogramLoss`.
 
     Args:
         n_bins: number of intervals of [-1, 1], at least 1. If None, 2 / delta, or 100 without delta.
         delta: width of an interval, 2 / n_bins. None: from n_bins.
-        kernel: as for `hloss.HistogramLoss`, and so are the following settings.
-        bandwidth: as above.
-        order_cost: as above.
-        margin: as above.
-        alpha: as above.
-        density: as above.
         on_degenerate: for a batch without positive or without negative pairs: return "zero", as theirs, or "raise".
         **kwargs: `distance` (CosineSimilarity alone), `reducer`, `embedding_regularizer`, ... of the base class.
 
@@ -77,10 +71,8 @@ class HistogramLoss(BaseMetricLossFunction):
         super().__init__(**kwargs)
         d = self.distance
         if not isinstance(d, CosineSimilarity) or (d.p, d.power) != (2, 1):
-            raise ValueError(
-                f"distance must be CosineSimilarity with p=2 and power=1: got {type(d).__name__} with p={d.p} and "
-                f"power={d.power}"
-            )
+            got = f"{type(d).__name__} with p={d.p} and power={d.power}"
+            raise ValueError(f"distance must be CosineSimilarity with p=2 and power=1: got {got}")
         self.loss = histogram.HistogramLoss(
             intervals(n_bins, delta), kernel, bandwidth, order_cost, margin, alpha, density, True, on_degenerate
         )
@@ -135,11 +127,7 @@ class CrossBatchMemory(BaseCrossBatchMemory):
 
 
 def intervals(n_bins: int | None, delta: float | None) -> int:
-    """Return the number of intervals of [-1, 1] from `n_bins`, from their width `delta`, or 100.
-
-    Raises:
-        ValueError: the two disagree, or `delta` does not divide 2.
-    """
+    """Return the number of intervals of [-1, 1] from `n_bins`, from their width `delta`, a divisor of 2, or 100."""
     if delta is None:
         return 100 if n_bins is None else n_bins
     found = round(2 / delta) if 0 < delta <= 2 else 0
@@ -151,11 +139,7 @@ def intervals(n_bins: int | None, delta: float | None) -> int:
 
 
 def matrix_of_pairs(pairs: Indices, n: int, m: int, within: bool) -> Tensor:
-    """Return the int8 matrix (n, m) of listed pairs: +1 positive, -1 negative, 0 not listed; symmetric if `within`.
-
-    Raises:
-        ValueError: a pair is listed as positive and as negative.
-    """
+    """Return the int8 matrix (n, m) of listed pairs: +1 positive, -1 negative, 0 not listed; symmetric if `within`."""
     kinds = torch.zeros(2, n, m, dtype=torch.bool, device=pairs[0].device)
     for kind, rows, columns in zip(kinds, pairs[::2], pairs[1::2], strict=True):
         kind[rows.long(), columns.long()] = True

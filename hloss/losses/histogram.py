@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hloss.losses import compiled, fused
-from hloss.losses.densities import Density, grid_nodes, missing_pairs
-from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock, Pairs, find_pairs
-from hloss.losses.settings import LossSettings
-from hloss.losses.streaming import Sides, StreamedLoss, arrange, checked_batch, collect_density
+from hloss.losses.densities import Density, grid_nodes
+from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock, Pairs
+from hloss.losses.settings import LossSettings, missing_pairs
+from hloss.losses.streaming import StreamedLoss, arrange, checked_pairs, collect_density
 from hloss.numerics import check_embeddings, exact_products, integers, one_of
 
 
@@ -95,8 +95,8 @@ class HistogramLoss(nn.Module):
             return fused.loss(embeddings, labels, reference_embeddings, reference_labels, s)
         if torch.compiler.is_compiling():
             return compiled.loss(embeddings, labels, reference_embeddings, reference_labels, s)
-        batch, norms = checked_batch(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
-        return StreamedLoss.apply(batch.embeddings, batch.references, norms, find_pairs(batch), s)
+        checked = checked_pairs(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
+        return StreamedLoss.apply(*checked, s)
 
     def extra_repr(self) -> str:
         """Return the settings for `repr`."""
@@ -179,10 +179,8 @@ def _density_of(
     **settings: Any,
 ) -> Density:
     s = HistogramLoss(**settings).settings
-    batch, norms = checked_batch(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
-    pairs = find_pairs(batch)
-    with exact_products(embeddings.device):
-        density, _ = collect_density(Sides(batch.embeddings, batch.references, norms, pairs, s.n_bins), pairs, s)
+    checked = checked_pairs(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
+    density, _ = collect_density(*checked, s)
     if density.undefined:
         raise ValueError(density.undefined)
     return density
@@ -207,10 +205,9 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
         0.5
     """
     one_of("ties", ties, ("half", "count"))
-    batch, (norms, _) = checked_batch(embeddings, labels, None, None, normalize=True)
-    pairs = find_pairs(batch)
+    embeddings, _, (norms, _), pairs = checked_pairs(embeddings, labels, None, None, normalize=True)
     with torch.no_grad(), exact_products(embeddings.device):
-        unit = arrange(batch.embeddings, norms, pairs.row_order)
+        unit = arrange(embeddings, norms, pairs.row_order)
         positive = torch.cat([unit.new_empty(0), *_similarities(unit, pairs, POSITIVE)]).sort().values
         n_negative, reversed_pairs = 0, 0.0
         for negative in _similarities(unit, pairs, NEGATIVE):
@@ -218,8 +215,8 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
             at_most = torch.searchsorted(positive, negative, right=True)
             below = torch.searchsorted(positive, negative) if ties == "half" else at_most
             reversed_pairs += (at_most + below).sum().item() / 2
-    if not (len(positive) and n_negative):
-        raise ValueError(missing_pairs(len(positive), n_negative))
+    if undefined := missing_pairs(n_negative, len(positive)):
+        raise ValueError(undefined)
     return reversed_pairs / len(positive) / n_negative
 
 

@@ -64,7 +64,10 @@ def prepare(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Inverse norms and unit rows in float32; the flags of rows that are refused and of the groups of pairs."""
+    """Store the inverse norms of the rows and, with WRITE, the rows in float32, divided by their norms with NORMALIZE.
+
+    Add the number of refused rows to the table and, with FIND_GROUPS, set its flags of the groups of pairs.
+    """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     start = r.to(tl.int64)[:, None] * depth
     squares = tl.zeros((BR,), tl.float64)

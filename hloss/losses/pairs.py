@@ -1,6 +1,5 @@
 """Blocks of the pairs of a batch, with the group of each pair: positive, negative or ignored."""
 
-import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -8,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hloss.losses.batch import Batch
 from hloss.numerics import exact_products, refuse_rows, whole_number
 
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # The group of a pair.
@@ -52,18 +50,18 @@ class LabelPairs:
         self.column = torch.arange(1, self.n_columns + 1, device=rows.device, dtype=torch.int32)
         self.last = torch.searchsorted(columns, rows, right=True, out_int32=True)
         self.first = self.column if self.within else torch.searchsorted(columns, rows, out_int32=True)
-        self.cuts = _row_cuts(len(rows), rows.device)
-        ends = torch.tensor(self.cuts, device=rows.device, dtype=torch.int64)
-        self.windows = torch.stack([self.first[ends[:-1]], self.last[ends[1:] - 1]], 1).tolist()  # Synchronises once.
+        self.height = block_rows(rows.device)
+        starts = torch.arange(0, len(rows), self.height, device=rows.device)
+        ends = (starts + (self.height - 1)).clamp(max=len(rows) - 1)
+        self.windows = torch.stack([self.first[starts], self.last[ends]], 1).tolist()  # Synchronises once.
 
     def blocks(self) -> Iterator[PairBlock]:
         """Yield all pairs. Within one batch these are the pairs i < j; others in a block are marked as ignored."""
-        for top, bottom, (left, right) in zip(self.cuts, self.cuts[1:], self.windows, strict=False):
-            rows = slice(top, bottom)
-            for columns in _chunks(top if self.within else 0, self.n_columns, self.last.device):
-                window = slice(max(top if self.within else left, columns.start), min(right, columns.stop))
-                groups = self._groups(rows, window) if window.start < window.stop else None
-                yield PairBlock(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
+        for rows, columns in _tiles((len(self.last), self.n_columns), self.within, self.last.device):
+            left, right = self.windows[rows.start // self.height]
+            window = slice(max(rows.start if self.within else left, columns.start), min(right, columns.stop))
+            groups = self._groups(rows, window) if window.start < window.stop else None
+            yield PairBlock(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
 
     def _groups(self, rows: slice, window: slice) -> Tensor:
         groups = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # Columns are numbered from 1.
@@ -71,7 +69,7 @@ class LabelPairs:
             return groups - (self.column[window] <= self.first[rows, None]).view(torch.int8)
         if window.start == rows.start:
             n = rows.stop - rows.start
-            groups[:, :n] += _lower_triangle(block_rows(groups.device), groups.device)[:n, :n]
+            groups[:, :n] += _lower_triangle(self.height, groups.device)[:n, :n]
         return groups
 
 
@@ -89,26 +87,16 @@ class MatrixPairs:
 
     def blocks(self) -> Iterator[PairBlock]:
         """Yield all pairs. Within one batch these are the pairs i < j; others in a block are marked as ignored."""
-        n, m = self.matrix.shape
-        for top, bottom in itertools.pairwise(_row_cuts(n, self.matrix.device)):
-            rows = slice(top, bottom)
-            for columns in _chunks(top if self.within else 0, m, self.matrix.device):
-                sign = self.matrix[rows, columns]
-                groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
-                if self.within:
-                    behind = torch.ones_like(groups, dtype=torch.bool).tril_(top - columns.start)
-                    groups.masked_fill_(behind, IGNORED)
-                yield PairBlock(rows, columns, slice(0, groups.shape[1]), groups)
+        for rows, columns in _tiles(self.matrix.shape, self.within, self.matrix.device):
+            sign = self.matrix[rows, columns]
+            groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
+            if self.within:
+                behind = torch.ones_like(groups, dtype=torch.bool).tril_(rows.start - columns.start)
+                groups.masked_fill_(behind, IGNORED)
+            yield PairBlock(rows, columns, slice(0, groups.shape[1]), groups)
 
 
 Pairs = LabelPairs | MatrixPairs
-
-
-def find_pairs(batch: Batch) -> Pairs:
-    """Return the pairs of a batch, or of a batch with references."""
-    if batch.is_matrix:
-        return MatrixPairs(batch.labels, batch.within)
-    return LabelPairs(batch.labels, batch.reference_labels)
 
 
 def pair_matrix(multi_hot: Tensor, at_least: int = 1) -> Tensor:
@@ -143,11 +131,9 @@ def block_rows(device: torch.device) -> int:
     return GPU_ROWS if device.type == "cuda" else ROWS
 
 
-def _row_cuts(n: int, device: torch.device) -> list[int]:
-    return [*range(0, n, block_rows(device)), n]
-
-
-def _chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
-    columns = GPU_COLUMNS if device.type == "cuda" else COLUMNS
-    for left in range(start, stop, columns):
-        yield slice(left, min(left + columns, stop))
+def _tiles(shape: tuple[int, ...], within: bool, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows and columns of blocks that hold all pairs, or within one batch those of i < j."""
+    (n, m), height, width = shape, block_rows(device), GPU_COLUMNS if device.type == "cuda" else COLUMNS
+    for top in range(0, n, height):
+        for left in range(top if within else 0, m, width):
+            yield slice(top, min(top + height, n)), slice(left, min(left + width, m))

@@ -3,6 +3,8 @@
 Within one batch m = n and both orders of each pair are present. `hloss.losses.cuda_forms` has the forms for a GPU.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,8 +13,30 @@ from hloss.losses.batch import Batch
 from hloss.numerics import full_precision
 
 
+def squared_within(y: Tensor) -> Tensor:
+    """Return |y_i - y_j|^2 from the products of all rows."""
+    products = y @ y.T
+    squares = products.diagonal()
+    return torch.sub(squares[:, None] + squares, products, alpha=2).clamp(min=0)
+
+
+def squared_between(y: Tensor, z: Tensor) -> Tensor:
+    """Return |y_i - z_j|^2 from the products of all rows."""
+    squares = y.square().sum(1, keepdim=True) + z.square().sum(1)
+    return torch.sub(squares, y @ z.T, alpha=2).clamp(min=0)
+
+
+def root(squared: Tensor) -> Tensor:
+    """Return distances from their squares. The gradient at 0, where none exists, is 0."""
+    zero = squared <= 0
+    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+
+
 class DensePairs:
     """The positive and negative pairs of a batch as masks (n, m); the diagonal of one batch is neither."""
+
+    _normalized: Callable[[Tensor], Tensor] = staticmethod(F.normalize)
+    _squared_within = staticmethod(squared_within)
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -68,28 +92,3 @@ class DensePairs:
         sides = [full_precision(x).to(dtype) for x in given if x is not None]
         sides = [self._normalized(x) for x in sides] if normalize else sides
         return sides[0], None if self.batch.within else sides[1]
-
-    def _normalized(self, embeddings: Tensor) -> Tensor:
-        return F.normalize(embeddings)
-
-    def _squared_within(self, y: Tensor) -> Tensor:
-        return squared_within(y)
-
-
-def squared_within(y: Tensor) -> Tensor:
-    """Return |y_i - y_j|^2 from the products of all rows."""
-    products = y @ y.T
-    squares = products.diagonal()
-    return torch.sub(squares[:, None] + squares, products, alpha=2).clamp(min=0)
-
-
-def squared_between(y: Tensor, z: Tensor) -> Tensor:
-    """Return |y_i - z_j|^2 from the products of all rows."""
-    squares = y.square().sum(1, keepdim=True) + z.square().sum(1)
-    return torch.sub(squares, y @ z.T, alpha=2).clamp(min=0)
-
-
-def root(squared: Tensor) -> Tensor:
-    """Return distances from their squares. The gradient at 0, where none exists, is 0."""
-    zero = squared <= 0
-    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hloss.losses.checks import is_deferred, verify_or_defer
 from hloss.losses.cuda_forms import swap_cuda_precision
-from hloss.losses.densities import FLAGS, LANE_PAIRS, cost_matrix, kernel_matrix, missing_pairs
-from hloss.losses.settings import LossSettings
-from hloss.losses.streaming import checked_batch
+from hloss.losses.densities import FLAGS, LANE_PAIRS, cost_matrix, kernel_matrix
+from hloss.losses.settings import LossSettings, missing_pairs
+from hloss.losses.streaming import checked_pairs
 from hloss.numerics import LONGEST
 
 KEPT_PAIRS = 2**22  # places of so many pairs are kept for the backward pass: 8 MiB
@@ -425,9 +425,9 @@ def _verify(
     """Raise what the plain path raises, which names the rows."""
     negatives, positives, refused_rows, refused_pairs = checks
     if refused_rows or refused_pairs:
-        checked_batch(embeddings, labels, references, reference_labels, s.normalize)
-    if not (negatives and positives) and s.on_degenerate == "raise":
-        raise ValueError(missing_pairs(positives, negatives))
+        checked_pairs(embeddings, labels, references, reference_labels, s.normalize)
+    if (undefined := missing_pairs(negatives, positives)) and s.on_degenerate == "raise":
+        raise ValueError(undefined)
 
 
 def is_copied(dtype: torch.dtype, normalize: bool) -> bool:

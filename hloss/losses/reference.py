@@ -64,8 +64,8 @@ def histogram(s: Tensor, n_bins: int) -> Tensor:
 def order_costs(difference: Tensor, order_cost: str = "step", margin: float = 0.0, alpha: float = 1.0) -> Tensor:
     """Return C, the cost of a negative pair at t_r and a positive pair at t_q, as a function of t_r - t_q.
 
-    "step" is 1 for t_q <= t_r + margin, else 0: equations 4 and 6. "linear" and "softplus" are the authors' other
-    costs, max(0, t_r - t_q + margin) and ln(1 + exp(alpha (t_r - t_q + margin))).
+    "step" is 1 for t_q <= t_r + margin, else 0: equations 4 and 6. The code of the authors has two more costs: "linear"
+    is max(0, t_r - t_q + margin), and "softplus" is ln(1 + exp(alpha (t_r - t_q + margin))).
     """
     reach = difference + margin
     if order_cost == "step":

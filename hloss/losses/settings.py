@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from hloss.numerics import number, one_of, switch, whole_number
 
-KERNELS = ("triangular", "gaussian", "epanechnikov", "uniform")
-ORDER_COSTS = ("step", "linear", "softplus")
-DENSITIES = ("histogram", "beta")
 ON_DEGENERATE = ("raise", "zero")
 
 
@@ -28,9 +25,9 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_bins", whole_number("n_bins", self.n_bins, 1))
-        one_of("kernel", self.kernel, KERNELS)
-        one_of("order_cost", self.order_cost, ORDER_COSTS)
-        one_of("density", self.density, DENSITIES)
+        one_of("kernel", self.kernel, ("triangular", "gaussian", "epanechnikov", "uniform"))
+        one_of("order_cost", self.order_cost, ("step", "linear", "softplus"))
+        one_of("density", self.density, ("histogram", "beta"))
         one_of("on_degenerate", self.on_degenerate, ON_DEGENERATE)
         object.__setattr__(self, "margin", number("margin", self.margin, least=0))
         object.__setattr__(self, "alpha", number("alpha", self.alpha, above=0))
@@ -65,6 +62,14 @@ class LossSettings:
     def margin_nodes(self) -> int:
         """The margin mu of equation 6, in nodes."""
         return round(self.margin / self.delta)
+
+
+def missing_pairs(negatives: int, positives: int) -> str:
+    """Return the error message for a batch without negative or without positive pairs, or an empty string."""
+    if negatives and positives:
+        return ""
+    remedy = 'draw several images of several classes, or set on_degenerate="zero"'
+    return f"the loss of {positives} positive and {negatives} negative pairs is undefined; {remedy}"
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

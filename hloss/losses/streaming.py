@@ -7,13 +7,14 @@ from torch import Tensor
 
 from hloss.losses.batch import Batch
 from hloss.losses.densities import DENSITY_CLASSES, Density
-from hloss.losses.pairs import Buffers, PairBlock, Pairs, block_rows
+from hloss.losses.pairs import Buffers, LabelPairs, MatrixPairs, PairBlock, Pairs, block_rows
 from hloss.losses.settings import LossSettings
 from hloss.numerics import exact_products, full_precision, to_normalize, to_use_as_units
 
 KEPT_PAIRS = 2**20  # Up to so many pairs are kept for the backward pass, in 8 MiB.
 
-Norms = tuple[Tensor | None, Tensor | None]  # Norms of embeddings and references, None where they are not divided.
+# The norms by which embeddings and references are divided, None if they are not normalised.
+Norms = tuple[Tensor | None, Tensor | None]
 
 
 class Sides:
@@ -34,15 +35,19 @@ class Sides:
             yield block, position.clamp_(0, 2 * self.half_bins)
 
 
-def collect_density(sides: Sides, pairs: Pairs, s: LossSettings) -> tuple[Density, list[tuple[PairBlock, Tensor]]]:
+def collect_density(
+    embeddings: Tensor, references: Tensor | None, norms: Norms, pairs: Pairs, s: LossSettings
+) -> tuple[Density, list[tuple[PairBlock, Tensor]]]:
     """Return the densities of all pairs. If they are few, also return the blocks with the places of their pairs."""
-    density, buffers, kept = DENSITY_CLASSES[s.density](s, sides.rows.device), Buffers(), []
-    few = len(sides.rows) * len(sides.columns) <= KEPT_PAIRS
-    for block, position in sides.blocks(pairs, buffers):
-        places = density.add(position, block, Buffers() if few else buffers)
-        if few:
-            kept.append((block, places))
-    density.finish()
+    density, buffers, kept = DENSITY_CLASSES[s.density](s, embeddings.device), Buffers(), []
+    with exact_products(embeddings.device):
+        sides = Sides(embeddings, references, norms, pairs, s.n_bins)
+        few = len(sides.rows) * len(sides.columns) <= KEPT_PAIRS
+        for block, position in sides.blocks(pairs, buffers):
+            places = density.add(position, block, Buffers() if few else buffers)
+            if few:
+                kept.append((block, places))
+        density.finish()
     return density, kept
 
 
@@ -52,8 +57,7 @@ class StreamedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeddings, references, norms, pairs, s):  # type: ignore[no-untyped-def]
         """Return the loss."""
-        with exact_products(embeddings.device):
-            density, kept = collect_density(Sides(embeddings, references, norms, pairs, s.n_bins), pairs, s)
+        density, kept = collect_density(embeddings, references, norms, pairs, s)
         if density.undefined and s.on_degenerate == "raise":
             raise ValueError(density.undefined)
         ctx.save_for_backward(embeddings, references, *norms)
@@ -112,10 +116,13 @@ def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tenso
     return torch.index_select(grad, 0, order.argsort(), out=unit).to(like.dtype)
 
 
-def checked_batch(
+def checked_pairs(
     embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, normalize: bool
-) -> tuple[Batch, Norms]:
-    """Return the checked arguments of the loss, and the norms; raise ValueError, with the rows, if they are wrong."""
+) -> tuple[Tensor, Tensor | None, Norms, Pairs]:
+    """Return embeddings, references, norms and pairs for the passes; raise ValueError with the rows that are wrong."""
     batch = Batch(embeddings, labels, references, reference_labels)
     batch.verify(to_normalize if normalize else to_use_as_units)
-    return batch, (batch.norms[0], batch.norms[-1]) if normalize else (None, None)
+    norms = (batch.norms[0], batch.norms[-1]) if normalize else (None, None)
+    if batch.is_matrix:
+        return batch.embeddings, batch.references, norms, MatrixPairs(batch.labels, batch.within)
+    return batch.embeddings, batch.references, norms, LabelPairs(batch.labels, batch.reference_labels)

@@ -20,6 +20,7 @@ ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")  # The use of
 PAIRS, GPU_PAIRS = 2**22, 2**25  # Pairs of a block, in float64.
 GPU_LANES = 32  # Copies of the counters of `match_ranks`.
 DRAWS = 100  # Drawings of the single-shot protocols.
+Masks = tuple[Tensor, Tensor]  # Matches, and images left out of the ranking, (queries, gallery).
 
 
 @dataclass(frozen=True)
@@ -125,35 +126,28 @@ class _Rows:
 def _all_vs_rest(rows: _Rows) -> Retrieval:
     everything = torch.arange(len(rows.labels), device=rows.labels.device)
 
-    def match_and_ignored(queries: Tensor) -> tuple[Tensor, Tensor]:
+    def match_and_ignored(queries: Tensor) -> Masks:
         itself = queries[:, None] == everything
         return (rows.labels[queries, None] == rows.labels) & ~itself, itself
 
     vectors = rows.space.exact_vectors(everything)
-    return _measured(rows, everything, _scored(rows.space, vectors, vectors, match_and_ignored))
+    return _ranked(rows, everything, vectors, vectors, match_and_ignored)
 
 
-def _other_cameras(rows: _Rows) -> Retrieval:
-    """Rank the gallery without images of the query's identity and camera."""
+def _query_gallery(rows: _Rows, with_cameras: bool) -> Retrieval:
+    """Rank the gallery without images of the query's identity and camera, or without the query itself."""
     queries = rows.of_role("query", "both")
     vectors = rows.space.exact_vectors(queries)
-    return _measured(rows, queries, _against_other_cameras(rows, queries, vectors, rows.cameras))
-
-
-def _query_gallery(rows: _Rows) -> Retrieval:
-    """Rank the gallery without the query itself, as if every image had a camera of its own."""
-    queries = rows.of_role("query", "both")
-    vectors, own_cameras = rows.space.exact_vectors(queries), torch.arange(len(rows.labels), device=rows.labels.device)
-    return _measured(rows, queries, _against_other_cameras(rows, queries, vectors, own_cameras))
+    one_each = torch.arange(len(rows.labels), device=rows.labels.device)  # A camera of its own for each image.
+    return _without_camera(rows, queries, vectors, rows.cameras if with_cameras else one_each)
 
 
 def _multi_query(rows: _Rows) -> Retrieval:
-    """Do the same with the mean, and the maximum, of the pool images of the query's identity and camera."""
+    """Query by the mean, and by the maximum, of the pool images of the query's identity and camera."""
     queries, pool = rows.of_role("query", "both"), rows.of_role("pool")
     vectors, cameras = rows.space.exact_vectors(pool), rows.cameras
     pooled = (rows.labels[queries, None] == rows.labels[pool]) & (cameras[queries, None] == cameras[pool])
-    without = (~pooled.any(1)).sum().item()
-    if without:
+    if without := (~pooled.any(1)).sum().item():
         raise ValueError(
             f"{without} of {len(queries)} queries have no image of role pool of their identity and camera; "
             "prepare the dataset with its images for multiple queries (Market-1501: gt_bbox)"
@@ -162,43 +156,39 @@ def _multi_query(rows: _Rows) -> Retrieval:
     mean, largest = (torch.segment_reduce(members, by, lengths=sizes, unsafe=True) for by in ("mean", "max"))
     if rows.space.metric == "cosine":
         mean, largest = F.normalize(mean), F.normalize(largest)
-    measured = _measured(rows, queries, _against_other_cameras(rows, queries, mean, cameras))
-    of_maximum = _measured(rows, queries, _against_other_cameras(rows, queries, largest, cameras)).metrics
+    measured = _without_camera(rows, queries, mean, cameras)
+    of_maximum = _without_camera(rows, queries, largest, cameras).metrics
     measured.metrics.update({f"max_{name}": value for name, value in of_maximum.items()})
     return measured
 
 
-def _against_other_cameras(rows: _Rows, queries: Tensor, vectors: Tensor, cameras: Tensor) -> dict[str, Tensor]:
-    """Score queries with the given vectors against the gallery without their identity and camera."""
+def _without_camera(rows: _Rows, queries: Tensor, vectors: Tensor, cameras: Tensor) -> Retrieval:
+    """Rank the gallery without images of the query's identity and camera, by the given vectors of the queries."""
     gallery = rows.of_role("gallery", "distractor", "both")
     known = torch.zeros(len(rows.labels), dtype=torch.bool, device=rows.labels.device)
     known[rows.of_role("gallery", "both")] = True  # A distractor never matches.
     labels = rows.labels
 
-    def match_and_ignored(block: Tensor) -> tuple[Tensor, Tensor]:
+    def match_and_ignored(block: Tensor) -> Masks:
         own = (labels[queries[block], None] == labels[gallery]) & known[gallery]
         seen = own & (cameras[queries[block], None] == cameras[gallery])
         return own & ~seen, seen
 
-    return _scored(rows.space, vectors, rows.space.exact_vectors(gallery), match_and_ignored)
+    return _ranked(rows, queries, vectors, rows.space.exact_vectors(gallery), match_and_ignored)
 
 
-def _scored(
-    space: SimilaritySpace,
-    queries: Tensor,
-    gallery: Tensor,
-    match_and_ignored: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> dict[str, Tensor]:
-    """Return the `match_scores` of query vectors against gallery vectors, by blocks of queries."""
-    pairs, lanes = (GPU_PAIRS, GPU_LANES) if queries.is_cuda else (PAIRS, 1)
-    blocks = torch.arange(len(queries), device=queries.device).split(max(pairs // len(gallery), 1))
-    parts = []
-    for block in blocks:
-        vectors = queries[block]
-        edge = partial(space.edge, squares=space.squares_of(vectors)[:, None])
-        ranks = match_ranks(space.products(vectors, gallery), *match_and_ignored(block), edge, lanes)
+def _ranked(
+    rows: _Rows, queries: Tensor, vectors: Tensor, gallery: Tensor, match_and_ignored: Callable[[Tensor], Masks]
+) -> Retrieval:
+    """Rank gallery vectors by their similarity to query vectors, by blocks of queries."""
+    pairs, lanes = (GPU_PAIRS, GPU_LANES) if vectors.is_cuda else (PAIRS, 1)
+    parts, space = [], rows.space
+    for block in torch.arange(len(vectors), device=vectors.device).split(max(pairs // len(gallery), 1)):
+        of_block = vectors[block]
+        edge = partial(space.edge, squares=space.squares_of(of_block)[:, None])
+        ranks = match_ranks(space.products(of_block, gallery), *match_and_ignored(block), edge, lanes)
         parts.append(match_scores(ranks))
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    return _measured(rows, queries, {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]})
 
 
 def _measured(rows: _Rows, queries: Tensor, scores: dict[str, Tensor]) -> Retrieval:
@@ -214,9 +204,8 @@ def _single_shot(rows: _Rows, both_ways: bool) -> Retrieval:
         raise ValueError(f"protocol {rows.protocol!r} needs cameras of exactly two views: got {views}")
     shots = [_SingleShot(rows, a, b) for a, b in ([views, views[::-1]] if both_ways else [views])]
     ranks, query_index = zip(*(shot.drawings(rows.seed) for shot in shots), strict=True)
-    expected = [shot.expected_cmc(rows.k) for shot in shots]
     measured = _measured(rows, torch.cat(query_index), {"first": torch.cat(ranks).cpu()})
-    means = torch.cat(expected).mean(0).tolist()
+    means = torch.cat([shot.expected_cmc(rows.k) for shot in shots]).mean(0).tolist()
     measured.metrics.update({f"expected_recall@{at}": value for at, value in zip(rows.k, means, strict=True)})
     return measured
 
@@ -296,8 +285,8 @@ PROTOCOLS: dict[str, Callable[[_Rows], Retrieval]] = {
     "all-vs-rest": _all_vs_rest,
     "cuhk03-single-shot": partial(_single_shot, both_ways=False),
     "cuhk03-single-shot-two-way": partial(_single_shot, both_ways=True),
-    "cuhk03-767-700": _other_cameras,
-    "market1501": _other_cameras,
-    "query-gallery": _query_gallery,
+    "cuhk03-767-700": partial(_query_gallery, with_cameras=True),
+    "market1501": partial(_query_gallery, with_cameras=True),
+    "query-gallery": partial(_query_gallery, with_cameras=False),
     "market1501-multi-query": _multi_query,
 }

@@ -44,26 +44,20 @@ def recall_at_k(
 
 @torch.no_grad()
 def first_match_ranks(embeddings: Tensor, labels: Tensor, metric: str = "cosine") -> Tensor:
-    """Return the rank of the first match of each image among all other images; arguments as for `recall_at_k`.
+    """Return the rank of each image's first match among all other images, 0 if it has none: int64 (n,) on the CPU.
 
-    Memory is O(n d). The number of synchronisations with a GPU does not depend on n.
-
-    Returns:
-        Int64 (n,) on the CPU; 1 is the best rank, 0 means that there is no match.
+    Arguments as for `recall_at_k`. Memory is O(n d). The number of synchronisations with a GPU does not depend on n.
     """
     embeddings, labels = checked_set(embeddings, labels, metric)
     labels, order = labels.sort(stable=True)  # Matches lie in one window of columns.
     space = SimilaritySpace(embeddings[order], metric)
     with exact_products(embeddings.device):
-        if embeddings.device.type in STRIP_DEVICES:
-            strips = _strips(labels, strip_height(len(labels)))
-            best = _best_matches(space, labels, strips)
-            rivals = rivals_by_strips(space, labels, space.edge(best, space.squares), strips)
-        else:
-            best = _best_matches(space, labels, _strips(labels, BLOCK // 4))
-            rivals = _rivals_by_blocks(space, labels, space.edge(best, space.squares))
+        by_strips = embeddings.device.type in STRIP_DEVICES
+        strips = _strips(labels, strip_height(len(labels)) if by_strips else BLOCK // 4)
+        edge = space.edge(_best_matches(space, labels, strips), space.squares)
+        rivals = rivals_by_strips(space, labels, edge, strips) if by_strips else _rivals_by_blocks(space, labels, edge)
     ranks = torch.empty_like(rivals)
-    ranks[order] = torch.where(best.isfinite(), rivals + 1, 0)
+    ranks[order] = torch.where(edge.isfinite(), rivals + 1, 0)
     return ranks.cpu()
 
 
@@ -125,19 +119,12 @@ def _count_again(space: SimilaritySpace, edge: Tensor, queries: Tensor, others: 
 def match_ranks(
     similarity: Tensor, match: Tensor, ignored: Tensor, edge: Callable[[Tensor], Tensor], lanes: int = 1
 ) -> Tensor:
-    """Return the increasing ranks of each query's matches, padded with 0.
+    """Return the increasing ranks of each query's matches, padded with 0: int64 (queries, most matches, at least 1).
 
-    A match's rank is its place among the matches plus the number of rivals at least as similar.
-
-    Args:
-        similarity: float64 (queries, gallery).
-        match: boolean (queries, gallery).
-        ignored: boolean (queries, gallery): images left out of the ranking.
-        edge: returns the least similarity that is equal to each of those given, (queries, any).
-        lanes: most copies of each counter; several reduce collisions of additions on a GPU.
-
-    Returns:
-        Int64 (queries, largest number of matches, at least 1).
+    A match's rank is its place among the matches plus the number of rivals at least as similar. `similarity` (float64),
+    `match` and `ignored` (left out of the ranking) are (queries, gallery). `edge` returns the least similarity that is
+    equal to each of those given, (queries, any). `lanes` is the most copies of each counter; several reduce collisions
+    of additions on a GPU.
     """
     n_matches = match.sum(1, keepdim=True)
     width = max(int(n_matches.max()), 1)

@@ -73,12 +73,7 @@ class SimilaritySpace:
         return vectors.square().sum(1) if self.metric == "euclidean" else vectors.new_ones(len(vectors))
 
     def edge(self, similarity: Tensor, squares: Tensor) -> Tensor:
-        """Return the least similarity that is equal to the given one, up to rounding.
-
-        Args:
-            similarity: float64 similarities to queries, infinite where there is none.
-            squares: squared norms of the queries' vectors, of a shape that broadcasts with `similarity`.
-        """
+        """Return the least similarity that is equal to the given one up to rounding; `squares` are the queries'."""
         return similarity - TIE * self._scale(similarity, squares)
 
     def doubt(self, edge: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,8 +104,7 @@ def centre(embeddings: Tensor) -> Tensor:
 def checked_embeddings(name: str, embeddings: Tensor, metric: str) -> tuple[Tensor, float]:
     """Return detached embeddings, and by what they were multiplied so that their squares are finite.
 
-    Raises:
-        ValueError: a shape or dtype is wrong, or a row is NaN, infinite or, for the cosine, zero.
+    Raise ValueError if a shape or dtype is wrong, or a row is NaN, infinite or, for the cosine, zero.
     """
     one_of("metric", metric, METRICS)
     check_embeddings(name, embeddings)

@@ -301,12 +301,12 @@ def test_refused_inputs_are_named_as_on_the_plain_path(monkeypatch, device_path)
         HistogramLoss(normalize=False)(x, labels)
     matrix = pair_matrix(40)
     matrix[3, 9] = matrix[9, 3] = 2
-    with pytest.raises(ValueError, match=r"alone; rows \[3, 9\] hold other values$"):
+    with pytest.raises(ValueError, match=r"only \+1, -1 and 0: rows \[3, 9\] contain other values$"):
         HistogramLoss()(x, matrix)
-    with pytest.raises(ValueError, match=r"alone; rows \[3, 9\] hold other values$"):
+    with pytest.raises(ValueError, match=r"only \+1, -1 and 0: rows \[3, 9\] contain other values$"):
         HistogramLoss()(x, matrix, x)
     matrix[3, 9], matrix[9, 3] = 1, 0
-    with pytest.raises(ValueError, match=r"symmetric; rows \[3, 9\] differ from their columns$"):
+    with pytest.raises(ValueError, match=r"symmetric: rows \[3, 9\] differ from the columns of the same index$"):
         HistogramLoss()(x, matrix)
     with pytest.raises(ValueError, match="labels must have shape"):
         HistogramLoss()(x, labels[:5])

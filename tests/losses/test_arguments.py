@@ -9,6 +9,7 @@ import torch
 
 from hloss import HistogramLoss, evaluate, global_batch, pair_histograms, recall_at_k, reverse_probability
 from hloss.losses.baselines import BASELINES
+from hloss.losses.checks import deferred_checks, is_deferred
 from hloss.samplers import SAMPLERS
 from tests.losses.cases import batch, signs
 
@@ -138,9 +139,17 @@ def test_a_k_alone_is_accepted():
 
 
 @pytest.mark.parametrize("value", ["no", 1, None])
-def test_normalize_must_be_a_truth_value(value):
-    with pytest.raises(ValueError, match="normalize must be True or False: got"):
-        HistogramLoss(normalize=value)
+@pytest.mark.parametrize("loss", [HistogramLoss, BASELINES["contrastive"], BASELINES["lifted"]])
+def test_normalize_must_be_a_truth_value(loss, value):
+    with pytest.raises(ValueError, match=f"^normalize must be True or False: got {value!r}$"):
+        loss(normalize=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "10", None])
+def test_the_number_of_losses_between_deferred_checks_is_checked(value):
+    with pytest.raises(ValueError, match=f"^every must be a whole number of at least 1: got {value!r}$"):
+        deferred_checks(value).__enter__()
+    assert not is_deferred()
 
 
 def test_numbers_are_checked_without_numpy():
