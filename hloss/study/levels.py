@@ -84,7 +84,7 @@ def levels_of(runs: pd.DataFrame) -> Levels:
         The levels. Three or more lines, or two numbers in one comparison, make a grid.
     """
     first = runs.sort_values("complete", ascending=False, kind="stable").drop_duplicates(["comparison", "method"])
-    methods = first.sort_index().reset_index(drop=True)
+    methods = _with_texts(first.sort_index().reset_index(drop=True))
     numeric, texts = _differing(methods)
     by_name = sorted(numeric, key=lambda setting: -_named(methods, setting))
     for setting in by_name:
@@ -101,18 +101,28 @@ def levels_of(runs: pd.DataFrame) -> Levels:
     )
 
 
+def _with_texts(methods: pd.DataFrame) -> pd.DataFrame:
+    """The methods with each setting that is no number as text."""
+    settings = methods[[name for name in RunConfig.model_fields if name in methods]]
+    texts = settings[
+        [name for name in settings if not is_numeric_dtype(settings[name]) or is_bool_dtype(settings[name])]
+    ]
+    return methods.assign(**texts.astype(object).where(texts.notna(), "none").map(str))
+
+
 def _differing(methods: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Names of the settings in which methods differ: numbers, and others."""
     names = [name for name in RunConfig.model_fields if name in methods and name not in (*EXECUTION, "seed", "dataset")]
     differing = [name for name in names if methods[name].nunique(dropna=False) > 1]
-    numeric = [name for name in differing if is_numeric_dtype(methods[name]) and not is_bool_dtype(methods[name])]
+    numeric = [name for name in differing if is_numeric_dtype(methods[name])]
     return numeric, [name for name in differing if name not in numeric]
 
 
 def _named(methods: pd.DataFrame, setting: str) -> int:
     """Number of methods with the value of a setting in their name."""
     values = methods[setting].astype(float).map(short_value)
-    return sum(value in name.split() for value, name in zip(values, methods["method"], strict=True))
+    words = methods["method"].str.replace(",", "").str.split()
+    return sum(value in of_method for value, of_method in zip(values, words, strict=True))
 
 
 def _lines(methods: pd.DataFrame, settings: list[str]) -> pd.Series:
@@ -149,8 +159,7 @@ def _levels(kind: str, methods: pd.DataFrame, setting: str, line: pd.Series) -> 
 
 def _shown(value: object) -> str:
     """The value of a setting as text: "50" for 50.0."""
-    a_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return short_value(float(value)) if a_number else str(value)
+    return short_value(float(value)) if isinstance(value, numbers.Real) else str(value)
 
 
 def _common_parts(names: pd.Series) -> str:
