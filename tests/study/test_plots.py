@@ -35,7 +35,7 @@ def test_comparison_shows_seeds_means_and_intervals(results):
     table = summary(results, ["recall@1"])
     (axes,) = plots.comparison("losses", results, table).axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a", "c"]
-    assert axes.get_title("left") == "mini: losses after 200 iterations"
+    assert axes.figure.get_suptitle() == "mini: losses after 200 iterations"
     *points, errors = axes.collections
     shown = [sorted(p.get_offsets()[:, 0].tolist()) for p in points]
     assert shown == [[40.0, 42.0, 47.0], [10.0, 11.0], [5.0]]
@@ -88,14 +88,14 @@ def test_levels_are_curves_with_intervals_and_seeds(levels):
     assert axes.get_xscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["25", "50", "100"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("bins (intervals of [-1, 1])", "test Recall@1 (%)")
-    assert axes.get_title("left") == "mini: bins after 600 iterations"
+    assert axes.figure.get_suptitle() == "mini: bins after 600 iterations"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
 def test_open_circles_mark_levels_that_are_still_improving(levels):
     improving = levels.assign(still_improving=(levels["method"] == "a, n_bins 50") & (levels["seed"] == 1))
     (axes,) = plots.comparison("bins", improving, summary(improving, ["recall@1"])).axes
-    assert axes.get_title("left") == "mini: bins after 600 iterations (open circle: still improving)"
+    assert axes.figure.get_suptitle() == "mini: bins after 600 iterations (open circle: still improving)"
     circles = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
     assert [points for points in circles if points] == [[[50, 21.5]]]
 
@@ -120,7 +120,7 @@ def test_lengths_that_differ_between_levels_are_shown_as_a_range(levels):
     one["length"] = one["n_bins"].map({25.0: 800, 50.0: 400, 100.0: 200})
     both = pd.concat([one, one.assign(length=one["length"] // 10)], ignore_index=True)
     (axes,) = plots.comparison("bins", one, summary(one, ["recall@1"]), summary(both, ["recall@1"])).axes
-    assert axes.get_title("left") == "mini: bins"
+    assert axes.figure.get_suptitle() == "mini: bins"
     shown = [text.get_text() for text in axes.get_legend().get_texts()]
     assert shown == ["200 to 800 iterations", "20 to 80 iterations"]
 
@@ -163,7 +163,7 @@ def test_comparisons_drawn_together_have_a_legend_with_their_setting(levels):
     assert legend.get_title().get_text() == "initial learning rate of Adam"
     assert [text.get_text() for text in legend.get_texts()] == ["0.001", "0.003"]
     assert drawn_lines(axes)[drawing.COLORS[1], "-"] == [[25, 13], [50, 22.5], [100, 33]]
-    assert axes.get_title("left") == "mini: bins and fast after 600 iterations"
+    assert axes.figure.get_suptitle() == "mini: bins and fast after 600 iterations"
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_import_leaves_out_seaborn_and_scipy():
 def test_comparison_marks_methods_that_are_still_improving(results):
     improving = results.assign(still_improving=(results["method"] == "a") & (results["seed"] == 0))
     (axes,) = plots.comparison("losses", improving, summary(improving, ["recall@1"])).axes
-    assert axes.get_title("left") == "mini: losses after 200 iterations (open circle: still improving)"
+    assert axes.figure.get_suptitle() == "mini: losses after 200 iterations (open circle: still improving)"
     (opened,) = [line for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
     assert opened.get_xydata().tolist() == [[10.5, 1]]
 
