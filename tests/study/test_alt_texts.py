@@ -25,7 +25,8 @@ def described(runs):
 
 
 def test_categories():
-    runs = runs_of({"a": ({}, (10.0, 12.0)), "untrained": ({}, (2.0,))})
+    runs = runs_of({"a": ({}, (10.0, 12.0)), "untrained": ({}, (2.0,)), "without a result": ({}, (np.nan,))})
+    runs["complete"] = runs["recall@1"].notna()
     low, high = summary(runs, ["recall@1"]).loc[0, ["recall@1 low", "recall@1 high"]]
     assert described(runs) == (
         "Means and intervals of the test Recall@1 on mini for 2 methods, after 200 iterations: highest for a with "

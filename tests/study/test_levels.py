@@ -56,8 +56,8 @@ def test_two_losses_are_two_lines_named_by_what_their_methods_share():
 
 
 def test_the_axis_is_the_setting_that_names_the_methods():
-    tuned = [(f"histogram, batch {b}", {"batch_size": b, "learning_rate": r, "iterations": 6400 // b})
-             for b, r in ((32, 0.001), (64, 0.003), (128, 0.01))]  # fmt: skip
+    tuned = [(f"histogram, batch {b}, tuned", {"batch_size": b, "n_bins": n, "iterations": 6400 // b})
+             for b, n in ((32, 50.0), (64, 100.0), (128, 400.0))]  # fmt: skip
     assert levels_of(table_of(*tuned)).setting == "batch_size"
 
 
