@@ -27,6 +27,7 @@ OF_QUERIES = ("ranks", "query_classes")  # columns with one value per query
 SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # within a dataset; card_sha256 within a split
 MADE_BY = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
 SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # within a dataset
+SAME_SETTINGS = ("network", "weights", "embedding_dim", "choose", "refit")  # the settings that decide these
 
 
 def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
@@ -325,6 +326,30 @@ def _reverse_probability(folder: Path, dataset: Dataset) -> float:
     known = identified_rows(dataset)
     labels = dataset.labels(dataset.rows("test"))[known]
     return reverse_probability(torch.from_numpy(np.load(folder / "embeddings.npy")[known]), labels)
+
+
+def refuse_mixed_settings(study: Study) -> None:
+    """Refuse a study whose results `refuse_mixed` would refuse because of the settings of its runs.
+
+    Args:
+        study: the study, before its runs.
+
+    Raises:
+        ConfigError: if trained runs of a dataset differ in one of `SAME_SETTINGS`; the message names the run.
+    """
+    first: dict[tuple[str, str], tuple[StudyRun, Any]] = {}
+    for run in (*study.runs, *study.waiting):
+        if run.config.iterations == 0 or all(name.endswith(CHOICE) for name in run.methods):
+            continue
+        settings = run.config.model_dump() | run.config.network_settings()
+        for name in SAME_SETTINGS:
+            other, usual = first.setdefault((run.dataset, name), (run, settings[name]))
+            if settings[name] != usual:
+                raise ConfigError(
+                    f"{name} must be the same in all trained runs on {run.dataset}, which are compared: got {usual!r} "
+                    f"for {other.method!r} and {settings[name]!r} for {run.method!r}; set {name} in fixed, or make one "
+                    "study of each"
+                )
 
 
 def refuse_mixed(table: pd.DataFrame) -> None:

@@ -11,6 +11,7 @@ from hloss.runs.errors import ConfigError
 from hloss.study.devices import visible_devices
 from hloss.study.plan import gpu_hours_text, measured_costs, plan_runs, plan_text, read_costs
 from hloss.study.profiles import profile_folder, uses_slurm
+from hloss.study.results import refuse_mixed_settings
 from hloss.study.spec import load_study
 from hloss.study.throughput import read_throughput
 from hloss.study.tuning import resolve_tuning
@@ -27,6 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         study = resolve_tuning(load_study(options.study))
+        refuse_mixed_settings(study)
         cluster = uses_slurm(profile_folder(options.profile))
     except ConfigError as error:
         sys.exit(f"study {options.study}: {error}")
