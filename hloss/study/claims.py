@@ -38,11 +38,11 @@ from hloss.study.criteria import (
     verdict,
 )
 from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_difference
+from hloss.study.input_files import checked, read_yaml, shown
 from hloss.study.published import EXACT, compare_with_published
 from hloss.study.results import at_length, grid_size, lengths_in, recall_names
 from hloss.study.spec import CHOICE, INITIAL, short_value
 from hloss.study.statistics import EQUIVALENCE_MARGIN
-from hloss.study.yaml_files import checked, read_yaml, shown
 
 CLAIMS = "reports/claims.yaml"
 SPLITS = 5  # splits of CUHK03; a published value is the mean over them

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hloss.runs.errors import ConfigError
-from hloss.study.yaml_files import read_yaml, shown
+from hloss.study.input_files import read_yaml, shown
 
 PROFILES = Path("workflow/profiles")
 

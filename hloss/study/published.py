@@ -23,8 +23,8 @@ from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
 from hloss.study.estimates import mean_over_runs
+from hloss.study.input_files import parse_yaml, read_csv
 from hloss.study.spec import LOSS_COMPARISONS
-from hloss.study.yaml_files import parse_yaml
 
 PUBLISHED = "reports/published_values.csv"
 NEEDED = ("dataset", "method", "network", "protocol", "selection", "metric", "value", "source", "place", "url")
@@ -50,15 +50,7 @@ def read_published(file: str | Path = PUBLISHED) -> pd.DataFrame:
         ConfigError: if the file, a column or a value is invalid; the message names the line.
     """
     file = project_path(str(file))
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
-    except OSError as error:
-        raise ConfigError(f"{file}: the file cannot be read: {error.strerror}") from None
-    except ValueError as error:  # pandas.errors.ParserError, EmptyDataError and UnicodeDecodeError, too
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{file}: the file is not a CSV file in UTF-8: {reason}") from None
-    if set(table.columns) != set(COLUMNS):
-        raise ConfigError(f"{file} has wrong columns: got {list(table.columns)}; required are {list(COLUMNS)}")
+    table = read_csv(file, COLUMNS)
     rows = [_read_row(f"{file}, line {line}", row) for line, row in enumerate(table.to_dict("records"), start=2)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

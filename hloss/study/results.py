@@ -19,6 +19,7 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, non_finite, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
+from hloss.study.input_files import read_table
 from hloss.study.parts import merged_parts, parts_of, write_part
 from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
@@ -406,9 +407,10 @@ def read_results(file: Path) -> pd.DataFrame:
         for a run without a result. `ranks` and `query_classes` are missing for runs of a grid and in older tables.
 
     Raises:
-        ConfigError: if results cannot be compared (`refuse_mixed`), or parts cannot be merged (`merged_parts`).
+        ConfigError: if the table cannot be read, if results cannot be compared (`refuse_mixed`), or if parts cannot be
+            merged (`merged_parts`).
     """
-    table = merged_parts(file) if parts_of(file) else pd.read_parquet(file)
+    table = merged_parts(file) if parts_of(file) else read_table(file)
     if "length" not in table:  # an older table: one length per run
         improving = 10 * table["chosen_iteration"] > 9 * table["iterations"]
         table = table.assign(length=table["iterations"], still_improving=improving)

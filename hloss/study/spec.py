@@ -45,7 +45,7 @@ from hloss.runs.checkpoints import read_status
 from hloss.runs.config import BEST, LAST, RunConfig, parse_config
 from hloss.runs.errors import ConfigError, GPUMemoryError
 from hloss.study.devices import SLOTS
-from hloss.study.yaml_files import checked, read_yaml, shown
+from hloss.study.input_files import checked, read_yaml, shown
 
 STUDIES = Path("workflow/studies")
 LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
@@ -60,7 +60,7 @@ Seeds = Annotated[list[int], Field(min_length=1)]
 
 
 class _Strict(BaseModel):
-    """Settings of a study's file or of a part of it, which `hloss.study.yaml_files.checked` checks."""
+    """Settings of a study's file or of a part of it, which `hloss.study.input_files.checked` checks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -159,7 +159,7 @@ def test_renaming_keeps_the_values_and_the_outcome_of_verified_runs(table, resul
     subprocess.run([*script, str(results)], check=True)
     assert "verified" not in origin(renamed, results)
     refused = subprocess.run([*script, "nowhere.parquet"], capture_output=True, text=True)
-    assert (refused.returncode, refused.stderr[:44]) == (1, "RESULTS.parquet is no file: got nowhere.parq")
+    assert (refused.returncode, refused.stderr[:45]) == (1, "nowhere.parquet: no such table of results; `")
 
 
 def test_several_versions_of_the_code_are_named(table, results):

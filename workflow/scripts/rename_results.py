@@ -13,7 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from hloss.runs.config import OLD_NAMES
+from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
+from hloss.study.input_files import read_table
 from hloss.study.verified import read_verified, verified_file
 
 OLD_PANEL_KEY, PANEL_KEY = "neighbours", "neighbors"
@@ -25,10 +27,11 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="table such as reports/sample/results.parquet")
     parser.add_argument("--title", help="new title of the study; default: the title stays")
     options = parser.parse_args()
-    if not options.file.is_file():
-        sys.exit(f"RESULTS.parquet is no file: got {options.file}; give a table such as reports/sample/results.parquet")
-    verified = read_verified(options.file)
-    table = renamed(pd.read_parquet(options.file), options.title)
+    verified = read_verified(options.file) if options.file.is_file() else None
+    try:
+        table = renamed(read_table(options.file), options.title)
+    except ConfigError as error:
+        sys.exit(str(error))
     atomic_write(options.file, lambda part: table.to_parquet(part, index=False))
     if verified:
         verified["results_sha256"] = sha256(options.file.read_bytes()).hexdigest()

@@ -1,12 +1,14 @@
-"""Read YAML files that people write, and describe what is wrong in them.
+"""Read files that people write or pass on: YAML, CSV and tables of results in Parquet.
 
-Every error names the file, the setting, its value and what is allowed.
+Every error names the file, the line or the setting, its value, and what is allowed.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -28,6 +30,7 @@ KINDS = {
 }
 
 
+OF_RESULTS = ("run_id", "dataset", "comparison", "method", "complete", "iterations")
 # Words in an error of YAML -> the remedy
 REMEDIES = {"'\\t'": "indent with spaces, not with tabs", "mapping values": "put text that contains ': ' in quotes"}
 
@@ -98,6 +101,59 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{at}: the YAML is not valid: {problem}{''.join(remedies)}") from None
     except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow; a date such as 2026-13-01
         raise ConfigError(f"{where}: the YAML is not valid: {' '.join(str(error).split())}") from None
+
+
+def read_csv(file: Path, columns: Collection[str]) -> pd.DataFrame:
+    """Read a CSV file.
+
+    Args:
+        file: path of the file.
+        columns: the columns that it must have.
+
+    Returns:
+        All fields as text; an empty field is "".
+
+    Raises:
+        ConfigError: the file cannot be read, or has other columns.
+    """
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except OSError as error:
+        raise ConfigError(f"{file}: the file cannot be read: {error.strerror}") from None
+    except ValueError as error:  # pandas.errors.ParserError, EmptyDataError and UnicodeDecodeError, too
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file}: the file is not a CSV file in UTF-8: {reason}") from None
+    if set(table.columns) != set(columns):
+        raise ConfigError(
+            f"{file} has wrong columns: got {', '.join(table.columns)}; required are {', '.join(columns)}"
+        )
+    return table
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """Read a table of results as it was written.
+
+    Args:
+        file: results.parquet of a study, or a part.
+
+    Raises:
+        ConfigError: the file is missing, is no Parquet file, or is no table of results.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such table of results; `make report STUDY={file.parent.name}` writes it")
+    try:
+        table = pd.read_parquet(file)
+    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        raise ConfigError(
+            f"{file}: the file is damaged or no Parquet file: {' '.join(str(error).split())}; write it again with "
+            f"`make report STUDY={file.parent.name}`"
+        ) from None
+    if missing := [name for name in OF_RESULTS if name not in table]:
+        raise ConfigError(
+            f"{file}: the file is no table of results: got no column {', '.join(missing)}; allowed are tables that "
+            "`make study` or `make report` wrote"
+        )
+    return table
 
 
 def checked(model: type[Model], content: object, where: str, prefix: str = "") -> Model:

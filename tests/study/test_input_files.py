@@ -1,14 +1,22 @@
 """Errors in files that people write: each names the file, the setting, its value and what is allowed."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from hloss.runs.errors import ConfigError
 from hloss.study.claims import read_claims
+from hloss.study.plan import read_costs
 from hloss.study.profiles import uses_slurm
 from hloss.study.published import COLUMNS, read_published
+from hloss.study.results import read_results
 from hloss.study.spec import load_study
+from hloss.study.throughput import read_throughput
+from hloss.study.verify import verify
 
 STUDY = """title: t
 seeds: [0]
@@ -164,6 +172,61 @@ def test_reads_the_file_without_the_mistakes(kind, tmp_path):
     name, text, read = READERS[kind]
     (tmp_path / name).write_text(text)
     assert read(tmp_path / name) is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"results.parquet: no such table of results; `make report STUDY=quick` writes it"),
+        (b"hello", r"results.parquet: the file is damaged or no Parquet file: .*; write it again with `make report"),
+        ({"run_id": ["a"]}, "results.parquet: the file is no table of results: got no column dataset, comparison,"),
+    ],
+    ids=["missing", "damaged", "other table"],
+)
+def test_refuses_a_file_that_is_no_table_of_results(content, message, tmp_path):
+    file = tmp_path / "quick" / "results.parquet"
+    file.parent.mkdir()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content:
+        pd.DataFrame(content).to_parquet(file)
+    for read in (read_results, verify):
+        with pytest.raises(ConfigError, match=message):
+            read(file)
+
+
+@pytest.mark.parametrize("read", [read_costs, read_throughput])
+def test_refuses_a_table_of_costs_with_other_columns(read, tmp_path):
+    (tmp_path / "costs.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"costs.csv has wrong columns: got a, b; required are (dataset|card),"):
+        read(tmp_path / "costs.csv")
+
+
+def test_refuses_to_verify_no_run():
+    with pytest.raises(ConfigError, match="number of runs to repeat must be at least 1: got 0"):
+        verify(Path("reports/sample/results.parquet"), n=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run_notebook.py", "run", "quick"], "run needs the id of a run: got none; `make plan`"),
+        (
+            ["run_notebook.py", "run", "quick", "abc"],
+            "study quick: the study has no run with the id 'abc': got 11",
+        ),
+        (["run_notebook.py", "report", "nope"], "study nope: study is unknown: got 'nope'; allowed are cub"),
+        (["run_study.py", "quick", "--cores", "0"], r"CORES \(--cores\) must be at least 1: got 0"),
+        (["plan_study.py", "quick", "--cores", "-1"], r"CORES \(--cores\) must be at least 1: got -1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_scripts_refuse_wrong_arguments_without_a_traceback(arguments, message):
+    command = [sys.executable, f"workflow/scripts/{arguments[0]}", *arguments[1:]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["claims", "published", "profile"])
