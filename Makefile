@@ -8,6 +8,7 @@
 # make test                 run all tests and notebooks except the slow tests
 # make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser, examples
 # make check-gpu            check a machine with GPUs; run it there before the first study
+# KEEP=1 keeps results of other code or data, which are redone otherwise. PROFILE is a folder in workflow/profiles.
 # To use an existing environment: make study BIN=/path/to/environment/bin
 
 STUDY ?= quick

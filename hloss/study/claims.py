@@ -18,9 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from hloss.losses.settings import did_you_mean
+from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
 from hloss.study.criteria import (
@@ -37,6 +38,7 @@ from hloss.study.criteria import (
     verdict,
 )
 from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_difference
+from hloss.study.input_files import checked, read_yaml, shown
 from hloss.study.published import EXACT, compare_with_published
 from hloss.study.results import at_length, grid_size, lengths_in, recall_names
 from hloss.study.spec import CHOICE, INITIAL, short_value
@@ -75,7 +77,7 @@ class Claim(BaseModel):
         published: published values, shown with the evidence.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
     section: str
@@ -103,7 +105,16 @@ class Claim(BaseModel):
     @model_validator(mode="after")
     def _check_methods(self) -> "Claim":
         if bool(self.method) != bool(self.rivals or self.values):
-            raise ValueError("method and rivals (or values) come together")
+            raise ValueError("method and rivals (or values) are only allowed together; add the missing one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> "Claim":
+        known = tuple(RunConfig.model_fields)
+        axes = [name for name in (self.axis, self.within) if name]
+        for name in (*axes, *self.among, *(self.method or {}), *(n for rival in self.rivals or () for n in rival)):
+            if name not in known:
+                raise ValueError(f"{name} is not a setting of a run{did_you_mean(name, known)}")
         return self
 
 
@@ -121,17 +132,20 @@ def read_claims(file: str = CLAIMS) -> list[Claim]:
         The claims in the order of the file.
 
     Raises:
-        ConfigError: if an entry is invalid; the message names the entry and its field.
+        ConfigError: if an entry is invalid; the message names the entry, the setting, its value and what is allowed.
     """
     path = project_path(file)
-    claims = []
-    for row in yaml.safe_load(path.read_text()):
-        try:
-            claims.append(Claim(**row))
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"{path}, claim {row.get('name')!r}: {wrong}") from None
-    return claims
+    rows = read_yaml(path)
+    if not isinstance(rows, list):
+        raise ConfigError(f"{path}: got {shown(rows)[:80]}; must be a list of claims, which begin with `- name:`")
+    claims: dict[str, Claim] = {}
+    for number, row in enumerate(rows, start=1):
+        name = row.get("name", number) if isinstance(row, dict) else number
+        claim = checked(Claim, row, f"{path}, claim {shown(name)}")
+        if claim.name in claims:
+            raise ConfigError(f"{path}, claim {shown(name)}: name: occurs twice; give each claim its own name")
+        claims[claim.name] = claim
+    return list(claims.values())
 
 
 def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[Claim] | None = None) -> pd.DataFrame:

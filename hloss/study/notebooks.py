@@ -29,6 +29,7 @@ from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write, read_result
 from hloss.study.devices import own_devices, usable_gpus
 from hloss.study.kernels import NOTEBOOK_IMPORTS, prepare_kernel
+from hloss.study.parts import parts_of
 from hloss.study.spec import Study, StudyRun
 
 # Settings of HTMLExporter for scripts that a page would load from other hosts.
@@ -78,9 +79,15 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
         own_gpus: choose and lock GPUs of this machine; otherwise Slurm names them in CUDA_VISIBLE_DEVICES.
 
     Raises:
+        ConfigError: if the study has no such run.
         SystemExit: if the run fails.
     """
-    run = next(r for r in study.runs if r.config.run_id == run_id)
+    run = next((r for r in study.runs if r.config.run_id == run_id), None)
+    if run is None:
+        raise ConfigError(
+            f"the study has no run with the id {run_id!r}: got {len(study.runs)} other runs; the id changes with the "
+            f"settings, and runs/{study.name}/index.html lists them"
+        )
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(folder) or {}
@@ -133,12 +140,15 @@ def execute_report(study: Study) -> None:
     """Execute the report notebook on the results of a study, and export it as reports/STUDY/report.html.
 
     Args:
-        study: the study, whose reports/STUDY/results.parquet must exist.
+        study: the study.
 
     Raises:
+        ConfigError: if it has no results.
         SystemExit: if the notebook or its export fails.
     """
     folder = Path("reports") / study.name
+    if not (folder / "results.parquet").exists() and not parts_of(folder / "results.parquet"):
+        raise ConfigError(f"{folder} has no results; run `make study STUDY={study.name}` first")
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
     parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
     execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")

@@ -14,7 +14,7 @@ from hloss.study.notebooks import check_parameters
 from hloss.study.processes import call
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.progress import Progress
-from hloss.study.results import at_length, card_hashes, stale_runs
+from hloss.study.results import at_length, card_hashes, refuse_mixed_settings, stale_runs
 from hloss.study.slurm import job_prefix, jobs_in_queue, wait_for_jobs
 from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
@@ -48,6 +48,7 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
         SystemExit: if a run fails in all of its attempts.
     """
     check_parameters()
+    refuse_mixed_settings(study)
     folder = profile_folder(profile)
     with project_lock():
         queue = jobs_in_queue() if uses_slurm(folder) else None  # inside the lock: no other start submits jobs

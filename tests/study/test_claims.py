@@ -569,5 +569,5 @@ def test_table_over_splits_needs_every_split():
 def test_refuses_an_invalid_claim_by_name(tmp_path):
     file = tmp_path / "claims.yaml"
     file.write_text(Path(CLAIMS).read_text().replace("check: sensitive", "check: growing"))
-    with pytest.raises(ConfigError, match=r"claim 'C matters': check: Input should be 'above'"):
+    with pytest.raises(ConfigError, match=r"claim 'C matters': check: got 'growing'; must be 'above', "):
         read_claims(str(file))

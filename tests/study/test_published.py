@@ -80,7 +80,7 @@ def test_refuses_an_invalid_row_by_line(column, wrong, message, tmp_path):
 
 def test_refuses_a_file_with_other_columns(tmp_path):
     (tmp_path / "values.csv").write_text("dataset,value\ncub,1\n")
-    with pytest.raises(ConfigError, match=r"has wrong columns: got \['dataset', 'value'\]"):
+    with pytest.raises(ConfigError, match=r"has wrong columns: got dataset, value; required are dataset, method"):
         read_published(tmp_path / "values.csv")
 
 
