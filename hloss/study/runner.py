@@ -116,7 +116,10 @@ def available_gpus(study: Study) -> int:
     count = len(visible_devices())
     for run in study.runs:
         if run.resources.gpus > count and (count or run.config.device == "cuda"):
-            raise ConfigError(f"{run.name} needs {run.resources.gpus} GPUs: got {count} on this machine")
+            raise ConfigError(
+                f"{run.name} needs {run.resources.gpus} GPUs: got {count} on this machine; lower `devices` of the run, "
+                "or set `device: cpu` and `gpus: 0`, or use another machine"
+            )
     return count
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hloss.runs.checkpoints import read_status, write_status
+from hloss.runs.errors import ConfigError
 from hloss.study import devices, kernels, notebooks
 from hloss.study.notebooks import execute_report, execute_run
 from tests.helpers.studies import study_of
@@ -104,6 +105,9 @@ def test_a_failed_export_of_the_report_says_why(config, monkeypatch, tmp_path, c
         raise ValueError("No template sub-directory with name 'lab' found")
 
     monkeypatch.setattr(notebooks, "report_page", no_template)
+    with pytest.raises(ConfigError, match="reports/some has no results; run `make study STUDY=some` first"):
+        execute_report(study)
+    (folder / "results.parquet").touch()
     with pytest.raises(SystemExit, match="1"):
         execute_report(study)
     said = '90_report.ipynb is complete, but its export to report.html failed: ValueError("No template sub-directory'

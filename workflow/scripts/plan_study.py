@@ -36,7 +36,7 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"study {options.study}: {error}")
     gpus = None if cluster else len(visible_devices())
-    throughput = known.get(torch.cuda.get_device_name()) if gpus else next(iter(known.values()))
+    throughput = known.get(torch.cuda.get_device_name()) if gpus else next(iter(known.values()), None)
     planned = plan_runs(study, gpus, costs | measured_costs(Path("runs")), throughput)
     print(plan_text(study, planned))
     if gpus == 0 and throughput and (estimate := gpu_hours_text(planned, throughput)):
