@@ -1,0 +1,81 @@
+"""A study of 40 short runs of which two fail, and the index page that shows it."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.helpers.copied_project import Project
+
+LOSSES = ("histogram", "binomial", "triplet", "contrastive")
+RUNS, FAILING = 40, 2
+MESSAGES = {"diverges, seed 0": "finite", "missing weights, seed 0": "no-such-file.pt"}
+
+
+def forty_runs(data: Path) -> dict[str, Any]:
+    """The content of the study's file: 38 runs of two iterations, and two that fail while they run.
+
+    Args:
+        data: folder of the dataset `tiny`.
+    """
+    fixed = {"dataset": "tiny", "data_dir": str(data), "batch_size": 16, "images_per_class": 4}
+    fixed |= {"iterations": 2, "validate_every": 1}
+    failing = [
+        {"name": "diverges", "set": {"loss": "binomial", "learning_rate": 1e30}, "seeds": [0]},
+        {
+            "name": "missing weights",
+            "set": {"loss": "binomial", "network": "googlenet", "weights": "no-such-file.pt"},
+            "seeds": [0],
+        },
+    ]
+    entries = [{"name": loss, "set": {"loss": loss}} for loss in LOSSES]
+    entries[0]["seeds"] = list(range(8))
+    return {
+        "title": "Forty short runs, two of which fail",
+        "fixed": fixed,
+        "seeds": list(range(10)),
+        "resources": {"gpus": 0, "memory_gb": 4, "hours": 0.2},
+        "runs": [entries[0], *failing, *entries[1:]],
+    }
+
+
+class Counts(NamedTuple):
+    """Numbers of runs that an index page states."""
+
+    complete: int
+    total: int
+    working: int
+    failed: int
+
+
+def counts(page: str) -> Counts:
+    """Read the numbers of a page's first paragraph.
+
+    Args:
+        page: HTML or text of an index page.
+    """
+    words = re.sub(r"<[^>]*>", "", page)
+    complete, total = map(int, re.search(r"(\d+) of (\d+) runs are complete", words).groups())
+    working, failed = (int(found[1]) if (found := re.search(rf"(\d+) {w}", words)) else 0 for w in ("at work", "failed"))
+    return Counts(complete, total, working, failed)
+
+
+def check_end(project: Project) -> None:
+    """Check what the page and the terminal say at the end.
+
+    Args:
+        project: the copy in which the study has ended.
+    """
+    folder = project.folder / "runs" / "short"
+    page = (folder / "index.html").read_text()
+    printed = project.printed()
+    runs = project.runs()
+    for name, message in MESSAGES.items():
+        row = next(row for row in page.split("<tr>") if f">tiny: {name}<" in row)
+        assert message in row
+        (log,) = re.findall('href="([^"]*run.log)"', row)
+        assert (folder / log).resolve() == runs[name] / "run.log"
+        assert message in (folder / log).read_text()
+        assert f"  failed  {name}: " in printed
+    assert printed.count("test Recall@1") == RUNS - FAILING
+    assert "study short is not complete; run the same command again to continue" in printed
+    assert {name for name, run in runs.items() if not (run / "result.json").exists()} == set(MESSAGES)
