@@ -18,7 +18,7 @@ from hloss.study.spec import Study, StudyRun
 
 RELOAD_SECONDS = 10
 COLORS = ("#4477aa", "#cc6677", "#228833", "#b8860b", "#66ccee", "#aa3377", "#777777", "#ee7733")
-WIDTH, HEIGHT, LEFT, BOTTOM = 720, 260, 40, 28  # of the chart, in pixels
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 280, 56, 18, 34  # of the chart, in pixels
 PACE_RUNS = 5  # complete runs from which the time left follows
 STATES = {"complete": "complete", "failed": "failed", "stopped": "stopped", "running": "at work", "to do": "to do"}
 STYLE = """
@@ -40,14 +40,18 @@ h2 { font-size: 1.1rem; margin: 1.6rem 0 0.4rem; }
 table { border-collapse: collapse; }
 th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: normal; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr :first-child { min-width: 9rem; }
+th { vertical-align: bottom; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
 .runs { margin: 0; padding: 0; list-style: none; }
 .runs li { border-left: 0.25rem solid var(--bad); padding: 0.1rem 0 0.1rem 0.7rem; margin: 0 0 0.8rem; }
+.runs strong { display: block; }
 .bad { color: var(--bad); font-weight: 600; }
 .soft, svg text { color: var(--soft); fill: var(--soft); font-size: 0.85rem; }
 svg { width: 100%; height: auto; max-width: 45rem; }
 a { color: inherit; }
-@media (max-width: 40rem) { svg text { font-size: 1.5rem; } }
+@media (max-width: 40rem) { .count { font-size: 1.5rem; } svg text { font-size: 1.4rem; } }
 """
 
 
@@ -223,7 +227,7 @@ def _name(state: RunState) -> str:
 
 def _link(state: RunState, file: str, text: str, folder: Path) -> str:
     target = os.path.relpath(state.run.config.folder / file, folder)
-    return f'<a href="{html.escape(target)}">{text}</a>'
+    return f'<a href="{html.escape(target)}" aria-label="{_name(state)}, {file}">{text}</a>'
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -242,8 +246,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def _failed_list(title: str, states: Sequence[RunState], folder: Path) -> str:
     """Name, message and log of each run."""
     items = "".join(
-        f"<li><strong>{_name(s)}</strong><br>{html.escape(s.message)} "
-        f"({_link(s, 'run.log', f'log of {_name(s)}', folder)})</li>"
+        f"<li><strong>{_name(s)}</strong>{html.escape(s.message)} ({_link(s, 'run.log', 'run.log', folder)})</li>"
         for s in states
     )
     return f'<h2>{title}</h2><ul class="runs">{items}</ul>' if items else ""
@@ -289,7 +292,7 @@ def _chart(states: Sequence[RunState]) -> str:
 
     def place(iteration: float, recall: float) -> str:
         x = LEFT + (WIDTH - LEFT - 10) * iteration / last
-        return f"{x:.1f},{(HEIGHT - BOTTOM) - (HEIGHT - BOTTOM - 10) * recall:.1f}"
+        return f"{x:.1f},{(HEIGHT - BOTTOM) - (HEIGHT - BOTTOM - TOP) * recall:.1f}"
 
     lines = "".join(
         f'<polyline points="{" ".join(place(*point) for point in points)}" fill="none" stroke="{color[loss]}" '

@@ -78,7 +78,11 @@ def test_violations_are_found(axe, visit, tmp_path):
     found = [line.split(" (")[0] for line in violations(axe, visit, tmp_path / "page.html")]
     assert sorted(found) == sorted(
         [f"{scheme}, 1300 px: color-contrast" for scheme in ("light", "dark")]
-        + [f"{scheme}, {width} px: scrollable-region-focusable" for scheme in ("light", "dark") for width in (1300, 390)]
+        + [
+            f"{scheme}, {width} px: scrollable-region-focusable"
+            for scheme in ("light", "dark")
+            for width in (1300, 390)
+        ]
     )
 
 

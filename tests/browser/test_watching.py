@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.helpers.copied_project import projects, wait_until
-from tests.helpers.forty_runs import FAILING, RUNS, check_end, counts, forty_runs
+from tests.helpers.forty_runs import check_end, check_seen, counts, forty_runs, without_figures
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +18,9 @@ def new_project(tmp_path):
 
 def test_a_person_sees_a_study_go_and_what_failed(new_project, tiny_data, visit):
     project = new_project("project", forty_runs(tiny_data))
-    start = project.start("CORES=2")
-    index = project.folder / "runs" / "short" / "index.html"
+    without_figures(project)
+    start = project.start("CORES=4")
+    index = project.folder / "runs/short/index.html"
     wait_until("the index page", index.exists, during=start)
     page = visit.open(index)
     seen = [counts(page.inner_text("main"))]
@@ -30,11 +31,7 @@ def test_a_person_sees_a_study_go_and_what_failed(new_project, tiny_data, visit)
     page.wait_for_function("text => document.body.innerText.includes(text)", arg="No run is at work", timeout=30_000)
     seen.append(counts(page.inner_text("main")))
 
-    assert [state.complete for state in seen] == sorted(state.complete for state in seen)
-    assert [state.failed for state in seen] == sorted(state.failed for state in seen)
-    assert len({state.complete for state in seen}) > 5  # it reloaded, and the numbers moved
-    assert any(state.failed and state.working and state.complete < state.total for state in seen)
-    assert seen[-1] == (RUNS - FAILING, RUNS, 0, FAILING)
+    check_seen(seen)
     assert start.returncode != 0
     check_end(project)
     assert visit.errors == visit.missing == visit.outside == []
