@@ -123,9 +123,9 @@ class IndexPage:
         count = Counter(s.state for s in states)
         if self.complete_at_start is None:
             self.complete_at_start = count["complete"]
-        new = count["complete"] - self.complete_at_start
-        if count["running"] and new >= max(PACE_RUNS, 2 * count["running"]):
-            return (time.monotonic() - self.started) / new * (count["running"] + count["to do"])
+        new, left = count["complete"] - self.complete_at_start, count["running"] + count["to do"]
+        if left and new >= max(PACE_RUNS, 2 * count["running"]):
+            return (time.monotonic() - self.started) / new * left
         return seconds_left(states)
 
 
