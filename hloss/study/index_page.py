@@ -40,16 +40,17 @@ h2 { font-size: 1.1rem; margin: 1.6rem 0 0.4rem; }
 table { border-collapse: collapse; }
 th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: normal; }
-tr :first-child { min-width: 9rem; }
+tr > :first-child { min-width: 9rem; }
 th { vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 .runs { margin: 0; padding: 0; list-style: none; }
 .runs li { border-left: 0.25rem solid var(--bad); padding: 0.1rem 0 0.1rem 0.7rem; margin: 0 0 0.8rem; }
 .runs strong { display: block; }
-.bad { color: var(--bad); font-weight: 600; }
+.failed { color: var(--bad); font-weight: 600; }
 .soft, svg text { color: var(--soft); fill: var(--soft); font-size: 0.85rem; }
 svg { width: 100%; height: auto; max-width: 45rem; }
+details { margin-top: 1.6rem; }
 a { color: inherit; }
 @media (max-width: 40rem) { .count { font-size: 1.5rem; } svg text { font-size: 1.4rem; } }
 """
@@ -182,8 +183,10 @@ def _summary(study: Study, by_state: Mapping[str, Sequence[RunState]], left: flo
     count = {name: len(runs) for name, runs in by_state.items()}
     said = [(name, f"{number} {STATES[name]}") for name, number in count.items() if number]
     parts = "".join(f'<span style="flex-grow:{count[name]};background:{_color(name)}"></span>' for name, _ in said)
-    items = [f'<span style="color:{_color(name)}" aria-hidden="true">&#9632;</span> {text}' for name, text in said]
-    items = [f'<strong class="bad">{item}</strong>' if "failed" in item else item for item in items]
+    items = [
+        f'<span style="color:{_color(name)}" aria-hidden="true">&#9632;</span> <span class="{name}">{text}</span>'
+        for name, text in said
+    ]
     items += [f"{len(study.waiting)} more wait for settings that a grid chooses"] if study.waiting else []
     items += [] if left is None else [f"<strong>about {_duration(left)} left</strong>"]
     key = "".join(f"<li>{item}</li>" for item in items)
