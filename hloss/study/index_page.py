@@ -140,7 +140,8 @@ def read_state(run: StudyRun) -> RunState:
     progress, result = read_progress(folder) or {}, read_result(folder)
     if result:
         return RunState(run, "complete", "", progress, result)
-    status = read_status(folder) or {"state": "to do", "message": ""}
+    at_first = "running" if (folder / "run.log").exists() else "to do"  # the log begins before the status
+    status = read_status(folder) or {"state": at_first, "message": ""}
     state = "running" if status["state"] == "complete" else status["state"]  # its result is about to be written
     return RunState(run, state, status["message"], progress, None)
 

@@ -228,7 +228,7 @@ def test_a_study_is_watched_from_the_login_node(slurm, new_project, tiny_data):
     watch = project.start(target="watch")
     index = project.folder / "runs/short/index.html"
     wait_until("the index page", index.exists, during=watch)
-    start = project.start("PROFILE=slurm", **slurm)
+    start = project.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.5")
     seen = [counts(index.read_text())]
     while start.poll() is None:
         time.sleep(1)

@@ -90,6 +90,14 @@ def test_a_finished_study_does_not_reload(half_done):
     assert "refresh" not in page(half_done, states, half_done.runs[0].config.folder, None)
 
 
+def test_a_run_that_starts_is_at_work(half_done):
+    starting = half_done.runs[3]
+    assert read_state(starting).state == "to do"
+    starting.config.folder.mkdir(parents=True)
+    (starting.config.folder / "run.log").touch()
+    assert read_state(starting).state == "running"
+
+
 def test_time_left(half_done):
     states = [read_state(one) for one in half_done.runs]
     seconds = states[0].result["training_seconds"]
