@@ -17,7 +17,7 @@ SITE = (
     "docs/index.html",
     "docs/claims.html",
     "docs/losses.html",
-    "docs/api/study.html",
+    "docs/api/library.html",
     "notebooks/00_histogram_loss.html",
 )
 STUDIES = {
