@@ -73,7 +73,7 @@ test: $(TEST_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	"$(BIN)"/ruff check . && "$(BIN)"/ruff format --check . && "$(BIN)"/mypy && "$(BIN)"/lint-imports --no-cache --no-logo
 	"$(BIN)"/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
-test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
+test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) $(DOCS_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	"$(BIN)"/python -m pytest -m slow -rs --durations=0 tests
 
 check-gpu: FAISS := faiss-gpu

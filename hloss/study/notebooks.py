@@ -253,8 +253,9 @@ def execute(
             shutil.copy(part, out)
         if isinstance(error, PapermillExecutionError) and error.ename in REFUSALS:
             on_refusal(f"{error.ename}: {error.evalue}")
-        last = str(error).strip().splitlines()[-1:] or [repr(error)]
-        fail(f"{out} failed: {last[0]}; the log is {log}")
+        reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or repr(error)  # without the colors of a traceback
+        logging.error("failed: %s", reason)
+        fail(f"{out} failed: {reason.splitlines()[-1]}; the log is {log}")
     part.replace(out)
 
 

@@ -54,6 +54,14 @@ def test_status_of_an_earlier_start_does_not_stop_attempts(attempt, config):
     assert "the file system is away" in attempt(2, error)
 
 
+def test_the_log_says_why_a_run_failed(attempt, caplog):
+    attempt(1, "number = 0\n1 / number")
+    assert "failed: " in caplog.text
+    assert "----> 2 1 / number" in caplog.text  # the line of the traceback
+    assert "ZeroDivisionError: division by zero" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
 def test_permanent_failure_in_this_start_is_not_attempted_again(attempt, config):
     failed = json.dumps({"state": "failed", "iteration": 3, "message": "RunError: not finite", "retry": False})
     code = f"open({str(config.folder / 'status.json')!r}, 'w').write({failed!r})\nraise RuntimeError('not finite')"
