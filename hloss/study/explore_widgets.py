@@ -1,6 +1,8 @@
 """Widgets of the notebook `35_explore`: choices, curves, neighbours of a query, and a map of the embeddings.
 
 They need a running kernel. Their data come from `hloss.study.explore`.
+
+Figures are built with their first traces: a figure loses changes that are made before its script is loaded.
 """
 
 import base64
@@ -17,6 +19,7 @@ import plotly.colors
 import plotly.graph_objects as go
 from ipywidgets import HTML, Dropdown, HBox, Layout, VBox
 from PIL import Image
+from traitlets import Unicode
 
 from hloss.runs.datasets import Dataset, open_dataset
 from hloss.runs.errors import DatasetError
@@ -26,12 +29,46 @@ from hloss.study.explore import Gallery
 from hloss.study.plots import HIT, MISS, NEGATIVE, POSITIVE
 from hloss.study.results import at_length, read_results, select_results
 
-COLORS = plotly.colors.qualitative.Safe
+COLORS = plotly.colors.qualitative.Dark2
 DASHES = ("solid", "dash", "dot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 ALL, LEFT, RIGHT, NEITHER = "all", "only left finds", "only right finds", "neither finds"
+NAMES = ("nearest image is a hit", "nearest image is a miss", "class of the query", "its nearest images", "query")
 MOST_QUERIES = 300  # in the list; a click on the map picks any of its images
 FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2328"}
+
+
+# anywidget drops all changes of a widget whose script is not ready after 2 s. The script of plotly has 5 MB and takes
+# longer on a busy machine. So the script of a figure is a small one, which loads that of plotly once for all figures.
+SCRIPT = """
+function load(text) {
+  const file = () => URL.createObjectURL(new Blob([text], {type: "text/javascript"}));
+  globalThis.hlossPlotly ??= import(file());
+  return globalThis.hlossPlotly;
+}
+export default () => {
+  let widget;
+  return {
+    initialize({model}) {
+      widget = load(model.get("_plotly_script")).then(plotly => {
+        const loaded = plotly.default();
+        loaded.initialize({model});
+        return loaded;
+      });
+    },
+    async render(view) {
+      return (await widget).render(view);
+    },
+  };
+};
+"""
+
+
+class Figure(go.FigureWidget):
+    """A plotly figure that is a widget, also on a slow machine."""
+
+    _esm = SCRIPT
+    _plotly_script = Unicode(str(go.FigureWidget._esm)).tag(sync=True)
 
 
 def picture(image: np.ndarray) -> str:
@@ -111,7 +148,8 @@ class Choices(_Panel):
     def _refresh(self) -> None:
         study, dataset, comparison = self._first
         _offer(self.study, self._files, study)
-        table = _results_of(self._files[self.study.value])
+        file = self._files[self.study.value]
+        table = _results_of(file, file.stat().st_mtime)
         _offer(self.dataset, table.loc[table["complete"], "dataset"].unique(), dataset)
         of_dataset = select_results(table, dataset=self.dataset.value)
         _offer(self.comparison, explore.comparisons(of_dataset), comparison)
@@ -121,7 +159,8 @@ class Choices(_Panel):
 
 
 @lru_cache(maxsize=8)
-def _results_of(file: Path) -> pd.DataFrame:
+def _results_of(file: Path, changed: float) -> pd.DataFrame:
+    """The results in a file that was last changed at this time."""
     return read_results(file)
 
 
@@ -137,9 +176,9 @@ class Curves(_Panel):
         self._choices = choices
         self.axis, self.metric, self.k = _choice("axis", "220px"), _choice("metric", "220px"), _choice("K", "100px")
         super().__init__(self.axis, self.metric, self.k)
-        self.figure = go.FigureWidget(layout=_layout(height=430))
-        self.view = VBox([choices.lists, _row(self.axis, self.metric, self.k), self.figure])
+        self.figure: Figure | None = None
         choices.when_changed(self.update)
+        self.view = VBox([choices.lists, _row(self.axis, self.metric, self.k), self.figure])
 
     def _refresh(self) -> None:
         results = self._choices.results
@@ -150,9 +189,14 @@ class Curves(_Panel):
         self.metric.disabled = self.axis.value in (explore.OVER_K, explore.ITERATION)
         self.k.disabled = self.metric.disabled or not self.k.options
         points = explore.curves(results, self.axis.value, metrics[self.metric.value][self.k.value])
-        self.figure.data = []
-        self.figure.add_traces(list(_traces(points, self.axis.value)))
-        self.figure.update_layout(**self._axes(points), showlegend=points["curve"].iloc[0] != "")
+        traces = list(_traces(points, self.axis.value))
+        layout = self._axes(points) | {"showlegend": points["curve"].nunique() > 1}
+        if self.figure is None:
+            self.figure = Figure(traces, _layout(height=430).update(layout))
+        else:
+            self.figure.data = []
+            self.figure.add_traces(traces)
+            self.figure.update_layout(layout)
 
     def _axes(self, points: pd.DataFrame) -> dict[str, Any]:
         """Titles and scales of the axes."""
@@ -221,15 +265,16 @@ class Neighbors(_Panel):
 
     Attributes:
         view: the widget to display.
+        choices: the lists above.
         dataset: the dataset of the runs; None if it is not prepared.
         galleries: embeddings of the left and the right run; None for a run without them.
         shown: the neighbourhoods of the query, left and right.
     """
 
     def __init__(self, choices: Choices) -> None:
-        self._choices = choices
+        self.choices = choices
         self.left, self.right, self.seed = _choice("left", "300px"), _choice("right", "300px"), _choice("seed", "100px")
-        self.which, self.query = _choice("queries", "220px"), _choice("query", "320px")
+        self.which, self.query = _choice("queries", "220px"), _choice("query", "260px")
         super().__init__(self.left, self.right, self.seed, self.which, self.query)
         self.panel, self.note = HTML(), HTML()
         lists = [_row(self.left, self.right, self.seed), _row(self.which, self.query)]
@@ -269,7 +314,7 @@ class Neighbors(_Panel):
 
     def _chosen_runs(self) -> list[dict[str, Any]]:
         """The left and the right run."""
-        complete = at_length(self._choices.results)
+        complete = at_length(self.choices.results)
         complete = complete[complete["complete"]]
         methods = list(complete["method"].unique())
         _offer(self.left, methods)
@@ -295,10 +340,7 @@ class Neighbors(_Panel):
         return list(dict.fromkeys([*first, *passed, *picked])) or stored
 
     def _name(self, row: int) -> str:
-        if not self.dataset:
-            return f"image {row}"
-        image = self.dataset.index.iloc[row]
-        return f"image {row}, class {image['label']} ({str(image['source'])[-24:]})"
+        return f"image {row}, class {self.dataset.index.label.iloc[row]}" if self.dataset else f"image {row}"
 
     def _pictures(self, images: np.ndarray, runs: list[dict[str, Any]]) -> str:
         """HTML of the query and of both sets of neighbours."""
@@ -382,7 +424,7 @@ class Map:
 
     Attributes:
         view: the widget to display.
-        figure: the map. Its traces are hits, misses, images of the query's class, its neighbours, and the query.
+        figure: the map, with the traces `NAMES`; None until a run with embeddings is chosen.
         hovered: the picture of the image under the mouse.
     """
 
@@ -390,17 +432,11 @@ class Map:
         self._neighbors = neighbors
         self.side = Dropdown(description="run", options=["left", "right"], layout=Layout(width="220px"))
         self.side.observe(lambda _: self.update(), "value")
-        self.figure = go.FigureWidget(_map_traces(), _layout(height=520, hovermode="closest"))
-        for trace in self.figure.data[:2]:
-            trace.on_hover(self._hover)
-            trace.on_click(self._click)
-        self.hovered, self.note = HTML(), HTML()
+        self.figure: Figure | None = None
+        self.hovered, self.note, self._beside = HTML(), HTML(), HBox()
         self._rows: dict[str, list[int]] = {}
-        beside = HBox([VBox([self.figure], layout=Layout(flex="1 1 auto")), self.hovered])
-        self.view = VBox(
-            [neighbors._choices.lists, _row(neighbors.left, neighbors.right, self.side), beside, self.note]
-        )
-        self._beside = beside
+        lists = _row(neighbors.left, neighbors.right, self.side)
+        self.view = VBox([neighbors.choices.lists, lists, self._beside, self.note])
         neighbors.when_changed(self.update)
 
     def update(self) -> None:
@@ -408,8 +444,8 @@ class Map:
         place = self.side.index
         gallery, found = self._neighbors.galleries[place], self._neighbors.shown[place]
         self.note.value = self._neighbors.note.value
-        self._beside.layout.display = "flex" if gallery else "none"
         if gallery is None:
+            self._beside.children = ()
             return
         points, shares = explore.projection(gallery)
         hit = np.array([gallery.ranks.get(row) == 1 for row in gallery.rows.tolist()])
@@ -417,15 +453,29 @@ class Map:
         same = (gallery.labels == gallery.labels[gallery.rows == found.query]).numpy()
         marked = [drawn & hit, drawn & ~hit, same, np.isin(gallery.rows, found.rows), gallery.rows == found.query]
         method = (self._neighbors.left, self._neighbors.right)[place].value
-        title = f"{method}: {drawn.sum():,} of {len(hit):,} test images"
-        with self.figure.batch_update():
-            for trace, mask in zip(self.figure.data, marked, strict=True):
-                trace.x, trace.y = points[mask].T
-                self._rows[trace.name] = gallery.rows[mask].tolist()
-            self.figure.layout.title.text = title
-            for axis, number in ((self.figure.layout.xaxis, 0), (self.figure.layout.yaxis, 1)):
-                axis.title.text = f"principal component {number + 1} ({100 * shares[number]:.0f} % of the variance)"
+        layout: dict[str, Any] = {"title": {"text": f"{method}: {drawn.sum():,} of {len(hit):,} test images"}}
+        for name, number in (("xaxis", 0), ("yaxis", 1)):
+            text = f"principal component {number + 1} ({100 * shares[number]:.0f} % of the variance)"
+            layout[name] = {"title": {"text": text}}
+        self._rows = {name: gallery.rows[mask].tolist() for name, mask in zip(NAMES, marked, strict=True)}
+        self._draw([points[mask].T for mask in marked], layout)
         self._show(found.query)
+
+    def _draw(self, places: list[np.ndarray], layout: dict[str, Any]) -> None:
+        """Draw the points of each trace, with these titles."""
+        if self.figure is None:
+            base = _layout(height=520, hovermode="closest")
+            self.figure = Figure(list(_map_traces(places)), base.update(layout))
+            for trace in self.figure.data[:2]:
+                trace.on_hover(self._hover)
+                trace.on_click(self._click)
+        else:
+            with self.figure.batch_update():
+                for trace, place in zip(self.figure.data, places, strict=True):
+                    trace.x, trace.y = place
+                self.figure.update_layout(layout)
+        if not self._beside.children:
+            self._beside.children = (VBox([self.figure], layout=Layout(flex="1 1 auto", min_width="0")), self.hovered)
 
     def _hover(self, trace: go.Scatter, points: Any, state: Any) -> None:
         if points.point_inds:
@@ -445,17 +495,16 @@ class Map:
         self.hovered.value = f"<div style='width:190px;margin:48px 12px;line-height:1.5'>{framed}<br>{said}</div>"
 
 
-def _map_traces() -> list[go.Scatter]:
-    """Empty traces of a map; those above the points take no part in hovering."""
-
-    def trace(name: str, color: str, hover: str, **marker: Any) -> go.Scatter:
-        return go.Scatter(x=[], y=[], name=name, mode="markers", hoverinfo=hover, marker={"color": color, **marker})
-
+def _map_traces(places: list[np.ndarray]) -> Iterable[go.Scatter]:
+    """Traces of a map at the given places; those above the points take no part in hovering."""
     ring = {"symbol": "circle-open", "line": {"width": 2}}
-    return [
-        trace("nearest image is a hit", POSITIVE, "none", size=5, opacity=0.6),
-        trace("nearest image is a miss", NEGATIVE, "none", size=5, opacity=0.6),
-        trace("class of the query", "#0969da", "skip", size=11, **ring),
-        trace("its nearest images", "#1f2328", "skip", size=15, **ring),
-        trace("query", "#bf3989", "skip", size=17, symbol="star", line={"color": "white", "width": 1}),
+    markers: list[dict[str, Any]] = [
+        {"color": POSITIVE, "size": 5, "opacity": 0.6},
+        {"color": NEGATIVE, "size": 5, "opacity": 0.6},
+        {"color": "#0969da", "size": 11, **ring},
+        {"color": "#1f2328", "size": 15, **ring},
+        {"color": "#bf3989", "size": 17, "symbol": "star", "line": {"color": "white", "width": 1}},
     ]
+    for number, (name, marker, (x, y)) in enumerate(zip(NAMES, markers, places, strict=True)):
+        hover = "none" if number < 2 else "skip"
+        yield go.Scatter(x=x, y=y, name=name, mode="markers", marker=marker, hoverinfo=hover)
