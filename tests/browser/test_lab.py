@@ -161,9 +161,16 @@ class Explorer:
         return pictures.evaluate_all("images => images.map(image => image.alt + image.src)")
 
 
-def test_the_explorer_draws_curves_and_says_what_the_sample_lacks(lab, visit):
+def patient_expect():
+    """Playwright's `expect` with a minute instead of 5 s: a kernel and a page share a busy machine."""
     from playwright.sync_api import expect
 
+    expect.set_options(timeout=60_000)
+    return expect
+
+
+def test_the_explorer_draws_curves_and_says_what_the_sample_lacks(lab, visit):
+    expect = patient_expect()
     page = visit.page
     run_notebook(page, lab, "35_explore")
     explorer = Explorer(page)
@@ -196,15 +203,14 @@ def picture_in(text):
 
 
 def test_the_explorer_shows_any_query_and_the_picture_under_the_mouse(lab, lab_project, visit):
-    from playwright.sync_api import expect
-
+    expect = patient_expect()
     called(lab_project, "-c", SMALL_STUDY)
     page = visit.page
     run_notebook(page, lab, "35_explore")
     explorer = Explorer(page)
     explorer.list_of(explorer.neighbors, "study").select_option("small")
     queries = explorer.list_of(explorer.neighbors, "queries")
-    expect(queries.locator("option")).to_have_count(4, timeout=60_000)
+    expect(queries.locator("option")).to_have_count(4)
     expect(explorer.neighbors.get_by_text("make study")).to_have_count(0)
     explorer.map.scroll_into_view_if_needed()
     expect(explorer.map.locator(".gtitle")).to_have_text(re.compile(r"histogram: 3,000 of 5,620 test images"))
@@ -215,11 +221,12 @@ def test_the_explorer_shows_any_query_and_the_picture_under_the_mouse(lab, lab_p
     page.mouse.move(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2, steps=8)
     expect(explorer.hovered).not_to_have_attribute("alt", before)
     assert explorer.hovered.get_attribute("src").startswith("data:image/png")
-    under_mouse = explorer.hovered.get_attribute("alt")
+    query = explorer.list_of(explorer.neighbors, "query").locator("option:checked")
+    first = query.inner_text()
     page.mouse.down()
     page.mouse.up()
-    query = explorer.list_of(explorer.neighbors, "query")
-    expect(query.locator("option:checked")).to_have_text(re.compile(f"^{under_mouse},"))
+    expect(query).not_to_have_text(first)
+    expect(explorer.hovered).to_have_attribute("alt", query.inner_text().partition(",")[0])
     assert len(explorer.neighbor_pictures()) == 1 + 2 * 8
     assert visit.errors == visit.outside == []
 
