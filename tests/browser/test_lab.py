@@ -222,11 +222,12 @@ def test_the_explorer_shows_any_query_and_the_picture_under_the_mouse(lab, lab_p
     expect(explorer.hovered).not_to_have_attribute("alt", before)
     assert explorer.hovered.get_attribute("src").startswith("data:image/png")
     query = explorer.list_of(explorer.neighbors, "query").locator("option:checked")
-    first = query.inner_text()
+    first, pictures = query.inner_text(), explorer.neighbor_pictures()
     page.mouse.down()
     page.mouse.up()
     expect(query).not_to_have_text(first)
-    expect(explorer.hovered).to_have_attribute("alt", query.inner_text().partition(",")[0])
+    picked = explorer.neighbors.locator(".widget-html img").first
+    expect(picked).not_to_have_attribute("src", picture_in(pictures[0]))
     assert len(explorer.neighbor_pictures()) == 1 + 2 * 8
     assert visit.errors == visit.outside == []
 
