@@ -296,7 +296,7 @@ def test_committed_claim_names_the_better_method(name, comparison, above, others
     def judged(*recalls):
         means = [*zip((above, *others), recalls, strict=True), *((who, 70.0) for who in unrelated)]
         results = [
-            runs({0: mean}, comparison, "level", **{"C": None, **who}).assign(method=str(who)) for who, mean in means
+            runs({0: mean}, comparison, "level", **{"C": np.nan, **who}).assign(method=str(who)) for who, mean in means
         ]
         (asked,) = (c for c in read_claims() if c.name == name)
         board = judge(pd.concat(results, ignore_index=True), claims=[asked]).set_index("comparison")
