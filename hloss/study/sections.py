@@ -1,0 +1,363 @@
+"""Sections of the report of a study; notebooks/90_report.ipynb shows them in order."""
+
+import json
+from functools import cached_property
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import DatasetError
+from hloss.runs.files import atomic_write, project_path
+from hloss.study import notes, plots
+from hloss.study.answer import Ranking, best_comparison, rankings, sentences
+from hloss.study.claims import judge, overlap
+from hloss.study.criteria import NOT_RUN
+from hloss.study.exhibits import Exhibits
+from hloss.study.head import head_html, losses_caption, losses_figure
+from hloss.study.published import PROTOCOL, SHOWN, compare_with_published
+from hloss.study.report import run_links
+from hloss.study.results import (
+    MADE_BY,
+    at_length,
+    chosen_settings,
+    distinct_runs,
+    histories,
+    lengths_in,
+    read_results,
+    recall_names,
+    recalls_over_k,
+)
+from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
+from hloss.study.statistics import headline, shown_interval, summary
+from hloss.study.tables import duration
+from hloss.study.verify import origin
+
+PAPER = {"bins": "Figure 2", "batch": "Figure 2"}  # figures of the paper that show the same comparison
+SEEDS = "One grey point per seed; the mean with its 95 % interval; an open circle where a run is still improving."
+
+
+class Report:
+    """The results of a study, and the sections that show them.
+
+    Args:
+        results_file: reports/STUDY/results.parquet.
+        folder: folder of the report, from the project's root, for claims.csv, summary.csv, the figures and the tables;
+            "": write nothing.
+    """
+
+    def __init__(self, results_file: str, folder: str) -> None:
+        self.file, self.folder = results_file, folder
+        self.all_lengths = read_results(project_path(results_file))
+        self.results = at_length(self.all_lengths)  # the longest length of each method
+        self.complete = self.results[self.results["complete"]]
+        self.missing = self.results[~self.results["complete"]]
+        self.runs = distinct_runs(self.all_lengths[self.all_lengths["complete"]])
+        self.by_dataset = dict(list(self.complete.groupby("dataset", sort=False)))
+        self.show = Exhibits(folder, run_links(self.runs, folder))
+        if folder:
+            for name, table in (("summary", self.table_of_lengths), ("claims", self.board)):
+                file = project_path(folder) / f"{name}.csv"
+                atomic_write(file, lambda part, table=table: table.to_csv(part, index=False))  # type: ignore[misc]
+
+    @cached_property
+    def board(self) -> pd.DataFrame:
+        """The verdicts on the claims."""
+        cost = project_path(self.file).with_name("loss_cost.csv")
+        return judge(self.all_lengths, pd.read_csv(cost) if cost.exists() else None)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """Means at the longest length of each method."""
+        return at_length(self.table_of_lengths)
+
+    @cached_property
+    def table_of_lengths(self) -> pd.DataFrame:
+        """Means at all lengths."""
+        return summary(self.all_lengths, recall_names(self.results))
+
+    @cached_property
+    def losses(self) -> dict[str, pd.DataFrame]:
+        """Dataset -> runs of its losses: the tuned ones if all of them are complete."""
+        found = {}
+        for dataset, rows in self.by_dataset.items():
+            chosen = rows[rows["comparison"] == best_comparison(self.results, dataset)]
+            if len(chosen):
+                found[dataset] = chosen
+        return found
+
+    def name(self, dataset: str, name: str) -> str:
+        """Name of a file; it has the dataset if there are several."""
+        return f"{dataset} {name}" if len(self.by_dataset) > 1 else name
+
+    def _rankings(self) -> list[list[Ranking]]:
+        found = (rankings(self.all_lengths, self.table_of_lengths, dataset) for dataset in self.by_dataset)
+        return [of_lengths for of_lengths in found if of_lengths]
+
+    def head(self) -> str:
+        """HTML of the head: the question, the answer and the figure that shows it."""
+        figures = [losses_figure(r, self.show.caption(losses_caption(r))) for r in self._rankings()]
+        told = sentences(self.all_lengths, self.table_of_lengths, self.board)
+        return head_html(self.all_lengths["title"].iloc[0], self.all_lengths, told, figures)
+
+    def verdicts(self) -> None:
+        """Table of the verdicts at each length."""
+        shown = self.board[self.board["verdict"] != NOT_RUN]
+        columns = ["claim", "dataset", "comparison", "length", "verdict", "holm", "difference", "low", "high"]
+        columns += ["confidence", "unit", "n", "still improving"]
+        if len(shown):
+            caption = "Verdicts with the difference that decides each, in its unit, and the bounds of its interval. "
+            caption += "holm: the verdict with Holm's correction; confidence: of the interval, in %; n: seeds."
+            self.show.table(shown[columns].rename(columns={"holm": "Holm"}).round(2), "verdicts", caption)
+
+    def losses_tables(self) -> None:
+        """Table of the losses of each dataset."""
+        for dataset, rows in self.by_dataset.items():
+            metrics = recall_names(rows)[:4]
+            shown = self._headline(self.table[self.table["dataset"] == dataset], LOSS_COMPARISONS, metrics)
+            if len(shown):
+                caption = (
+                    f"Test Recall@K (%) of the losses on {dataset}: mean over n seeds. The 95 % interval is that of "
+                )
+                caption += "Recall@1. length: iterations of training. still improving: runs whose best validation "
+                caption += "Recall@1 lies in the last tenth of the length."
+                self.show.table(shown, self.name(dataset, "losses table"), caption)
+
+    @staticmethod
+    def _headline(table: pd.DataFrame, comparisons: tuple[str, ...], metrics: list[str]) -> pd.DataFrame:
+        shown = headline(table, comparisons, metrics)
+        return shown.assign(run_ids=table.loc[shown.index, "run_ids"])
+
+    def published(self) -> None:
+        """Tables of published values beside those of this study."""
+        beside = pd.concat([compare_with_published(self._of(name)) for name in SHOWN])
+        beside = beside.drop_duplicates(["dataset", "method", "metric", "source", "published", "run_ids"])
+        for other, rows in beside.groupby(beside["match"] == PROTOCOL):
+            kind = "other protocols" if other else "the same protocol"
+            caption = (
+                f"Published values (%) by {kind}, beside the means of this study (ours, with the 95 % interval from "
+            )
+            caption += "low to high, over n seeds); difference: ours minus published, in points."
+            display(Markdown("Other protocols:" if other else "Same protocol:"))
+            self.show.table(rows.round(1), "published other" if other else "published", caption)
+        if beside.empty:
+            display(Markdown("There are no published values for this data."))
+
+    def _of(self, comparison: str) -> pd.DataFrame:
+        return self.results[self.results["comparison"] == comparison]
+
+    def losses_figures(self) -> None:
+        """Figures of the losses: Recall@1 at one length and over the lengths, Recall@K."""
+        for dataset, rows in self.by_dataset.items():
+            for comparison in LOSS_COMPARISONS:
+                chosen = rows[rows["comparison"] == comparison]
+                if len(chosen):
+                    self._comparison(dataset, comparison, chosen)
+                    self._by_length(dataset, comparison)
+        for dataset, chosen in self.losses.items():
+            what = "the tuned losses" if chosen["comparison"].iloc[0] != LOSS_COMPARISONS[0] else "the losses"
+            self._recall_curves(dataset, chosen, what, "recall_at_k", "Figures 3 and 4")
+
+    def _comparison(self, dataset: str, comparison: str, chosen: pd.DataFrame) -> None:
+        means = self.table[self.table["dataset"] == dataset]
+        figure = plots.comparison(comparison, chosen, means)
+        caption = (
+            f"Test Recall@1 (%) of the comparison {comparison!r} on {dataset}{_paper(PAPER.get(comparison))}. {SEEDS}"
+        )
+        of_comparison = means[(means["comparison"] == comparison) & (means["n"] > 0)]
+        self.show.figure(figure, self.name(dataset, comparison), caption, _means_in_words(of_comparison))
+
+    def _by_length(self, dataset: str, comparison: str) -> None:
+        of_lengths = self.table_of_lengths[self.table_of_lengths["dataset"] == dataset]
+        rows = of_lengths[of_lengths["comparison"] == comparison]
+        if len(lengths_in(rows)) > 1:
+            figure = plots.recall_by_length(comparison, of_lengths)
+            caption = f"Mean test Recall@1 (%) of the comparison {comparison!r} on {dataset} over the training length "
+            caption += "(iterations). An open circle: a run is still improving."
+            name = self.name(dataset, f"{comparison} by length")
+            self.show.figure(figure, name, caption, _means_in_words(rows[rows["n"] > 0]))
+
+    def _recall_curves(self, dataset: str, chosen: pd.DataFrame, what: str, name: str, paper: str) -> None:
+        figure = plots.recall_curves(recalls_over_k(chosen))
+        caption = (
+            f"Test Recall@K (%) of {what} on {dataset} over K{_paper(paper)}: mean over seeds, with the range from "
+        )
+        caption += "the lowest to the highest seed."
+        means = recalls_over_k(chosen).groupby(["method", "K"], sort=False)["recall"].mean().unstack()
+        first, last = means.columns.min(), means.columns.max()
+        alt = "; ".join(
+            f"{m}: {v[first]:.1f} % at K = {first}, {v[last]:.1f} % at K = {last}" for m, v in means.iterrows()
+        )
+        self.show.figure(figure, self.name(dataset, name), caption, alt)
+
+    def over_classes(self) -> None:
+        """Table of one run per loss with its interval over test classes."""
+        firsts = [rows[rows["seed"] == rows["seed"].min()] for rows in self.losses.values()]
+        of_one_run = pd.concat([self.complete.head(0), *firsts])
+        intervals = list(map(shown_interval, of_one_run["classes_low"], of_one_run["classes_high"]))
+        shown = of_one_run[["dataset", "method", "seed", "run_id"]].assign(
+            **{"recall@1 (%)": of_one_run["recall@1"].round(1), "95 % over classes": intervals}
+        )
+        if len(shown):
+            caption = (
+                "Test Recall@1 (%) of the run with the first seed of each loss, with its 95 % bootstrap interval over "
+            )
+            caption += "test classes."
+            self.show.table(shown, "over classes", caption)
+
+    def tuned(self) -> None:
+        """Table of the settings that tuning chose."""
+        tuned = chosen_settings(self.all_lengths)
+        if len(tuned):
+            caption = (
+                "Settings chosen at each length on the validation classes, once for all seeds, and the number of runs "
+            )
+            caption += (
+                "of each grid (+ those of its extensions). If a choice is at an edge of the grid, a better value may "
+            )
+            caption += "lie beyond it. Intervals do not include the variation of this choice."
+            self.show.table(tuned, "tuned settings", caption)
+
+    def ablations(self) -> None:
+        """Figure and table of each other comparison."""
+        for dataset, rows in self.by_dataset.items():
+            for comparison, chosen in rows.groupby("comparison", sort=False):
+                if comparison not in LOSS_COMPARISONS and not comparison.endswith(OF_TUNING):
+                    display(Markdown(f"### {self.name(dataset, comparison)}"))
+                    self._comparison(dataset, comparison, chosen)
+                    of_lengths = self.table_of_lengths[self.table_of_lengths["dataset"] == dataset]
+                    caption = (
+                        f"Test Recall@K (%) of the comparison {comparison!r} on {dataset} at each length: mean over n "
+                    )
+                    caption += "seeds; the 95 % interval is that of Recall@1."
+                    shown = self._headline(of_lengths, (comparison,), recall_names(rows)[:4])
+                    self.show.table(shown, self.name(dataset, f"{comparison} table"), caption)
+                    if comparison in PAPER:
+                        name = f"{comparison} recall_at_k"
+                        self._recall_curves(dataset, chosen, f"the comparison {comparison!r}", name, PAPER[comparison])
+
+    def similarities(self) -> None:
+        """Figure of the densities of similarities before and after training."""
+        for dataset, chosen in self.losses.items():
+            trained = chosen["iterations"] > 0
+            first = chosen[trained & (chosen["seed"] == chosen["seed"].min())].assign(shared=overlap)
+            if len(first):
+                figure = plots.similarity_densities(density_panels(first))
+                caption = "Densities (per unit of cosine similarity) of positive and negative pairs of test images on "
+                caption += (
+                    f"{dataset}, before training and after training with each loss{_paper('Figure 5')}; shared: mass "
+                )
+                caption += "of both densities. One run per loss."
+                alt = "; ".join(f"{run.method}: {run.shared:.0f} % shared" for run in first.itertuples())
+                self.show.figure(figure, self.name(dataset, "similarities"), caption, alt)
+
+    def training(self) -> None:
+        """Figure of the validation during training."""
+        for dataset, chosen in self.losses.items():
+            curves = histories(chosen)
+            if len(curves):
+                caption = f"Recall@1 (%) on the validation classes of {dataset} over the iterations of training. The "
+                caption += (
+                    "validation gallery is smaller than the test gallery, so its Recall@1 is higher. A line that "
+                )
+                caption += "still rises at the end has not converged."
+                ends = curves.sort_values("iteration").groupby(["method", "seed"], sort=False)["recall"].last()
+                means = ends.groupby("method", sort=False).mean()
+                alt = "; ".join(f"{method}: {value:.1f} % at the end" for method, value in means.items())
+                self.show.figure(plots.training_curves(curves), self.name(dataset, "training"), caption, alt)
+
+    def panels(self) -> None:
+        """Figure of queries and their nearest images, of the run with the best validation."""
+        for dataset, rows in self.by_dataset.items():
+            trained = rows[rows["iterations"] > 0].sort_values("validation_recall@1", ascending=False, kind="stable")
+            for best in trained.head(1).to_dict("records"):
+                try:
+                    images = open_dataset(project_path("data") / best["split"]).images
+                except DatasetError as error:
+                    display(Markdown(f"There is no figure of nearest images of `{dataset}`: {error}"))
+                    continue
+                panel = json.loads(best["panel"])
+                validated = best["validation_recall@1"] >= 0
+                why = "the best validation Recall@1 of all runs" if validated else "trained without validation"
+                caption = (
+                    f"Test queries of {dataset} (left) and their nearest test images, nearest first: {best['method']}, "
+                )
+                caption += f"run {best['run_id']} ({why}). Green frame: same class. Red frame and cross: another class."
+                hits, shown = sum(map(sum, panel["hits"])), sum(map(len, panel["hits"]))
+                alt = f"{len(panel['queries'])} queries; {hits} of {shown} neighbors have the class of their query"
+                figure = plots.retrieval_panel(images, panel)
+                self.show.figure(figure, self.name(dataset, "panel"), caption, alt)
+
+    def basis(self) -> None:
+        """Notes on data, intervals, lengths, missing runs and the code that made the results."""
+        told = [notes.dataset_note(dataset, rows) for dataset, rows in self.by_dataset.items()]
+        told += [notes.lengths_note(self.all_lengths, self.complete)]
+        if len(self.missing):
+            told += [f"**This study is not complete: {len(self.missing)} runs of its comparisons are missing.**"]
+        told += [origin(self.runs, project_path(self.file)), notes.repeat_note(self.results, self.file)]
+        display(Markdown("\n\n".join(filter(None, told))))
+
+    def missing_runs(self) -> None:
+        """Table of the runs without a result."""
+        by_method = self.missing.groupby(["dataset", "comparison", "method"], sort=False)["seed"]
+        gaps = by_method.agg(lambda seeds: ", ".join(map(str, seeds))).rename("missing seeds").reset_index()
+        if len(gaps):
+            self.show.table(gaps, "missing", "Runs without a result.")
+        else:
+            display(Markdown("Every run is complete."))
+
+    def made_by(self) -> None:
+        """Table of the code, the packages and the devices that made the runs."""
+        made_by = [name for name in MADE_BY if name in self.runs]  # older results have fewer columns
+        known = self.runs.astype({"threads": int} if "threads" in self.runs else {})  # missing rows make it floats
+        made = known.groupby(made_by, dropna=False)["training_seconds"].agg(["size", "sum"]).reset_index()
+        made["training"] = made.pop("sum").map(duration)
+        self.show.table(made.rename(columns={"size": "runs"}), "made by", "Code, packages and devices of the runs.")
+
+    def all_runs(self) -> None:
+        """Settings and results of each run."""
+        varied, fixed = notes.varied_settings(self.runs)
+        display(Markdown("\n\n".join([*notes.preparation_notes(self.runs), fixed])))
+        shown = self.runs[["run_id", "dataset", *varied, "seed"]].map(
+            lambda v: f"{v:g}" if isinstance(v, float) and v == v else v
+        )
+        measured = ["length", "chosen_iteration", "still_improving", "validation_recall@1", *recall_names(self.results)]
+        measured += [name for name in ("map", "r_precision", "map@r") if name in self.runs]
+        measured += ["classes_low", "classes_high", "training_seconds"]
+        comparisons = self.all_lengths.groupby("run_id")["comparison"].agg(
+            lambda names: "; ".join(dict.fromkeys(names))
+        )
+        shown.insert(1, "comparison", self.runs["run_id"].map(comparisons))
+        caption = (
+            "All runs at their longest length: settings that differ between runs, validation and test results (%), "
+        )
+        caption += "the 95 % bootstrap interval of Recall@1 over test classes, and the time of training (s)."
+        self.show.table(shown.join(self.runs[measured].round(2)), "runs", caption)
+
+
+def density_panels(first: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Title -> density of a run: before training, then after training with each loss.
+
+    Args:
+        first: one run per loss, with the column shared (overlap of its densities, in %).
+    """
+    panels = {}
+    for when, group in (("before", first.head(1)), ("after", first)):
+        for _, run in group.iterrows():
+            title = f"{run.method}: {run.shared:.0f} % shared" if when == "after" else "before training"
+            density = {"nodes": run.nodes, "positive": run[f"positive_{when}"], "negative": run[f"negative_{when}"]}
+            panels[title] = pd.DataFrame(density)
+    return panels
+
+
+def _paper(place: str | None) -> str:
+    return f" (the paper's {place})" if place else ""
+
+
+def _means_in_words(rows: pd.DataFrame) -> str:
+    """The means of a figure, for those who do not see it."""
+    several = rows["length"].nunique() > 1
+    return "; ".join(
+        row["method"] + f" after {row['length']:,} iterations" * several + f": {row['recall@1']:.1f} %"
+        for row in rows.to_dict("records")
+    )
