@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from hloss.study.board import groups, verdict_counts
+from hloss.study.claims import DEPENDS
 from hloss.study.criteria import NOT_RUN
 from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import distinct_runs, lengths_in
@@ -17,13 +18,7 @@ from hloss.study.spec import LOSS_COMPARISONS
 from hloss.study.statistics import shown_interval
 from hloss.study.tables import signed
 
-DATA = {
-    "glyphs": "drawn characters (glyphs)",
-    "cub": "birds (CUB-200-2011)",
-    "sop": "products (Stanford Online Products)",
-    "cuhk03": "persons (CUHK03)",
-    "market1501": "persons (Market-1501)",
-}
+DATA = {"glyphs": "drawn characters", "cub": "birds", "sop": "products", "cuhk03": "persons", "market1501": "persons"}
 TUNED = LOSS_COMPARISONS[-1]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -103,80 +98,88 @@ def data_words(results: pd.DataFrame) -> str:
         results: a table with the column dataset.
     """
     names = list(results["dataset"].unique())
-    shown = " and ".join(DATA.get(name, name) for name in names)
-    return f"one dataset, {shown}" if len(names) == 1 else f"{_word(len(names))} datasets, {shown}"
+    if len(names) == 1:
+        return f"one dataset{f' of {DATA[names[0]]}' if names[0] in DATA else ''} ({names[0]})"
+    return f"{_word(len(names))} datasets ({', '.join(names)})"
 
 
-def sentences(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> list[str]:
+class Answer(NamedTuple):
+    """A part of the answer.
+
+    Attributes:
+        short: the answer in a few words.
+        text: the numbers behind it, and their limits.
+    """
+
+    short: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.short} {self.text}"
+
+
+def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> list[Answer]:
     """The answer of a study.
 
     Args:
         results: the table of `hloss.study.results.read_results`.
         table: its `hloss.study.statistics.summary`.
         board: the table of `hloss.study.claims.judge`.
-
-    Returns:
-        Sentences as plain text.
     """
     told = []
     for dataset in results["dataset"].unique():
         of_lengths = rankings(results, table, dataset)
-        told += [leader_sentence(of_lengths[-1]), length_sentence(of_lengths)] if of_lengths else []
-    told = told or ["No loss has a complete trained run yet, so there is no answer."]
-    return [*told, claims_sentence(results, board), *_missing_sentence(results)]
+        told += [leader_answer(of_lengths[-1]), length_answer(of_lengths)] if of_lengths else []
+    told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
+    return [*_missing_answer(results), *told, claims_answer(results, board)]
 
 
-def leader_sentence(ranking: Ranking) -> str:
+def leader_answer(ranking: Ranking) -> Answer:
     """Which loss leads after the longest length, by how much, and where the histogram loss stands.
 
     Args:
         ranking: the order of the losses after this length.
     """
-    rows, seeds = ranking.rows, int(ranking.rows["n"].max())
-    first = rows.iloc[0]
-    setting = "with tuned settings" if ranking.comparison == TUNED else "at one fixed setting"
-    where = f"After {ranking.length:,} iterations on {DATA.get(ranking.dataset, ranking.dataset)}, {setting},"
-    recall = f"a test Recall@1 of {first['recall@1']:.1f} %{_interval_of(first, seeds)}"
-    if len(rows) == 1:
-        return f"{where} the only loss of this study, {first['method']}, has {recall}."
-    second = rows.iloc[1]["method"]
+    first = ranking.rows.iloc[0]
+    setting = "tuned settings" if ranking.comparison == TUNED else "one fixed setting"
+    n = int(ranking.rows["n"].max())
+    seeds = f"mean of {few(n)}" if n > 1 else few(n)
+    where = f"After {ranking.length:,} iterations on {ranking.dataset} ({setting}, {seeds})"
+    recall = f"test Recall@1, {first['recall@1']:.1f} %{_interval_of(first)}"
+    if len(ranking.rows) == 1:
+        return Answer(f"Only {first['method']} was measured.", f"{where} it has a {recall}.")
+    second = ranking.rows.iloc[1]["method"]
     lead = ranking.difference(first["method"], second)
     low, high = lead.interval()
-    if math.isnan(low):
-        told = f"{first['method']} has the highest mean, {recall}, {lead.mean:.1f} points above {second}"
-        return f"{where} {told}; with {few(lead.n)} per loss it is not known whether this is chance."
-    distance = f"{signed(lead.mean, plus=True)} points (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
-    if low > 0:
-        told = f"{first['method']} leads: {recall}, {distance} from the next, {second}"
-    else:
-        told = (
-            f"no loss clearly leads: {first['method']} has the highest mean, {recall}, and {second} is so close that "
-        )
-        told += f"the difference of {distance} can be chance"
-    return f"{where} {told}{_histogram_place(ranking)}."
+    behind = f"{signed(lead.mean)} points above the next, {second}"
+    if not math.isnan(low):
+        behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+    short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "No loss clearly leads."
+    doubt = ", which can be chance" if not low > 0 else ""
+    told = f"{where} {first['method']} has the highest {recall}, {behind}{doubt}.{_histogram_place(ranking)}"
+    return Answer(short[0].upper() + short[1:], told)
 
 
-def _interval_of(row: pd.Series, seeds: int) -> str:
-    of = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+def _interval_of(row: pd.Series) -> str:
     known = pd.notna(row["recall@1 low"])
-    interval = f"95 % CI {shown_interval(row['recall@1 low'], row['recall@1 high'])}, " if known else ""
-    return f" ({interval}{of})"
+    return f" (95 % CI {shown_interval(row['recall@1 low'], row['recall@1 high'])})" if known else ""
 
 
 def _histogram_place(ranking: Ranking) -> str:
-    """Rank of the best histogram loss, and its difference from the first; empty if it is the first."""
+    """Rank of the best histogram loss and its distance from the first; empty if the answer has both already."""
     losses = ranking.runs.drop_duplicates("method").set_index("method")["loss"]
     methods = list(ranking.rows["method"])
     place = next((i for i, method in enumerate(methods) if losses[method] == "histogram"), 0)
-    if place == 0 or (place == 1 and len(methods) > 1):  # the sentence already has its difference
+    if place < 2:
         return ""
-    behind = ranking.difference(methods[place], methods[0])
+    behind = ranking.difference(methods[0], methods[place])
     low, high = behind.interval()
     interval = "" if math.isnan(low) else f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
-    return f"; the histogram loss is number {place + 1} of {len(methods)}, {signed(behind.mean)} points{interval}"
+    rank = f"number {place + 1} of {len(methods)}"
+    return f" The histogram loss is {rank}, {signed(behind.mean)} points below the first{interval}."
 
 
-def length_sentence(of_lengths: list[Ranking]) -> str:
+def length_answer(of_lengths: list[Ranking]) -> Answer:
     """Whether the order of the losses changes with the length, and how many runs are still improving.
 
     Args:
@@ -185,31 +188,32 @@ def length_sentence(of_lengths: list[Ranking]) -> str:
     last = of_lengths[-1]
     runs = last.runs.drop_duplicates("run_id")
     improving = int(runs["still_improving"].sum())
-    still = f"{improving} of these {len(runs)} runs are still improving" if improving else ""
-    if len(of_lengths) == 1:
-        only = "Only this training length was measured"
-        return f"{only}, and {still}: longer training can change the order." if improving else f"{only}."
-    told = _change_of_order(of_lengths)
-    return (
-        f"{told}; after {last.length:,}, {still}, so that longer training can change it again." if still else f"{told}."
-    )
+    still = f"After {last.length:,} iterations {improving} of {len(runs)} runs are still improving"
+    if len(of_lengths) > 1:
+        short, told = _change_of_order(of_lengths)
+        return Answer(short, told + (f" {still}, so longer training can change it again." if improving else ""))
+    if improving:
+        return Answer("Longer training can change the order.", f"{still}, and no other length was measured.")
+    return Answer("One training length was measured.", "No run is still improving at its end.")
 
 
-def _change_of_order(of_lengths: list[Ranking]) -> str:
+def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
     last, orders = of_lengths[-1], [list(ranking.rows["method"]) for ranking in of_lengths]
     others = [(r, order[0]) for r, order in zip(of_lengths, orders, strict=True) if order[0] != orders[-1][0]]
     if others:
         shown = ", ".join(f"{first} after {r.length:,} ({r.rows.iloc[0]['recall@1']:.1f} %)" for r, first in others)
-        return f"The order depends on the training length: the highest mean was that of {shown}"
+        return "The order depends on the training length.", f"The highest mean was that of {shown}."
     lengths = " and ".join(f"{ranking.length:,}" for ranking in of_lengths[:-1])
-    common = [[method for method in order if method in orders[-1]] for order in orders]
-    if all(order == [m for m in orders[-1] if m in order] for order in common):
-        return f"The order of the losses is the same after {lengths} iterations"
+    if all([m for m in order if m in orders[-1]] == [m for m in orders[-1] if m in order] for order in orders):
+        return "The order is the same at every length.", f"The losses have it after {lengths} iterations, too."
     first = last.rows.iloc[0]["method"]
-    return f"{first} also has the highest mean after {lengths} iterations; the order of the others changes"
+    return (
+        "The first is the same at every length.",
+        f"{first} leads after {lengths} iterations, too; others change places.",
+    )
 
 
-def claims_sentence(results: pd.DataFrame, board: pd.DataFrame) -> str:
+def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     """How many verdicts on the claims there are of each kind, and what they rest on.
 
     Args:
@@ -218,18 +222,18 @@ def claims_sentence(results: pd.DataFrame, board: pd.DataFrame) -> str:
     """
     judged = groups(board)
     if not judged:
-        return "No claim of the paper can be judged: the runs that a claim needs are missing."
+        return Answer("No claim of the paper can be judged.", "The runs that a claim needs are missing.")
     counts = verdict_counts(board)
     kinds = ", ".join(f"{n} {_kind(name, n)}" for name, n in counts.items() if n)
     claims = len({rows.iloc[-1]["claim"] for rows in judged})
-    verdicts = (
-        f"{len(judged)} verdict{'s' * (len(judged) > 1)} on {claims} claim{'s' * (claims > 1)} of the paper: {kinds}"
-    )
-    return f"{verdicts}. They rest on {_rests_on(results, board)}."
+    stay = sum(rows.iloc[-1]["holm"] == rows.iloc[-1]["verdict"] for rows in judged)
+    several = f"{len(judged)} verdicts on {claims} claims" if len(judged) > 1 else "One verdict"
+    told = f"{stay} of the verdicts stay with Holm's correction for the number of tests."
+    return Answer(f"{several} of the paper: {kinds}.", f"{told} They rest on {_rests_on(results, board)}.")
 
 
 def _kind(name: str, n: int) -> str:
-    return name if not name.startswith("depends") else f"{'depends' if n == 1 else 'depend'} on the training length"
+    return name if name != DEPENDS else f"depend{'s' * (n == 1)} on the training length"
 
 
 def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
@@ -238,24 +242,32 @@ def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     data = data_words(results)
     asked = judged.loc[judged["dataset"] != "any", "asked"]
     if len(asked) and (asked == "other data").all():
-        data += ", which the paper did not use" if results["dataset"].nunique() == 1 else ", none of them of the paper"
+        data += ", not data of the paper"
     used = {run_id for ids in judged["run_ids"] for run_id in str(ids).split(", ")}
-    runs = distinct_runs(results[results["complete"] & results["run_id"].isin(used) & (results["length"] > 0)])
     trained = results[results["complete"] & (results["length"] > 0)]
-    seeds = trained.groupby(["dataset", "comparison", "method"])["seed"].nunique().max() if len(trained) else 0
+    runs = distinct_runs(trained[trained["run_id"].isin(used)])
+    parts = [data, f"at most {few(most_seeds(trained))} per method"]
     improving = int(runs["still_improving"].sum())
-    parts = [data, f"at most {few(int(seeds))} per method"]
-    parts += [f"runs of which {improving} of {len(runs)} are still improving"] if improving else []
+    if improving:
+        parts += [f"{len(runs)} trained runs, of which {improving} are still improving"]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _missing_sentence(results: pd.DataFrame) -> list[str]:
-    missing = results[~results["complete"]].drop_duplicates(["comparison", "method", "seed", "dataset"])
+def most_seeds(trained: pd.DataFrame) -> int:
+    """The largest number of seeds of a method.
+
+    Args:
+        trained: complete runs with training, from `hloss.study.results.read_results`.
+    """
+    return int(trained.groupby(["dataset", "comparison", "method"])["seed"].nunique().max()) if len(trained) else 0
+
+
+def _missing_answer(results: pd.DataFrame) -> list[Answer]:
+    missing = results[~results["complete"]].drop_duplicates(["dataset", "comparison", "method", "seed"])
     if missing.empty:
         return []
-    return [
-        f"This study is not complete: {len(missing)} runs of its comparisons are missing, and can change the answer."
-    ]
+    told = f"{len(missing)} runs of its comparisons are missing and can change the answer."
+    return [Answer("This study is not complete.", told)]
 
 
 def few(n: int) -> str:

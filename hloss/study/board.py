@@ -16,8 +16,8 @@ from hloss.study.tables import signed
 VERDICTS = {REPRODUCED: ("good", "✓"), REFUTED: ("bad", "✗"), OPEN: ("open", "?"), DEPENDS: ("depends", "⇄")}
 # The least that the board needs where the style sheet of the page is missing, in a notebook.
 STYLE = """<style>
-.claim summary { display: grid; grid-template-columns: 8.5rem 1fr 14rem; gap: 0 1rem; align-items: start; }
-.claim .plot svg { display: block; overflow: visible; }
+:where(.claim summary) { display: grid; grid-template-columns: 8.5rem 1fr 18rem; gap: 0 1rem; align-items: start; }
+:where(.claim .plot svg, .difference) { display: block; overflow: visible; }
 </style>"""
 
 
@@ -100,25 +100,32 @@ def shown_difference(row: Mapping[str, Any]) -> str:
 
 
 def _numbers(rows: pd.DataFrame) -> str:
-    """The difference at each length, below the plot, in the order of its lines."""
+    """What is compared, and the difference at each length, in the order of the lines of the plot."""
     several = len(rows) > 1
     lines = [
         f"{row['length']}: {shown_difference(row)}" if several else shown_difference(row)
         for row in rows.to_dict("records")
     ]
-    return "".join(f'<span class="difference">{html.escape(line)}</span>' for line in lines)
+    return "".join(f'<span class="difference">{html.escape(line)}</span>' for line in [compared(rows.iloc[-1]), *lines])
+
+
+def compared(row: Mapping[str, Any]) -> str:
+    """What is compared in the part that decides a verdict, as in "histogram minus triplet".
+
+    Args:
+        row: a row of the table of `hloss.study.claims.judge`.
+    """
+    return str(row["decisive"]).rpartition(": ")[0] or "growth of the time with the batch size"
 
 
 def _description(rows: pd.DataFrame) -> str:
     """The plot in words."""
     last = rows.iloc[-1]
-    what = str(last["decisive"]).split(": ")
-    label = ": ".join(what[:-1]) or "exponent of the cost"
     values = "; ".join(
         f"{row['length']}: {shown_difference(row)}" if row["length"] else shown_difference(row)
         for row in rows.to_dict("records")
     )
-    return f"{label}, {values}. {_condition(last)}"
+    return f"{compared(last)}: {values}. {_condition(last)}"
 
 
 def _condition(row: pd.Series) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from hloss.study.answer import DATA, TUNED, Ranking, data_words, few
+from hloss.study.answer import TUNED, Answer, Ranking, data_words, few, most_seeds
 from hloss.study.intervals import Interval, Scale, axis_plot, mean_plot
 from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import LOSS_COMPARISONS
@@ -14,8 +14,8 @@ from hloss.study.statistics import shown_interval
 from hloss.study.tables import duration
 
 QUESTION = (
-    "Question: which claims of the paper on the histogram loss (Ustinova & Lempitsky, NIPS 2016) do these runs support, "
-    "and which loss retrieves best?"
+    "Question: which claims of the paper on the histogram loss (Ustinova & Lempitsky, NIPS 2016) do these runs "
+    "support, and which loss retrieves best?"
 )
 
 
@@ -29,9 +29,8 @@ def facts(results: pd.DataFrame) -> str:
     runs = distinct_runs(complete)
     trained = complete[complete["length"] > 0]
     lengths = " and ".join(f"{length:,}" for length in _usual_lengths(trained))
-    seeds = trained.groupby(["dataset", "comparison", "method"])["seed"].nunique()
     parts = [f"Data: {data_words(results)}", f"{len(runs):,} runs"]
-    parts += [f"{few(int(seeds.max()))} per method"] if len(seeds) else []
+    parts += [f"{few(most_seeds(trained))} per method"] if len(trained) else []
     parts += [f"training of {lengths} iterations"] if lengths else []
     parts += [f"{duration(runs['training_seconds'].sum())} of training on {hardware(runs)}"]
     return " · ".join(parts)
@@ -108,8 +107,9 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
     """
     last, before = of_lengths[-1], of_lengths[:-1]
     setting = "settings tuned for each loss on validation classes" if last.comparison == TUNED else "one fixed setting"
-    data = DATA.get(last.dataset, last.dataset)
-    text = f"Test Recall@1 of the losses on {data} after {last.length:,} iterations, {setting}: mean over seeds "
+    text = (
+        f"Test Recall@1 of the losses on {last.dataset} after {last.length:,} iterations, {setting}: mean over seeds "
+    )
     text += "with its 95 % confidence interval."
     if before:
         lengths = " and ".join(f"{ranking.length:,}" for ranking in before)
@@ -119,21 +119,21 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
     return text
 
 
-def head_html(title: str, results: pd.DataFrame, told: list[str], figures: list[str]) -> str:
+def head_html(title: str, results: pd.DataFrame, told: list[Answer], figures: list[str]) -> str:
     """HTML of the head of a report.
 
     Args:
         title: title of the study.
         results: the table of `hloss.study.results.read_results`.
-        told: the sentences of the answer, from `sentences`.
+        told: the answer, from `hloss.study.answer.answers`.
         figures: HTML of the figures, from `losses_figure`.
     """
-    first, *others = map(html.escape, told)
+    items = [f"<li><strong>{html.escape(part.short)}</strong> {html.escape(part.text)}</li>" for part in told]
     return "\n".join(
         [
             f"<header><h1>{html.escape(title)}</h1>",
             f'<p class="soft">{html.escape(QUESTION)}<br>{html.escape(facts(results))}</p>',
-            f'<div class="answer"><p><strong>{first}</strong> {" ".join(others)}</p></div>',
+            f'<ul class="answer">{"".join(items)}</ul>',
             f'<div class="figures">{"".join(figures)}</div></header>',
         ]
     )

@@ -52,7 +52,7 @@ def lengths_note(all_lengths: pd.DataFrame, complete: pd.DataFrame) -> str:
     improving = complete[complete["length"] > 0].drop_duplicates(["run_id", "length"])["still_improving"]
     return (
         f"The test is reported after {lengths} iterations, which were named before the runs, each time with the "
-        "network that validation chose up to there. Tables and figures show the longest length of each method and name it. "
+        "network that validation chose up to there. Tables and figures show the longest length of each method. "
         f"{improving.sum()} of {len(improving)} trained runs are **still improving** at this length: their best "
         "validation Recall@1 lies in its last tenth."
     )

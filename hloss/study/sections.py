@@ -10,7 +10,7 @@ from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import DatasetError
 from hloss.runs.files import atomic_write, project_path
 from hloss.study import notes, plots
-from hloss.study.answer import Ranking, best_comparison, rankings, sentences
+from hloss.study.answer import Ranking, answers, best_comparison, rankings
 from hloss.study.claims import judge, overlap
 from hloss.study.criteria import NOT_RUN
 from hloss.study.exhibits import Exhibits
@@ -97,7 +97,7 @@ class Report:
     def head(self) -> str:
         """HTML of the head: the question, the answer and the figure that shows it."""
         figures = [losses_figure(r, self.show.caption(losses_caption(r))) for r in self._rankings()]
-        told = sentences(self.all_lengths, self.table_of_lengths, self.board)
+        told = answers(self.all_lengths, self.table_of_lengths, self.board)
         return head_html(self.all_lengths["title"].iloc[0], self.all_lengths, told, figures)
 
     def verdicts(self) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 
 MINUS = "\N{MINUS SIGN}"
 MOST_DECIMALS = 6
+LONG = 45  # characters of a cell above which the cells of a column are broken into lines
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -113,7 +114,11 @@ def sortable_table(frame: pd.DataFrame, html_columns: Collection[str] = ()) -> s
     if unknown:
         raise ValueError(f"html_columns must be columns of the table: got {unknown}; allowed are {list(frame.columns)}")
     text, numbers = as_text(frame), number_columns(frame)
-    mark = [' class="number"' * (name in numbers) for name in frame.columns]
+    longest = [max(map(len, text.iloc[:, place]), default=0) for place in range(len(frame.columns))]
+    mark = [
+        ' class="number"' if name in numbers else ' class="long"' * (n > LONG and name not in html_columns)
+        for name, n in zip(frame.columns, longest, strict=True)
+    ]
     header = "".join(f'<th scope="col"{m}>{html.escape(str(n))}</th>' for m, n in zip(mark, frame.columns, strict=True))
     cells = []
     for place, name in enumerate(frame.columns):
