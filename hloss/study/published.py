@@ -121,6 +121,27 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame | None
     return pd.DataFrame(rows, columns=columns.split())
 
 
+def published_points(beside: pd.DataFrame) -> pd.DataFrame:
+    """The published Recall@K of exact matches: same protocol, network and dimensions.
+
+    Args:
+        beside: rows of one dataset of the table of `compare_with_published`.
+
+    Returns:
+        One row per value. Columns: method, k, value (%), source.
+    """
+    exact = beside[(beside["match"] == EXACT) & beside["metric"].str.startswith("recall@")]
+    points = pd.DataFrame(
+        {
+            "method": exact["method"],
+            "k": exact["metric"].str.removeprefix("recall@").astype(int),
+            "value": exact["published"],
+            "source": exact["source"],
+        }
+    )
+    return points.drop_duplicates(ignore_index=True)
+
+
 def _check_one_method(dataset: str, method: str, runs: pd.DataFrame) -> None:
     for column in SAME_IN_A_METHOD:
         found = runs[column].unique()
