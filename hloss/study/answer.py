@@ -145,9 +145,9 @@ def leader_answer(ranking: Ranking) -> Answer:
     n = int(ranking.rows["n"].max())
     seeds = f"mean of {few(n)}" if n > 1 else few(n)
     where = f"After {ranking.length:,} iterations on {ranking.dataset} ({setting}, {seeds})"
-    recall = f"test Recall@1, {first['recall@1']:.1f} %{_interval_of(first)}"
+    recall = f"{first['recall@1']:.1f} %{_interval_of(first)}"
     if len(ranking.rows) == 1:
-        return Answer(f"Only {first['method']} was measured.", f"{where} it has a {recall}.")
+        return Answer(f"Only {first['method']} was measured.", f"{where} it has a test Recall@1 of {recall}.")
     second = ranking.rows.iloc[1]["method"]
     lead = ranking.difference(first["method"], second)
     low, high = lead.interval()
@@ -156,7 +156,7 @@ def leader_answer(ranking: Ranking) -> Answer:
         behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
     short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "No loss clearly leads."
     doubt = ", which can be chance" if not low > 0 else ""
-    told = f"{where} {first['method']} has the highest {recall}, {behind}{doubt}.{_histogram_place(ranking)}"
+    told = f"{where} {first['method']} has the highest test Recall@1, {recall}, {behind}{doubt}.{_histogram_place(ranking)}"
     return Answer(short[0].upper() + short[1:], told)
 
 
@@ -227,7 +227,8 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     kinds = ", ".join(f"{n} {_kind(name, n)}" for name, n in counts.items() if n)
     claims = len({rows.iloc[-1]["claim"] for rows in judged})
     stay = sum(rows.iloc[-1]["holm"] == rows.iloc[-1]["verdict"] for rows in judged)
-    several = f"{len(judged)} verdicts on {claims} claims" if len(judged) > 1 else "One verdict"
+    of = f"{claims} claims" if claims > 1 else "one claim"
+    several = f"{len(judged)} verdicts on {of}" if len(judged) > 1 else "One verdict on a claim"
     told = f"{stay} of the verdicts stay with Holm's correction for the number of tests."
     return Answer(f"{several} of the paper: {kinds}.", f"{told} They rest on {_rests_on(results, board)}.")
 

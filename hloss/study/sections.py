@@ -10,12 +10,19 @@ from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import DatasetError
 from hloss.runs.files import atomic_write, project_path
 from hloss.study import notes, plots
+from hloss.study.alt_texts import (
+    describe_comparison,
+    describe_recall_by_length,
+    describe_recall_curves,
+    describe_recall_over_iterations,
+)
 from hloss.study.answer import Ranking, answers, best_comparison, rankings
 from hloss.study.claims import judge, overlap
 from hloss.study.criteria import NOT_RUN
 from hloss.study.exhibits import Exhibits
 from hloss.study.head import head_html, losses_caption, losses_figure
-from hloss.study.published import PROTOCOL, SHOWN, compare_with_published
+from hloss.study.levels import CATEGORIES, CURVES, GRID, levels_of
+from hloss.study.published import PROTOCOL, SHOWN, compare_with_published, published_points
 from hloss.study.report import run_links
 from hloss.study.results import (
     MADE_BY,
@@ -34,7 +41,12 @@ from hloss.study.tables import duration
 from hloss.study.verify import origin
 
 PAPER = {"bins": "Figure 2", "batch": "Figure 2"}  # figures of the paper that show the same comparison
-SEEDS = "One grey point per seed; the mean with its 95 % interval; an open circle where a run is still improving."
+DRAWN = {
+    CATEGORIES: "One grey point per seed; the mean with its 95 % interval.",
+    CURVES: "One grey point per seed; the mean with its 95 % interval over the levels of the setting.",
+    GRID: "The mean of each pair of levels, ± half its 95 % interval.",
+}
+OPEN_CIRCLE = "Open circle: a run is still improving."
 
 
 class Report:
@@ -125,7 +137,8 @@ class Report:
 
     @staticmethod
     def _headline(table: pd.DataFrame, comparisons: tuple[str, ...], metrics: list[str]) -> pd.DataFrame:
-        shown = headline(table, comparisons, metrics)
+        """The means of one dataset with the runs of each."""
+        shown = headline(table, comparisons, metrics).drop(columns="dataset")
         return shown.assign(run_ids=table.loc[shown.index, "run_ids"])
 
     def published(self) -> None:
@@ -159,36 +172,35 @@ class Report:
             self._recall_curves(dataset, chosen, what, "recall_at_k", "Figures 3 and 4")
 
     def _comparison(self, dataset: str, comparison: str, chosen: pd.DataFrame) -> None:
-        means = self.table[self.table["dataset"] == dataset]
-        figure = plots.comparison(comparison, chosen, means)
+        means, of_lengths = (t[t["dataset"] == dataset] for t in (self.table, self.table_of_lengths))
+        figure = plots.comparison(comparison, chosen, means, of_lengths)
+        drawn = DRAWN[levels_of(chosen).kind]
         caption = (
-            f"Test Recall@1 (%) of the comparison {comparison!r} on {dataset}{_paper(PAPER.get(comparison))}. {SEEDS}"
+            f"Test Recall@1 (%) of the comparison {comparison!r} on {dataset}{_paper(PAPER.get(comparison))}. {drawn}"
         )
-        of_comparison = means[(means["comparison"] == comparison) & (means["n"] > 0)]
-        self.show.figure(figure, self.name(dataset, comparison), caption, _means_in_words(of_comparison))
+        alt = describe_comparison(comparison, chosen, means)
+        self.show.figure(figure, self.name(dataset, comparison), f"{caption} {OPEN_CIRCLE}", alt)
 
     def _by_length(self, dataset: str, comparison: str) -> None:
         of_lengths = self.table_of_lengths[self.table_of_lengths["dataset"] == dataset]
-        rows = of_lengths[of_lengths["comparison"] == comparison]
+        rows = of_lengths[(of_lengths["comparison"] == comparison) & (of_lengths["n"] > 0)]
         if len(lengths_in(rows)) > 1:
             figure = plots.recall_by_length(comparison, of_lengths)
             caption = f"Mean test Recall@1 (%) of the comparison {comparison!r} on {dataset} over the training length "
-            caption += "(iterations). An open circle: a run is still improving."
-            name = self.name(dataset, f"{comparison} by length")
-            self.show.figure(figure, name, caption, _means_in_words(rows[rows["n"] > 0]))
+            caption += f"(iterations). {OPEN_CIRCLE}"
+            alt = describe_recall_by_length(comparison, of_lengths)
+            self.show.figure(figure, self.name(dataset, f"{comparison} by length"), caption, alt)
 
     def _recall_curves(self, dataset: str, chosen: pd.DataFrame, what: str, name: str, paper: str) -> None:
-        figure = plots.recall_curves(recalls_over_k(chosen))
+        recalls, points = recalls_over_k(chosen), published_points(compare_with_published(chosen))
         caption = (
             f"Test Recall@K (%) of {what} on {dataset} over K{_paper(paper)}: mean over seeds, with the range from "
         )
         caption += "the lowest to the highest seed."
-        means = recalls_over_k(chosen).groupby(["method", "K"], sort=False)["recall"].mean().unstack()
-        first, last = means.columns.min(), means.columns.max()
-        alt = "; ".join(
-            f"{m}: {v[first]:.1f} % at K = {first}, {v[last]:.1f} % at K = {last}" for m, v in means.iterrows()
-        )
-        self.show.figure(figure, self.name(dataset, name), caption, alt)
+        if points["method"].isin(recalls["method"]).any():
+            caption += " Stars: published values with the same protocol, network and dimensions."
+        alt = describe_recall_curves(recalls, points)
+        self.show.figure(plots.recall_curves(recalls, points), self.name(dataset, name), caption, alt)
 
     def over_classes(self) -> None:
         """Table of one run per loss with its interval over test classes."""
@@ -256,15 +268,16 @@ class Report:
         for dataset, chosen in self.losses.items():
             curves = histories(chosen)
             if len(curves):
-                caption = f"Recall@1 (%) on the validation classes of {dataset} over the iterations of training. The "
+                caption = f"Recall@1 (%) on the validation classes of {dataset} over the iterations of training: mean "
                 caption += (
                     "validation gallery is smaller than the test gallery, so its Recall@1 is higher. A line that "
                 )
                 caption += "still rises at the end has not converged."
-                ends = curves.sort_values("iteration").groupby(["method", "seed"], sort=False)["recall"].last()
-                means = ends.groupby("method", sort=False).mean()
-                alt = "; ".join(f"{method}: {value:.1f} % at the end" for method, value in means.items())
-                self.show.figure(plots.training_curves(curves), self.name(dataset, "training"), caption, alt)
+                lengths = lengths_in(self.all_lengths[self.all_lengths["comparison"].isin(chosen["comparison"])])
+                alt = describe_recall_over_iterations(curves, lengths)
+                self.show.figure(
+                    plots.recall_over_iterations(curves, lengths), self.name(dataset, "training"), caption, alt
+                )
 
     def panels(self) -> None:
         """Figure of queries and their nearest images, of the run with the best validation."""
@@ -352,12 +365,3 @@ def density_panels(first: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _paper(place: str | None) -> str:
     return f" (the paper's {place})" if place else ""
-
-
-def _means_in_words(rows: pd.DataFrame) -> str:
-    """The means of a figure, for those who do not see it."""
-    several = rows["length"].nunique() > 1
-    return "; ".join(
-        row["method"] + f" after {row['length']:,} iterations" * several + f": {row['recall@1']:.1f} %"
-        for row in rows.to_dict("records")
-    )
