@@ -16,7 +16,7 @@ from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import LOSS_COMPARISONS
 from hloss.study.statistics import shown_interval
-from hloss.study.tables import signed
+from hloss.study.tables import listed, signed
 
 DATA = {"glyphs": "drawn characters", "cub": "birds", "sop": "products", "cuhk03": "persons", "market1501": "persons"}
 TUNED = LOSS_COMPARISONS[-1]
@@ -191,7 +191,7 @@ def length_answer(of_lengths: list[Ranking]) -> Answer:
     still = f"After {last.length:,} iterations {improving} of {len(runs)} runs are still improving"
     if len(of_lengths) > 1:
         short, told = _change_of_order(of_lengths)
-        return Answer(short, told + (f" {still}, so longer training can change it again." if improving else ""))
+        return Answer(short, told + (f" {still}, so longer training can still change the order." if improving else ""))
     if improving:
         return Answer("Longer training can change the order.", f"{still}, and no other length was measured.")
     return Answer("One training length was measured.", "No run is still improving at its end.")
@@ -203,13 +203,13 @@ def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
     if others:
         shown = ", ".join(f"{first} after {r.length:,} ({r.rows.iloc[0]['recall@1']:.1f} %)" for r, first in others)
         return "The order depends on the training length.", f"The highest mean was that of {shown}."
-    lengths = " and ".join(f"{ranking.length:,}" for ranking in of_lengths[:-1])
+    lengths = listed([f"{ranking.length:,}" for ranking in of_lengths[:-1]])
     if all([m for m in order if m in orders[-1]] == [m for m in orders[-1] if m in order] for order in orders):
         return "The order is the same at every length.", f"The losses have it after {lengths} iterations, too."
     first = last.rows.iloc[0]["method"]
     return (
         "The first is the same at every length.",
-        f"{first} leads after {lengths} iterations, too; others change places.",
+        f"{first} has the highest mean after {lengths} iterations, too; others change places.",
     )
 
 

@@ -10,7 +10,7 @@ from hloss.study.claims import DEPENDS
 from hloss.study.criteria import NOT_RUN, OPEN, REFUTED, REPRODUCED
 from hloss.study.intervals import Interval, difference_plot
 from hloss.study.report import listed_runs
-from hloss.study.tables import signed
+from hloss.study.tables import listed, signed
 
 # verdict -> class of the style sheet, sign
 VERDICTS = {REPRODUCED: ("good", "✓"), REFUTED: ("bad", "✗"), OPEN: ("open", "?"), DEPENDS: ("depends", "⇄")}
@@ -73,10 +73,22 @@ def _claim(number: int, rows: pd.DataFrame, links: Mapping[str, str]) -> str:
     )
     return (
         f'<details class="claim {kind}" id="claim-{number}"><summary>'
-        f'<span class="verdict"><span aria-hidden="true">{sign}</span> {found}</span>'
+        f'<span class="verdict"><span aria-hidden="true">{sign}</span> {found}{_verdicts(rows)}</span>'
         f'<span class="what">{html.escape(last["text"])} <span class="soft">{_place(rows)}</span></span>'
         f'<span class="plot">{plot}{_numbers(rows)}</span></summary>{_details(rows, links)}</details>'
     )
+
+
+def _verdicts(rows: pd.DataFrame) -> str:
+    """The verdict at each length, if they differ."""
+    if rows["verdict"].nunique() == 1:
+        return ""
+    lines = (f"{length}: {verdict}" for length, verdict in zip(_lengths(rows), rows["verdict"], strict=True))
+    return "".join(f'<span class="difference">{line}</span>' for line in lines)
+
+
+def _lengths(rows: pd.DataFrame) -> list[str]:
+    return [str(text).removesuffix(" iterations") for text in rows["length"] if text]
 
 
 def _plain(rows: pd.DataFrame) -> list[Any]:
@@ -84,32 +96,35 @@ def _plain(rows: pd.DataFrame) -> list[Any]:
     return list(rows.rename(columns={"still improving": "improving"}).itertuples())
 
 
-def shown_difference(row: Mapping[str, Any]) -> str:
-    """A difference with its unit and interval, as in "−3.7 points (95 % CI −4.5 to −2.9)".
+def shown_difference(row: Mapping[Any, Any] | pd.Series, with_unit: bool = True) -> str:
+    """A difference with its interval, as in "−3.7 points (95 % CI −4.5 to −2.9)".
 
     Args:
         row: a row of the table of `hloss.study.claims.judge`.
+        with_unit: whether the unit and the confidence are shown: "−3.7 (−4.5 to −2.9)" without them.
     """
     if row["unit"] == "exponent":
         return f"exponent {row['difference']:.2f}"
-    text = f"{signed(row['difference'], plus=True)} {row['unit']}"
+    text = signed(row["difference"], plus=True) + f" {row['unit']}" * with_unit
     if pd.isna(row["low"]):
         return f"{text} (no interval)"
     low, high = signed(row["low"], plus=True), signed(row["high"], plus=True)
-    return f"{text} ({row['confidence']:.3g} % CI {low} to {high})"
+    confidence = f"{row['confidence']:.3g} % CI " * with_unit
+    return f"{text} ({confidence}{low} to {high})"
 
 
 def _numbers(rows: pd.DataFrame) -> str:
     """What is compared, and the difference at each length, in the order of the lines of the plot."""
-    several = len(rows) > 1
-    lines = [
-        f"{row['length']}: {shown_difference(row)}" if several else shown_difference(row)
-        for row in rows.to_dict("records")
-    ]
-    return "".join(f'<span class="difference">{html.escape(line)}</span>' for line in [compared(rows.iloc[-1]), *lines])
+    last = rows.iloc[-1]
+    if len(rows) == 1:
+        lines = [compared(last), shown_difference(last)]
+    else:
+        lines = [f"{compared(last)}, {last['unit']}"]
+        lines += [f"{row['length']}: {shown_difference(row, with_unit=False)}" for row in rows.to_dict("records")]
+    return "".join(f'<span class="difference">{html.escape(line)}</span>' for line in lines)
 
 
-def compared(row: Mapping[str, Any]) -> str:
+def compared(row: Mapping[Any, Any] | pd.Series) -> str:
     """What is compared in the part that decides a verdict, as in "histogram minus triplet".
 
     Args:
@@ -138,11 +153,11 @@ def _condition(row: pd.Series) -> str:
 def _place(rows: pd.DataFrame) -> str:
     """Dataset, comparison, lengths and what is still improving, in one line."""
     last = rows.iloc[-1]
-    lengths = [text.removesuffix(" iterations") for text in rows["length"] if text]
+    lengths = _lengths(rows)
     suffix = " iterations" * last["length"].endswith(" iterations")
     parts = [last["dataset"]] if last["dataset"] != "any" else ["measured on this machine's CPU"]
     parts += [last["comparison"]] if last["comparison"] else []
-    parts += [f"{', '.join(lengths)}{suffix}"] if lengths else []
+    parts += [f"{listed(lengths)}{suffix}"] if lengths else []
     parts += ["still improving"] if last["still improving"] else []
     return html.escape(" · ".join(parts))
 

@@ -11,7 +11,7 @@ from hloss.study.intervals import Interval, Scale, axis_plot, mean_plot
 from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import LOSS_COMPARISONS
 from hloss.study.statistics import shown_interval
-from hloss.study.tables import duration
+from hloss.study.tables import duration, listed
 
 QUESTION = (
     "Question: which claims of the paper on the histogram loss (Ustinova & Lempitsky, NIPS 2016) do these runs "
@@ -28,7 +28,7 @@ def facts(results: pd.DataFrame) -> str:
     complete = results[results["complete"]]
     runs = distinct_runs(complete)
     trained = complete[complete["length"] > 0]
-    lengths = " and ".join(f"{length:,}" for length in _usual_lengths(trained))
+    lengths = listed([f"{length:,}" for length in _usual_lengths(trained)])
     parts = [f"Data: {data_words(results)}", f"{len(runs):,} runs"]
     parts += [f"{few(most_seeds(trained))} per method"] if len(trained) else []
     parts += [f"training of {lengths} iterations"] if lengths else []
@@ -112,7 +112,7 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
     )
     text += "with its 95 % confidence interval."
     if before:
-        lengths = " and ".join(f"{ranking.length:,}" for ranking in before)
+        lengths = listed([f"{ranking.length:,}" for ranking in before])
         text += f" Small grey points: after {lengths} iterations, the shortest the lightest."
     if (last.rows["still improving"] > 0).any():
         text += " Open circle: a run of the loss is still improving."

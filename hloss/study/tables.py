@@ -3,7 +3,7 @@
 import html
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import Any
 
@@ -84,6 +84,16 @@ def signed(value: float, decimals: int = 1, plus: bool = False) -> str:
     return f"+{text}" if plus and not text.startswith(MINUS) else text
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words as a list.
+
+    Example:
+        >>> listed(["20"]), listed(["20", "60", "200"])
+        ('20', '20, 60 and 200')
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def duration(seconds: float) -> str:
     """A time in the unit that suits it.
 
@@ -95,7 +105,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     whole = round(seconds)
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
+        return f"{whole // 60} min" + f" {whole % 60} s" * (whole < 600)
     minutes = round(seconds / 60)
     return f"{minutes // 60:,} h {minutes % 60} min"
 

@@ -154,7 +154,7 @@ def test_verdicts_are_counted_with_what_they_rest_on():
     best = {**ABOVE, "name": "z", "method": {"loss": "triplet"}, "rivals": [{"loss": "lifted"}]}
     parts, _ = told(results, ABOVE, best)
     assert parts[-1].short == "One verdict on a claim of the paper: 1 depends on the training length."
-    assert "They rest on one dataset of drawn characters (glyphs), not data of the paper and at most five" in parts[-1].text
+    assert "They rest on one dataset of drawn characters (glyphs), not data of the paper and at most" in parts[-1].text
 
 
 def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
@@ -169,15 +169,19 @@ def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
 def test_facts_have_data_runs_lengths_time_and_hardware():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     assert facts(results) == (
-        "Data: one dataset of drawn characters (glyphs) · 10 runs · five seeds per method · training of 200 iterations · "
-        "5 min 0 s of training on x86_64 CPU, 1 thread per run"
+        "Data: one dataset of drawn characters (glyphs) · 10 runs · five seeds per method · training of 200 iterations "
+        "· 5 min 0 s of training on x86_64 CPU, 1 thread per run"
     )
     assert data_words(results.assign(dataset="own")) == "one dataset (own)"
 
 
 @pytest.mark.parametrize(
     ("device", "processor", "shown"),
-    [("NVIDIA H100", "EPYC", "NVIDIA H100"), ("x86_64", "EPYC", "EPYC, 2 threads per run"), ("x86_64", "", "x86_64 CPU, 2")],
+    [
+        ("NVIDIA H100", "EPYC", "NVIDIA H100"),
+        ("x86_64", "EPYC", "EPYC, 2 threads per run"),
+        ("x86_64", "", "x86_64 CPU, 2"),
+    ],
 )
 def test_hardware_is_named(device, processor, shown):
     assert hardware(pd.DataFrame({"device": [device], "processor": [processor], "threads": [2.0]})).startswith(shown)
@@ -188,8 +192,8 @@ def test_the_head_has_the_answer_and_a_line_per_loss():
     table = summary(results, ["recall@1"])
     of_lengths = rankings(results, table, "glyphs")
     figure = losses_figure(of_lengths, "")
-    means = dict(zip(re.findall(r'<th scope="row">(\w+)', figure), re.findall(r'number">([\d.]+)<', figure), strict=True))
-    assert means == {"triplet": "50.0"}  # histogram has no run of the longest length
+    names, means = re.findall(r'<th scope="row">(\w+)', figure), re.findall(r'number">([\d.]+)<', figure)
+    assert (names, means) == (["triplet"], ["50.0"])  # histogram has no run of the longest length
     assert "triplet: 50.0 %, 95 % CI" in figure
     assert "; after 200 iterations 40.0 %" in figure
     assert "Small grey points: after 200 iterations" in losses_caption(of_lengths)

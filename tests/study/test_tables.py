@@ -114,12 +114,13 @@ def test_markdown_is_read_back():
     head, rule, *rows = markdown_table(FRAME).splitlines()
     assert rule == "| --- | ---: | ---: | --- |"
     read = [[re.sub(r"\\(.)", r"\1", cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in (head, *rows)]
-    assert [[cell.strip() for cell in row] for row in read] == [list(FRAME.columns), *as_text(FRAME).to_numpy().tolist()]
+    expected = [list(FRAME.columns), *as_text(FRAME).to_numpy().tolist()]
+    assert [[cell.strip() for cell in row] for row in read] == expected
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0.0 s"), (0.31, "0.3 s"), (42, "42 s"), (59.6, "60 s"), (250, "4 min 10 s"), (3599.7, "1 h 0 min"),
+    [(0, "0.0 s"), (0.31, "0.3 s"), (42, "42 s"), (59.6, "60 s"), (250, "4 min 10 s"), (3599.7, "1 h 0 min"), (3006, "50 min"),
      (7260, "2 h 1 min"), (3600 * 1234, "1,234 h 0 min")],
 )  # fmt: skip
 def test_durations_have_a_unit_that_suits_them(seconds, shown):
