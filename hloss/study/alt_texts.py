@@ -26,15 +26,16 @@ def describe_comparison(name: str | Sequence[str], results: pd.DataFrame, table:
     low, high = best["recall@1 low"], best["recall@1 high"]
     interval = "" if pd.isna(low) else f" (95 % interval {low:.1f} to {high:.1f})"
     return (
-        f"{_axes(levels, runs['dataset'].iloc[0])}{_after(means['length'])}: highest {_place(levels, best)} with "
+        f"{_axes(levels, means)}{_after(means['length'])}: highest {_place(levels, best)} with "
         f"{best['recall@1']:.1f} %{interval}, lowest {_place(levels, worst)} with {worst['recall@1']:.1f} %."
     )
 
 
-def _axes(levels: Levels, dataset: str) -> str:
+def _axes(levels: Levels, means: pd.DataFrame) -> str:
     """What is drawn over what."""
+    dataset = means["dataset"].iloc[0]
     if levels.kind == CATEGORIES:
-        return f"Means and intervals of the test Recall@1 on {dataset} for {len(levels.places)} methods"
+        return f"Means and intervals of the test Recall@1 on {dataset} for {len(means)} methods"
     lines, known = list(levels.places["line"].unique()), levels.places["level"].dropna()
     shown = "Map" if levels.kind == GRID else "Curve" if len(lines) == 1 else "Curves"
     of_lines = f" for {_named(levels, _listed(lines))}" * (len(lines) > 1)

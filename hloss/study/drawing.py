@@ -77,7 +77,7 @@ def mean_and_range(axes: plt.Axes, rows: pd.DataFrame, x: str, **style: Any) -> 
     """
     of_seeds = rows.groupby(x)["recall"].agg(["mean", "min", "max"])
     axes.plot(of_seeds.index, of_seeds["mean"], markersize=5, **style)
-    axes.fill_between(of_seeds.index, of_seeds["min"], of_seeds["max"], color=style["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(of_seeds.index, of_seeds["min"], of_seeds["max"], color=style["color"], alpha=0.12, linewidth=0)
 
 
 def draw_intervals(axes: plt.Axes, runs: pd.DataFrame, means: pd.DataFrame) -> None:

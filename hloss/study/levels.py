@@ -145,7 +145,7 @@ def _curves(methods: pd.DataFrame, texts: list[str], setting: str) -> Levels | N
 def _levels(kind: str, methods: pd.DataFrame, setting: str, line: pd.Series) -> Levels:
     numeric, texts = _differing(methods)
     own = [name for name in (*texts, *numeric) if (methods[name].groupby(line).nunique(dropna=False) == 1).all()]
-    other = own[0] if len(own) == 1 and line.nunique() > 1 else ""
+    other = own[0] if len(own) == 1 and own != ["loss"] and line.nunique() > 1 else ""  # methods name their loss
     if other:
         labels = methods[other].map(_shown)
     else:

@@ -31,7 +31,9 @@ POSITIVE, NEGATIVE = MEAN, "#d95f02"
 HIT, MISS = "#1a7f37", "#cf222e"
 
 
-def _finish(figure: Figure) -> Figure:
+def _finish(figure: Figure, title: str = "") -> Figure:
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     plt.close(figure)  # so that a notebook shows the returned figure only once
     return figure
@@ -119,8 +121,7 @@ def comparison(
     title = f"{runs['dataset'].iloc[0]}: {name if isinstance(name, str) else ' and '.join(name)}"
     lengths = runs.loc[runs["length"] > 0, "length"]
     after = f" after {lengths.max():,.0f} iterations" * (lengths.nunique() == 1)
-    axes.set_title(f"{title}{after}{remark}", loc="left", fontsize=11)
-    return _finish(figure)
+    return _finish(figure, f"{title}{after}{remark}")
 
 
 def recall_by_length(name: str, table: pd.DataFrame) -> Figure:
@@ -140,10 +141,9 @@ def recall_by_length(name: str, table: pd.DataFrame) -> Figure:
         open_circles(axes, means["length"], means["recall@1"], means, color=style["color"])
     axes.set(xscale="log", xlabel="training length (iterations); open circle: still improving",
              ylabel=RECALL)  # fmt: skip
-    axes.set_title(f"{rows['dataset'].iloc[0]}: {name}", loc="left", fontsize=11)
     ticks_at(axes.xaxis, rows["length"])
     legend_beside(axes, by_right_end(axes))
-    return _finish(figure)
+    return _finish(figure, f"{rows['dataset'].iloc[0]}: {name}")
 
 
 def similarity_densities(panels: dict[str, pd.DataFrame]) -> Figure:
