@@ -156,8 +156,8 @@ def leader_answer(ranking: Ranking) -> Answer:
         behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
     short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "No loss clearly leads."
     doubt = ", which can be chance" if not low > 0 else ""
-    told = f"{where} {first['method']} has the highest test Recall@1, {recall}, {behind}{doubt}.{_histogram_place(ranking)}"
-    return Answer(short[0].upper() + short[1:], told)
+    told = f"{where} {first['method']} has the highest test Recall@1, {recall}, {behind}{doubt}."
+    return Answer(short[0].upper() + short[1:], told + _histogram_place(ranking))
 
 
 def _interval_of(row: pd.Series) -> str:

@@ -55,9 +55,7 @@ def test_verdicts_that_depend_on_the_length_have_a_line_each():
     later = {"length": "2,000 iterations", "verdict": "reproduced", "difference": 4.0, "low": 3.0, "high": 5.0,
              "still improving": ""}  # fmt: skip
     (claim,) = soup_of({}, later).select("details.claim")
-    assert claim.select_one(".verdict").text == (
-        "⇄ depends on the length200: not reproduced2,000: reproduced"
-    )
+    assert claim.select_one(".verdict").text == ("⇄ depends on the length200: not reproduced2,000: reproduced")
     assert "200 and 2,000 iterations" in claim.select_one(".what").text
     lines = [line.text for line in claim.select(".plot .difference")]
     assert lines == [
@@ -104,7 +102,9 @@ def test_differences_have_their_unit(row, shown):
 
 
 def test_what_is_compared_may_have_colons():
-    assert compared({"decisive": "batch_size 9: n_bins 200 minus 25: +0.0 (n = 5)"}) == "batch_size 9: n_bins 200 minus 25"
+    assert (
+        compared({"decisive": "batch_size 9: n_bins 200 minus 25: +0.0 (n = 5)"}) == "batch_size 9: n_bins 200 minus 25"
+    )
     assert compared({"decisive": "exponent 1.84"}) == "growth of the time with the batch size"
 
 

@@ -398,7 +398,8 @@ def test_committed_report_equals_the_committed_results():
     assert_frame_equal(told[numbers].apply(pd.to_numeric), board[numbers])
     page = Path("reports/sample/report.html").read_text()
     assert f"<title>{html.escape(results['title'][0])}</title>" in page
-    assert all(html.escape(part.removeprefix("published: ")) in page for evidence in board["evidence"] for part in evidence.split("; "))
+    parts = (part.removeprefix("published: ") for evidence in board["evidence"] for part in evidence.split("; "))
+    assert all(html.escape(part) in page for part in parts)
     assert all(run_id in page for run_ids in board["run_ids"] for run_id in run_ids.split(", "))
     means = pd.read_csv("reports/sample/summary.csv")
     assert_frame_equal(means, summary(results, recall_names(results)), check_dtype=False)

@@ -24,7 +24,8 @@ def test_runs_are_listed_with_their_links():
 
 def test_headline_table_has_the_runs_of_each_row():
     row = {"dataset": "glyphs", "comparison": "losses", "method": "a", "length": 20, "n": 2, "of": 3,
-           "run_ids": "r1, r2", "still improving": 1, "recall@1": 40.06, "recall@1 low": 38.0, "recall@1 high": 42.0}  # fmt: skip
+           "run_ids": "r1, r2", "still improving": 1, "recall@1": 40.06, "recall@1 low": 38.0,
+           "recall@1 high": 42.0}  # fmt: skip
     table = ElementTree.fromstring(headline_table(pd.DataFrame([row]), ["losses"], ["recall@1"]))
     cells = dict(zip([th.text for th in table.iter("th")], table.iter("td"), strict=True))
     assert cells["recall@1 (%)"].text == "40.1"

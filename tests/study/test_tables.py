@@ -104,9 +104,7 @@ def test_latex_is_read_back():
 
 
 def test_latex_escapes_every_special_character():
-    assert latex_escape("#$%&_{}~^\\") == (
-        r"\#\$\%\&\_\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}"
-    )
+    assert latex_escape("#$%&_{}~^\\") == (r"\#\$\%\&\_\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}")
     assert latex_escape("two\nlines") == "two lines"
 
 
@@ -120,8 +118,8 @@ def test_markdown_is_read_back():
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0.0 s"), (0.31, "0.3 s"), (42, "42 s"), (59.6, "60 s"), (250, "4 min 10 s"), (3599.7, "1 h 0 min"), (3006, "50 min"),
-     (7260, "2 h 1 min"), (3600 * 1234, "1,234 h 0 min")],
+    [(0, "0.0 s"), (0.31, "0.3 s"), (42, "42 s"), (59.6, "60 s"), (250, "4 min 10 s"), (3599.7, "1 h 0 min"),
+     (3006, "50 min"), (7260, "2 h 1 min"), (3600 * 1234, "1,234 h 0 min")],
 )  # fmt: skip
 def test_durations_have_a_unit_that_suits_them(seconds, shown):
     assert duration(seconds) == shown
