@@ -34,7 +34,7 @@ def report_page(notebook: nbformat.NotebookNode, title: str) -> str:
             f"<style>{read_package_file('html/dt_bundle.css')}</style>",
             f"<style>{_asset('report.css')}</style></head>",
             f'<body><nav aria-label="Contents"><details><summary>Contents</summary>{contents}</details></nav>',
-            f"<main>{body}</main>",
+            f'<main id="top">{body}</main>',
             f'<script type="text/plain" id="datatables">{read_package_file("html/dt_bundle.js")}</script>',
             f'<script type="module">{_asset("report.js")}</script></body></html>\n',
         ]
