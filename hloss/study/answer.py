@@ -126,10 +126,12 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
         table: its `hloss.study.statistics.summary`.
         board: the table of `hloss.study.claims.judge`.
     """
-    told = []
-    for dataset in results["dataset"].unique():
-        of_lengths = rankings(results, table, dataset)
-        told += [leader_answer(of_lengths[-1]), length_answer(of_lengths)] if of_lengths else []
+    told, datasets = [], results["dataset"].unique()
+    for dataset in datasets:
+        if of_lengths := rankings(results, table, dataset):
+            of_dataset = leader_answer(of_lengths[-1]), length_answer(of_lengths)
+            name = f"{dataset}: " * (len(datasets) > 1)
+            told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
     return [*_missing_answer(results), *told, claims_answer(results, board)]
 
@@ -154,10 +156,12 @@ def leader_answer(ranking: Ranking) -> Answer:
     behind = f"{signed(lead.mean)} points above the next, {second}"
     if not math.isnan(low):
         behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
-    short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "No loss clearly leads."
+    short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "no loss clearly leads."
     doubt = ", which can be chance" if not low > 0 else ""
     told = f"{where} {first['method']} has the highest test Recall@1, {recall}, {behind}{doubt}."
-    return Answer(short[0].upper() + short[1:], told + _histogram_place(ranking))
+    so_far = "So far, " * bool((ranking.rows["n"] < ranking.rows["of"]).any())
+    short = f"{so_far}{short}" if so_far else short[0].upper() + short[1:]
+    return Answer(short, told + _histogram_place(ranking))
 
 
 def _interval_of(row: pd.Series) -> str:

@@ -97,6 +97,7 @@ def test_an_incomplete_study_says_so_first():
     assert str(parts[0]) == (
         "This study is not complete. 4 runs of its comparisons are missing and can change the answer."
     )
+    assert parts[1].short.startswith("So far, triplet leads by ")
     assert "mean of three seeds" in text
     assert str(parts[-1]) == "No claim of the paper can be judged. The runs that a claim needs are missing."
 
@@ -112,10 +113,10 @@ def test_two_datasets_have_an_answer_each():
                          table_of({"triplet": 50.0, "histogram": 56.0}, dataset="cub")])  # fmt: skip
     parts, text = told(results)
     assert [part.short for part in parts] == [
-        "Triplet leads by 4.0 points.",
-        "One training length was measured.",
-        "Histogram leads by 6.0 points.",
-        "One training length was measured.",
+        "glyphs: Triplet leads by 4.0 points.",
+        "glyphs: One training length was measured.",
+        "cub: Histogram leads by 6.0 points.",
+        "cub: One training length was measured.",
         "2 verdicts on one claim of the paper: 1 reproduced, 1 not reproduced.",
     ]
     assert "on glyphs (one fixed setting" in parts[0].text
