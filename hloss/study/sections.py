@@ -2,6 +2,7 @@
 
 import json
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown, display
@@ -9,7 +10,7 @@ from IPython.display import Markdown, display
 from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import DatasetError
 from hloss.runs.files import atomic_write, project_path
-from hloss.study import notes, plots
+from hloss.study import captions, notes, plots
 from hloss.study.alt_texts import (
     describe_comparison,
     describe_recall_by_length,
@@ -21,7 +22,7 @@ from hloss.study.claims import judge, overlap
 from hloss.study.criteria import NOT_RUN
 from hloss.study.exhibits import Exhibits
 from hloss.study.head import head_html, losses_caption, losses_figure
-from hloss.study.levels import CATEGORIES, CURVES, GRID, levels_of
+from hloss.study.levels import levels_of
 from hloss.study.published import PROTOCOL, SHOWN, compare_with_published, published_points
 from hloss.study.report import run_links
 from hloss.study.results import (
@@ -39,14 +40,6 @@ from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import headline, shown_interval, summary
 from hloss.study.tables import duration
 from hloss.study.verify import origin
-
-PAPER = {"bins": "Figure 2", "batch": "Figure 2"}  # figures of the paper that show the same comparison
-DRAWN = {
-    CATEGORIES: "One grey point per seed; the mean with its 95 % interval.",
-    CURVES: "One grey point per seed; the mean with its 95 % interval over the levels of the setting.",
-    GRID: "The mean of each pair of levels, ± half its 95 % interval.",
-}
-OPEN_CIRCLE = "Open circle: a run is still improving."
 
 
 class Report:
@@ -118,9 +111,8 @@ class Report:
         columns = ["claim", "dataset", "comparison", "length", "verdict", "holm", "difference", "low", "high"]
         columns += ["confidence", "unit", "n", "still improving"]
         if len(shown):
-            caption = "Verdicts with the difference that decides each, in its unit, and the bounds of its interval. "
-            caption += "holm: the verdict with Holm's correction; confidence: of the interval, in %; n: seeds."
-            self.show.table(shown[columns].rename(columns={"holm": "Holm"}).round(2), "verdicts", caption)
+            shown = shown[columns].rename(columns={"holm": "Holm"}).round(2)
+            self.show.table(shown, "verdicts", captions.VERDICTS)
 
     def losses_tables(self) -> None:
         """Table of the losses of each dataset."""
@@ -128,12 +120,7 @@ class Report:
             metrics = recall_names(rows)[:4]
             shown = self._headline(self.table[self.table["dataset"] == dataset], LOSS_COMPARISONS, metrics)
             if len(shown):
-                caption = (
-                    f"Test Recall@K (%) of the losses on {dataset}: mean over n seeds. The 95 % interval is that of "
-                )
-                caption += "Recall@1. length: iterations of training. still improving: runs whose best validation "
-                caption += "Recall@1 lies in the last tenth of the length."
-                self.show.table(shown, self.name(dataset, "losses table"), caption)
+                self.show.table(shown, self.name(dataset, "losses"), captions.LOSSES.format(dataset=dataset))
 
     @staticmethod
     def _headline(table: pd.DataFrame, comparisons: tuple[str, ...], metrics: list[str]) -> pd.DataFrame:
@@ -146,11 +133,7 @@ class Report:
         beside = pd.concat([compare_with_published(self._of(name)) for name in SHOWN])
         beside = beside.drop_duplicates(["dataset", "method", "metric", "source", "published", "run_ids"])
         for other, rows in beside.groupby(beside["match"] == PROTOCOL):
-            kind = "other protocols" if other else "the same protocol"
-            caption = (
-                f"Published values (%) by {kind}, beside the means of this study (ours, with the 95 % interval from "
-            )
-            caption += "low to high, over n seeds); difference: ours minus published, in points."
+            caption = captions.PUBLISHED.format(kind="other protocols" if other else "the same protocol")
             display(Markdown("Other protocols:" if other else "Same protocol:"))
             self.show.table(rows.round(1), "published other" if other else "published", caption)
         if beside.empty:
@@ -173,32 +156,29 @@ class Report:
 
     def _comparison(self, dataset: str, comparison: str, chosen: pd.DataFrame) -> None:
         means, of_lengths = (t[t["dataset"] == dataset] for t in (self.table, self.table_of_lengths))
-        figure = plots.comparison(comparison, chosen, means, of_lengths)
-        drawn = DRAWN[levels_of(chosen).kind]
-        caption = (
-            f"Test Recall@1 (%) of the comparison {comparison!r} on {dataset}{_paper(PAPER.get(comparison))}. {drawn}"
+        caption = captions.COMPARISON.format(
+            comparison=comparison,
+            dataset=dataset,
+            paper=captions.of_paper(captions.PAPER.get(comparison)),
+            drawn=captions.DRAWN[levels_of(chosen).kind],
         )
+        figure = plots.comparison(comparison, chosen, means, of_lengths)
         alt = describe_comparison(comparison, chosen, means)
-        self.show.figure(figure, self.name(dataset, comparison), f"{caption} {OPEN_CIRCLE}", alt)
+        self.show.figure(figure, self.name(dataset, comparison), caption, alt)
 
     def _by_length(self, dataset: str, comparison: str) -> None:
         of_lengths = self.table_of_lengths[self.table_of_lengths["dataset"] == dataset]
         rows = of_lengths[(of_lengths["comparison"] == comparison) & (of_lengths["n"] > 0)]
         if len(lengths_in(rows)) > 1:
+            caption = captions.BY_LENGTH.format(comparison=comparison, dataset=dataset)
             figure = plots.recall_by_length(comparison, of_lengths)
-            caption = f"Mean test Recall@1 (%) of the comparison {comparison!r} on {dataset} over the training length "
-            caption += f"(iterations). {OPEN_CIRCLE}"
             alt = describe_recall_by_length(comparison, of_lengths)
             self.show.figure(figure, self.name(dataset, f"{comparison} by length"), caption, alt)
 
     def _recall_curves(self, dataset: str, chosen: pd.DataFrame, what: str, name: str, paper: str) -> None:
         recalls, points = recalls_over_k(chosen), published_points(compare_with_published(chosen))
-        caption = (
-            f"Test Recall@K (%) of {what} on {dataset} over K{_paper(paper)}: mean over seeds, with the range from "
-        )
-        caption += "the lowest to the highest seed."
-        if points["method"].isin(recalls["method"]).any():
-            caption += " Stars: published values with the same protocol, network and dimensions."
+        caption = captions.RECALL_AT_K.format(what=what, dataset=dataset, paper=captions.of_paper(paper))
+        caption += captions.STARS * bool(points["method"].isin(recalls["method"]).any())
         alt = describe_recall_curves(recalls, points)
         self.show.figure(plots.recall_curves(recalls, points), self.name(dataset, name), caption, alt)
 
@@ -211,42 +191,31 @@ class Report:
             **{"recall@1 (%)": of_one_run["recall@1"].round(1), "95 % over classes": intervals}
         )
         if len(shown):
-            caption = (
-                "Test Recall@1 (%) of the run with the first seed of each loss, with its 95 % bootstrap interval over "
-            )
-            caption += "test classes."
-            self.show.table(shown, "over classes", caption)
+            self.show.table(shown, "over classes", captions.OVER_CLASSES)
 
     def tuned(self) -> None:
         """Table of the settings that tuning chose."""
         tuned = chosen_settings(self.all_lengths)
         if len(tuned):
-            caption = (
-                "Settings chosen at each length on the validation classes, once for all seeds, and the number of runs "
-            )
-            caption += (
-                "of each grid (+ those of its extensions). If a choice is at an edge of the grid, a better value may "
-            )
-            caption += "lie beyond it. Intervals do not include the variation of this choice."
-            self.show.table(tuned, "tuned settings", caption)
+            self.show.table(tuned, "tuned settings", captions.TUNED)
 
     def ablations(self) -> None:
         """Figure and table of each other comparison."""
         for dataset, rows in self.by_dataset.items():
             for comparison, chosen in rows.groupby("comparison", sort=False):
                 if comparison not in LOSS_COMPARISONS and not comparison.endswith(OF_TUNING):
-                    display(Markdown(f"### {self.name(dataset, comparison)}"))
-                    self._comparison(dataset, comparison, chosen)
-                    of_lengths = self.table_of_lengths[self.table_of_lengths["dataset"] == dataset]
-                    caption = (
-                        f"Test Recall@K (%) of the comparison {comparison!r} on {dataset} at each length: mean over n "
-                    )
-                    caption += "seeds; the 95 % interval is that of Recall@1."
-                    shown = self._headline(of_lengths, (comparison,), recall_names(rows)[:4])
-                    self.show.table(shown, self.name(dataset, f"{comparison} table"), caption)
-                    if comparison in PAPER:
-                        name = f"{comparison} recall_at_k"
-                        self._recall_curves(dataset, chosen, f"the comparison {comparison!r}", name, PAPER[comparison])
+                    self._ablation(dataset, comparison, chosen, recall_names(rows)[:4])
+
+    def _ablation(self, dataset: str, comparison: str, chosen: pd.DataFrame, metrics: list[str]) -> None:
+        name = self.name(dataset, comparison)
+        display(Markdown(f"### {name}"))
+        self._comparison(dataset, comparison, chosen)
+        of_lengths = self.table_of_lengths[self.table_of_lengths["dataset"] == dataset]
+        caption = captions.ABLATION.format(comparison=comparison, dataset=dataset)
+        self.show.table(self._headline(of_lengths, (comparison,), metrics), name, caption)
+        if paper := captions.PAPER.get(comparison):
+            what = f"the comparison {comparison!r}"
+            self._recall_curves(dataset, chosen, what, f"{comparison} recall_at_k", paper)
 
     def similarities(self) -> None:
         """Figure of the densities of similarities before and after training."""
@@ -255,11 +224,7 @@ class Report:
             first = chosen[trained & (chosen["seed"] == chosen["seed"].min())].assign(shared=overlap)
             if len(first):
                 figure = plots.similarity_densities(density_panels(first))
-                caption = "Densities (per unit of cosine similarity) of positive and negative pairs of test images on "
-                caption += (
-                    f"{dataset}, before training and after training with each loss{_paper('Figure 5')}; shared: mass "
-                )
-                caption += "of both densities. One run per loss."
+                caption = captions.SIMILARITIES.format(dataset=dataset)
                 alt = "; ".join(f"{run.method}: {run.shared:.0f} % shared" for run in first.itertuples())
                 self.show.figure(figure, self.name(dataset, "similarities"), caption, alt)
 
@@ -268,38 +233,33 @@ class Report:
         for dataset, chosen in self.losses.items():
             curves = histories(chosen)
             if len(curves):
-                caption = f"Recall@1 (%) on the validation classes of {dataset} over the iterations of training: mean "
-                caption += (
-                    "validation gallery is smaller than the test gallery, so its Recall@1 is higher. A line that "
+                of_same = self.all_lengths["comparison"].isin(chosen["comparison"])
+                lengths = lengths_in(self.all_lengths[of_same & (self.all_lengths["dataset"] == dataset)])
+                figure, alt = (
+                    draw(curves, lengths) for draw in (plots.recall_over_iterations, describe_recall_over_iterations)
                 )
-                caption += "still rises at the end has not converged."
-                lengths = lengths_in(self.all_lengths[self.all_lengths["comparison"].isin(chosen["comparison"])])
-                alt = describe_recall_over_iterations(curves, lengths)
-                self.show.figure(
-                    plots.recall_over_iterations(curves, lengths), self.name(dataset, "training"), caption, alt
-                )
+                caption = captions.TRAINING.format(dataset=dataset)
+                self.show.figure(figure, self.name(dataset, "training"), caption, alt)
 
     def panels(self) -> None:
         """Figure of queries and their nearest images, of the run with the best validation."""
         for dataset, rows in self.by_dataset.items():
             trained = rows[rows["iterations"] > 0].sort_values("validation_recall@1", ascending=False, kind="stable")
             for best in trained.head(1).to_dict("records"):
-                try:
-                    images = open_dataset(project_path("data") / best["split"]).images
-                except DatasetError as error:
-                    display(Markdown(f"There is no figure of nearest images of `{dataset}`: {error}"))
-                    continue
-                panel = json.loads(best["panel"])
-                validated = best["validation_recall@1"] >= 0
-                why = "the best validation Recall@1 of all runs" if validated else "trained without validation"
-                caption = (
-                    f"Test queries of {dataset} (left) and their nearest test images, nearest first: {best['method']}, "
-                )
-                caption += f"run {best['run_id']} ({why}). Green frame: same class. Red frame and cross: another class."
-                hits, shown = sum(map(sum, panel["hits"])), sum(map(len, panel["hits"]))
-                alt = f"{len(panel['queries'])} queries; {hits} of {shown} neighbors have the class of their query"
-                figure = plots.retrieval_panel(images, panel)
-                self.show.figure(figure, self.name(dataset, "panel"), caption, alt)
+                self._panel(dataset, best)
+
+    def _panel(self, dataset: str, best: dict[Any, Any]) -> None:
+        try:
+            images = open_dataset(project_path("data") / best["split"]).images
+        except DatasetError as error:
+            display(Markdown(f"There is no figure of nearest images of `{dataset}`: {error}"))
+            return
+        panel, validated = json.loads(best["panel"]), best["validation_recall@1"] >= 0
+        why = "the best validation Recall@1 of all runs" if validated else "trained without validation"
+        caption = captions.PANEL.format(dataset=dataset, method=best["method"], run_id=best["run_id"], why=why)
+        hits, shown = sum(map(sum, panel["hits"])), sum(map(len, panel["hits"]))
+        alt = f"{len(panel['queries'])} queries; {hits} of {shown} neighbors have the class of their query"
+        self.show.figure(plots.retrieval_panel(images, panel), self.name(dataset, "panel"), caption, alt)
 
     def basis(self) -> None:
         """Notes on data, intervals, lengths, missing runs and the code that made the results."""
@@ -341,11 +301,7 @@ class Report:
             lambda names: "; ".join(dict.fromkeys(names))
         )
         shown.insert(1, "comparison", self.runs["run_id"].map(comparisons))
-        caption = (
-            "All runs at their longest length: settings that differ between runs, validation and test results (%), "
-        )
-        caption += "the 95 % bootstrap interval of Recall@1 over test classes, and the time of training (s)."
-        self.show.table(shown.join(self.runs[measured].round(2)), "runs", caption)
+        self.show.table(shown.join(self.runs[measured].round(2)), "runs", captions.RUNS)
 
 
 def density_panels(first: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -361,7 +317,3 @@ def density_panels(first: pd.DataFrame) -> dict[str, pd.DataFrame]:
             density = {"nodes": run.nodes, "positive": run[f"positive_{when}"], "negative": run[f"negative_{when}"]}
             panels[title] = pd.DataFrame(density)
     return panels
-
-
-def _paper(place: str | None) -> str:
-    return f" (the paper's {place})" if place else ""
