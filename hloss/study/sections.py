@@ -235,9 +235,8 @@ class Report:
             if len(curves):
                 of_same = self.all_lengths["comparison"].isin(chosen["comparison"])
                 lengths = lengths_in(self.all_lengths[of_same & (self.all_lengths["dataset"] == dataset)])
-                figure, alt = (
-                    draw(curves, lengths) for draw in (plots.recall_over_iterations, describe_recall_over_iterations)
-                )
+                figure = plots.recall_over_iterations(curves, lengths)
+                alt = describe_recall_over_iterations(curves, lengths)
                 caption = captions.TRAINING.format(dataset=dataset)
                 self.show.figure(figure, self.name(dataset, "training"), caption, alt)
 

@@ -92,7 +92,7 @@ def test_a_report_mailed_alone_works_as_well(report, tmp_path, visit):
 
 def test_tables_of_the_report_sort_and_filter(report, visit):
     page = visit.open(report / "report.html")
-    table = page.locator("table.sortable:has(th:text('recall@1 (%)'))").first
+    table = page.locator("table.sortable", has=page.locator("th", has_text="recall@1 (%)")).first
     before, header = rows_of(table), table.locator("thead th", has_text="recall@1 (%)")
     column = [cell.strip() for cell in table.locator("thead th").all_inner_texts()].index("recall@1 (%)")
     header.click()
