@@ -115,12 +115,14 @@ def shown_difference(row: Mapping[Any, Any] | pd.Series, with_unit: bool = True)
 
 def _numbers(rows: pd.DataFrame) -> str:
     """What is compared, and the difference at each length, in the order of the lines of the plot."""
-    last = rows.iloc[-1]
-    if len(rows) == 1:
+    last, several = rows.iloc[-1], rows.to_dict("records")
+    if len(several) == 1:
         lines = [compared(last), shown_difference(last)]
-    else:
+    elif len({compared(row) for row in several}) == 1:
         lines = [f"{compared(last)}, {last['unit']}"]
-        lines += [f"{row['length']}: {shown_difference(row, with_unit=False)}" for row in rows.to_dict("records")]
+        lines += [f"{row['length']}: {shown_difference(row, with_unit=False)}" for row in several]
+    else:
+        lines = [f"{row['length']}, {compared(row)}: {shown_difference(row)}" for row in several]
     return "".join(f'<span class="difference">{html.escape(line)}</span>' for line in lines)
 
 
@@ -135,12 +137,11 @@ def compared(row: Mapping[Any, Any] | pd.Series) -> str:
 
 def _description(rows: pd.DataFrame) -> str:
     """The plot in words."""
-    last = rows.iloc[-1]
     values = "; ".join(
-        f"{row['length']}: {shown_difference(row)}" if row["length"] else shown_difference(row)
+        f"{compared(row)}: {row['length']}{': ' * bool(row['length'])}{shown_difference(row)}"
         for row in rows.to_dict("records")
     )
-    return f"{compared(last)}: {values}. {_condition(last)}"
+    return f"{values}. {_condition(rows.iloc[-1])}"
 
 
 def _condition(row: pd.Series) -> str:

@@ -70,6 +70,18 @@ def test_verdicts_that_depend_on_the_length_have_a_line_each():
     assert [outcome(rows) for rows in groups(board)] == ["depends on the length"]
 
 
+def test_another_pair_that_decides_at_another_length_is_named():
+    later = {"length": "2,000 iterations", "decisive": "A minus C: +4.0 (n = 5)", "difference": 4.0, "low": 3.0,
+             "high": 5.0}  # fmt: skip
+    (claim,) = soup_of({}, later).select("details.claim")
+    assert [line.text for line in claim.select(".plot .difference")] == [
+        "200 iterations, A minus B: −3.3 points (95 % CI −4.1 to −2.4)",
+        "2,000 iterations, A minus C: +4.0 points (95 % CI +3.0 to +5.0)",
+    ]
+    assert "A minus B: 200 iterations: −3.3 points" in claim.svg["aria-label"]
+    assert "A minus C: 2,000 iterations: +4.0 points" in claim.svg["aria-label"]
+
+
 def test_claims_that_were_not_run_are_one_closed_line_at_the_end():
     missing = {"claim": "b", "text": "C matters.", "verdict": "not run", "evidence": "runs are missing", "run_ids": ""}
     soup = soup_of(missing, {}, missing | {"dataset": "cub"})
