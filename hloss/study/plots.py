@@ -120,7 +120,7 @@ def comparison(
     remark = " (open circle: still improving)" * bool((means["still improving"] > 0).any())
     title = f"{runs['dataset'].iloc[0]}: {name if isinstance(name, str) else ' and '.join(name)}"
     lengths = runs.loc[runs["length"] > 0, "length"]
-    after = f" after {lengths.iloc[0]:,} iterations" * (lengths.nunique() == 1)
+    after = f" after {lengths.max():,.0f} iterations" * (lengths.nunique() == 1)
     return _finish(figure, f"{title}{after}{remark}")
 
 
