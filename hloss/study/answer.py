@@ -178,7 +178,7 @@ def _histogram_place(ranking: Ranking) -> str:
         return ""
     behind = ranking.difference(methods[0], methods[place])
     low, high = behind.interval()
-    interval = "" if math.isnan(low) else f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+    interval = "" if math.isnan(low) else f" (95 % CI {signed(low)} to {signed(high)})"
     rank = f"number {place + 1} of {len(methods)}"
     return f" The histogram loss is {rank}, {signed(behind.mean)} points below the first{interval}."
 

@@ -56,7 +56,7 @@ def test_a_clear_leader_is_named_with_its_lead():
     low, high = interval(lead)
     assert f"2.0 points above the next, lifted (95 % CI +{low:.1f} to +{high:.1f})." in text
     low, high = interval(last)
-    assert f"number 3 of 3, 4.0 points below the first (95 % CI +{low:.1f} to +{high:.1f})" in text
+    assert f"number 3 of 3, 4.0 points below the first (95 % CI {low:.1f} to {high:.1f})" in text
     assert "After 200 iterations on glyphs (one fixed setting, mean of five seeds)" in text
     assert "chance" not in text
 
