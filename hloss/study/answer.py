@@ -212,8 +212,8 @@ def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
         return "The order is the same at every length.", f"The losses have it after {lengths} iterations, too."
     first = last.rows.iloc[0]["method"]
     return (
-        "The first is the same at every length.",
-        f"{first} has the highest mean after {lengths} iterations, too; others change places.",
+        "The same loss is first at every length.",
+        f"{first[0].upper()}{first[1:]} has the highest mean after {lengths} iterations, too; others change places.",
     )
 
 
@@ -233,7 +233,7 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     stay = sum(rows.iloc[-1]["holm"] == rows.iloc[-1]["verdict"] for rows in judged)
     of = f"{claims} claims" if claims > 1 else "one claim"
     several = f"{len(judged)} verdicts on {of}" if len(judged) > 1 else "One verdict on a claim"
-    told = f"{stay} of the verdicts stay with Holm's correction for the number of tests."
+    told = f"{stay} of the verdicts remain after Holm's correction for the number of tests."
     return Answer(f"{several} of the paper: {kinds}.", f"{told} They rest on {_rests_on(results, board)}.")
 
 

@@ -115,7 +115,7 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
         lengths = listed([f"{ranking.length:,}" for ranking in before])
         text += f" Small grey points: after {lengths} iterations, the shortest the lightest."
     if (last.rows["still improving"] > 0).any():
-        text += " Open circle: a run of the loss is still improving."
+        text += " Open circle: still improving (a run's best validation lies in the last tenth of the length)."
     return text
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import sys

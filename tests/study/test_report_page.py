@@ -138,7 +138,7 @@ def test_the_answer_has_the_numbers_of_the_tables(page, means, judged):
     for verdict, n in counts.items():
         assert re.search(rf"(?<!\d){n} {verdict}[,.]", text)
     stay = sum(rows["holm"].iloc[-1] == rows["verdict"].iloc[-1] for rows in judged)
-    assert f"{stay} of the verdicts stay with Holm's correction" in text
+    assert f"{stay} of the verdicts remain after Holm's correction" in text
     improving = int(losses["still improving"].sum())
     assert f"{improving} of {losses['n'].sum()} runs are still improving" in text
     assert "one dataset of drawn characters (glyphs), not data of the paper" in text
