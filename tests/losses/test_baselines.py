@@ -193,7 +193,7 @@ def test_the_metric_is_that_of_the_embeddings_a_loss_takes():
 
 
 def test_contrastive_is_undefined_for_a_single_image_only():
-    with pytest.raises(ValueError, match="a batch of 1 with 0 positive and 0 negative pairs"):
+    with pytest.raises(ValueError, match="the loss of 0 positive and 0 negative pairs is undefined"):
         Contrastive()(torch.ones(1, 2), torch.tensor([0]))
     assert Contrastive(on_degenerate="zero")(torch.ones(1, 2), torch.tensor([0])) == 0
     assert Contrastive()(torch.eye(3), torch.arange(3)) == 0
@@ -246,7 +246,7 @@ def test_a_batch_without_positive_or_negative_pair_is_undefined(name, labels):
 def test_unusable_input_is_refused_by_name(name):
     embeddings, labels = batch()
     loss = BASELINES[name]()
-    with pytest.raises(ValueError, match=r"labels must have shape \(14,\) or be a \(14, 14\) matrix of pairs"):
+    with pytest.raises(ValueError, match=r"labels must have shape \(14,\), or \(14, 14\) as a matrix of pairs: got \(13,\)"):
         loss(embeddings, labels[:-1])
     with pytest.raises(ValueError, match=r"embeddings must be floating-point \(n, d\): got torch.int64 \(14,\)"):
         loss(labels, labels)
@@ -308,9 +308,9 @@ def test_a_call_reads_from_the_device_once(name, kind, monkeypatch):
     n, reads = 64, []
     norms, n_pairs = [1.0, 2.0], [float(n * 8), float(n * 48)]
     numbers = {
-        "labels": [*norms, n_pairs[0]],
+        "labels": [*norms, *n_pairs],
         "matrix": [*norms, 0.0, 0.0, *n_pairs],  # no wrong entry, and symmetric
-        "references": [*norms, *norms, n_pairs[0]],
+        "references": [*norms, *norms, *n_pairs],
         "matrix of references": [*norms, *norms, 0.0, *n_pairs],
     }[kind]
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self.shape) or [*numbers])
