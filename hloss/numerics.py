@@ -87,7 +87,7 @@ def integers(name: str, values: Any) -> Tensor:
             raise ValueError(f"{name} must be integers: got {type(values).__name__} ({error})") from None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers: got {values.dtype}; convert them by .long()")
-    return values if values.is_signed() else values.long()
+    return values if values.dtype.is_signed else values.long()
 
 
 def checked_labels(name: str, labels: Any, n: int) -> Tensor:
