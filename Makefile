@@ -8,6 +8,7 @@
 # make test                 run all tests and notebooks except the slow tests
 # make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser, examples
 # make check-gpu            check a machine with GPUs; run it there before the first study
+# KEEP=1 keeps results of other code or data, which are redone otherwise. PROFILE is a folder in workflow/profiles.
 # To use an existing environment: make study BIN=/path/to/environment/bin
 
 STUDY ?= quick
@@ -72,7 +73,7 @@ test: $(TEST_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	"$(BIN)"/ruff check . && "$(BIN)"/ruff format --check . && "$(BIN)"/mypy && "$(BIN)"/lint-imports --no-cache --no-logo
 	"$(BIN)"/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
-test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
+test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) $(DOCS_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	"$(BIN)"/python -m pytest -m slow -rs --durations=0 tests
 
 check-gpu: FAISS := faiss-gpu

@@ -4,6 +4,7 @@ The source folder is the project's root, so that links between files work on the
 """
 
 import re
+from typing import Any
 
 from pydantic import BaseModel
 from sphinx.application import Sphinx
@@ -20,6 +21,8 @@ html_theme = "furo"
 html_title = "hloss"
 html_show_copyright = False
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_js_files = ["scrollable.js"]
 html_extra_path = ["start", "../reports/sample/report.html"]  # the report of the committed results
 
 nb_execution_mode = "off"  # The notebooks are committed with the outputs of their defaults.
@@ -47,7 +50,15 @@ def escape_bars(app: Sphinx, what: str, name: str, obj: object, options: object,
     lines[:] = [re.sub(r"(?<!\\)\|", r"\\|", line) for line in lines]
 
 
+def level_captions(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Sphinx writes the captions of tables of contents as headings without a level, which screen readers need."""
+    for part in ("body", "furo_navigation_tree"):
+        if part in context:
+            context[part] = context[part].replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app: Sphinx) -> None:
     """Register the hooks."""
     app.connect("autodoc-process-docstring", describe_fields)
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("html-page-context", level_captions, priority=900)  # after the theme has made its navigation

@@ -227,7 +227,8 @@ def new_network(context: RunContext) -> nn.Module:
     """The network as the seed initialises it, the same in every process."""
     config = context.config
     torch.manual_seed(config.seed)
-    network = network_for(config, context.dataset.images.shape[1:], str(config.weights_file or config.weights))
+    _, height, width, channels = context.dataset.images.shape
+    network = network_for(config, (height, width, channels), str(config.weights_file or config.weights))
     return network.to(context.fabric.device)
 
 

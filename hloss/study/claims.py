@@ -18,9 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from hloss.names import did_you_mean
+from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
 from hloss.study.criteria import (
@@ -37,6 +38,7 @@ from hloss.study.criteria import (
     verdict,
 )
 from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_difference
+from hloss.study.input_files import checked, read_yaml, shown
 from hloss.study.published import EXACT, compare_with_published
 from hloss.study.results import at_length, grid_size, lengths_in, recall_names
 from hloss.study.spec import CHOICE, INITIAL, short_value
@@ -47,6 +49,8 @@ SPLITS = 5  # splits of CUHK03; a published value is the mean over them
 BUDGET = 0.25  # of the settings of a grid, for the claim on tuning
 OVERLAP = "overlap"
 DEPENDS = "depends on the length"
+LARGEST_EXPONENT = 2.5  # for the verdict that the cost is quadratic
+NO_NUMBERS = Part("", Estimate(math.nan, math.nan, 0), 1.0, 1.0, is_tested=False, unit="").numbers()
 
 
 class Claim(BaseModel):
@@ -75,7 +79,7 @@ class Claim(BaseModel):
         published: published values, shown with the evidence.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
     section: str
@@ -103,7 +107,16 @@ class Claim(BaseModel):
     @model_validator(mode="after")
     def _check_methods(self) -> "Claim":
         if bool(self.method) != bool(self.rivals or self.values):
-            raise ValueError("method and rivals (or values) come together")
+            raise ValueError("method and rivals (or values) are only allowed together; add the missing one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> "Claim":
+        known = tuple(RunConfig.model_fields)
+        axes = [name for name in (self.axis, self.within) if name]
+        for name in (*axes, *self.among, *(self.method or {}), *(n for rival in self.rivals or () for n in rival)):
+            if name not in known:
+                raise ValueError(f"{name} is not a setting of a run{did_you_mean(name, known)}")
         return self
 
 
@@ -121,17 +134,20 @@ def read_claims(file: str = CLAIMS) -> list[Claim]:
         The claims in the order of the file.
 
     Raises:
-        ConfigError: if an entry is invalid; the message names the entry and its field.
+        ConfigError: if an entry is invalid; the message names the entry, the setting, its value and what is allowed.
     """
     path = project_path(file)
-    claims = []
-    for row in yaml.safe_load(path.read_text()):
-        try:
-            claims.append(Claim(**row))
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"{path}, claim {row.get('name')!r}: {wrong}") from None
-    return claims
+    rows = read_yaml(path)
+    if not isinstance(rows, list):
+        raise ConfigError(f"{path}: got {shown(rows)[:80]}; must be a list of claims, which begin with `- name:`")
+    claims: dict[str, Claim] = {}
+    for number, row in enumerate(rows, start=1):
+        name = row.get("name", number) if isinstance(row, dict) else number
+        claim = checked(Claim, row, f"{path}, claim {shown(name)}")
+        if claim.name in claims:
+            raise ConfigError(f"{path}, claim {shown(name)}: name: occurs twice; give each claim its own name")
+        claims[claim.name] = claim
+    return list(claims.values())
 
 
 def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[Claim] | None = None) -> pd.DataFrame:
@@ -155,6 +171,9 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         - grids: the number of runs with which each method was tuned, as "20 + 4" with those of extensions;
         - still improving: how many of the runs that were used;
         - evidence: every part; decisive: the part that decides the verdict;
+        - difference, low, high, confidence (of the interval, in %), n, unit, margin: numbers of that part; holds above,
+          holds below: bounds of the differences for which it holds, NaN without a bound. For the claim on the cost,
+          difference is the exponent;
         - p holds, p refuted: p values, NaN without a test;
         - run_ids: of the runs that were used.
 
@@ -203,6 +222,7 @@ class _Judgement(NamedTuple):
     verdict: str
     evidence: str
     decisive: str
+    numbers: dict[str, Any]
     improving: str = ""
     p_holds: float = math.nan
     p_refuted: float = math.nan
@@ -228,6 +248,7 @@ def _row(claim: Claim, dataset: str, comparison: str, length: str, found: _Judge
         "still improving": found.improving,
         "evidence": found.evidence,
         "decisive": found.decisive,
+        **found.numbers,
         "p holds": found.p_holds,
         "p refuted": found.p_refuted,
         "run_ids": found.run_ids,
@@ -308,14 +329,16 @@ def _judge_runs(claim: Claim, runs: pd.DataFrame) -> _Judgement:
     try:
         used, parts = _claim_parts(claim, runs)
     except _MissingRuns as missing:
-        return _Judgement(NOT_RUN, str(missing), str(missing))
+        return _Judgement(NOT_RUN, str(missing), str(missing), NO_NUMBERS)
     evidence = [*map(str, parts), *([f"published: {claim.published}"] if claim.published else [])]
     p_holds, p_refuted = p_values(parts)
     tested = all(part.is_tested for part in parts)
+    decisive = decisive_part(claim.check, parts)
     return _Judgement(
         verdict(p_holds, p_refuted),
         "; ".join(evidence),
-        str(decisive_part(claim.check, parts)),
+        str(decisive),
+        decisive.numbers(),
         _still_improving(used),
         *((p_holds, p_refuted) if tested else (math.nan, math.nan)),
         ", ".join(sorted(set(used["run_id"]))),
@@ -427,11 +450,12 @@ def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.DataFrame]) ->
 def _judge_cost(cost: pd.DataFrame | None) -> _Judgement:
     if cost is None or len(cost) < 3:
         missing = "the cost of the loss was not measured with this study"
-        return _Judgement(NOT_RUN, missing, missing)
+        return _Judgement(NOT_RUN, missing, missing, NO_NUMBERS)
     exponent = float(np.polyfit(np.log(cost["batch_size"]), np.log(cost["seconds"]), 1)[0])
     measured = ", ".join(f"{row.batch_size:,.0f}: {1e3 * row.seconds:.0f} ms" for row in cost.itertuples())
-    outcome = REPRODUCED if exponent <= 2.5 else REFUTED if exponent >= 3 else OPEN
-    return _Judgement(outcome, f"exponent {exponent:.2f} ({measured})", f"exponent {exponent:.2f}")
+    outcome = REPRODUCED if exponent <= LARGEST_EXPONENT else REFUTED if exponent >= 3 else OPEN
+    numbers = NO_NUMBERS | {"difference": exponent, "unit": "exponent", "holds below": LARGEST_EXPONENT}
+    return _Judgement(outcome, f"exponent {exponent:.2f} ({measured})", f"exponent {exponent:.2f}", numbers)
 
 
 def _compare_with_table(runs: pd.DataFrame) -> list[Part]:
@@ -452,12 +476,13 @@ def _part_of_table(runs: pd.DataFrame, row: Any, same_splits: bool) -> Part:
     difference = found._replace(mean=found.mean - row.published)
     label = f"{row.metric} minus the published {row.published}"
     p_holds, p_refuted = difference.p_within(EQUIVALENCE_MARGIN), difference.p_outside(EQUIVALENCE_MARGIN)
+    limits: dict[str, Any] = {"margin": EQUIVALENCE_MARGIN, "holds": (-EQUIVALENCE_MARGIN, EQUIVALENCE_MARGIN)}
     if not same_splits:
-        return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL)
+        return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, **limits)
     # The interval over splits is too wide for means over the same splits. It can refute a value, but not confirm it.
     near = difference.n > 1 and abs(difference.mean) < EQUIVALENCE_MARGIN
     note = " (mean over the same splits, no test)"
-    return Part(label, difference, float(not near), p_refuted, note=note, is_tested=False)
+    return Part(label, difference, float(not near), p_refuted, note=note, is_tested=False, **limits)
 
 
 def _compare_with_value(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
@@ -488,7 +513,9 @@ def _compare_budgets(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, li
         holds = (missed < claim.margin) == (settings is claim.method)
         note = " (expected value over draws of the settings, no test)"
         unknown = Estimate(-missed, math.nan, 1)
-        parts.append(Part(label, unknown, float(not holds), float(holds), note=note, is_tested=False))
+        bounds = (-claim.margin, math.inf) if settings is claim.method else (-math.inf, -claim.margin)
+        limits: dict[str, Any] = {"margin": claim.margin, "holds": bounds, "is_tested": False}
+        parts.append(Part(label, unknown, float(not holds), float(holds), note=note, **limits))
         used.append(grid)
     return pd.concat(used), parts
 

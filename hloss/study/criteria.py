@@ -12,8 +12,10 @@ the claim, is below `LEVEL` (Bonferroni: one refuted part refutes the claim). Th
 - sensitive: the best level is above the worst by more than the margin. Refuted if all levels are equivalent.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import combinations
+from math import inf
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -36,6 +38,9 @@ class Part(NamedTuple):
         confidence: confidence of the interval to show.
         note: what else the evidence says about the part.
         is_tested: False if the part is a comparison of numbers without a test.
+        unit: of the difference.
+        margin: largest negligible difference; NaN if the criterion has none.
+        holds: bounds of the true differences for which the part holds.
     """
 
     label: str
@@ -45,6 +50,24 @@ class Part(NamedTuple):
     confidence: float = 1 - LEVEL
     note: str = ""
     is_tested: bool = True
+    unit: str = "points"
+    margin: float = math.nan
+    holds: tuple[float, float] = (-inf, inf)
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of the part for a table; what is unknown or unlimited is NaN."""
+        low, high = self.difference.interval(self.confidence) if self.is_tested else (math.nan, math.nan)
+        bounds = (bound if math.isfinite(bound) else math.nan for bound in self.holds)
+        return {
+            "difference": self.difference.mean,
+            "low": low,
+            "high": high,
+            "confidence": 100 * self.confidence if math.isfinite(low) else math.nan,
+            "n": self.difference.n,
+            "unit": self.unit,
+            "margin": self.margin,
+            **dict(zip(("holds above", "holds below"), bounds, strict=True)),
+        }
 
     def __str__(self) -> str:
         mean, n, varies = self.difference.mean, self.difference.n, self.difference.varies
@@ -61,30 +84,34 @@ def above(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `above` of the module's docstring, for a difference a minus b."""
     p_holds, p_equivalent = min(1.0, 2 * difference.p_above(0)), difference.p_within(margin)
     p_refuted = 1.0 if p_holds < LEVEL else min(1.0, 2 * difference.p_below(0), p_equivalent)
-    return Part(label, difference, p_holds, p_refuted, note=", equivalent" * (p_holds >= LEVEL > p_equivalent))
+    note = ", equivalent" * (p_holds >= LEVEL > p_equivalent)
+    return Part(label, difference, p_holds, p_refuted, note=note, margin=margin, holds=(0, inf))
 
 
 def equivalent(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `equivalent`, for a difference a minus b."""
-    return Part(label, difference, difference.p_within(margin), difference.p_outside(margin), 1 - 2 * LEVEL)
+    p_holds, p_refuted = difference.p_within(margin), difference.p_outside(margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, margin))
 
 
 def not_below(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `not_below`, for a difference a minus b."""
     p_refuted = min(1.0, 2 * difference.p_below(-margin))
-    return Part(label, difference, difference.p_above(-margin), p_refuted, 1 - 2 * LEVEL)
+    p_holds = difference.p_above(-margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, inf))
 
 
 def no_gain(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `no_gain`, for a difference a minus b."""
     p_refuted = min(1.0, 2 * difference.p_above(margin))
-    return Part(label, difference, difference.p_below(margin), p_refuted, 1 - 2 * LEVEL)
+    p_holds = difference.p_below(margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-inf, margin))
 
 
 def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `less_overlap`, for a difference a minus b; the margin is not used."""
     p_below, p_above = (min(1.0, 2 * p) for p in (difference.p_below(0), difference.p_above(0)))
-    return Part(label, difference, p_below, p_above)
+    return Part(label, difference, p_below, p_above, unit="% of the mass", holds=(-inf, 0))
 
 
 def each_minus_reference(criterion: Callable[..., Part]) -> Callable[..., list[Part]]:
@@ -134,7 +161,8 @@ def sensitive(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin
     p_holds = min(1.0, 2 * difference.p_above(margin) * len(pairs))
     p_alike = max(paired_difference(levels[b], levels[a], column).p_within(margin) for a, b in pairs)
     label = f"{axis} {short_value(ordered[-1])} minus {short_value(ordered[0])}"
-    return [Part(label, difference, p_holds, p_alike, 1 - LEVEL / len(pairs))]
+    confidence = 1 - LEVEL / len(pairs)
+    return [Part(label, difference, p_holds, p_alike, confidence, margin=margin, holds=(margin, inf))]
 
 
 METHOD_CRITERIA: dict[str, Callable[[str, Estimate, float], Part]] = {

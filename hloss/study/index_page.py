@@ -6,7 +6,8 @@ It is a file: a browser opens it on this machine, or on the login node of a clus
 import html
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,23 +18,41 @@ from hloss.study.spec import Study, StudyRun
 
 RELOAD_SECONDS = 10
 COLORS = ("#4477aa", "#cc6677", "#228833", "#b8860b", "#66ccee", "#aa3377", "#777777", "#ee7733")
-WIDTH, HEIGHT, LEFT, BOTTOM = 720, 260, 40, 28  # of the chart, in pixels
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 280, 56, 18, 34  # of the chart, in pixels
+PACE_RUNS = 5  # complete runs from which the time left follows
+STATES = {"complete": "complete", "failed": "failed", "stopped": "stopped", "running": "at work", "to do": "to do"}
 STYLE = """
-:root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --line: #bbb; --soft: #595959; --bad: #b00020; }
+:root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --line: #bbb; --soft: #595959; --bad: #b00020;
+  --complete: #1f6f43; --failed: #b00020; --stopped: #b26a00; --running: #3b6ea8; --to-do: #d5d5d5; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #eee; --page: #181818; --line: #555; --soft: #aaa; --bad: #ff7b88; }
+  :root { --text: #eee; --page: #181818; --line: #555; --soft: #aaa; --bad: #ff7b88;
+    --complete: #4caf7d; --failed: #ff7b88; --stopped: #e0a040; --running: #7fb0e8; --to-do: #444; }
 }
 body { font: 16px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 62rem;
-  margin: 1.5rem auto; padding: 0 1rem; }
+  margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; line-height: 1.25; margin: 0; }
+h2 { font-size: 1.1rem; margin: 1.6rem 0 0.4rem; }
+.count { font-size: 1.9rem; font-weight: 650; line-height: 1.2; margin: 0.8rem 0 0; }
+.bar { display: flex; height: 0.9rem; margin: 0.6rem 0; max-width: 45rem; border-radius: 0.3rem; overflow: hidden; }
+.bar span { flex: 1 0 0; }
+.key { display: flex; flex-wrap: wrap; gap: 0.1rem 1.2rem; margin: 0; padding: 0; list-style: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; }
-th, td { text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: normal; }
+tr > :first-child { min-width: 9rem; }
+th { vertical-align: bottom; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+.runs { margin: 0; padding: 0; list-style: none; }
+.runs li { border-left: 0.25rem solid var(--bad); padding: 0.1rem 0 0.1rem 0.7rem; margin: 0 0 0.8rem; }
+.runs strong { display: block; }
 .failed { color: var(--bad); font-weight: 600; }
 .soft, svg text { color: var(--soft); fill: var(--soft); font-size: 0.85rem; }
 svg { width: 100%; height: auto; max-width: 45rem; }
-progress { width: 100%; max-width: 45rem; }
+details { margin-top: 1.6rem; }
 a { color: inherit; }
+@media (max-width: 40rem) { .count { font-size: 1.5rem; } svg text { font-size: 1.4rem; } }
 """
 
 
@@ -60,17 +79,22 @@ class IndexPage:
 
     Args:
         study: the study with its known runs.
+
+    Attributes:
+        outdated: whether the next `write_if_due` writes the page whatever its age.
     """
 
     def __init__(self, study: Study) -> None:
         self.study = study
         self.file = Path("runs") / study.name / "index.html"
         self.complete: dict[Path, RunState] = {}
-        self.written_at = -float("inf")
+        self.outdated, self.written_at = True, 0.0
+        self.started = time.monotonic()
+        self.complete_at_start: int | None = None
 
     def write_if_due(self) -> None:
-        """Write the page if the last one is older than RELOAD_SECONDS. Errors of the file system are ignored."""
-        if time.monotonic() - self.written_at >= RELOAD_SECONDS:
+        """Write the page if it is outdated or older than RELOAD_SECONDS. Errors of the file system are ignored."""
+        if self.outdated or time.monotonic() - self.written_at >= RELOAD_SECONDS:
             with suppress(OSError):
                 self.write()
 
@@ -80,8 +104,9 @@ class IndexPage:
         Raises:
             OSError: a run's folder cannot be read, or the page cannot be written.
         """
-        self.written_at = time.monotonic()
-        text = page(self.study, [self._state(run) for run in self.study.runs], self.file.parent)
+        self.outdated, self.written_at = False, time.monotonic()
+        states = [self._state(run) for run in self.study.runs]
+        text = page(self.study, states, self.file.parent, self._seconds_left(states))
         self.file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self.file, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -94,6 +119,16 @@ class IndexPage:
             self.complete[folder] = found
         return self.complete[folder]
 
+    def _seconds_left(self, states: Sequence[RunState]) -> float | None:
+        """Estimate the time left: by the pace since the first page once enough runs are complete, else by training."""
+        count = Counter(s.state for s in states)
+        if self.complete_at_start is None:
+            self.complete_at_start = count["complete"]
+        new, left = count["complete"] - self.complete_at_start, count["running"] + count["to do"]
+        if left and new >= max(PACE_RUNS, 2 * count["running"]):
+            return (time.monotonic() - self.started) / new * left
+        return seconds_left(states)
+
 
 def read_state(run: StudyRun) -> RunState:
     """Read the state of a run from its folder.
@@ -105,54 +140,66 @@ def read_state(run: StudyRun) -> RunState:
     progress, result = read_progress(folder) or {}, read_result(folder)
     if result:
         return RunState(run, "complete", "", progress, result)
-    status = read_status(folder) or {"state": "to do", "message": ""}
+    at_first = "running" if (folder / "run.log").exists() else "to do"  # the log begins before the status
+    status = read_status(folder) or {"state": at_first, "message": ""}
     state = "running" if status["state"] == "complete" else status["state"]  # its result is about to be written
     return RunState(run, state, status["message"], progress, None)
 
 
-def page(study: Study, states: Sequence[RunState], folder: Path) -> str:
+def page(study: Study, states: Sequence[RunState], folder: Path, left: float | None) -> str:
     """HTML of the index page.
 
     Args:
         study: the study.
         states: states of its runs.
         folder: folder of the page, to which links are relative.
+        left: seconds until the study is complete; None if unknown.
     """
-    by_state = {name: [s for s in states if s.state == name] for name in ("failed", "running", "stopped", "to do")}
-    complete = [s for s in states if s.state == "complete"]
+    by_state = {name: [s for s in states if s.state == name] for name in STATES}
     working = bool(by_state["running"] or by_state["to do"] or study.waiting)
     sections = [
-        _failed_table("Failed", by_state["failed"], folder),
-        _failed_table("Stopped", by_state["stopped"], folder),
+        _failed_list("Failed", by_state["failed"], folder),
+        _failed_list("Stopped", by_state["stopped"], folder),
         _running_table(by_state["running"], folder),
         _chart(states),
-        _complete_table(complete, folder),
+        _complete_table(by_state["complete"], folder),
         _details(f"{len(by_state['to do'])} runs to do", (_name(s) for s in by_state["to do"])),
     ]
     reload = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">' if working else ""
+    failed = f", {len(by_state['failed'])} failed" if by_state["failed"] else ""
+    title = f"{len(by_state['complete'])} of {len(states)}{failed}: {study.name}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{reload}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(study.name)}: {len(complete)} of {len(states)} runs</title><style>{STYLE}</style></head>"
-        f"<body><main><h1>{html.escape(study.title)}</h1>{_summary(study, states)}{''.join(sections)}"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main><h1>{html.escape(study.title)}</h1>{_summary(study, by_state, left)}{''.join(sections)}"
         f'<p class="soft">Written {time.strftime("%Y-%m-%d %H:%M:%S")}. '
         f"{f'The page reloads every {RELOAD_SECONDS} seconds.' if working else 'No run is at work.'}</p>"
         "</main></body></html>\n"
     )
 
 
-def _summary(study: Study, states: Sequence[RunState]) -> str:
-    """Numbers of runs, and the time left at the present rate."""
-    count = {name: sum(s.state == name for s in states) for name in ("complete", "running", "failed", "stopped")}
-    parts = [f"{count['complete']} of {len(states)} runs are complete"]
-    parts += [f"{count['running']} at work"] if count["running"] else []
-    parts += [f'<span class="failed">{count["failed"]} failed</span>'] if count["failed"] else []
-    parts += [f"{count['stopped']} stopped"] if count["stopped"] else []
-    parts += [f"{len(study.waiting)} more wait for settings that a grid chooses"] if study.waiting else []
-    left = seconds_left(states)
-    parts += [] if left is None else [f"about {_duration(left)} left"]
-    bar = f'<progress value="{count["complete"]}" max="{len(states)}" aria-label="complete runs"></progress>'
-    return f"<p>{'; '.join(parts)}.</p>{bar}"
+def _summary(study: Study, by_state: Mapping[str, Sequence[RunState]], left: float | None) -> str:
+    """Numbers of runs in words and as a bar, and the time left."""
+    count = {name: len(runs) for name, runs in by_state.items()}
+    said = [(name, f"{number} {STATES[name]}") for name, number in count.items() if number]
+    parts = "".join(f'<span style="flex-grow:{count[name]};background:{_color(name)}"></span>' for name, _ in said)
+    items = [
+        f'<span style="color:{_color(name)}" aria-hidden="true">&#9632;</span> <span class="{name}">{text}</span>'
+        for name, text in said
+    ]
+    items += [f"{len(study.waiting)} more wait for settings that a grid chooses"] if study.waiting else []
+    items += [] if left is None else [f"<strong>about {_duration(left)} left</strong>"]
+    key = "".join(f"<li>{item}</li>" for item in items)
+    return (
+        f'<p class="count">{count["complete"]} of {sum(count.values())} runs complete</p>'
+        f'<div class="bar" role="img" aria-label="{", ".join(text for _, text in said)}">{parts}</div>'
+        f'<ul class="key">{key}</ul>'
+    )
+
+
+def _color(state: str) -> str:
+    return f"var(--{state.replace(' ', '-')})"
 
 
 def seconds_left(states: Sequence[RunState]) -> float | None:
@@ -184,7 +231,7 @@ def _name(state: RunState) -> str:
 
 def _link(state: RunState, file: str, text: str, folder: Path) -> str:
     target = os.path.relpath(state.run.config.folder / file, folder)
-    return f'<a href="{html.escape(target)}">{text}</a>'
+    return f'<a href="{html.escape(target)}" aria-label="{_name(state)}, {file}">{text}</a>'
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -200,9 +247,13 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return f'<h2>{title}</h2><div class="scroll" tabindex="0" role="region" aria-label="{title}">{table}</div>'
 
 
-def _failed_table(title: str, states: Sequence[RunState], folder: Path) -> str:
-    rows = [[_name(s), html.escape(s.message), _link(s, "run.log", "run.log", folder)] for s in states]
-    return _table(title, ["run", "why", "log"], rows)
+def _failed_list(title: str, states: Sequence[RunState], folder: Path) -> str:
+    """Name, message and log of each run."""
+    items = "".join(
+        f"<li><strong>{_name(s)}</strong>{html.escape(s.message)} ({_link(s, 'run.log', 'run.log', folder)})</li>"
+        for s in states
+    )
+    return f'<h2>{title}</h2><ul class="runs">{items}</ul>' if items else ""
 
 
 def _running_table(states: Sequence[RunState], folder: Path) -> str:
@@ -214,9 +265,9 @@ def _running_table(states: Sequence[RunState], folder: Path) -> str:
         if p:
             done = f"{p['iteration']:,} of {p['iterations']:,}"
             rate, left = f"{p['images_per_second']:,.0f}", _duration(p["seconds_left"])
-            numbers = [done, f"{p['loss']:.4f}", recall, rate, left]
+            numbers = [left, done, recall, f"{p['loss']:.4f}", rate]
         rows.append([_link(s, "run.log", _name(s), folder), *numbers])
-    columns = ["run", "iteration #", "loss #", "validation Recall@1 (%) #", "images/s #", "left #"]
+    columns = ["run", "left #", "iteration #", "validation Recall@1 (%) #", "loss #", "images/s #"]
     return _table("At work", columns, rows)
 
 
@@ -245,7 +296,7 @@ def _chart(states: Sequence[RunState]) -> str:
 
     def place(iteration: float, recall: float) -> str:
         x = LEFT + (WIDTH - LEFT - 10) * iteration / last
-        return f"{x:.1f},{(HEIGHT - BOTTOM) - (HEIGHT - BOTTOM - 10) * recall:.1f}"
+        return f"{x:.1f},{(HEIGHT - BOTTOM) - (HEIGHT - BOTTOM - TOP) * recall:.1f}"
 
     lines = "".join(
         f'<polyline points="{" ".join(place(*point) for point in points)}" fill="none" stroke="{color[loss]}" '

@@ -1,18 +1,14 @@
 """Execute the notebooks of a study with papermill: its runs and its report."""
 
-import base64
 import contextlib
-import io
 import logging
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from html import escape
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,10 +25,9 @@ from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write, read_result
 from hloss.study.devices import own_devices, usable_gpus
 from hloss.study.kernels import NOTEBOOK_IMPORTS, prepare_kernel
+from hloss.study.parts import parts_of
 from hloss.study.spec import Study, StudyRun
 
-# Settings of HTMLExporter for scripts that a page would load from other hosts.
-SCRIPT_URLS = ("mathjax_url", "require_js_url", "jquery_url", "jupyter_widgets_base_url", "mermaid_js_url")
 REFUSALS = ("ConfigError", "DatasetError")  # another attempt would raise these errors again
 STOP_SECONDS = 20  # Slurm's KillWait is 30 unless the cluster says otherwise
 
@@ -78,9 +73,15 @@ def execute_run(study: Study, run_id: str, attempt: int, own_gpus: bool) -> None
         own_gpus: choose and lock GPUs of this machine; otherwise Slurm names them in CUDA_VISIBLE_DEVICES.
 
     Raises:
+        ConfigError: if the study has no such run.
         SystemExit: if the run fails.
     """
-    run = next(r for r in study.runs if r.config.run_id == run_id)
+    run = next((r for r in study.runs if r.config.run_id == run_id), None)
+    if run is None:
+        raise ConfigError(
+            f"the study has no run with the id {run_id!r}: got {len(study.runs)} other runs; the id changes with the "
+            f"settings, and runs/{study.name}/index.html lists them"
+        )
     folder = run.config.folder
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(folder) or {}
@@ -133,60 +134,27 @@ def execute_report(study: Study) -> None:
     """Execute the report notebook on the results of a study, and export it as reports/STUDY/report.html.
 
     Args:
-        study: the study, whose reports/STUDY/results.parquet must exist.
+        study: the study.
 
     Raises:
+        ConfigError: if it has no results.
         SystemExit: if the notebook or its export fails.
     """
     folder = Path("reports") / study.name
+    if not (folder / "results.parquet").exists() and not parts_of(folder / "results.parquet"):
+        raise ConfigError(f"{folder} has no results; run `make study STUDY={study.name}` first")
     print(f"{'report':>8}  {folder / 'report.html'}", flush=True)
     parameters = {"results_file": str(folder / "results.parquet"), "report_dir": str(folder)}
     execute("90_report", folder / "90_report.ipynb", parameters, folder / "report.log")
     file = folder / "90_report.ipynb"
     try:
+        from hloss.study.report_page import report_page  # imported here because runs do not need it
+
         page = report_page(nbformat.read(file, as_version=4), study.title)
-    except Exception as error:  # nbconvert and its templates raise many types
+    except Exception as error:  # a reader of other libraries raises many types
         logging.exception("export of %s", file)
         fail(f"{file} is complete, but its export to report.html failed: {error!r}; the log is {folder / 'report.log'}")
     atomic_write(folder / "report.html", lambda part: part.write_text(page))
-
-
-def report_page(notebook: nbformat.NotebookNode, title: str) -> str:
-    """Convert an executed report to one HTML page without code, which loads nothing from other hosts.
-
-    Args:
-        notebook: the executed notebook; its figures are reduced to 256 colours.
-        title: title of the page.
-    """
-    from nbconvert import HTMLExporter  # imported here because runs do not need it
-
-    exporter = HTMLExporter(config=Config({"HTMLExporter": dict.fromkeys(SCRIPT_URLS, "")}))
-    exporter.exclude_input = exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    html, _ = exporter.from_notebook_node(with_indexed_figures(notebook))
-    # The exporter still writes script tags without a source, and a module that loads mermaid.
-    html = re.sub(r"<script(?: [^>]*)?>(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>", "", html, flags=re.S)
-    html = html.replace('<script src=""></script>', "")
-    return re.sub(r"<title>.*?</title>", lambda _: f"<title>{escape(title)}</title>", html, count=1, flags=re.S)
-
-
-def with_indexed_figures(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Reduce the figures of a notebook to 256 colours, in place: the report has a third of the size.
-
-    Args:
-        notebook: an executed notebook.
-
-    Returns:
-        The same notebook.
-    """
-    from PIL import Image  # imported here because runs do not need it
-
-    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
-        if png := output.get("data", {}).get("image/png"):
-            indexed = io.BytesIO()
-            figure = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-            figure.quantize(256, dither=Image.Dither.NONE).save(indexed, "PNG", optimize=True)
-            output["data"]["image/png"] = base64.b64encode(indexed.getvalue()).decode()
-    return notebook
 
 
 def fail(message: str) -> NoReturn:
@@ -243,8 +211,9 @@ def execute(
             shutil.copy(part, out)
         if isinstance(error, PapermillExecutionError) and error.ename in REFUSALS:
             on_refusal(f"{error.ename}: {error.evalue}")
-        last = str(error).strip().splitlines()[-1:] or [repr(error)]
-        fail(f"{out} failed: {last[0]}; the log is {log}")
+        reason = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or repr(error)  # without the colors of a traceback
+        logging.error("failed: %s", reason)
+        fail(f"{out} failed: {reason.splitlines()[-1]}; the log is {log}")
     part.replace(out)
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
+from hloss.study.input_files import read_table
 from hloss.study.spec import LOSS_COMPARISONS
 from hloss.study.verified import is_confirmed, read_verified
 
@@ -62,7 +63,7 @@ def merged_parts(results: Path) -> pd.DataFrame:
         ConfigError: if there is no part; if several versions of torch made the parts, or several versions of the code
             of which none was compared with all parts by `make verify`; or if a run differs between two parts.
     """
-    tables = {file: pd.read_parquet(file) for file in parts_of(results)}
+    tables = {file: read_table(file) for file in parts_of(results)}
     if not tables:
         raise ConfigError(f"{results.parent / 'parts'} has no parts; run a study with part_of: {results.parent.name}")
     _check_torch(tables)

@@ -18,12 +18,14 @@ import pandas as pd
 from hloss.runs.checkpoints import read_status
 from hloss.runs.files import NETWORK_FILE, read_result
 from hloss.study.devices import CPU_NAMES
+from hloss.study.input_files import read_csv
 from hloss.study.results import card_hashes, stale_runs
 from hloss.study.spec import Study, StudyRun
 from hloss.study.throughput import MEASURED as THROUGHPUT
 from hloss.study.throughput import Throughput
 
 MEASURED = Path("workflow/measured.csv")
+COST_COLUMNS = ("device", "machine", "seconds_per_iteration", "memory_mib", "disk_mib", "network_mib")
 COST_SETTINGS = ("dataset", "network", "batch_size", "micro_batch", "devices")  # runs with equal values cost the same
 COLUMNS = ("dataset", "run", "state", "hours", "memory GiB", "disk GiB", "measured")
 ESTIMATED = "estimated"
@@ -286,8 +288,11 @@ def read_costs(file: Path = MEASURED) -> dict[CostKey, Cost]:
 
     Args:
         file: CSV file with the columns of workflow/measured.csv.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has other columns.
     """
-    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    table = read_csv(file, (*COST_SETTINGS, *COST_COLUMNS))
     return {
         (*row[list(COST_SETTINGS)], "trained", row.device): Cost(
             float(row.seconds_per_iteration),

@@ -1,77 +1,127 @@
 """Figures of the notebooks. Each function draws the given numbers and returns a matplotlib Figure."""
 
+from collections.abc import Collection, Sequence
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from hloss.losses.histogram import PairHistograms, PairSlopes
+from hloss.study.drawing import (
+    MEAN,
+    RECALL,
+    by_right_end,
+    draw_curves,
+    draw_heat_map,
+    draw_intervals,
+    legend_beside,
+    mean_and_range,
+    open_circles,
+    style_of,
+    ticks_at,
+)
+from hloss.study.levels import CURVES, GRID, levels_of
 
 # Functions import seaborn where they need it: it imports scipy, and the notebook of a run would wait a second for it.
 
-POSITIVE, NEGATIVE = "#1b9e77", "#d95f02"
+POSITIVE, NEGATIVE = MEAN, "#d95f02"
 HIT, MISS = "#1a7f37", "#cf222e"
 
 
-def _finish(figure: Figure) -> Figure:
+def _finish(figure: Figure, title: str = "") -> Figure:
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     plt.close(figure)  # so that a notebook shows the returned figure only once
     return figure
 
 
-def recall_curves(recalls: pd.DataFrame) -> Figure:
-    """Plot Recall@K of each method over K: mean and range over seeds.
+def recall_curves(recalls: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
+    """Plot Recall@K of each method over K: mean, range over seeds, and published values as stars.
 
     Args:
         recalls: one row per run and K, with the columns method, seed, K, recall (%).
+        published: the table of `hloss.study.published.published_points`; points of other methods are left out.
     """
-    import seaborn as sns
-
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    sns.lineplot(recalls, x="K", y="recall", hue="method", style="method", markers=True, dashes=False, ax=axes,
-                 errorbar=("pi", 100))  # fmt: skip
+    star: dict[str, Any] = {
+        "marker": "*",
+        "markersize": 13,
+        "markeredgecolor": "black",
+        "linestyle": "none",
+        "zorder": 4,
+    }
+    entries = []
+    for number, (method, rows) in enumerate(recalls.groupby("method", sort=False)):
+        mean_and_range(axes, rows, "K", label=method, **style_of(number))
+        points = None if published is None else published[published["method"] == method]
+        if points is not None and len(points):
+            axes.plot(points["k"], points["value"], color=style_of(number)["color"], **star)
+            entries = [Line2D([], [], color="0.7", label="published", **star)]
     axes.set(xscale="log", xlabel="K (number of nearest images)", ylabel="test Recall@K (%)", ylim=(0, 100))
-    ticks = sorted(recalls["K"].unique())
-    axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.minorticks_off()
-    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    ticks_at(axes.xaxis, recalls["K"])
+    legend_beside(axes, [*by_right_end(axes), *entries])
     return _finish(figure)
 
 
-def comparison(name: str, results: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Plot the test Recall@1 of the methods of a comparison: one point per seed, and the mean with its 95 % interval.
-
-    The mean is an open circle if a run of the method is still improving.
+def recall_over_iterations(histories: pd.DataFrame, lengths: Collection[int] = ()) -> Figure:
+    """Plot the validation Recall@1 of each method over iterations: mean, and range from the lowest to the highest seed.
 
     Args:
-        name: name of the comparison.
-        results: results on one dataset at one length, from `hloss.study.results.read_results`.
-        table: their `hloss.study.statistics.summary`.
+        histories: one row per validation, with the columns method, seed, iteration, recall (%).
+        lengths: training lengths at which the test is reported: a mark on each line, and a vertical line.
     """
-    runs = results[(results["comparison"] == name) & results["complete"]]
-    means = table[(table["comparison"] == name) & (table["n"] > 0)]
-    order, mean = means["method"].tolist(), means["recall@1"]
-    figure, axes = plt.subplots(figsize=(7.5, 0.8 + 0.33 * len(order)))
-    for row, method in enumerate(order):
-        seeds = runs.loc[runs["method"] == method, "recall@1"]
-        apart = np.linspace(-0.12, 0.12, len(seeds)) if len(seeds) > 1 else 0
-        axes.scatter(seeds, np.full(len(seeds), row) + apart, s=16, color="0.55")
-    spread = np.nan_to_num(np.array([mean - means["recall@1 low"], means["recall@1 high"] - mean]))
-    axes.errorbar(mean, range(len(order)), xerr=spread, fmt="o", color=POSITIVE, markersize=6, capsize=3, zorder=3)
-    improving = np.flatnonzero(means["still improving"] > 0)
-    axes.plot(mean.iloc[improving], improving, "o", color="white", markersize=3.5, zorder=4)
-    remark = " (open circle: still improving)" if len(improving) else ""
-    axes.set(title=f"{_title(name, runs)}{remark}", xlabel="test Recall@1 (%)", ylim=(len(order) - 0.5, -0.5))
-    axes.set_yticks(range(len(order)), order)
-    axes.grid(axis="x", color="0.9")
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for number, (method, rows) in enumerate(histories.groupby("method", sort=False)):
+        marked = np.flatnonzero(np.isin(np.unique(rows["iteration"]), list(lengths))).tolist()
+        mean_and_range(axes, rows, "iteration", label=method, markevery=marked, **style_of(number))
+    for length in lengths:
+        axes.axvline(length, color="0.6", linewidth=0.8, zorder=0)
+    entries = [Line2D([], [], color="0.6", linewidth=0.8, label="test reported")] * bool(lengths)
+    axes.set(xlabel="training iterations", ylabel="validation Recall@1 (%)", ylim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    legend_beside(axes, [*by_right_end(axes), *entries])
     return _finish(figure)
 
 
-def _title(name: str, runs: pd.DataFrame) -> str:
-    """Dataset, comparison and, if all trained runs have the same, length."""
-    lengths = sorted(set(runs["length"]) - {0})
-    after = f" after {lengths[0]:,} iterations" if len(lengths) == 1 else ""
-    return f"{runs['dataset'].iloc[0]}: {name}{after}"
+def comparison(
+    name: str | Sequence[str], results: pd.DataFrame, table: pd.DataFrame, of_lengths: pd.DataFrame | None = None
+) -> Figure:
+    """Plot the test Recall@1 of a comparison, as `hloss.study.levels.levels_of` says.
+
+    - Levels of a number: the mean over the levels with its 95 % interval (bars and band), and one grey point per seed.
+      A method to which the number does not apply is a horizontal line.
+    - Each level of one setting with each of another: the mean in each cell, ± half its 95 % interval.
+    - Categories: the mean with its 95 % interval, and one grey point per seed.
+
+    An open circle marks a mean if a run of the method is still improving.
+
+    Args:
+        name: name of the comparison, or names of several that are drawn in one figure.
+        results: results on one dataset at one length, from `hloss.study.results.read_results`.
+        table: their `hloss.study.statistics.summary`.
+        of_lengths: the summary at all lengths; for levels of a number shorter lengths become lines of their own.
+    """
+    runs = results[results["comparison"].isin([name] if isinstance(name, str) else name)]
+    levels = levels_of(runs)
+    means, runs = levels.means(table), runs[runs["complete"]].merge(levels.places, on=["comparison", "method"])
+    if levels.kind == CURVES:
+        figure, axes = plt.subplots(figsize=(8, 4.2))
+        draw_curves(axes, levels, runs, means, means if of_lengths is None else levels.means(of_lengths))
+    elif levels.kind == GRID:
+        figure, axes = plt.subplots(figsize=(8, 1.4 + 0.55 * levels.places["line"].nunique()))
+        draw_heat_map(axes, levels, means)
+    else:
+        figure, axes = plt.subplots(figsize=(8, 0.9 + 0.33 * len(means)))
+        draw_intervals(axes, runs, means)
+    remark = " (open circle: still improving)" * bool((means["still improving"] > 0).any())
+    title = f"{runs['dataset'].iloc[0]}: {name if isinstance(name, str) else ' and '.join(name)}"
+    lengths = runs.loc[runs["length"] > 0, "length"]
+    after = f" after {lengths.max():,.0f} iterations" * (lengths.nunique() == 1)
+    return _finish(figure, f"{title}{after}{remark}")
 
 
 def recall_by_length(name: str, table: pd.DataFrame) -> Figure:
@@ -84,20 +134,16 @@ def recall_by_length(name: str, table: pd.DataFrame) -> Figure:
         table: the `hloss.study.statistics.summary` of one dataset at all lengths.
     """
     rows = table[(table["comparison"] == name) & (table["n"] > 0) & (table["length"] > 0)]
-    figure, axes = plt.subplots(figsize=(8, 4))
-    for method, means in rows.groupby("method", sort=False):
-        means = means.sort_values("length")
-        (line,) = axes.plot(means["length"], means["recall@1"], label=method)
-        for improving, shown in means.groupby(means["still improving"] > 0):
-            face = "white" if improving else line.get_color()
-            axes.plot(shown["length"], shown["recall@1"], "o", color=line.get_color(), markerfacecolor=face)
-    ticks = sorted(set(rows["length"]))
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for number, (method, means) in enumerate(rows.groupby("method", sort=False)):
+        means, style = means.sort_values("length"), style_of(number)
+        axes.plot(means["length"], means["recall@1"], label=method, **style | {"marker": "o"})
+        open_circles(axes, means["length"], means["recall@1"], means, color=style["color"])
     axes.set(xscale="log", xlabel="training length (iterations); open circle: still improving",
-             ylabel="test Recall@1 (%)", title=f"{rows['dataset'].iloc[0]}: {name}")  # fmt: skip
-    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
-    axes.minorticks_off()
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _finish(figure)
+             ylabel=RECALL)  # fmt: skip
+    ticks_at(axes.xaxis, rows["length"])
+    legend_beside(axes, by_right_end(axes))
+    return _finish(figure, f"{rows['dataset'].iloc[0]}: {name}")
 
 
 def similarity_densities(panels: dict[str, pd.DataFrame]) -> Figure:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import yaml
-
 from hloss.runs.errors import ConfigError
+from hloss.study.input_files import read_yaml, shown
 
 PROFILES = Path("workflow/profiles")
 
@@ -29,5 +28,12 @@ def uses_slurm(profile: Path) -> bool:
 
     Args:
         profile: folder of the profile.
+
+    Raises:
+        ConfigError: if the profile is not a mapping in YAML.
     """
-    return (yaml.safe_load((profile / "config.yaml").read_text()) or {}).get("executor") == "slurm"
+    file = profile / "config.yaml"
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: got {shown(content)}; must be a mapping of Snakemake's options, such as `cores: 2`")
+    return content.get("executor") == "slurm"

@@ -92,7 +92,8 @@ class Progress:
         return tqdm(total=iterations, desc=self._name(run), leave=False, bar_format=form)
 
     def _print(self, line: str) -> None:
-        """Print a line above the lines of runs at work."""
+        """Print a line above the lines of runs at work; the page shows the change at once."""
+        self.page.outdated = True
         with tqdm.external_write_mode():
             print(line, flush=True)
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
 from hloss.study.estimates import mean_over_runs
+from hloss.study.input_files import parse_yaml, read_csv
 from hloss.study.spec import LOSS_COMPARISONS
 
 PUBLISHED = "reports/published_values.csv"
@@ -47,12 +47,10 @@ def read_published(file: str | Path = PUBLISHED) -> pd.DataFrame:
         One row per value; `settings` are dictionaries, value and dim are floats.
 
     Raises:
-        ConfigError: if a column or a value is invalid; the message names the line.
+        ConfigError: if the file, a column or a value is invalid; the message names the line.
     """
     file = project_path(str(file))
-    table = pd.read_csv(file, dtype=str, keep_default_na=False)
-    if set(table.columns) != set(COLUMNS):
-        raise ConfigError(f"{file} has wrong columns: got {list(table.columns)}; required are {list(COLUMNS)}")
+    table = read_csv(file, COLUMNS)
     rows = [_read_row(f"{file}, line {line}", row) for line, row in enumerate(table.to_dict("records"), start=2)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -82,7 +80,7 @@ def _number(where: str, column: str, text: str) -> float:
 
 def _settings(where: str, text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(";") if part.strip()]
-    settings = {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    settings = {name.strip(): parse_yaml(value, f"{where}: settings={text!r}") for name, _, value in pairs}
     unknown = [name for name in settings if name not in RunConfig.model_fields]
     if unknown:
         raise ConfigError(f"{where}: settings={text!r} names unknown settings of a run: {', '.join(unknown)}")
@@ -119,6 +117,27 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame | None
                 rows.append(_comparison_row(dataset, method, runs, value, whole))
     columns = "dataset method metric ours low high n run_ids published difference match source place url note"
     return pd.DataFrame(rows, columns=columns.split())
+
+
+def published_points(beside: pd.DataFrame) -> pd.DataFrame:
+    """The published Recall@K of exact matches: same protocol, network and dimensions.
+
+    Args:
+        beside: rows of one dataset of the table of `compare_with_published`.
+
+    Returns:
+        One row per value. Columns: method, k, value (%), source.
+    """
+    exact = beside[(beside["match"] == EXACT) & beside["metric"].str.startswith("recall@")]
+    points = pd.DataFrame(
+        {
+            "method": exact["method"],
+            "k": exact["metric"].str.removeprefix("recall@").astype(int),
+            "value": exact["published"],
+            "source": exact["source"],
+        }
+    )
+    return points.drop_duplicates(ignore_index=True)
 
 
 def _check_one_method(dataset: str, method: str, runs: pd.DataFrame) -> None:

@@ -63,6 +63,8 @@ def results_section(folder: Path) -> str:
     datasets = sorted(results["dataset"].unique())
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
+    if not (folder / "claims.csv").is_file():
+        raise ConfigError(f"{folder / 'claims.csv'}: no such file; `make report STUDY={folder.name}` writes it")
     board = conclusions(pd.read_csv(folder / "claims.csv", keep_default_na=False))
     means = summary(at_length(results), ["recall@1"])
     lines = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]

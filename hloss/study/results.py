@@ -19,6 +19,7 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, non_finite, read_result
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
+from hloss.study.input_files import read_table
 from hloss.study.parts import merged_parts, parts_of, write_part
 from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
@@ -27,6 +28,7 @@ OF_QUERIES = ("ranks", "query_classes")  # columns with one value per query
 SAME_IN_ALL_RUNS = ("protocol", "card_sha256", "prepared")  # within a dataset; card_sha256 within a split
 MADE_BY = ("git_commit", "code_sha256", "card_sha256", "torch", *NAMED_PACKAGES, "device", "processor", "threads")
 SAME_IN_TRAINED_RUNS = ("network", "weights", "embedding_dim", "chosen_how", "trained_on")  # within a dataset
+SAME_SETTINGS = ("network", "weights", "embedding_dim", "choose", "refit")  # the settings that decide these
 
 
 def stale_runs(study: Study, cards: dict[str, str]) -> list[StudyRun]:
@@ -327,6 +329,30 @@ def _reverse_probability(folder: Path, dataset: Dataset) -> float:
     return reverse_probability(torch.from_numpy(np.load(folder / "embeddings.npy")[known]), labels)
 
 
+def refuse_mixed_settings(study: Study) -> None:
+    """Refuse a study whose results `refuse_mixed` would refuse because of the settings of its runs.
+
+    Args:
+        study: the study, before its runs.
+
+    Raises:
+        ConfigError: if trained runs of a dataset differ in one of `SAME_SETTINGS`; the message names the run.
+    """
+    first: dict[tuple[str, str], tuple[StudyRun, Any]] = {}
+    for run in (*study.runs, *study.waiting):
+        if run.config.iterations == 0 or all(name.endswith(CHOICE) for name in run.methods):
+            continue
+        settings = run.config.model_dump() | run.config.network_settings()
+        for name in SAME_SETTINGS:
+            other, usual = first.setdefault((run.dataset, name), (run, settings[name]))
+            if settings[name] != usual:
+                raise ConfigError(
+                    f"{name} must be the same in all trained runs on {run.dataset}, which are compared: got {usual!r} "
+                    f"for {other.method!r} and {settings[name]!r} for {run.method!r}; set {name} in fixed, or make one "
+                    "study of each"
+                )
+
+
 def refuse_mixed(table: pd.DataFrame) -> None:
     """Refuse results that cannot be compared with each other.
 
@@ -381,9 +407,10 @@ def read_results(file: Path) -> pd.DataFrame:
         for a run without a result. `ranks` and `query_classes` are missing for runs of a grid and in older tables.
 
     Raises:
-        ConfigError: if results cannot be compared (`refuse_mixed`), or parts cannot be merged (`merged_parts`).
+        ConfigError: if the table cannot be read, if results cannot be compared (`refuse_mixed`), or if parts cannot be
+            merged (`merged_parts`).
     """
-    table = merged_parts(file) if parts_of(file) else pd.read_parquet(file)
+    table = merged_parts(file) if parts_of(file) else read_table(file)
     if "length" not in table:  # an older table: one length per run
         improving = 10 * table["chosen_iteration"] > 9 * table["iterations"]
         table = table.assign(length=table["iterations"], still_improving=improving)

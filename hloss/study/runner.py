@@ -14,7 +14,7 @@ from hloss.study.notebooks import check_parameters
 from hloss.study.processes import call
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.progress import Progress
-from hloss.study.results import at_length, card_hashes, stale_runs
+from hloss.study.results import at_length, card_hashes, refuse_mixed_settings, stale_runs
 from hloss.study.slurm import job_prefix, jobs_in_queue, wait_for_jobs
 from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
@@ -48,6 +48,7 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
         SystemExit: if a run fails in all of its attempts.
     """
     check_parameters()
+    refuse_mixed_settings(study)
     folder = profile_folder(profile)
     with project_lock():
         queue = jobs_in_queue() if uses_slurm(folder) else None  # inside the lock: no other start submits jobs
@@ -115,7 +116,10 @@ def available_gpus(study: Study) -> int:
     count = len(visible_devices())
     for run in study.runs:
         if run.resources.gpus > count and (count or run.config.device == "cuda"):
-            raise ConfigError(f"{run.name} needs {run.resources.gpus} GPUs: got {count} on this machine")
+            raise ConfigError(
+                f"{run.name} needs {run.resources.gpus} GPUs: got {count} on this machine; lower `devices` of the run, "
+                "or set `device: cpu` and `gpus: 0`, or use another machine"
+            )
     return count
 
 

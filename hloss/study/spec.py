@@ -30,21 +30,22 @@ written to the folder of the study that the others extend or include. `load_stud
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hloss.names import did_you_mean
 from hloss.runs.checkpoints import read_status
 from hloss.runs.config import BEST, LAST, RunConfig, parse_config
 from hloss.runs.errors import ConfigError, GPUMemoryError
 from hloss.study.devices import SLOTS
+from hloss.study.input_files import checked, read_yaml, shown
 
 STUDIES = Path("workflow/studies")
 LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
@@ -53,14 +54,58 @@ SMALL_NETWORKS = ("glyphnet", "pixels")  # with few multiplications: a run leave
 EXTENDED = ", extended"  # before CHOICE: the runs that were added to a grid
 INITIAL = ", initial grid"  # suffix of the comparison with the settings that a grid had chosen before it was extended
 OF_TUNING = (CHOICE, INITIAL)  # endings of comparisons that only show how settings were chosen
-OPTIONAL = {"fixed", "resources", "tuning_seed", "part_of"}  # keys of a study's file
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
+Values = Annotated[list[Any], Field(min_length=1)]
+Seeds = Annotated[list[int], Field(min_length=1)]
 
 
-class Resources(BaseModel):
-    """Resources of one run. A cluster uses all of them, this machine only `gpus` and `runs_per_gpu`."""
+class _Strict(BaseModel):
+    """Settings of a study's file or of a part of it, which `hloss.study.input_files.checked` checks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _OwnRuns(_Strict):
+    """A study with runs of its own."""
+
+    title: str
+    seeds: Seeds
+    runs: list[Any]
+    fixed: dict[str, Any] | None = None
+    resources: dict[str, Any] | None = None
+    tuning_seed: int | None = None
+    part_of: str = ""
+
+
+class _Including(_Strict):
+    """A study that includes others."""
+
+    title: str
+    include: Annotated[list[str], Field(min_length=1)]
+
+
+class _Extending(_Strict):
+    """A study that extends another."""
+
+    title: str
+    extends: str
+    runs: list[Any]
+
+
+class _Runs(_Strict):
+    """An entry of `runs`."""
+
+    name: str
+    set: dict[str, Any]
+    comparison: str = LOSS_COMPARISONS[0]
+    cross: dict[str, Values] | None = None
+    seeds: Seeds | None = None
+    resources: dict[str, Any] | None = None
+    tune: bool = False
+
+
+class Resources(_Strict):
+    """Resources of one run. A cluster uses all of them, this machine only `gpus` and `runs_per_gpu`."""
 
     partition: str = Field("", description="Slurm partition; empty: the cluster's default")
     account: str = Field("", description="Slurm account; empty: the user's default")
@@ -70,7 +115,6 @@ class Resources(BaseModel):
     )
     gpu_parts: str = Field(
         "",
-        pattern=r"^(\w+:[1-9]\d*)?$",
         description="Slurm's generic resource for a part of a GPU, and the parts of each GPU: shard:16 or mps:100. "
         "Empty: the cluster has none, and a run gets whole GPUs",
     )
@@ -78,6 +122,13 @@ class Resources(BaseModel):
     hours: float = Field(4.0, gt=0, description="time limit of the first attempt; a retry asks for more")
     max_memory_gb: float = Field(64.0, gt=0, description="memory of a node: no retry asks for more")
     max_hours: float = Field(24.0, gt=0, description="the partition's time limit: no retry asks for more")
+
+    @field_validator("gpu_parts")
+    @classmethod
+    def _check_parts(cls, value: str) -> str:
+        if not re.fullmatch(r"(\w+:[1-9]\d*)?", value):
+            raise ValueError("must be a name and a number, such as 'shard:16', or ''")
+        return value
 
     def gpu_slots(self, alone: bool) -> int:
         """Slots of this machine's GPUs, of which each has SLOTS.
@@ -297,50 +348,57 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
     Raises:
         ConfigError: if the study or a setting is unknown or out of range; the message names the file and the run.
     """
-    content, files = _read_yaml(name, folder)
+    return _load(name, folder, ())
+
+
+def _load(name: str, folder: Path, including: tuple[str, ...]) -> Study:
+    """Load a study that the studies in `including` include, the outermost first."""
+    where = f"{folder / including[-1]}.yaml: include: " if including else ""
+    content, files = _read_yaml(name, folder, where)
     file = StudyFile(files[0], content.get("part_of", files[-1].stem), content)
     entries: list[Entry] = []
     for included in content.get("include", ()):
-        if included == name:
-            raise ConfigError(f"{file.path}: include must not contain the study itself: got {included!r}")
-        study = load_study(included, folder)
+        if included in (*including, name):
+            circle = " -> ".join((*including, name, included))
+            raise ConfigError(f"{file.path}: include must not lead back to the same study: got {circle}; remove one")
+        study = _load(included, folder, (*including, name))
         files += [path for path in study.files if path not in files]
         entries += study.entries
-    entries += [_load_entry(file, entry) for entry in content.get("runs", ())]
+    entries += [_load_entry(file, entry, number) for number, entry in enumerate(content.get("runs", ()), start=1)]
     return Study(name, content["title"], tuple(files), tuple(entries), content.get("part_of", ""))
 
 
-def _read_yaml(name: str, folder: Path, may_be_combined: bool = True) -> tuple[dict[str, Any], list[Path]]:
+def _read_yaml(name: str, folder: Path, where: str, may_be_combined: bool = True) -> tuple[dict[str, Any], list[Path]]:
     """The content of a study's file, merged with that of the extended study, and the paths of both, its own first.
 
+    where: beginning of the error for an unknown study.
     may_be_combined: whether the study may include or extend others.
     """
     file = folder / f"{name}.yaml"
     if not file.exists():
         known = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(
-            f"study is unknown: got {name!r}; allowed are {', '.join(known) or 'none'}{did_you_mean(name, known)}"
+            f"{where}study is unknown: got {name!r}; allowed are {', '.join(known) or 'none'}"
+            f"{did_you_mean(name, known)}"
         )
-    content = yaml.safe_load(file.read_text())
-    if not may_be_combined and isinstance(content, dict) and {"include", "extends"} & content.keys():
+    content = read_yaml(file)
+    keys = content.keys() if isinstance(content, dict) else set()
+    if not may_be_combined and {"include", "extends"} & keys:
         raise ConfigError(
             f"{file}: a study that includes or extends others cannot be extended; extend a study with only its own runs"
         )
-    if isinstance(content, dict) and "include" in content:
-        _check_keys(file, "a study that includes others", content, {"title", "include"}, set())
-    elif isinstance(content, dict) and "extends" in content:
-        _check_keys(file, "a study that extends another", content, {"title", "extends", "runs"}, set())
-        base, files = _read_yaml(content["extends"], folder, may_be_combined=False)
-        return {**base, **content, "runs": [*base["runs"], *content["runs"]]}, [file, *files]
-    else:
-        _check_keys(file, "the study", content, {"title", "seeds", "runs"}, OPTIONAL)
-    return content, [file]
+    if "extends" not in keys or "include" in keys:
+        checked(_Including if "include" in keys else _OwnRuns, content, str(file))
+        return content, [file]
+    checked(_Extending, content, str(file))
+    base, files = _read_yaml(content["extends"], folder, f"{file}: extends: ", may_be_combined=False)
+    return {**base, **content, "runs": [*base["runs"], *content["runs"]]}, [file, *files]
 
 
-def _load_entry(file: StudyFile, entry: dict[str, Any]) -> Entry:
-    optional = {"comparison", "cross", "seeds", "resources", "tune"}
-    _check_keys(file.path, f"run {entry.get('name')!r}", entry, {"name", "set"}, optional)
-    seeds = entry.get("seeds", file.content["seeds"])
+def _load_entry(file: StudyFile, entry: Any, number: int) -> Entry:
+    name = entry.get("name", number) if isinstance(entry, dict) else number
+    checked(_Runs, entry, f"{file.path}, run {shown(name)}")
+    seeds = entry.get("seeds") or file.content["seeds"]
     return _tuned_entry(file, entry, seeds) if entry.get("tune") else Entry(_crossed_runs(file, entry, seeds))
 
 
@@ -353,7 +411,13 @@ def _tuned_entry(file: StudyFile, entry: dict[str, Any], seeds: list[int]) -> En
     tuning_seed = file.content.get("tuning_seed")
     if tuning_seed is None or tuning_seed in file.content["seeds"]:
         raise ConfigError(
-            f"{file.path}, run {entry['name']!r}: tune needs a tuning_seed that is not one of seeds: got {tuning_seed}"
+            f"{file.path}, run {entry['name']!r}: tune needs a tuning_seed that is not one of seeds: got "
+            f"{shown(tuning_seed)}; add the line `tuning_seed: NUMBER` to the study"
+        )
+    if not entry.get("cross"):
+        raise ConfigError(
+            f"{file.path}, run {entry['name']!r}: tune chooses among the values of cross: got none; add cross, or "
+            "remove tune"
         )
     if wrong := {"iterations", "report_at"} & entry["cross"].keys():
         raise ConfigError(
@@ -417,13 +481,8 @@ def _checked_resources(file: Path, method: str, config: RunConfig, *mappings: di
         "runs_per_gpu": SLOTS if small else 1,
     }
     for mapping in mappings:
-        _check_keys(file, "resources", mapping or {}, set(), set(Resources.model_fields))
         settings |= mapping or {}
-    try:
-        resources = Resources(**settings)
-    except ValidationError as error:
-        problems = (f"resources {e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{file}, {method}: {'; '.join(problems)}") from None
+    resources = checked(Resources, settings, f"{file}, {method}", "resources.")
     allowed = {"cpu": (0,), "cuda": (config.devices,), "auto": (0, config.devices)}[config.device]
     if resources.gpus not in allowed:
         raise ConfigError(
@@ -445,14 +504,3 @@ def short_value(value: object) -> str:
         value: value of a setting.
     """
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _check_keys(file: Path, what: str, mapping: object, needed: set[str], optional: set[str]) -> None:
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{file}: {what} must be a mapping with the keys {', '.join(sorted(needed | optional))}")
-    missing, unknown = needed - mapping.keys(), mapping.keys() - needed - optional
-    if missing or unknown:
-        raise ConfigError(
-            f"{file}: {what} has wrong keys: got unknown {sorted(unknown)} and missing {sorted(missing)}; "
-            f"allowed are {', '.join(sorted(needed | optional))}"
-        )

@@ -107,7 +107,7 @@ def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[st
     shown = rows[["dataset", "comparison", "method", "length", "n"]].copy()
     shown["n"] = [n if n == of else f"{n} of {of}" for n, of in zip(rows["n"], rows["of"], strict=True)]
     for metric in metrics:
-        shown[f"{metric} (%)"] = rows[metric].map("{:.1f}".format)
+        shown[f"{metric} (%)"] = rows[metric].round(1)
     intervals = map(shown_interval, rows[f"{metrics[0]} low"], rows[f"{metrics[0]} high"])
     shown.insert(6, "95 % interval", list(intervals))
     improving = [f"{m} of {n}" for m, n in zip(rows["still improving"], rows["n"], strict=True)]

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from hloss.runs.config import RunConfig
+from hloss.study.input_files import read_csv
 
 MEASURED = Path("workflow/throughput.csv")
 SLICES = 4 / 3  # cost of a batch in slices, whose images are embedded twice
@@ -50,9 +49,14 @@ def read_throughput(file: Path = MEASURED) -> dict[str, Throughput]:
 
     Returns:
         Name of the GPU -> its throughput, in the order of the file.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has other columns.
     """
     found: dict[str, Throughput] = {}
-    for row in pd.read_csv(file).itertuples():
+    columns = ("card", "network", "batch_size", "precision", "tf32", "floor_steps_per_second", "steps_per_second")
+    table = read_csv(file, (*columns, "date", "versions")).astype({"batch_size": int, "steps_per_second": float})
+    for row in table.itertuples():
         rates = found.setdefault(row.card, Throughput(row.card, {})).images_per_second
         rates.setdefault((row.network, row.precision, row.tf32), {})[row.batch_size] = (
             row.batch_size * row.steps_per_second

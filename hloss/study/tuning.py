@@ -1,9 +1,10 @@
 """Read the settings that a study's grids choose from the results of their runs, and extend grids.
 
-If a grid chooses the smallest or largest value of a numeric setting at one of the lengths, it is extended by the next
-value in this direction, in all combinations with the other settings, and chooses again: at most `EXTENSIONS` times. The
-rule is the same for all losses: the next value continues the last two steps of the grid (`next_value`). The choice of
-the grid in the file is run with every seed, too, so that verdicts with and without extensions can be compared.
+A grid is extended if it chooses the smallest or largest value of a numeric setting at one of the lengths. It gets the
+next value in this direction, in all combinations with the other settings, and chooses again: at most `EXTENSIONS`
+times. The rule is the same for all losses: the next value continues the last two steps of the grid (`next_value`). The
+choice of the grid in the file is run with every seed, too, so that verdicts with and without extensions can be
+compared.
 """
 
 from collections.abc import Callable, Sequence

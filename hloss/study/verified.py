@@ -1,4 +1,4 @@
-"""Outcome of repeated runs of a table of results, which `hloss.study.verify` writes."""
+"""Read the outcome of repeated runs of a table of results, which `hloss.study.verify` writes."""
 
 import json
 from hashlib import sha256

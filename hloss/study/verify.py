@@ -20,6 +20,7 @@ from hloss.runs.models import has_pretrained_part
 from hloss.runs.provenance import code_sha256
 from hloss.runs.run import run
 from hloss.study.devices import CPU_NAMES
+from hloss.study.input_files import read_table
 from hloss.study.parts import parts_of
 from hloss.study.results import MADE_BY, OF_QUERIES, reported, result_rows
 from hloss.study.verified import DIFFERENT, RESULTS, is_confirmed, read_verified, verified_file
@@ -54,9 +55,12 @@ def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], Non
         The content of verified.json; `runs` has the outcome and the differing columns of each repeated run.
 
     Raises:
-        ConfigError: if the table has old names of settings, was made from other data, or needs a missing GPU.
+        ConfigError: if `n` is below 1; if the table cannot be read, has old names of settings, was made from other
+            data, or needs a missing GPU.
     """
-    table = pd.read_parquet(results)
+    if n < 1:
+        raise ConfigError(f"the number of runs to repeat must be at least 1: got {n}")
+    table = read_table(results)
     if old := sorted(set(OLD_NAMES) & set(table.columns)):
         raise ConfigError(
             f"{results} has old names of settings: got {', '.join(old)}; rename them with "

@@ -73,6 +73,8 @@ class Visit:
     def open(self, file: Path):
         """The page of an HTML file once it has loaded, with every folded part of it open."""
         self.page.goto(file.resolve().as_uri(), wait_until="load")
+        if self.page.locator("script#datatables").count():
+            self.page.wait_for_function("document.documentElement.dataset.ready !== undefined")
         self.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         return self.page
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.helpers.copied_project import (
     starts,
     wait_until,
 )
+from tests.helpers.forty_runs import check_end, check_seen, counts, forty_runs, without_figures
 from tests.helpers.one_node_slurm import one_node_slurm, why_not
 
 pytestmark = pytest.mark.slow
@@ -217,3 +219,24 @@ def test_interrupted_start_cancels_its_jobs(slurm, jobs, new_project):
     os.killpg(start.pid, signal.SIGINT)
     assert project.finish(start, 120) != 0
     wait_until("the job is cancelled", lambda: [state for _, state, *_ in jobs().values()] == ["CANCELLED"], 60)
+
+
+def test_a_study_is_watched_from_the_login_node(slurm, new_project, tiny_data):
+    project = new_project("project", forty_runs(tiny_data))
+    without_figures(project)
+    project.change_profile("slurm", **{"slurm-init-seconds-before-status-checks": 5})
+    watch = project.start(target="watch")
+    index = project.folder / "runs/short/index.html"
+    wait_until("the index page", index.exists, during=watch)
+    start = project.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.5")
+    seen = [counts(index.read_text())]
+    while start.poll() is None:
+        time.sleep(1)
+        seen.append(counts(index.read_text()))
+    index.unlink()  # `make study` has ended, so `make watch` alone writes it again
+    wait_until("the page of the end", index.exists, 60, during=watch)
+    check_seen([*seen, counts(index.read_text())])
+    os.killpg(watch.pid, signal.SIGINT)
+    project.finish(watch, 30)
+    assert start.returncode != 0
+    check_end(project)

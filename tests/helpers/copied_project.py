@@ -55,9 +55,9 @@ class Project:
         file = self.folder / "workflow" / "profiles" / profile / "config.yaml"
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | settings))
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
-        """Start `make study`; its output is appended to start.log."""
-        command = ["make", "study", f"STUDY={self.study}", f"BIN={Path(sys.executable).parent}", *arguments]
+    def start(self, *arguments: str, target: str = "study", **environment: str) -> subprocess.Popen:
+        """Start `make study` or another target; its output is appended to start.log."""
+        command = ["make", target, f"STUDY={self.study}", f"BIN={Path(sys.executable).parent}", *arguments]
         ours = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         with open(self.folder / "start.log", "a") as log:
             start = subprocess.Popen(

@@ -246,7 +246,9 @@ def test_a_batch_without_positive_or_negative_pair_is_undefined(name, labels):
 def test_unusable_input_is_refused_by_name(name):
     embeddings, labels = batch()
     loss = BASELINES[name]()
-    with pytest.raises(ValueError, match=r"labels must have shape \(14,\), or \(14, 14\) as a matrix of pairs: got \(13,\)"):
+    with pytest.raises(
+        ValueError, match=r"labels must have shape \(14,\), or \(14, 14\) as a matrix of pairs: got \(13,\)"
+    ):
         loss(embeddings, labels[:-1])
     with pytest.raises(ValueError, match=r"embeddings must be floating-point \(n, d\): got torch.int64 \(14,\)"):
         loss(labels, labels)

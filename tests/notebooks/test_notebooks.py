@@ -10,13 +10,13 @@ import sys
 from collections import defaultdict
 from datetime import datetime, timedelta
 from pathlib import Path
-from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
 import torch
+from bs4 import BeautifulSoup
 
 from data_prep.emblems import draw_pictures
 from data_prep.prepared import PreparationError
@@ -130,12 +130,10 @@ def outputs_of(folder, kind):
 def tables(folder):
     """The tables of the executed report: a list of rows per table, each a dict by column name."""
     found = []
-    for text in outputs_of(folder, "text/html"):
-        if "<table" in text:
-            table = ElementTree.fromstring(text.partition("<style>")[0])
-            header = [cell.text for cell in table.iter("th")]
-            rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in table.find("tbody")]
-            found.append([dict(zip(header, row, strict=True)) for row in rows])
+    for table in BeautifulSoup("".join(outputs_of(folder, "text/html")), "html.parser").select("table.sortable"):
+        header = [cell.text for cell in table.select("th")]
+        rows = [[cell.text for cell in row.select("td")] for row in table.select("tbody tr")]
+        found.append([dict(zip(header, row, strict=True)) for row in rows])
     return found
 
 
@@ -151,6 +149,7 @@ def test_report_of_incomplete_study_lists_missing_runs_and_gives_no_verdict_on_t
     sample.loc[waiting, ["complete", "run_id"]] = False, ""  # its setting is not chosen yet
     said = report(tmp_path, sample.assign(threads=sample["complete"].map({True: 1.0, False: math.nan})))
     assert "This study is not complete" in said
+    assert "This study is not complete." in "".join(outputs_of(tmp_path, "text/html"))
     shown = tables(tmp_path)
     (gaps,) = (rows for rows in shown if "missing seeds" in rows[0])
     to_come = {(row["comparison"], row["method"]): row["missing seeds"] for row in gaps}
@@ -195,7 +194,7 @@ def check_tables(shown, means):
             stands[run_id].add(comparison)
     (appendix,) = (rows for rows in shown if "validation_recall@1" in rows[0])
     assert {row["run_id"]: set(row["comparison"].split("; ")) for row in appendix} == stands
-    (made,) = (rows for rows in shown if "hours of training" in rows[0])
+    (made,) = (rows for rows in shown if "code_sha256" in rows[0])
     assert {row["threads"] for row in made} == {"1"}
 
 

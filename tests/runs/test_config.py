@@ -197,7 +197,7 @@ runs:
         ({"loss": "lifted", "normalize": 1}, "normalize=1: must be a valid boolean"),
         ({"loss": "pml"}, "loss='pml' is unknown; allowed are histogram, binomial, lifted"),
         ({"metric": "cosin"}, r"metric='cosin' is unknown; allowed are cosine, euclidean \(did you mean cosine\?\)"),
-        ({"sampler": "balance"}, r"allowed are class-shuffle, balanced, random-class \(did you mean balanced\?\)"),
+        ({"sampler": "balance"}, r"allowed are class-shuffle, .*\(did you mean balanced\?\)"),
         (
             {"min_images_per_class": 5},
             "min_images_per_class=5: sampler 'class-shuffle' has no setting min_images_per_class",

@@ -61,9 +61,10 @@ def test_shows_each_state(half_done, tmp_path):
     words = " ".join(" ".join(text.words).split())
     complete, failed, working, *to_do = half_done.runs
     result = json.loads((complete.config.folder / "result.json").read_text())
-    assert "1 of 5 runs are complete; 1 at work; 1 failed" in words
+    assert "1 of 5 runs complete" in words
+    assert "■ 1 complete ■ 1 failed ■ 1 at work ■ 2 to do about " in words
     assert "RunError: the loss is <not> finite" in words
-    assert f"{working.name} 2 of 4 0.2500 50.0 1,234 60 s" in words
+    assert f"{working.name} 60 s 2 of 4 50.0 0.2500 1,234" in words
     assert f"tiny: {complete.name} {100 * result['metrics']['recall@1']:.1f}" in words
     assert all(one.name in words for one in to_do)
     linked = [(index.file.parent / link).resolve() for link in text.links]
@@ -86,7 +87,15 @@ def test_the_progress_of_a_run_is_what_it_measured(half_done):
 
 def test_a_finished_study_does_not_reload(half_done):
     states = [read_state(half_done.runs[0])]
-    assert "refresh" not in page(half_done, states, half_done.runs[0].config.folder)
+    assert "refresh" not in page(half_done, states, half_done.runs[0].config.folder, None)
+
+
+def test_a_run_that_starts_is_at_work(half_done):
+    starting = half_done.runs[3]
+    assert read_state(starting).state == "to do"
+    starting.config.folder.mkdir(parents=True)
+    (starting.config.folder / "run.log").touch()
+    assert read_state(starting).state == "running"
 
 
 def test_time_left(half_done):
@@ -95,6 +104,29 @@ def test_time_left(half_done):
     assert seconds_left(states) == 60 + 2 * seconds
     assert seconds_left(states[1:]) is None
     assert seconds_left([s for s in states if s.state != "running"]) is None
+
+
+def test_time_left_follows_the_pace_once_enough_runs_are_complete(half_done):
+    states = [read_state(one) for one in half_done.runs]
+    complete, working, to_do = states[0], states[2], states[3]
+    index = IndexPage(half_done)
+    at_first = [complete, working, *[to_do] * 9]
+    assert index._seconds_left(at_first) == seconds_left(at_first)
+    index.started -= 500.0
+    after = [*[complete] * 6, working, *[to_do] * 4]
+    assert index._seconds_left(after) == pytest.approx(500 / 5 * 5, rel=0.01)
+    assert index._seconds_left([complete] * 11) is None
+
+
+def test_a_change_is_written_at_once(half_done):
+    index = IndexPage(half_done)
+    index.write_if_due()
+    index.file.unlink()
+    index.write_if_due()
+    assert not index.file.exists()
+    index.outdated = True
+    index.write_if_due()
+    assert index.file.exists()
 
 
 def test_a_tuned_study_says_what_waits(study, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hloss.runs.checkpoints import read_status, write_status
+from hloss.runs.errors import ConfigError
 from hloss.study import devices, kernels, notebooks
 from hloss.study.notebooks import execute_report, execute_run
 from tests.helpers.studies import study_of
@@ -51,6 +52,14 @@ def test_status_of_an_earlier_start_does_not_stop_attempts(attempt, config):
     error = "raise OSError('the file system is away')"
     assert "the file system is away" in attempt(1, error)
     assert "the file system is away" in attempt(2, error)
+
+
+def test_the_log_says_why_a_run_failed(attempt, caplog):
+    attempt(1, "number = 0\n1 / number")
+    assert "failed: " in caplog.text
+    assert "----> 2 1 / number" in caplog.text  # the line of the traceback
+    assert "ZeroDivisionError: division by zero" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 def test_permanent_failure_in_this_start_is_not_attempted_again(attempt, config):
@@ -104,6 +113,9 @@ def test_a_failed_export_of_the_report_says_why(config, monkeypatch, tmp_path, c
         raise ValueError("No template sub-directory with name 'lab' found")
 
     monkeypatch.setattr(notebooks, "report_page", no_template)
+    with pytest.raises(ConfigError, match="reports/some has no results; run `make study STUDY=some` first"):
+        execute_report(study)
+    (folder / "results.parquet").touch()
     with pytest.raises(SystemExit, match="1"):
         execute_report(study)
     said = '90_report.ipynb is complete, but its export to report.html failed: ValueError("No template sub-directory'

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection
 
 from hloss.losses.histogram import pair_histograms, pair_slopes
-from hloss.study import plots
+from hloss.study import drawing, plots
 from hloss.study.statistics import summary
 
 
@@ -34,7 +35,7 @@ def test_comparison_shows_seeds_means_and_intervals(results):
     table = summary(results, ["recall@1"])
     (axes,) = plots.comparison("losses", results, table).axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a", "c"]
-    assert axes.get_title() == "mini: losses after 200 iterations"
+    assert axes.figure.get_suptitle() == "mini: losses after 200 iterations"
     *points, errors = axes.collections
     shown = [sorted(p.get_offsets()[:, 0].tolist()) for p in points]
     assert shown == [[40.0, 42.0, 47.0], [10.0, 11.0], [5.0]]
@@ -46,16 +47,243 @@ def test_comparison_shows_seeds_means_and_intervals(results):
     assert bars[2] == [5.0, 5.0]  # one seed has no interval
 
 
-def test_recall_curves_show_mean_and_range_over_seeds():
-    values = {("a", 0): (10, 30), ("a", 1): (20, 50), ("b", 0): (5, 9)}
+@pytest.fixture
+def levels():
+    """Two lines over three bins: a of three seeds, b of one seed; one run of a is not complete."""
+    rows = [
+        {"method": f"{loss}, n_bins {n:g}", "loss": loss, "n_bins": n, "seed": seed, "recall@1": value}
+        for loss, of_bins in {"a": {25.0: (10, 12, 14), 50.0: (20, 23, None), 100.0: (30, 30, 36)},
+                              "b": {25.0: (5,), 50.0: (6,), 100.0: (8,)}}.items()
+        for n, values in of_bins.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows).assign(dataset="mini", comparison="bins", length=600, still_improving=False)
+    frame["recall@1"] = frame["recall@1"].astype(float)
+    return frame.assign(complete=frame["recall@1"].notna(), run_id=[f"r{i}" for i in range(len(frame))])
+
+
+def drawn_lines(axes):
+    """(color, line style) -> points of each drawn line with at least two points."""
+    lines = [line for line in axes.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata()) > 1]
+    return {(line.get_color(), line.get_linestyle()): line.get_xydata().tolist() for line in lines}
+
+
+def test_levels_are_curves_with_intervals_and_seeds(levels):
+    table = summary(levels, ["recall@1"])
+    (axes,) = plots.comparison("bins", levels, table).axes
+    a, b = drawing.COLORS[:2]
+    expected = {(a, "-"): [[25, 12], [50, 21.5], [100, 32]], (b, "-"): [[25, 5], [50, 6], [100, 8]]}
+    assert drawn_lines(axes) == expected
+    assert (
+        axes.collections[0].get_offsets().tolist()
+        == levels.loc[levels["complete"], ["n_bins", "recall@1"]].to_numpy().tolist()
+    )
+    low, high = table["recall@1 low"][0], table["recall@1 high"][0]
+    bars, of_one_seed = (c for c in axes.collections if isinstance(c, LineCollection))
+    assert bars.get_segments()[0].tolist() == pytest.approx(np.array([[25, low], [25, high]]))
+    assert of_one_seed.get_segments()[0].tolist() == [[25, 5], [25, 5]]
+    band, without = (c.get_paths() for c in axes.collections if isinstance(c, FillBetweenPolyCollection))
+    assert {(25, low), (25, high)} <= {tuple(vertex) for vertex in band[0].vertices}
+    assert not without  # one seed has no interval
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["25", "50", "100"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("bins (intervals of [-1, 1])", "test Recall@1 (%)")
+    assert axes.figure.get_suptitle() == "mini: bins after 600 iterations"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_open_circles_mark_levels_that_are_still_improving(levels):
+    improving = levels.assign(still_improving=(levels["method"] == "a, n_bins 50") & (levels["seed"] == 1))
+    (axes,) = plots.comparison("bins", improving, summary(improving, ["recall@1"])).axes
+    assert axes.figure.get_suptitle() == "mini: bins after 600 iterations (open circle: still improving)"
+    circles = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [points for points in circles if points] == [[[50, 21.5]]]
+
+
+def test_shorter_lengths_are_lines_of_their_own(levels):
+    shorter = levels.assign(length=200, **{"recall@1": levels["recall@1"] - 5})
+    longer = levels.assign(length=2000, **{"recall@1": levels["recall@1"] + 5})
+    of_lengths = summary(pd.concat([longer, shorter, levels], ignore_index=True), ["recall@1"])
+    (axes,) = plots.comparison("bins", levels, summary(levels, ["recall@1"]), of_lengths).axes
+    a, b = drawing.COLORS[:2]
+    lines = drawn_lines(axes)
+    assert len(lines) == 4  # not those of the length above that of the results
+    assert lines[a, "-"] == [[25, 12], [50, 21.5], [100, 32]]
+    assert lines[a, "--"] == [[25, 7], [50, 16.5], [100, 27]]
+    assert lines[b, "--"] == [[25, 0], [50, 1], [100, 3]]
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == ["a", "b", "600 iterations", "200 iterations"]
+
+
+def test_lengths_that_differ_between_levels_are_shown_as_a_range(levels):
+    one = levels[levels["loss"] == "a"].copy()
+    one["length"] = one["n_bins"].map({25.0: 800, 50.0: 400, 100.0: 200})
+    both = pd.concat([one, one.assign(length=one["length"] // 10)], ignore_index=True)
+    (axes,) = plots.comparison("bins", one, summary(one, ["recall@1"]), summary(both, ["recall@1"])).axes
+    assert axes.figure.get_suptitle() == "mini: bins"
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == ["200 to 800 iterations", "20 to 80 iterations"]
+
+
+def test_a_single_line_has_no_legend_and_linear_levels_a_linear_axis(levels):
+    one = levels[levels["loss"] == "a"].copy()
+    one["n_bins"] = one["n_bins"].map({25.0: 10.0, 50.0: 20.0, 100.0: 30.0})
+    (axes,) = plots.comparison("bins", one, summary(one, ["recall@1"])).axes
+    assert axes.get_legend() is None
+    assert axes.get_xscale() == "linear"
+
+
+def test_zero_before_geometric_levels_is_on_the_axis(levels):
+    one = levels[levels["loss"] == "a"].rename(columns={"n_bins": "margin"})
+    one["margin"] = one["margin"].map({25.0: 0.0, 50.0: 0.01, 100.0: 0.1})
+    more = one[one["margin"] == 0.1].assign(margin=1.0, method="a, margin 1", run_id=["x", "y", "z"])
+    four = pd.concat([one, more], ignore_index=True)
+    (axes,) = plots.comparison("bins", four, summary(four, ["recall@1"])).axes
+    assert axes.get_xscale() == "symlog"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "0.01", "0.1", "1"]
+
+
+def test_method_to_which_the_number_does_not_apply_is_a_horizontal_line(levels):
+    other = levels[levels["method"] == "a, n_bins 25"].assign(method="a, exact", kernel="none", n_bins=np.nan)
+    runs = pd.concat([levels[levels["loss"] == "a"].assign(kernel="some"), other.assign(run_id=["x", "y", "z"])])
+    table = summary(runs, ["recall@1"])
+    (axes,) = plots.comparison("bins", runs, table).axes
+    assert drawn_lines(axes)[drawing.COLORS[1], "-"] == [[0, 12], [1, 12]]  # over the whole width
+    span = axes.patches[0].get_bbox()
+    assert (span.y0, span.y1) == pytest.approx((table["recall@1 low"][0], table["recall@1 high"][0]))
+
+
+def test_comparisons_drawn_together_have_a_legend_with_their_setting(levels):
+    one = levels[levels["loss"] == "a"]
+    slow, fast = one.assign(learning_rate=0.001), one.assign(learning_rate=0.003, comparison="fast")
+    fast["recall@1"] += 1
+    both = pd.concat([slow, fast], ignore_index=True)
+    (axes,) = plots.comparison(["bins", "fast"], both, summary(both, ["recall@1"])).axes
+    legend = axes.get_legend()
+    assert legend.get_title().get_text() == "initial learning rate of Adam"
+    assert [text.get_text() for text in legend.get_texts()] == ["0.001", "0.003"]
+    assert drawn_lines(axes)[drawing.COLORS[1], "-"] == [[25, 13], [50, 22.5], [100, 33]]
+    assert axes.figure.get_suptitle() == "mini: bins and fast after 600 iterations"
+
+
+@pytest.fixture
+def cells():
+    """Two batch sizes by three bins, one cell missing, one cell of one seed, and one cell still improving."""
+    values = {
+        (32, 25.0): (10, 12),
+        (32, 50.0): (20, 22),
+        (32, 100.0): (30,),
+        (64, 25.0): (40, 44),
+        (64, 100.0): (60, 61),
+    }
+    rows = [
+        {"method": f"a, batch_size {b}, n_bins {n:g}", "batch_size": b, "n_bins": n, "seed": seed, "recall@1": value}
+        for (b, n), of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+    frame = pd.DataFrame(rows).assign(dataset="mini", comparison="grid", length=200, complete=True, loss="a")
+    improving = frame["method"] == "a, batch_size 64, n_bins 25"
+    return frame.assign(still_improving=improving, run_id=[f"r{i}" for i in range(len(frame))])
+
+
+def test_two_settings_are_a_map_with_the_mean_in_each_cell(cells):
+    table = summary(cells, ["recall@1"])
+    axes, bar = plots.comparison("grid", cells, table).axes
+    shown = axes.images[0].get_array()
+    assert shown.filled(-1).tolist() == [[11, 21, 30], [42, -1, 60.5]]
+    half = table["recall@1 high"][0] - 11
+    texts = {tuple(text.get_position()): text.get_text() for text in axes.texts}
+    assert texts[0, 0] == f"11.0 ± {half:.1f}"
+    assert texts[2, 0] == "30.0"  # one seed
+    assert texts[0, 1] == f"42.0 ± {table['recall@1 high'][3] - 42:.1f} ○"
+    assert set(texts) == {(0, 0), (1, 0), (2, 0), (0, 1), (2, 1)}
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["25", "50", "100"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["32", "64"]
+    assert (axes.get_ylabel(), bar.get_ylabel()) == ("batch size (images)", "test Recall@1 (%)")
+    colors = {text.get_position(): text.get_color() for text in axes.texts}
+    assert (colors[0, 0], colors[2, 1]) == ("white", "black")  # on the darkest and the brightest cell
+
+
+def test_method_without_a_level_fills_its_row_of_the_map(cells):
+    kernels = [
+        cells.assign(kernel=k, batch_size=32, method=f"a, kernel {k}, " + cells["method"].str.split(", ").str[2])
+        for k in ("x", "y", "z")
+    ]
+    grid = pd.concat([rows.drop_duplicates("n_bins") for rows in kernels], ignore_index=True)
+    alone = cells.head(1).assign(method="a", kernel="w", n_bins=np.nan, **{"recall@1": 33.0})
+    runs = pd.concat([alone, grid], ignore_index=True)
+    axes, _ = plots.comparison("grid", runs, summary(runs, ["recall@1"])).axes
+    assert axes.images[0].get_array().tolist() == [[33, 33, 33]] + [[10, 20, 30]] * 3
+    assert axes.texts[0].get_text() == "33.0"
+    assert axes.texts[0].get_position() == (1, 0)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["w", "x", "y", "z"]
+
+
+@pytest.mark.parametrize("map_color", np.linspace(0, 1, 11))
+def test_text_on_the_map_has_a_contrast_of_at_least_4_5(map_color):
+    background = plots.plt.get_cmap("cividis")(map_color)
+    lights = [
+        luminance(plots.plt.matplotlib.colors.to_rgb(c)) for c in (drawing._readable_on(background), background[:3])
+    ]
+    assert (max(lights) + 0.05) / (min(lights) + 0.05) >= 4.5
+
+
+def luminance(color):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+    return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+
+def test_lines_differ_in_color_or_style_and_in_marker():
+    styles = [drawing.style_of(number) for number in range(15)]
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 15
+    assert len({(style["color"], style["marker"]) for style in styles}) == 15
+
+
+@pytest.fixture
+def recalls():
+    values = {("a", 0): (10, 30), ("a", 1): (20, 50), ("b", 0): (5, 99)}
     rows = [(m, s, k, v) for (m, s), pair in values.items() for k, v in zip((1, 10), pair, strict=True)]
-    (axes,) = plots.recall_curves(pd.DataFrame(rows, columns=["method", "seed", "K", "recall"])).axes
-    drawn = [line.get_xydata().tolist() for line in axes.get_lines() if len(line.get_xdata())]
-    assert [[1, 15], [10, 40]] in drawn
-    assert [[1, 5], [10, 9]] in drawn
+    return pd.DataFrame(rows, columns=["method", "seed", "K", "recall"])
+
+
+def test_recall_curves_show_mean_and_range_over_seeds(recalls):
+    (axes,) = plots.recall_curves(recalls).axes
+    assert line_of(axes, "a").tolist() == [[1, 15], [10, 40]]
+    assert line_of(axes, "b").tolist() == [[1, 5], [10, 99]]
     band = axes.collections[0].get_paths()[0].vertices
     assert {(1, 10), (1, 20), (10, 30), (10, 50)} <= {tuple(map(int, vertex)) for vertex in band}
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "10"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["b", "a"]  # as high as at the right
+
+
+def test_published_values_are_stars_in_the_color_of_their_method(recalls):
+    points = [("b", 1, 7.5, "A"), ("b", 10, 80.0, "A"), ("unknown", 1, 50.0, "B")]
+    published = pd.DataFrame(points, columns=["method", "k", "value", "source"])
+    (axes,) = plots.recall_curves(recalls, published).axes
+    (stars,) = [line for line in axes.get_lines() if line.get_marker() == "*"]
+    assert stars.get_xydata().tolist() == [[1, 7.5], [10, 80]]
+    assert stars.get_color() == drawing.style_of(1)["color"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["b", "a", "published"]
+    (without,) = plots.recall_curves(recalls, published[2:]).axes
+    assert [t.get_text() for t in without.get_legend().get_texts()] == ["b", "a"]
+
+
+def test_recall_over_iterations_marks_the_reported_lengths():
+    values = {("a", 0): (10, 20, 30), ("a", 1): (20, 20, 50), ("b", 0): (5, 6, 70)}
+    rows = [(m, s, 50 * i, v) for (m, s), of_run in values.items() for i, v in enumerate(of_run, start=1)]
+    history = pd.DataFrame(rows, columns=["method", "seed", "iteration", "recall"])
+    (axes,) = plots.recall_over_iterations(history, [100, 150]).axes
+    assert line_of(axes, "a").tolist() == [[50, 15], [100, 20], [150, 40]]
+    assert line_of(axes, "b").tolist() == [[50, 5], [100, 6], [150, 70]]
+    (a,) = [line for line in axes.get_lines() if line.get_label() == "a"]
+    assert a.get_markevery() == [1, 2]
+    assert {(50, 10), (50, 20), (150, 30), (150, 50)} <= {
+        tuple(map(int, vertex)) for vertex in axes.collections[0].get_paths()[0].vertices
+    }
+    assert [line.get_xdata()[0] for line in axes.get_lines()[2:]] == [100, 150]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["b", "a", "test reported"]
+    (without,) = plots.recall_over_iterations(history).axes
+    assert [t.get_text() for t in without.get_legend().get_texts()] == ["b", "a"]
 
 
 def test_densities_are_per_unit_of_similarity():
@@ -163,8 +391,8 @@ def test_import_leaves_out_seaborn_and_scipy():
 def test_comparison_marks_methods_that_are_still_improving(results):
     improving = results.assign(still_improving=(results["method"] == "a") & (results["seed"] == 0))
     (axes,) = plots.comparison("losses", improving, summary(improving, ["recall@1"])).axes
-    assert axes.get_title() == "mini: losses after 200 iterations (open circle: still improving)"
-    (opened,) = [line for line in axes.get_lines() if line.get_color() == "white"]
+    assert axes.figure.get_suptitle() == "mini: losses after 200 iterations (open circle: still improving)"
+    (opened,) = [line for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
     assert opened.get_xydata().tolist() == [[10.5, 1]]
 
 
@@ -174,11 +402,9 @@ def test_recall_by_length_shows_means_and_which_are_still_improving(results):
     both = pd.concat([results.assign(still_improving=True), longer], ignore_index=True)
     (axes,) = plots.recall_by_length("losses", summary(both, ["recall@1"])).axes
     assert line_of(axes, "a").tolist() == [[200, 10.5], [600, 15.5]]
-    faces = {
-        tuple(line.get_xydata()[0]): line.get_markerfacecolor() for line in axes.get_lines() if line.get_marker() == "o"
-    }
-    assert {point for point, face in faces.items() if face == "white"} == {(200, 43.0), (200, 10.5), (200, 5.0)}
-    assert len(faces) == 6
+    circles = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
+    assert circles == [[[200, 43.0]], [[200, 10.5]], [[200, 5.0]]]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["b", "a", "c"]
 
 
 def test_pair_records_show_each_value_of_each_method():

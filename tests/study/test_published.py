@@ -9,7 +9,15 @@ from hloss.integrations.pml import PREFIX
 from hloss.retrieval.protocols import PROTOCOLS
 from hloss.runs.config import LOSSES
 from hloss.runs.errors import ConfigError
-from hloss.study.published import EXACT, NETWORK, PROTOCOL, PUBLISHED, compare_with_published, read_published
+from hloss.study.published import (
+    EXACT,
+    NETWORK,
+    PROTOCOL,
+    PUBLISHED,
+    compare_with_published,
+    published_points,
+    read_published,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,7 @@ def test_refuses_an_invalid_row_by_line(column, wrong, message, tmp_path):
 
 def test_refuses_a_file_with_other_columns(tmp_path):
     (tmp_path / "values.csv").write_text("dataset,value\ncub,1\n")
-    with pytest.raises(ConfigError, match=r"has wrong columns: got \['dataset', 'value'\]"):
+    with pytest.raises(ConfigError, match=r"has wrong columns: got dataset, value; required are dataset, method"):
         read_published(tmp_path / "values.csv")
 
 
@@ -108,6 +116,20 @@ def test_exact_match_needs_protocol_network_and_dimensions():
     assert (row.n, row.run_ids) == (3, "histogram-0, histogram-1, histogram-2")
     assert row.difference == pytest.approx(0.23)
     assert (row.source, row.place) == ("Ustinova & Lempitsky 2016", "Table 1")
+
+
+def test_points_are_the_recalls_of_exact_matches():
+    runs = runs_of("cuhk03", "histogram", [0.65, 0.66], **{"recall@5": 90.0, "map": 50.0})
+    beside = compare_with_published(pd.concat([runs, runs.assign(method="again, of another network", network="x")]))
+    assert {EXACT, NETWORK} == set(beside.match)
+    points = published_points(pd.concat([beside, beside]))  # from several comparisons
+    paper = points[points.source == "Ustinova & Lempitsky 2016"]
+    assert paper[["method", "k", "value"]].to_numpy().tolist() == [["histogram", 1, 65.77], ["histogram", 5, 92.85]]
+    assert set(points.method) == {"histogram"}
+    assert not points.duplicated().any()
+    assert published_points(beside[:0]).columns.tolist() == ["method", "k", "value", "source"]
+    as_map = beside.assign(metric="map")
+    assert published_points(as_map).empty
 
 
 def test_method_with_missing_runs_has_no_difference():

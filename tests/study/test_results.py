@@ -22,6 +22,7 @@ from hloss.study.results import (
     histories,
     lengths_in,
     read_results,
+    refuse_mixed_settings,
     select_results,
     stale_runs,
 )
@@ -122,6 +123,38 @@ def test_committed_sample_is_the_complete_glyphs_study():
     recall = table[table["comparison"] == "losses"].groupby("method")["recall@1"].agg(["min", "max"])
     assert recall.loc["untrained network", "max"] < 5
     assert recall.loc["histogram", "min"] > 5 * recall.loc["untrained network", "max"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"network": "parts"}, "network must be the same .* on tiny, .*: got 'glyphnet' for 'histogram, n_bins 20' and "
+         "'parts' for 'other'; set network in fixed"),
+        ({"embedding_dim": 64}, "embedding_dim .*: got 128 for 'histogram, n_bins 20' and 64 for 'other'"),
+        ({"choose": "last"}, "choose .* and 'last' for 'other'"),
+        ({"refit": True}, "refit .* and True for 'other'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refuses_settings_that_cannot_be_compared_before_the_runs(settings, message, study):
+    refuse_mixed_settings(study.load())  # the baseline of raw pixels is not trained
+    study.content["runs"].append({"name": "other", "set": {"loss": "binomial"} | settings})
+    with pytest.raises(ConfigError, match=message):
+        refuse_mixed_settings(study.load())
+    study.content["runs"][-1]["set"]["dataset"] = "other"
+    refuse_mixed_settings(study.load())
+
+
+def test_runs_of_grids_may_differ_in_refit_from_those_that_are_compared(study):
+    study.tune()
+    study.content["fixed"]["refit"] = True
+    study.content["runs"].pop()  # raw pixels have no training to repeat
+    refuse_mixed_settings(study.load())
+
+
+def test_no_committed_study_mixes_results_that_cannot_be_compared():
+    for file in Path("workflow/studies").glob("*.yaml"):
+        refuse_mixed_settings(load_study(file.stem))
 
 
 def test_refuses_results_that_cannot_be_compared(tmp_path):

@@ -59,7 +59,7 @@ def test_refuses_a_run_that_needs_more_gpus(config, monkeypatch, offered, device
     if offered == 2 or (offered == 0 and device == "auto"):  # without any GPU it runs on the CPU
         assert available_gpus(study) == offered
     else:
-        with pytest.raises(ConfigError, match=f"method 0, seed 0 needs 2 GPUs: got {offered} on this machine"):
+        with pytest.raises(ConfigError, match=f"method 0, seed 0 needs 2 GPUs: got {offered} on this machine; lower"):
             available_gpus(study)
 
 

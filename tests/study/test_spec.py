@@ -98,15 +98,15 @@ def test_resources_do_not_change_the_run_id(study):
         (
             {"gpu": 1},
             "auto",
-            r"resources has wrong keys: got unknown \['gpu'\] .*; allowed are account, gpu_parts, gpus, hours",
+            r"resources.gpu: unknown setting \(did you mean gpus\?\); allowed are partition, account, gpus,",
         ),
-        ({"hours": 0}, "auto", "histogram, n_bins 20: resources hours=0: Input should be greater than 0"),
-        ({"memory_gb": "much"}, "auto", "resources memory_gb='much'"),
+        ({"hours": 0}, "auto", "histogram, n_bins 20: resources.hours: got 0; must be greater than 0"),
+        ({"memory_gb": "much"}, "auto", "resources.memory_gb: got 'much'; must be a number"),
         ({"gpus": 1}, "cpu", "got 1; with device='cpu' and devices=1 allowed are 0"),
         ({"gpus": 0}, "cuda", "got 0; with device='cuda' and devices=1 allowed are 1"),
         ({"gpus": 3}, "auto", "allowed are 0 or 1"),
-        ({"runs_per_gpu": 3}, "auto", "resources runs_per_gpu=3: Input should be 1, 2, 4, 8 or 16"),
-        ({"gpu_parts": "shards"}, "auto", "resources gpu_parts='shards'"),
+        ({"runs_per_gpu": 3}, "auto", "resources.runs_per_gpu: got 3; must be 1, 2, 4, 8 or 16"),
+        ({"gpu_parts": "shards"}, "auto", "resources.gpu_parts: got 'shards'; must be a name and a number"),
     ],
     ids=str,
 )
@@ -120,8 +120,8 @@ def test_refuses_invalid_resources(study, resources, device, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(seed=[1]), r"the study has wrong keys: got unknown \['seed'\]"),
-        (lambda t: t["runs"][0].pop("set"), r"run 'histogram' has wrong keys: got unknown \[\] and missing \['set'\]"),
+        (lambda t: t.update(seed=[1]), r"small.yaml: seed: unknown setting \(did you mean seeds\?\)"),
+        (lambda t: t["runs"][0].pop("set"), "run 'histogram': set: missing"),
         (lambda t: t["runs"][0]["cross"].update(n_bins=[0]), "histogram, n_bins 0: n_bins must be a whole number"),
         (lambda t: t["fixed"].update(lr=1.0), "lr=1.0 is not a setting"),
     ],
@@ -164,13 +164,16 @@ def test_extending_study_adds_runs_to_the_folder_of_its_base(study):
     [
         (
             {"title": "t", "include": ["small"], "seeds": [0]},
-            r"others has wrong keys: got unknown \['seeds'\]",
+            "more.yaml: seeds: unknown setting; allowed are title, include$",
         ),
         (
             {"title": "t", "extends": "small"},
-            r"another has wrong keys: got unknown \[\] and missing \['runs'\]",
+            "more.yaml: runs: missing",
         ),
-        ({"title": "t", "extends": "smal", "runs": []}, r"study is unknown: got 'smal'.*did you mean small"),
+        (
+            {"title": "t", "extends": "smal", "runs": []},
+            r"extends: study is unknown: got 'smal'.*did you mean small",
+        ),
         (
             {"title": "t", "extends": "more", "runs": []},
             r"more.yaml: a study that includes or extends others",

@@ -146,6 +146,22 @@ def test_a_table_that_was_made_again_is_not_verified(table, results):
     assert "verified" not in origin(table, results)
 
 
+def test_renaming_keeps_the_values_and_the_outcome_of_verified_runs(table, results):
+    script = [sys.executable, "workflow/scripts/rename_results.py"]
+    verify(results, n=1, report=lambda line: None)
+    before = pd.read_parquet(results)
+    subprocess.run([*script, str(results), "--title", "a new title"], check=True)
+    renamed = pd.read_parquet(results)
+    assert set(renamed["title"]) == {"a new title"}
+    pd.testing.assert_frame_equal(renamed.drop(columns="title"), before.drop(columns="title"))
+    assert "verified" in origin(renamed, results)
+    renamed.assign(title="made again").to_parquet(results)
+    subprocess.run([*script, str(results)], check=True)
+    assert "verified" not in origin(renamed, results)
+    refused = subprocess.run([*script, "nowhere.parquet"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr[:45]) == (1, "nowhere.parquet: no such table of results; `")
+
+
 def test_several_versions_of_the_code_are_named(table, results):
     table = table.copy()
     table.loc[0, ["code_sha256", "git_commit"]] = "abcdefghij", "0123456789 with changes"

@@ -11,6 +11,7 @@ from hloss.runs.errors import ConfigError
 from hloss.study.devices import visible_devices
 from hloss.study.plan import gpu_hours_text, measured_costs, plan_runs, plan_text, read_costs
 from hloss.study.profiles import profile_folder, uses_slurm
+from hloss.study.results import refuse_mixed_settings
 from hloss.study.spec import load_study
 from hloss.study.throughput import read_throughput
 from hloss.study.tuning import resolve_tuning
@@ -25,15 +26,18 @@ def main() -> None:
         "--cores", type=int, default=os.cpu_count(), help="number of CPU threads at once on this machine"
     )
     options = parser.parse_args()
+    if options.cores < 1:
+        parser.error(f"CORES (--cores) must be at least 1: got {options.cores}")
     try:
         study = resolve_tuning(load_study(options.study))
+        refuse_mixed_settings(study)
         cluster = uses_slurm(profile_folder(options.profile))
+        known, costs = read_throughput(), read_costs()
     except ConfigError as error:
         sys.exit(f"study {options.study}: {error}")
     gpus = None if cluster else len(visible_devices())
-    known = read_throughput()
-    throughput = known.get(torch.cuda.get_device_name()) if gpus else next(iter(known.values()))
-    planned = plan_runs(study, gpus, read_costs() | measured_costs(Path("runs")), throughput)
+    throughput = known.get(torch.cuda.get_device_name()) if gpus else next(iter(known.values()), None)
+    planned = plan_runs(study, gpus, costs | measured_costs(Path("runs")), throughput)
     print(plan_text(study, planned))
     if gpus == 0 and throughput and (estimate := gpu_hours_text(planned, throughput)):
         print(f"\n{estimate}")

@@ -1,17 +1,22 @@
-"""`python workflow/scripts/rename_results.py RESULTS.parquet`: rename old settings in a table of results.
+"""`python workflow/scripts/rename_results.py RESULTS.parquet [--title TITLE]`: rename settings in a table of results.
 
-For results that were made before settings were renamed (CHANGELOG.md lists the names). Run ids, code hashes and commits
-keep their recorded values. A table with current names does not change.
+For results that were made before settings were renamed (CHANGELOG.md lists the names), or whose study has a new title.
+Values, run ids, code hashes and commits do not change. So the outcome of verified runs, beside the table, stays valid.
 """
 
 import argparse
 import json
+import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
 
 from hloss.runs.config import OLD_NAMES
+from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
+from hloss.study.input_files import read_table
+from hloss.study.verified import read_verified, verified_file
 
 OLD_PANEL_KEY, PANEL_KEY = "neighbours", "neighbors"
 
@@ -19,20 +24,30 @@ OLD_PANEL_KEY, PANEL_KEY = "neighbours", "neighbors"
 def main() -> None:
     """Rename the columns of a table of results, in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    file = parser.parse_args().file
-    table = renamed(pd.read_parquet(file))
-    atomic_write(file, lambda part: table.to_parquet(part, index=False))
+    parser.add_argument("file", type=Path, help="table such as reports/sample/results.parquet")
+    parser.add_argument("--title", help="new title of the study; default: the title stays")
+    options = parser.parse_args()
+    verified = read_verified(options.file) if options.file.is_file() else None
+    try:
+        table = renamed(read_table(options.file), options.title)
+    except ConfigError as error:
+        sys.exit(str(error))
+    atomic_write(options.file, lambda part: table.to_parquet(part, index=False))
+    if verified:
+        verified["results_sha256"] = sha256(options.file.read_bytes()).hexdigest()
+        atomic_write(verified_file(options.file), lambda part: part.write_text(json.dumps(verified, indent=1) + "\n"))
 
 
-def renamed(table: pd.DataFrame) -> pd.DataFrame:
+def renamed(table: pd.DataFrame, title: str | None = None) -> pd.DataFrame:
     """Rename the columns of settings, and the keys of `panel`, to their current names.
 
     Args:
         table: a table of results.
+        title: new title of the study; None: the title stays.
     """
     panels = table["panel"].map(_renamed_panel, na_action="ignore")
-    return table.rename(columns=OLD_NAMES).assign(panel=panels)
+    table = table.rename(columns=OLD_NAMES).assign(panel=panels)
+    return table if title is None else table.assign(title=title)
 
 
 def _renamed_panel(text: str) -> str:

@@ -9,16 +9,19 @@ UNUSED_FORMATS = ("rfc3987_syntax", "isoduration")  # of JSON: no notebook has t
 def main() -> None:
     """Execute a run or a report; if the notebook fails, print the last line of the error and exit with 1."""
     parser = argparse.ArgumentParser(prog="workflow/scripts/run_notebook.py", description=__doc__)
-    parser.add_argument("kind", choices=["run", "report"])
-    parser.add_argument("study")
-    parser.add_argument("run_id", nargs="?")
+    parser.add_argument("kind", choices=["run", "report"], help="one run of a study, or its report")
+    parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
+    parser.add_argument("run_id", nargs="?", help="id of the run; only for run")
     parser.add_argument("--attempt", type=int, default=1, help="number of this attempt, from 1")
     parser.add_argument("--own-gpus", action="store_true", help="choose and lock GPUs of this machine")
     options = parser.parse_args()
+    if options.kind == "run" and not options.run_id:
+        parser.error("run needs the id of a run: got none; `make plan` and runs/STUDY/index.html list the runs")
     sys.modules.update(dict.fromkeys(UNUSED_FORMATS))  # type: ignore[arg-type]  # None: as if not installed
     from hloss.study.kernels import NOTEBOOK_IMPORTS, prepare_kernel
 
     prepare_kernel(NOTEBOOK_IMPORTS)  # it gets ready while this process imports the rest
+    from hloss.runs.errors import ConfigError
     from hloss.study.notebooks import execute_report, execute_run, stop_on_signals
     from hloss.study.processes import end_with_parent
     from hloss.study.spec import load_study
@@ -26,11 +29,14 @@ def main() -> None:
 
     end_with_parent()
     stop_on_signals()
-    study = resolve_tuning(load_study(options.study))
-    if options.kind == "run":
-        execute_run(study, options.run_id, options.attempt, options.own_gpus)
-    else:
-        execute_report(study)
+    try:
+        study = resolve_tuning(load_study(options.study))
+        if options.kind == "run":
+            execute_run(study, options.run_id, options.attempt, options.own_gpus)
+        else:
+            execute_report(study)
+    except ConfigError as error:
+        sys.exit(f"study {options.study}: {error}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep results of other code or data; the report says so")
     parser.add_argument("--collect", action="store_true", help="only write reports/STUDY/results.parquet")
     options = parser.parse_args()
+    if options.cores < 1:
+        parser.error(f"CORES (--cores) must be at least 1: got {options.cores}")
     if "MAKELEVEL" in os.environ:
         end_with_parent()
     try:

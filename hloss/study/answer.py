@@ -1,0 +1,288 @@
+"""The answer of a study in a few sentences, made from its results.
+
+They name the loss with the highest mean, its distance from the next, the effect of the training length, the verdicts on
+the claims, and what limits them.
+"""
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+
+from hloss.study.board import groups, verdict_counts
+from hloss.study.claims import DEPENDS
+from hloss.study.criteria import NOT_RUN
+from hloss.study.estimates import Estimate, paired_difference
+from hloss.study.results import distinct_runs, lengths_in
+from hloss.study.spec import LOSS_COMPARISONS
+from hloss.study.statistics import shown_interval
+from hloss.study.tables import listed, signed
+
+DATA = {"glyphs": "drawn characters", "cub": "birds", "sop": "products", "cuhk03": "persons", "market1501": "persons"}
+TUNED = LOSS_COMPARISONS[-1]
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class Ranking(NamedTuple):
+    """The trained losses of a dataset after one length, the best first.
+
+    Attributes:
+        dataset: the dataset.
+        comparison: "losses" or "tuned losses".
+        length: iterations of training.
+        rows: rows of the table of `hloss.study.statistics.summary`, the highest Recall@1 first.
+        runs: the complete runs of these rows.
+    """
+
+    dataset: str
+    comparison: str
+    length: int
+    rows: pd.DataFrame
+    runs: pd.DataFrame
+
+    def of(self, method: str) -> pd.DataFrame:
+        """The runs of a method."""
+        return self.runs[self.runs["method"] == method]
+
+    def difference(self, a: str, b: str) -> Estimate:
+        """Recall@1 of one method minus that of another, in points."""
+        return paired_difference(self.of(a), self.of(b))
+
+
+def best_comparison(results: pd.DataFrame, dataset: str) -> str:
+    """The comparison of losses to answer from: the tuned losses if they are complete, else those at a fixed setting.
+
+    Args:
+        results: the table of `hloss.study.results.read_results`.
+        dataset: a dataset of the table.
+
+    Returns:
+        Its name; "" without a complete run of a comparison of losses.
+    """
+    best = ""
+    for comparison in LOSS_COMPARISONS:
+        runs = results[(results["dataset"] == dataset) & (results["comparison"] == comparison)]
+        if runs["complete"].any() and (not best or runs["complete"].all()):
+            best = comparison
+    return best
+
+
+def rankings(results: pd.DataFrame, table: pd.DataFrame, dataset: str) -> list[Ranking]:
+    """The order of the trained losses of a dataset at each length, the shortest first.
+
+    Args:
+        results: the table of `hloss.study.results.read_results`.
+        table: its `hloss.study.statistics.summary`.
+        dataset: a dataset of the table.
+    """
+    comparison = best_comparison(results, dataset)
+    named = (results["dataset"] == dataset) & (results["comparison"] == comparison)
+    runs = results[named & results["complete"] & (results["length"] > 0)]
+    rows = table[(table["dataset"] == dataset) & (table["comparison"] == comparison) & (table["n"] > 0)]
+    return [
+        Ranking(
+            dataset,
+            comparison,
+            length,
+            rows[rows["length"] == length].sort_values("recall@1", ascending=False, kind="stable"),
+            runs[runs["length"] == length],
+        )
+        for length in lengths_in(runs)
+    ]
+
+
+def data_words(results: pd.DataFrame) -> str:
+    """The datasets in words, as in "one dataset of drawn characters (glyphs)".
+
+    Args:
+        results: a table with the column dataset.
+    """
+    names = list(results["dataset"].unique())
+    if len(names) == 1:
+        return f"one dataset{f' of {DATA[names[0]]}' if names[0] in DATA else ''} ({names[0]})"
+    return f"{_word(len(names))} datasets ({', '.join(names)})"
+
+
+class Answer(NamedTuple):
+    """A part of the answer.
+
+    Attributes:
+        short: the answer in a few words.
+        text: the numbers behind it, and their limits.
+    """
+
+    short: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.short} {self.text}"
+
+
+def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> list[Answer]:
+    """The answer of a study.
+
+    Args:
+        results: the table of `hloss.study.results.read_results`.
+        table: its `hloss.study.statistics.summary`.
+        board: the table of `hloss.study.claims.judge`.
+    """
+    told, datasets = [], results["dataset"].unique()
+    for dataset in datasets:
+        if of_lengths := rankings(results, table, dataset):
+            of_dataset = leader_answer(of_lengths[-1]), length_answer(of_lengths)
+            name = f"{dataset}: " * (len(datasets) > 1)
+            told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
+    told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
+    return [*_missing_answer(results), *told, claims_answer(results, board)]
+
+
+def leader_answer(ranking: Ranking) -> Answer:
+    """Which loss leads after the longest length, by how much, and where the histogram loss stands.
+
+    Args:
+        ranking: the order of the losses after this length.
+    """
+    first = ranking.rows.iloc[0]
+    setting = "tuned settings" if ranking.comparison == TUNED else "one fixed setting"
+    n = int(ranking.rows["n"].max())
+    seeds = f"mean of {few(n)}" if n > 1 else few(n)
+    where = f"After {ranking.length:,} iterations on {ranking.dataset} ({setting}, {seeds})"
+    recall = f"{first['recall@1']:.1f} %{_interval_of(first)}"
+    if len(ranking.rows) == 1:
+        return Answer(f"Only {first['method']} was measured.", f"{where} it has a test Recall@1 of {recall}.")
+    second = ranking.rows.iloc[1]["method"]
+    lead = ranking.difference(first["method"], second)
+    low, high = lead.interval()
+    behind = f"{signed(lead.mean)} points above the next, {second}"
+    if not math.isnan(low):
+        behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+    short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "no loss clearly leads."
+    doubt = ", which can be chance" if not low > 0 else ""
+    told = f"{where} {first['method']} has the highest test Recall@1, {recall}, {behind}{doubt}."
+    so_far = "So far, " * bool((ranking.rows["n"] < ranking.rows["of"]).any())
+    short = f"{so_far}{short}" if so_far else short[0].upper() + short[1:]
+    return Answer(short, told + _histogram_place(ranking))
+
+
+def _interval_of(row: pd.Series) -> str:
+    known = pd.notna(row["recall@1 low"])
+    return f" (95 % CI {shown_interval(row['recall@1 low'], row['recall@1 high'])})" if known else ""
+
+
+def _histogram_place(ranking: Ranking) -> str:
+    """Rank of the best histogram loss and its distance from the first; empty if the answer has both already."""
+    losses = ranking.runs.drop_duplicates("method").set_index("method")["loss"]
+    methods = list(ranking.rows["method"])
+    place = next((i for i, method in enumerate(methods) if losses[method] == "histogram"), 0)
+    if place < 2:
+        return ""
+    behind = ranking.difference(methods[0], methods[place])
+    low, high = behind.interval()
+    interval = "" if math.isnan(low) else f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+    rank = f"number {place + 1} of {len(methods)}"
+    return f" The histogram loss is {rank}, {signed(behind.mean)} points below the first{interval}."
+
+
+def length_answer(of_lengths: list[Ranking]) -> Answer:
+    """Whether the order of the losses changes with the length, and how many runs are still improving.
+
+    Args:
+        of_lengths: the order after each length, the shortest first.
+    """
+    last = of_lengths[-1]
+    runs = last.runs.drop_duplicates("run_id")
+    improving = int(runs["still_improving"].sum())
+    still = f"After {last.length:,} iterations {improving} of {len(runs)} runs are still improving"
+    if len(of_lengths) > 1:
+        short, told = _change_of_order(of_lengths)
+        return Answer(short, told + (f" {still}, so longer training can still change the order." if improving else ""))
+    if improving:
+        return Answer("Longer training can change the order.", f"{still}, and no other length was measured.")
+    return Answer("One training length was measured.", "No run is still improving at its end.")
+
+
+def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
+    last, orders = of_lengths[-1], [list(ranking.rows["method"]) for ranking in of_lengths]
+    others = [(r, order[0]) for r, order in zip(of_lengths, orders, strict=True) if order[0] != orders[-1][0]]
+    if others:
+        shown = ", ".join(f"{first} after {r.length:,} ({r.rows.iloc[0]['recall@1']:.1f} %)" for r, first in others)
+        return "The order depends on the training length.", f"The highest mean was that of {shown}."
+    lengths = listed([f"{ranking.length:,}" for ranking in of_lengths[:-1]])
+    if all([m for m in order if m in orders[-1]] == [m for m in orders[-1] if m in order] for order in orders):
+        return "The order is the same at every length.", f"The losses have it after {lengths} iterations, too."
+    first = last.rows.iloc[0]["method"]
+    return (
+        "The first is the same at every length.",
+        f"{first} has the highest mean after {lengths} iterations, too; others change places.",
+    )
+
+
+def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
+    """How many verdicts on the claims there are of each kind, and what they rest on.
+
+    Args:
+        results: the table of `hloss.study.results.read_results`.
+        board: the table of `hloss.study.claims.judge`.
+    """
+    judged = groups(board)
+    if not judged:
+        return Answer("No claim of the paper can be judged.", "The runs that a claim needs are missing.")
+    counts = verdict_counts(board)
+    kinds = ", ".join(f"{n} {_kind(name, n)}" for name, n in counts.items() if n)
+    claims = len({rows.iloc[-1]["claim"] for rows in judged})
+    stay = sum(rows.iloc[-1]["holm"] == rows.iloc[-1]["verdict"] for rows in judged)
+    of = f"{claims} claims" if claims > 1 else "one claim"
+    several = f"{len(judged)} verdicts on {of}" if len(judged) > 1 else "One verdict on a claim"
+    told = f"{stay} of the verdicts stay with Holm's correction for the number of tests."
+    return Answer(f"{several} of the paper: {kinds}.", f"{told} They rest on {_rests_on(results, board)}.")
+
+
+def _kind(name: str, n: int) -> str:
+    return name if name != DEPENDS else f"depend{'s' * (n == 1)} on the training length"
+
+
+def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
+    """Data, seeds and runs that are still improving."""
+    judged = board[board["verdict"] != NOT_RUN]
+    data = data_words(results)
+    asked = judged.loc[judged["dataset"] != "any", "asked"]
+    if len(asked) and (asked == "other data").all():
+        data += ", not data of the paper"
+    used = {run_id for ids in judged["run_ids"] for run_id in str(ids).split(", ")}
+    trained = results[results["complete"] & (results["length"] > 0)]
+    runs = distinct_runs(trained[trained["run_id"].isin(used)])
+    parts = [data, f"at most {few(most_seeds(trained))} per method"]
+    improving = int(runs["still_improving"].sum())
+    if improving:
+        parts += [f"{len(runs)} trained runs, of which {improving} are still improving"]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def most_seeds(trained: pd.DataFrame) -> int:
+    """The largest number of seeds of a method.
+
+    Args:
+        trained: complete runs with training, from `hloss.study.results.read_results`.
+    """
+    return int(trained.groupby(["dataset", "comparison", "method"])["seed"].nunique().max()) if len(trained) else 0
+
+
+def _missing_answer(results: pd.DataFrame) -> list[Answer]:
+    missing = results[~results["complete"]].drop_duplicates(["dataset", "comparison", "method", "seed"])
+    if missing.empty:
+        return []
+    told = f"{len(missing)} runs of its comparisons are missing and can change the answer."
+    return [Answer("This study is not complete.", told)]
+
+
+def few(n: int) -> str:
+    """A number of seeds in words, as in "five seeds".
+
+    Args:
+        n: the number.
+    """
+    return "one seed" if n == 1 else f"{_word(n)} seeds"
+
+
+def _word(n: int) -> str:
+    return NUMBERS[n] if n < len(NUMBERS) else f"{n:,}"

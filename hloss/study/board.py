@@ -1,0 +1,213 @@
+"""HTML of the board of claims: verdict, claim and decisive difference of each, with details that unfold."""
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from hloss.study.claims import DEPENDS
+from hloss.study.criteria import NOT_RUN, OPEN, REFUTED, REPRODUCED
+from hloss.study.intervals import Interval, difference_plot
+from hloss.study.report import listed_runs
+from hloss.study.tables import listed, signed
+
+# verdict -> class of the style sheet, sign
+VERDICTS = {REPRODUCED: ("good", "✓"), REFUTED: ("bad", "✗"), OPEN: ("open", "?"), DEPENDS: ("depends", "⇄")}
+# The least that the board needs where the style sheet of the page is missing, in a notebook.
+STYLE = """<style>
+:where(.claim summary) { display: grid; grid-template-columns: 8.5rem 1fr 18rem; gap: 0 1rem; align-items: start; }
+:where(.claim .plot svg, .difference) { display: block; overflow: visible; }
+</style>"""
+
+
+def groups(board: pd.DataFrame) -> list[pd.DataFrame]:
+    """The judged rows of each claim, dataset and comparison, the shortest length first; claims not run are left out.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`.
+    """
+    judged = board[board["verdict"] != NOT_RUN]
+    return [rows for _, rows in judged.groupby(["claim", "dataset", "comparison"], sort=False, dropna=False)]
+
+
+def outcome(rows: pd.DataFrame) -> str:
+    """The verdict at all lengths of a claim, or that it depends on the length.
+
+    Args:
+        rows: an entry of `groups`.
+    """
+    verdicts = rows["verdict"].unique()
+    return DEPENDS if len(verdicts) > 1 else str(verdicts[0])
+
+
+def verdict_counts(board: pd.DataFrame) -> dict[str, int]:
+    """Number of claims, datasets and comparisons with each outcome; all of `VERDICTS` are keys.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`.
+    """
+    outcomes = [outcome(rows) for rows in groups(board)]
+    return {name: outcomes.count(name) for name in VERDICTS}
+
+
+def board_html(board: pd.DataFrame, links: Mapping[str, str]) -> str:
+    """HTML of the board.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`.
+        links: run id -> HTML, from `hloss.study.report.run_links`.
+    """
+    claims = [_claim(number, rows, links) for number, rows in enumerate(groups(board), 1)]
+    return "\n".join([STYLE, '<div class="board">', *claims, _not_run(board), "</div>"])
+
+
+def _claim(number: int, rows: pd.DataFrame, links: Mapping[str, str]) -> str:
+    last, found = rows.iloc[-1], outcome(rows)
+    kind, sign = VERDICTS[found]
+    plot = difference_plot(
+        [Interval(row.difference, row.low, row.high, bool(row.improving)) for row in _plain(rows)],
+        (last["holds above"], last["holds below"]),
+        last["margin"],
+        _description(rows),
+    )
+    return (
+        f'<details class="claim {kind}" id="claim-{number}"><summary>'
+        f'<span class="verdict"><span aria-hidden="true">{sign}</span> {found}{_verdicts(rows)}</span>'
+        f'<span class="what">{html.escape(last["text"])} <span class="soft">{_place(rows)}</span></span>'
+        f'<span class="plot">{plot}{_numbers(rows)}</span></summary>{_details(rows, links)}</details>'
+    )
+
+
+def _verdicts(rows: pd.DataFrame) -> str:
+    """The verdict at each length, if they differ."""
+    if rows["verdict"].nunique() == 1:
+        return ""
+    lines = (f"{length}: {verdict}" for length, verdict in zip(_lengths(rows), rows["verdict"], strict=True))
+    return "".join(f'<span class="difference">{line}</span>' for line in lines)
+
+
+def _lengths(rows: pd.DataFrame) -> list[str]:
+    return [str(text).removesuffix(" iterations") for text in rows["length"] if text]
+
+
+def _plain(rows: pd.DataFrame) -> list[Any]:
+    """The rows with names that are attributes."""
+    return list(rows.rename(columns={"still improving": "improving"}).itertuples())
+
+
+def shown_difference(row: Mapping[Any, Any] | pd.Series, with_unit: bool = True) -> str:
+    """A difference with its interval, as in "−3.7 points (95 % CI −4.5 to −2.9)".
+
+    Args:
+        row: a row of the table of `hloss.study.claims.judge`.
+        with_unit: whether the unit and the confidence are shown: "−3.7 (−4.5 to −2.9)" without them.
+    """
+    if row["unit"] == "exponent":
+        return f"exponent {row['difference']:.2f}"
+    text = signed(row["difference"], plus=True) + f" {row['unit']}" * with_unit
+    if pd.isna(row["low"]):
+        return f"{text} (no interval)"
+    low, high = signed(row["low"], plus=True), signed(row["high"], plus=True)
+    confidence = f"{row['confidence']:.3g} % CI " * with_unit
+    return f"{text} ({confidence}{low} to {high})"
+
+
+def _numbers(rows: pd.DataFrame) -> str:
+    """What is compared, and the difference at each length, in the order of the lines of the plot."""
+    last, several = rows.iloc[-1], rows.to_dict("records")
+    if len(several) == 1:
+        lines = [compared(last), shown_difference(last)]
+    elif len({compared(row) for row in several}) == 1:
+        lines = [f"{compared(last)}, {last['unit']}"]
+        lines += [f"{row['length']}: {shown_difference(row, with_unit=False)}" for row in several]
+    else:
+        lines = [f"{row['length']}, {compared(row)}: {shown_difference(row)}" for row in several]
+    return "".join(f'<span class="difference">{html.escape(line)}</span>' for line in lines)
+
+
+def compared(row: Mapping[Any, Any] | pd.Series) -> str:
+    """What is compared in the part that decides a verdict, as in "histogram minus triplet".
+
+    Args:
+        row: a row of the table of `hloss.study.claims.judge`.
+    """
+    return str(row["decisive"]).rpartition(": ")[0] or "growth of the time with the batch size"
+
+
+def _description(rows: pd.DataFrame) -> str:
+    """The plot in words."""
+    values = "; ".join(
+        f"{compared(row)}: {row['length']}{': ' * bool(row['length'])}{shown_difference(row)}"
+        for row in rows.to_dict("records")
+    )
+    return f"{values}. {_condition(rows.iloc[-1])}"
+
+
+def _condition(row: pd.Series) -> str:
+    low, high = row["holds above"], row["holds below"]
+    bounds = [f"above {signed(low)}"] if pd.notna(low) else []
+    bounds += [f"below {signed(high)}"] if pd.notna(high) else []
+    return f"The claim holds {' and '.join(bounds)}."
+
+
+def _place(rows: pd.DataFrame) -> str:
+    """Dataset, comparison, lengths and what is still improving, in one line."""
+    last = rows.iloc[-1]
+    lengths = _lengths(rows)
+    suffix = " iterations" * last["length"].endswith(" iterations")
+    parts = [last["dataset"]] if last["dataset"] != "any" else ["measured on this machine's CPU"]
+    parts += [last["comparison"]] if last["comparison"] else []
+    parts += [f"{listed(lengths)}{suffix}"] if lengths else []
+    parts += ["still improving"] if last["still improving"] else []
+    return html.escape(" · ".join(parts))
+
+
+def _details(rows: pd.DataFrame, links: Mapping[str, str]) -> str:
+    """What unfolds: criterion, evidence at each length, corrections, grids and runs."""
+    last = rows.iloc[-1]
+    _, _, published = str(last["evidence"]).partition("; published: ")
+    items = [
+        ("Place in the paper", html.escape(last["section"])),
+        ("Asked by the paper about", html.escape(_asked(last))),
+        ("Criterion", html.escape(last["criterion"])),
+        ("Published", html.escape(published)),
+        ("Region", html.escape(f"{_condition(last)}{_margin(last)}")),
+        *[(f"Evidence{f', {r.length}' if r.length else ''}", _evidence(r)) for r in _plain(rows)],
+        ("Holm", html.escape("; ".join(dict.fromkeys(rows["holm"])))),
+        ("Initial grid", html.escape("; ".join(filter(None, dict.fromkeys(rows["initial grid"]))))),
+        ("Runs of the grids", html.escape(last["grids"])),
+        ("Still improving", html.escape(last["still improving"])),
+        ("Runs", listed_runs(last["run_ids"], links)),
+    ]
+    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{text}</dd>' for name, text in items if text)}</dl>"
+
+
+def _asked(row: pd.Series) -> str:
+    return {"the paper's data": "this dataset", "other data": "other data"}.get(row["asked"], "")
+
+
+def _margin(row: pd.Series) -> str:
+    return f" Margin: {row['margin']:g} points." if pd.notna(row["margin"]) else ""
+
+
+def _evidence(row: Any) -> str:
+    """Verdict and every part at one length."""
+    parts = str(row.evidence).partition("; published: ")[0].split("; ")
+    return f"<b>{row.verdict}</b><ul>{''.join(f'<li>{html.escape(part)}</li>' for part in parts)}</ul>"
+
+
+def _not_run(board: pd.DataFrame) -> str:
+    """The claims that were not judged at any length, as one closed line."""
+    known = {(row["claim"], row["dataset"], row["comparison"]) for rows in groups(board) for row in [rows.iloc[-1]]}
+    rows = board.groupby(["claim", "dataset", "comparison"], sort=False, dropna=False).tail(1).to_dict("records")
+    missing = [row for row in rows if (row["claim"], row["dataset"], row["comparison"]) not in known]
+    if not missing:
+        return ""
+    items = "".join(
+        f'<li>{html.escape(row["text"])} <span class="soft">'
+        f"{html.escape(' · '.join(filter(None, (row['dataset'], row['comparison'], row['evidence']))))}</span></li>"
+        for row in missing
+    )
+    plural = "verdicts of claims" if len(missing) > 1 else "verdict of a claim"
+    return f'<details class="not-run"><summary>{len(missing)} {plural} not run</summary><ul>{items}</ul></details>'

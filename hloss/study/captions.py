@@ -1,0 +1,74 @@
+"""Captions of the figures and tables of a report; names in braces are filled in."""
+
+from hloss.study.levels import CATEGORIES, CURVES, GRID
+
+PAPER = {"bins": "Figure 2", "batch": "Figure 2"}  # comparison -> figure of the paper with the same comparison
+DRAWN = {
+    CATEGORIES: "One grey point per seed; the mean with its 95 % interval.",
+    CURVES: "One grey point per seed; the mean with its 95 % interval over the levels of the setting.",
+    GRID: "The mean of each pair of levels, ± half its 95 % interval.",
+}
+OPEN_CIRCLE = "Open circle: a run is still improving."
+STARS = " Stars: published values with the same protocol, network and dimensions."
+
+VERDICTS = (
+    "Verdicts with the difference that decides each, in its unit, and the bounds of its interval. Holm: the verdict "
+    "with Holm's correction; confidence: of the interval, in %; n: seeds."
+)
+LOSSES = (
+    "Test Recall@K (%) of the losses on {dataset}: mean over n seeds. The 95 % interval is that of Recall@1. length: "
+    "iterations of training. still improving: runs whose best validation Recall@1 lies in the last tenth of the "
+    "length."
+)
+PUBLISHED = (
+    "Published values (%) by {kind}, beside the means of this study (ours, with the 95 % interval from low to high, "
+    "over n seeds); difference: ours minus published, in points."
+)
+COMPARISON = "Test Recall@1 (%) of the comparison {comparison!r} on {dataset}{paper}. {drawn} " + OPEN_CIRCLE
+BY_LENGTH = (
+    "Mean test Recall@1 (%) of the comparison {comparison!r} on {dataset} over the training length (iterations). "
+    + OPEN_CIRCLE
+)
+RECALL_AT_K = (
+    "Test Recall@K (%) of {what} on {dataset} over K{paper}: mean over seeds, with the range from the lowest to the "
+    "highest seed."
+)
+OVER_CLASSES = (
+    "Test Recall@1 (%) of the run with the first seed of each loss, with its 95 % bootstrap interval over test classes."
+)
+TUNED = (
+    "Settings chosen at each length on the validation classes, once for all seeds, and the number of runs of each "
+    "grid (+ those of its extensions). If a choice is at an edge of the grid, a better value may lie beyond it. "
+    "Intervals do not include the variation of this choice."
+)
+ABLATION = (
+    "Test Recall@K (%) of the comparison {comparison!r} on {dataset} at each length: mean over n seeds; the 95 % "
+    "interval is that of Recall@1."
+)
+SIMILARITIES = (
+    "Densities (per unit of cosine similarity) of positive and negative pairs of test images on {dataset}, before "
+    "training and after training with each loss (the paper's Figure 5); shared: mass of both densities. One run per "
+    "loss."
+)
+TRAINING = (
+    "Recall@1 (%) on the validation classes of {dataset} over the iterations of training: mean and range over seeds; "
+    "vertical lines: lengths at which the test is reported. The validation gallery is smaller than the test gallery, "
+    "so its Recall@1 is higher. A line that still rises at the end has not converged."
+)
+PANEL = (
+    "Test queries of {dataset} (left) and their nearest test images, nearest first: {method}, run {run_id} ({why}). "
+    "Green frame: same class. Red frame and cross: another class."
+)
+RUNS = (
+    "All runs at their longest length: settings that differ between runs, validation and test results (%), the 95 % "
+    "bootstrap interval of Recall@1 over test classes, and the time of training (s)."
+)
+
+
+def of_paper(place: str | None) -> str:
+    """Where the paper shows the same, as in " (the paper's Figure 2)"; empty for None.
+
+    Args:
+        place: a figure of the paper.
+    """
+    return f" (the paper's {place})" if place else ""

@@ -1,0 +1,98 @@
+"""Notes of a report: what the results of a study rest on, as Markdown."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from hloss.runs.config import EXECUTION, RunConfig
+from hloss.runs.files import project_path
+from hloss.study.results import lengths_in
+from hloss.study.spec import STUDIES
+
+
+def dataset_note(dataset: str, rows: pd.DataFrame) -> str:
+    """Queries, protocol and what the intervals include.
+
+    Args:
+        dataset: its name.
+        rows: its complete runs, from `hloss.study.results.read_results`.
+    """
+    note = f"`{dataset}`: {rows['n_queries'].iloc[0]:,.0f} test queries, protocol {rows['protocol'].iloc[0]}."
+    if rows["validation_recall@1"].isna().all():
+        note += " **Trained without validation: the last iteration was tested.**"
+    if rows["n_unmatched"].max():
+        note += f" {rows['n_unmatched'].max():,.0f} queries without a match are left out."
+    return f"{note} {_interval_note(rows)}"
+
+
+def _interval_note(rows: pd.DataFrame) -> str:
+    if rows["split"].nunique() > 1:
+        return (
+            f"{rows['split'].nunique()} splits, one per seed, with test classes of their own: intervals include seeds "
+            "and test classes. The training classes of two splits overlap, so intervals are somewhat too narrow. Each "
+            "draw of a single-shot protocol counts as a query."
+        )
+    if "ranks" in rows and rows["ranks"].notna().all():
+        return "All seeds share the test classes; intervals of Recall@K include seeds and test classes."
+    return (
+        "All seeds share the test classes, and these results have no ranks of queries: **intervals include the "
+        "variation over seeds only**."
+    )
+
+
+def lengths_note(all_lengths: pd.DataFrame, complete: pd.DataFrame) -> str:
+    """The training lengths and the number of runs that are still improving.
+
+    Args:
+        all_lengths: the table of `hloss.study.results.read_results`.
+        complete: its complete runs at the longest length of each method.
+    """
+    lengths = ", ".join(f"{length:,}" for length in lengths_in(all_lengths))
+    improving = complete[complete["length"] > 0].drop_duplicates(["run_id", "length"])["still_improving"]
+    return (
+        f"The test is reported after {lengths} iterations, which were named before the runs, each time with the "
+        "network that validation chose up to there. Tables and figures show the longest length of each method. "
+        f"{improving.sum()} of {len(improving)} trained runs are **still improving** at this length: their best "
+        "validation Recall@1 lies in its last tenth."
+    )
+
+
+def repeat_note(results: pd.DataFrame, results_file: str) -> str:
+    """The command that repeats or continues the study; empty if several studies made the results.
+
+    Args:
+        results: the table of `hloss.study.results.read_results`.
+        results_file: its file.
+    """
+    folder = project_path(results_file).parent.name  # the study's name, except for a renamed folder
+    known = project_path(str(Path(STUDIES) / f"{folder}.yaml")).exists()
+    names = [folder] if known else list(results["study"].unique())
+    if len(names) > 1:
+        return ""
+    return f"To repeat or continue the study: `make study STUDY={names[0]}`. Complete runs are kept."
+
+
+def varied_settings(runs: pd.DataFrame) -> tuple[list[str], str]:
+    """The settings in which runs differ, and a sentence with the settings of all runs.
+
+    Args:
+        runs: one row per run.
+    """
+    settings = [name for name in RunConfig.model_fields if name in runs and name not in (*EXECUTION, "dataset", "seed")]
+    varied = [name for name in settings if len(set(map(str, runs[name]))) > 1]
+    fixed = ", ".join(f"{name} {runs[name].iloc[0]}" for name in settings if name not in varied)
+    return varied, f"Settings of all runs: {fixed}."
+
+
+def preparation_notes(runs: pd.DataFrame) -> list[str]:
+    """How each split was prepared.
+
+    Args:
+        runs: one row per run.
+    """
+    notes = []
+    for split, rows in runs.groupby("split", sort=False):
+        prepared = json.loads(rows["prepared"].iloc[0])
+        notes.append(f"Preparation of `{split}`: {', '.join(f'{k} {v}' for k, v in prepared.items())}.")
+    return notes

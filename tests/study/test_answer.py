@@ -1,0 +1,203 @@
+"""The answer of a report: sentences of made-up results, with the numbers of independent formulas."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from hloss.study.answer import answers, best_comparison, data_words, length_answer, rankings
+from hloss.study.claims import Claim, judge
+from hloss.study.head import facts, hardware, head_html, losses_caption, losses_figure
+from hloss.study.statistics import summary
+
+NOISE = np.array([0.4, -0.5, 0.2, 0.1, -0.2])
+ABOVE = {"name": "a", "section": "4", "claim": "b", "criterion": "c", "check": "above", "data": ["cub"],
+         "comparison": ["losses"], "method": {"loss": "histogram"}, "rivals": [{"loss": "triplet"}]}  # fmt: skip
+
+
+def table_of(means, length=200, comparison="losses", dataset="glyphs", seeds=5, **settings):
+    """Runs of methods with these means of Recall@1."""
+    rows = []
+    for i, (method, mean) in enumerate(means.items()):
+        for seed in range(seeds):
+            rows.append({"dataset": dataset, "comparison": comparison, "method": method, "loss": method, "seed": seed,
+                         "recall@1": mean + NOISE[(seed + i) % 5] - NOISE[:seeds].mean(), "complete": True,
+                         "run_id": f"{dataset}-{comparison}-{method}-{seed}", "length": length, "iterations": length,
+                         "still_improving": False, "training_seconds": 30.0, "device": "x86_64", "threads": 1,
+                         "title": "A & B"} | settings)  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def told(results, *claims):
+    """The parts of the answer, and its text as a whole."""
+    board = judge(results, claims=[Claim(**claim) for claim in claims or (ABOVE,)])
+    parts = answers(results, summary(results, ["recall@1"]), board)
+    return parts, " ".join(map(str, parts))
+
+
+def interval(values):
+    return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+
+
+def difference(results, a, b):
+    by_seed = results.pivot(index="seed", columns="method", values="recall@1")
+    return by_seed[a] - by_seed[b]
+
+
+def test_a_clear_leader_is_named_with_its_lead():
+    results = table_of({"triplet": 40.0, "histogram": 36.0, "lifted": 38.0})
+    parts, text = told(results)
+    lead, last = difference(results, "triplet", "lifted"), difference(results, "triplet", "histogram")
+    assert parts[0].short == f"Triplet leads by {lead.mean():.1f} points."
+    low, high = interval(results.loc[results["method"] == "triplet", "recall@1"])
+    assert f"triplet has the highest test Recall@1, 40.0 % (95 % CI {low:.1f} to {high:.1f})" in text
+    low, high = interval(lead)
+    assert f"2.0 points above the next, lifted (95 % CI +{low:.1f} to +{high:.1f})." in text
+    low, high = interval(last)
+    assert f"number 3 of 3, 4.0 points below the first (95 % CI +{low:.1f} to +{high:.1f})" in text
+    assert "After 200 iterations on glyphs (one fixed setting, mean of five seeds)" in text
+    assert "chance" not in text
+
+
+def test_a_tie_is_no_lead():
+    results = table_of({"triplet": 40.0, "lifted": 40.1})
+    parts, text = told(results)
+    low, high = interval(difference(results, "lifted", "triplet"))
+    assert parts[0].short == "No loss clearly leads."
+    assert f"0.1 points above the next, triplet (95 % CI −{-low:.1f} to +{high:.1f}), which can be chance." in text
+    assert "histogram" not in text
+
+
+def test_the_histogram_loss_as_first_or_second_is_not_said_twice():
+    for means in ({"histogram": 40.0, "triplet": 36.0}, {"histogram": 36.0, "triplet": 40.0}):
+        assert "The histogram loss is number" not in told(table_of(means))[1]
+
+
+def test_one_loss_has_no_rival():
+    parts, text = told(table_of({"histogram": 40.0}))
+    assert parts[0].short == "Only histogram was measured."
+    assert "it has a test Recall@1 of 40.0 % (95 % CI" in text
+    assert "above" not in text
+
+
+def test_one_seed_has_no_interval_and_may_be_chance():
+    parts, text = told(table_of({"triplet": 40.0, "histogram": 36.0}, seeds=1))
+    assert parts[0].short == "No loss clearly leads."
+    assert "one seed" in text
+    assert "which can be chance" in text
+    assert "CI" not in parts[0].text
+
+
+def test_an_incomplete_study_says_so_first():
+    results = table_of({"triplet": 40.0, "histogram": 36.0})
+    results.loc[results["seed"] > 2, "complete"] = False
+    parts, text = told(results)
+    assert str(parts[0]) == (
+        "This study is not complete. 4 runs of its comparisons are missing and can change the answer."
+    )
+    assert parts[1].short.startswith("So far, triplet leads by ")
+    assert "mean of three seeds" in text
+    assert str(parts[-1]) == "No claim of the paper can be judged. The runs that a claim needs are missing."
+
+
+def test_without_a_trained_run_there_is_no_answer():
+    parts, text = told(table_of({"histogram": 40.0}).assign(complete=False))
+    assert "There is no answer yet." in text
+    assert len(parts) == 3
+
+
+def test_two_datasets_have_an_answer_each():
+    results = pd.concat([table_of({"triplet": 40.0, "histogram": 36.0}),
+                         table_of({"triplet": 50.0, "histogram": 56.0}, dataset="cub")])  # fmt: skip
+    parts, text = told(results)
+    assert [part.short for part in parts] == [
+        "glyphs: Triplet leads by 4.0 points.",
+        "glyphs: One training length was measured.",
+        "cub: Histogram leads by 6.0 points.",
+        "cub: One training length was measured.",
+        "2 verdicts on one claim of the paper: 1 reproduced, 1 not reproduced.",
+    ]
+    assert "on glyphs (one fixed setting" in parts[0].text
+    assert "on cub (one fixed setting" in parts[2].text
+    assert "two datasets (glyphs, cub)" in text
+    assert "not data of the paper" not in text
+
+
+@pytest.mark.parametrize(
+    ("later", "short"),
+    [
+        ({"triplet": 44.0, "histogram": 50.0, "lifted": 45.0}, "The order depends on the training length."),
+        ({"triplet": 44.0, "histogram": 42.0, "lifted": 40.0}, "The first is the same at every length."),
+        ({"triplet": 44.0, "histogram": 40.0, "lifted": 42.0}, "The order is the same at every length."),
+    ],
+)
+def test_the_effect_of_the_length_is_said(later, short):
+    results = pd.concat([table_of({"triplet": 40.0, "histogram": 36.0, "lifted": 38.0}),
+                         table_of(later, length=2000, still_improving=True)])  # fmt: skip
+    found = length_answer(rankings(results, summary(results, ["recall@1"]), "glyphs"))
+    assert found.short == short
+    assert "After 2,000 iterations 15 of 15 runs are still improving" in found.text
+    if "depends" in short:
+        assert "The highest mean was that of triplet after 200 (40.0 %)." in found.text
+
+
+def test_one_length_with_improving_runs_warns():
+    parts, _ = told(table_of({"triplet": 40.0, "lifted": 36.0}, still_improving=True))
+    assert parts[1].short == "Longer training can change the order."
+    assert "10 of 10 runs are still improving" in parts[1].text
+
+
+def test_verdicts_are_counted_with_what_they_rest_on():
+    results = pd.concat([table_of({"histogram": 40.0, "triplet": 36.0}, still_improving=True),
+                         table_of({"histogram": 40.0, "triplet": 44.0}, length=2000)])  # fmt: skip
+    best = {**ABOVE, "name": "z", "method": {"loss": "triplet"}, "rivals": [{"loss": "lifted"}]}
+    parts, _ = told(results, ABOVE, best)
+    assert parts[-1].short == "One verdict on a claim of the paper: 1 depends on the training length."
+    assert "They rest on one dataset of drawn characters (glyphs), not data of the paper and at most" in parts[-1].text
+
+
+def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
+    fixed, tuned = (table_of({"histogram": 40.0}, comparison=name) for name in ("losses", "tuned losses"))
+    results = pd.concat([fixed, tuned], ignore_index=True)
+    assert best_comparison(results, "glyphs") == "tuned losses"
+    results.loc[len(results) - 1, "complete"] = False
+    assert best_comparison(results, "glyphs") == "losses"
+    assert best_comparison(tuned.assign(complete=False), "glyphs") == ""
+
+
+def test_facts_have_data_runs_lengths_time_and_hardware():
+    results = table_of({"histogram": 40.0, "triplet": 36.0})
+    assert facts(results) == (
+        "Data: one dataset of drawn characters (glyphs) · 10 runs · five seeds per method · training of 200 iterations "
+        "· 5 min 0 s of training on x86_64 CPU, 1 thread per run"
+    )
+    assert data_words(results.assign(dataset="own")) == "one dataset (own)"
+
+
+@pytest.mark.parametrize(
+    ("device", "processor", "shown"),
+    [
+        ("NVIDIA H100", "EPYC", "NVIDIA H100"),
+        ("x86_64", "EPYC", "EPYC, 2 threads per run"),
+        ("x86_64", "", "x86_64 CPU, 2"),
+    ],
+)
+def test_hardware_is_named(device, processor, shown):
+    assert hardware(pd.DataFrame({"device": [device], "processor": [processor], "threads": [2.0]})).startswith(shown)
+
+
+def test_the_head_has_the_answer_and_a_line_per_loss():
+    results = pd.concat([table_of({"triplet": 40.0, "histogram": 36.0}), table_of({"triplet": 50.0}, length=2000)])
+    table = summary(results, ["recall@1"])
+    of_lengths = rankings(results, table, "glyphs")
+    figure = losses_figure(of_lengths, "")
+    names, means = re.findall(r'<th scope="row">(\w+)', figure), re.findall(r'number">([\d.]+)<', figure)
+    assert (names, means) == (["triplet"], ["50.0"])  # histogram has no run of the longest length
+    assert "triplet: 50.0 %, 95 % CI" in figure
+    assert "; after 200 iterations 40.0 %" in figure
+    assert "Small grey points: after 200 iterations" in losses_caption(of_lengths)
+    page = head_html("A & B", results, told(results)[0], [figure])
+    assert "<h1>A &amp; B</h1>" in page
+    assert page.count("<li><strong>") == 3

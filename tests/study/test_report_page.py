@@ -1,0 +1,220 @@
+"""The page of a report: made from a small notebook, and the committed one compared with its tables."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from hloss.study.report_page import report_page, with_contents
+
+SAMPLE = Path(__file__).parents[2] / "reports" / "sample"
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def output(kind, data, **metadata):
+    return nbformat.v4.new_output("display_data", {kind: data}, metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def small():
+    caption = '<figcaption id="figure-1"><b>Figure 1.</b> A line.</figcaption>'
+    outputs = [
+        output("text/html", "<h1>Title</h1>"),
+        output("image/png", PNG, **{"image/png": {"alt": 'a "line"'}}),
+        output("text/html", caption),
+        output("text/markdown", "**bold** & `code`"),
+        nbformat.v4.new_output("stream", name="stdout", text="a < b\n"),
+    ]
+    cells = [
+        nbformat.v4.new_markdown_cell("secret", metadata={"tags": ["notebook-only"]}),
+        nbformat.v4.new_markdown_cell("## One & two\n\n<details><summary>More</summary>\n\n- item\n\n</details>"),
+        nbformat.v4.new_code_cell("hidden = 1", outputs=outputs),
+        nbformat.v4.new_markdown_cell("### bins\n\n### bins\n\n## Last"),
+    ]
+    return BeautifulSoup(report_page(nbformat.v4.new_notebook(cells=cells), "A & B"), "html.parser")
+
+
+def test_the_page_has_text_and_outputs_without_code(small):
+    text = small.main.text
+    assert small.title.text == "A & B"
+    assert "hidden" not in text
+    assert "secret" not in text
+    assert "bold & code" in text
+    assert small.main.pre.text == "a < b\n"
+    assert small.main.details.li.text.strip() == "item"
+
+
+def test_an_image_and_its_caption_are_one_figure(small):
+    (figure,) = small.main.select("figure")
+    assert figure.img["alt"] == 'a "line"'
+    assert figure.figcaption.text == "Figure 1. A line."
+    assert len(small.select("figcaption")) == 1
+
+
+def test_the_contents_link_to_every_section(small):
+    links = [(link["href"], link.text) for link in small.nav.select("a")]
+    assert links == [("#top", "The answer"), ("#one-two", "One & two"), ("#bins", "bins"), ("#bins-2", "bins"),
+                     ("#last", "Last")]  # fmt: skip
+    assert all(small.find(id=href[1:]) for href, _ in links[1:])
+    assert [len(item.select("a")) for item in small.nav.ul.find_all("li", recursive=False)] == [1, 1, 2, 1]
+
+
+def test_contents_that_end_deep_are_closed():
+    _, contents = with_contents("<h2>A</h2><h3>B</h3>")
+    assert contents.count("<ul>") == contents.count("</ul>") == 2
+    assert contents.count("<li>") == contents.count("</li>")
+
+
+@pytest.fixture(scope="module")
+def page():
+    return BeautifulSoup((SAMPLE / "report.html").read_text(), "html.parser")
+
+
+@pytest.fixture(scope="module")
+def means():
+    return pd.read_csv(SAMPLE / "summary.csv")
+
+
+@pytest.fixture(scope="module")
+def board():
+    return pd.read_csv(SAMPLE / "claims.csv")
+
+
+@pytest.fixture(scope="module")
+def judged(board):
+    """The judged claims, each with its rows at all lengths."""
+    rows = board[board["verdict"] != "not run"]
+    return [group for _, group in rows.groupby(["claim", "dataset", "comparison"], sort=False, dropna=False)]
+
+
+def check_page(page):
+    """Every figure has alternative text and a caption, ids are unique, and nothing comes from another host."""
+    identities = [tag["id"] for tag in page.select("[id]")]
+    assert len(identities) == len(set(identities))
+    for image in page.select("img"):
+        assert image["alt"].strip()
+        assert image["src"].startswith("data:image/png;base64,")
+        assert image.parent.name == "figure"
+        assert image.parent.figcaption.text.strip()
+    assert all(svg["aria-label"].strip() and svg["role"] == "img" for svg in page.select("svg"))
+    numbers = [int(re.match(r"Figure (\d+)\.", c.text)[1]) for c in page.select('figcaption[id^="figure-"]')]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(page.select("figure")) == len(page.select("figure > figcaption"))
+    assert not page.select("link, iframe, [srcset]")
+    assert all(script.get("src") is None for script in page.select("script"))
+    assert all(link["href"].startswith("#") for link in page.select("a[href]"))
+    styles = "".join(style.text for style in page.select("style"))
+    assert all(url.startswith("data:") for url in re.findall(r"url\(([^)]*)\)", styles))
+    assert "@import" not in styles
+    assert not re.search(r"\b0\.0 h", page.main.text)
+
+
+def test_a_page_is_complete_in_itself(small, page):
+    check_page(small)
+    check_page(page)
+    assert (SAMPLE / "report.html").stat().st_size <= 3_000_000
+    assert len(page.select("script#datatables")) == 1
+    assert len(page.select("table.sortable")) > 10
+
+
+def number(value, decimals=1, plus=False):
+    text = f"{value:+.{decimals}f}" if plus else f"{value:.{decimals}f}"
+    return text.replace("-", "−")
+
+
+def test_the_answer_has_the_numbers_of_the_tables(page, means, judged):
+    text = page.select_one(".answer").text
+    losses = means[(means["comparison"] == "tuned losses") & (means["length"] > 0)].sort_values("recall@1")
+    first, second = losses.iloc[-1], losses.iloc[-2]
+    shown = f"{first['method']} has the highest test Recall@1, {first['recall@1']:.1f} % "
+    shown += f"(95 % CI {first['recall@1 low']:.1f} to {first['recall@1 high']:.1f}), "
+    shown += f"{number(first['recall@1'] - second['recall@1'])} points above the next, {second['method']}"
+    assert shown in text
+    counts = pd.Series([rows["verdict"].iloc[0] for rows in judged if rows["verdict"].nunique() == 1]).value_counts()
+    assert f"{len(judged)} verdicts on" in text
+    for verdict, n in counts.items():
+        assert re.search(rf"(?<!\d){n} {verdict}[,.]", text)
+    stay = sum(rows["holm"].iloc[-1] == rows["verdict"].iloc[-1] for rows in judged)
+    assert f"{stay} of the verdicts stay with Holm's correction" in text
+    improving = int(losses["still improving"].sum())
+    assert f"{improving} of {losses['n'].sum()} runs are still improving" in text
+    assert "one dataset of drawn characters (glyphs), not data of the paper" in text
+    assert "at most five seeds per method" in text
+
+
+def test_the_figure_of_the_answer_has_the_means_and_intervals(page, means):
+    rows = page.select("table.losses tbody tr")
+    losses = means[(means["comparison"] == "tuned losses") & (means["length"] > 0)]
+    ordered = losses.sort_values("recall@1", ascending=False)
+    assert len(rows) == len(ordered)
+    for line, row in zip(rows, ordered.to_dict("records"), strict=True):
+        cells = [line.th.text, *(cell.text for cell in line.select("td.number"))]
+        interval = f"{row['recall@1 low']:.1f} to {row['recall@1 high']:.1f}"
+        assert cells == [row["method"], f"{row['recall@1']:.1f}", interval]
+        assert line.svg["aria-label"].startswith(f"{row['method']}: {row['recall@1']:.1f} %, 95 % CI {interval}")
+
+
+def test_the_board_has_the_verdicts_and_differences_of_the_claims(page, board, judged):
+    claims = page.select("details.claim")
+    assert len(claims) == len(judged)
+    for claim, rows in zip(claims, judged, strict=True):
+        last = rows.iloc[-1]
+        assert claim.select_one(".verdict").text.split(" ", 1)[1] == last["verdict"]
+        assert last["text"] in claim.select_one(".what").text
+        line = claim.select(".difference")[-1].text
+        if last["unit"] == "exponent":
+            assert line == f"exponent {last['difference']:.2f}"
+        elif pd.isna(last["low"]):
+            assert line.startswith(f"{number(last['difference'], plus=True)} {last['unit']}")
+        else:
+            bounds = f"{number(last['low'], plus=True)} to {number(last['high'], plus=True)}"
+            difference = f"{number(last['difference'], plus=True)} {last['unit']}"
+            assert line == f"{difference} ({last['confidence']:.3g} % CI {bounds})"
+        parts = last["evidence"].partition("; published: ")[0].split("; ")
+        assert [item.text for item in claim.select("dd li")][-len(parts) :] == parts
+    missing = board[board["verdict"] == "not run"]
+    assert len(page.select(".not-run li")) == len(missing)
+
+
+def test_numbers_of_the_claims_are_those_of_their_evidence(board):
+    for row in board[board["low"].notna()].to_dict("records"):
+        interval = f"{row['confidence']:.3g} % CI {row['low']:+.1f} to {row['high']:+.1f}"
+        assert f": {row['difference']:+.1f} ({interval} over" in row["decisive"]
+        assert f"n = {row['n']}" in row["decisive"]
+
+
+def rows_of(table):
+    header = [cell.text for cell in table.select("thead th")]
+    return [dict(zip(header, (c.text for c in row.select("td")), strict=True)) for row in table.select("tbody tr")]
+
+
+def test_every_mean_of_the_tables_is_that_of_the_summary(page, means):
+    known = {(row["comparison"], row["method"], row["length"]): row for row in means.to_dict("records")}
+    shown = set()
+    for table in page.select("table.sortable"):
+        for row in rows_of(table):
+            if {"comparison", "method", "length", "recall@1 (%)"} <= row.keys():
+                key = (row["comparison"], row["method"], int(row["length"]))
+                for name in ("recall@1", "recall@2", "recall@4", "recall@8"):
+                    assert float(row[f"{name} (%)"]) == pytest.approx(known[key][name], abs=0.051)
+                low, high = known[key]["recall@1 low"], known[key]["recall@1 high"]
+                assert row["95 % interval"] == ("no interval" if pd.isna(low) else f"{low:.1f} to {high:.1f}")
+                shown.add(key)
+    assert shown == {key for key in known if not key[0].endswith(": choice")}
+
+
+def test_tables_beside_the_page_have_its_rows(page):
+    links = [link["data-beside"] for link in page.select("p.files a")]
+    assert len(links) == 3 * len(page.select("figure.table"))
+    assert all((SAMPLE / link).exists() for link in links)
+    for figure in page.select("figure.table"):
+        (csv,) = (link["data-beside"] for link in figure.select("p.files a") if link.text == "CSV")
+        table = pd.read_csv(SAMPLE / csv)
+        assert len(table) == len(figure.select("tbody tr"))
+        markdown = (SAMPLE / csv).with_suffix(".md").read_text().splitlines()
+        assert len(markdown) == len(table) + 2
+        latex = (SAMPLE / csv).with_suffix(".tex").read_text()
+        assert latex.count(r" \\") == len(table) + 1
