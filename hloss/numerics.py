@@ -5,8 +5,7 @@ A check of a setting returns its value, or raises a ValueError with the name of 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 LONGEST = (1 + 1e-4) ** 0.5  # Largest norm of an embedding that is not normalised: 1 plus rounding errors.
-UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 USUAL = 2.0**-30, 2.0**30  # Between these norms, squares of numbers that matter neither overflow nor lose digits.
 
 
@@ -32,18 +30,14 @@ def exact_products(device: torch.device) -> Iterator[None]:
     """Compute matrix products on `device` in their full dtype within this context: no autocast, TF32 or bfloat16."""
     matmuls = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     backends: list[Any] = [matmul for matmul in matmuls if hasattr(matmul, "fp32_precision")]
-    exact, before = "ieee", [backend.fp32_precision for backend in backends]
-    setters: list[Callable[[str], None]] = [partial(setattr, backend, "fp32_precision") for backend in backends]
-    if not backends:  # torch before 2.9
-        exact, before, setters = "highest", [torch.get_float32_matmul_precision()], [torch.set_float32_matmul_precision]
-    for set_precision in setters:
-        set_precision(exact)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for set_precision, precision in zip(setters, before, strict=True):
-            set_precision(precision)
+    with ExitStack() as at_exit, torch.autocast(device.type, enabled=False):
+        for backend in backends:
+            at_exit.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = "ieee"
+        if not backends:  # torch before 2.9
+            at_exit.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
@@ -93,7 +87,7 @@ def integers(name: str, values: Any) -> Tensor:
             raise ValueError(f"{name} must be integers: got {type(values).__name__} ({error})") from None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers: got {values.dtype}; convert them by .long()")
-    return values.long() if values.dtype in UNSIGNED else values
+    return values if values.dtype.is_signed else values.long()
 
 
 def checked_labels(name: str, labels: Any, n: int) -> Tensor:
@@ -107,11 +101,6 @@ def checked_labels(name: str, labels: Any, n: int) -> Tensor:
 def row_norms(embeddings: Tensor) -> Tensor:
     """Return the norms (n, 1) of embeddings (n, d), at least in float32, without a gradient."""
     return torch.linalg.vector_norm(full_precision(embeddings.detach()), dim=1, keepdim=True)
-
-
-def norm_range(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and largest norm, scalars; NaN if one is, 1 if there is none."""
-    return norms.aminmax() if len(norms) else (norms.new_ones(()), norms.new_ones(()))
 
 
 Prepare = Callable[[str, Tensor, float, float], Tensor]  # Name, embeddings, smallest and largest norm.

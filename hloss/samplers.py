@@ -122,19 +122,16 @@ class ClassShuffleSampler(ClassSampler):
     """
 
     kept_lists = ("order", "pending", "pending_class")
-
-    def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
-        super().__init__(labels, batch_size, images_per_class, generator)
-        self._pending: list[int] = []  # Images that were drawn and are in no batch yet.
-        self._pending_class = [-1]  # The class of these images.
+    _pending: Sequence[int] = ()  # Images that were drawn and are in no batch yet.
+    _pending_class: Sequence[int] = (-1,)  # The class of these images.
 
     def _draw_batch(self) -> list[int]:
-        batch, visited = self._pending, set(self._pending_class)
+        batch, visited = list(self._pending), set(self._pending_class)
         while len(batch) < self.batch_size:
             self._order = self._order or self._shuffled(self._classes, last=visited)
             self._pending_class = [self._order.pop(0)]
             visited.update(self._pending_class)
-            batch = batch + self._visit(self._pending_class[0], self.images_per_class)
+            batch += self._visit(self._pending_class[0], self.images_per_class)
         self._pending = batch[self.batch_size :]
         return batch[: self.batch_size]
 

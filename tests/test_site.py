@@ -18,6 +18,7 @@ INNER = {
     "hloss.losses.streaming",
     "hloss.losses.batch",
     "hloss.losses.cuda_forms",
+    "hloss.names",
     "hloss.retrieval.cuda_ranks",
     "hloss.retrieval.similarity",
 }

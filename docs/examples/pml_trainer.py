@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from hloss import recall_at_k
-from hloss.losses.dropin import CrossBatchMemory, HistogramLoss
+from hloss.integrations.pytorch_metric_learning import CrossBatchMemory, HistogramLoss
 
 torch.manual_seed(0)
 # Random data in place of yours: 8 of 32 dimensions tell 40 classes apart. The last 10 are unseen in training.

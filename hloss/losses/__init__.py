@@ -6,5 +6,5 @@
 - `pairs`, `streaming`: the pairs of a batch, block by block, on a CPU.
 - `fused`, `passes`, `kernels`: the fast version on CUDA.
 - `baselines`, `pairwise`: the other losses, and the similarities and distances that they use.
-- `pml`: losses of pytorch-metric-learning. `distributed`: a loss over the batches of all processes.
+- `distributed`: a loss over the batches of all processes.
 """

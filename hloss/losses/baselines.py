@@ -53,16 +53,16 @@ class BaselineLoss(nn.Module):
         """
         batch = Batch(embeddings, labels, reference_embeddings, reference_labels)
         pairs = (CudaPairs if embeddings.is_cuda else DensePairs)(batch)
-        pairs.set_counts(*batch.verify(to_normalize if self.normalize else to_use_raw, *pairs.counts()))
+        prepare = to_normalize if self.normalize else to_use_raw
+        n_pairs = [int(n) for n in batch.verify(prepare, *pairs.counts())]
+        pairs.n_positive, pairs.n_negative = n_pairs
         dtype = full_precision(embeddings[:0]).dtype
-        n_pairs = pairs.n_positive, pairs.n_negative
         if all(n_pairs) or (any(n_pairs) and not self.needs_both_groups):
             return self._loss(pairs).to(dtype)
         if self.on_degenerate == "zero":
             sides = [x for x in (embeddings, reference_embeddings) if x is not None]
             return torch.cat([x * 0 for x in sides]).sum().to(dtype)
-        each = 2 if batch.within else 1
-        raise ValueError(missing_pairs(pairs.n_negative // each, pairs.n_positive // each))
+        raise ValueError(missing_pairs(pairs.n_negative // pairs.orders, pairs.n_positive // pairs.orders))
 
     def _loss(self, pairs: DensePairs) -> Tensor:
         raise NotImplementedError
@@ -130,7 +130,7 @@ class LiftedStructure(BaselineLoss):
         by_row = rivals.logsumexp(1)
         by_column = by_row if pairs.batch.within else rivals.logsumexp(0)
         total = pairs.lifted_hinges(by_row, by_column, distance).square().sum()
-        return total / (pairs.n_positive if pairs.batch.within else 2 * pairs.n_positive)
+        return total / (2 * pairs.n_positive // pairs.orders)
 
 
 class Triplet(BaselineLoss):
@@ -227,9 +227,8 @@ class Quadruplet(BaselineLoss):
 
     def _loss(self, pairs: DensePairs) -> Tensor:
         similarity = pairs.similarities(torch.float64)
-        twice = 2 if pairs.batch.within else 1
-        positives = pairs.listed(similarity, pairs.each(pairs.positive), pairs.n_positive // twice)
-        negatives = pairs.listed(similarity, pairs.each(pairs.negative), pairs.n_negative // twice)
+        positives = pairs.listed(similarity, pairs.each(pairs.positive), pairs.n_positive // pairs.orders)
+        negatives = pairs.listed(similarity, pairs.each(pairs.negative), pairs.n_negative // pairs.orders)
         reach = negatives.detach() + self.margin
         below, above = positives.detach().sort().values, reach.sort().values
         # A term is active where s_positive < s_negative + margin. Each pair is weighted by its number of active terms.

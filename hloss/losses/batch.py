@@ -1,22 +1,21 @@
 """The arguments of a loss over pairs, checked with one read of the device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hloss.numerics import Prepare, check_embeddings, checked_labels, integers, norm_range, refuse_rows, row_norms
+from hloss.numerics import Prepare, check_embeddings, checked_labels, integers, refuse_rows, row_norms
 
 
 class Batch:
     """Embeddings and their labels, or a matrix of pairs, with or without references. Arguments as for `HistogramLoss`.
 
-    Labels are moved to the embeddings' device. Shapes and dtypes are checked at once, values by `verify`.
-
-    Raises:
-        ValueError: a shape or dtype is wrong.
+    Labels are moved to the embeddings' device. A wrong shape or dtype raises ValueError; `verify` checks the values.
     """
 
     def __init__(
-        self, embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None
+        self, embeddings: Tensor, labels: Any, references: Tensor | None = None, reference_labels: Any = None
     ) -> None:
         check_embeddings("embeddings", embeddings)
         self.embeddings, self.references = embeddings, references
@@ -24,10 +23,9 @@ class Batch:
         if references is not None:
             check_embeddings("reference_embeddings", references)
             if references.shape[1] != embeddings.shape[1] or references.dtype != embeddings.dtype:
-                raise ValueError(
-                    f"reference_embeddings must be (m, {embeddings.shape[1]}) of {embeddings.dtype}: "
-                    f"got {tuple(references.shape)} of {references.dtype}"
-                )
+                needed = f"(m, {embeddings.shape[1]}) of {embeddings.dtype}"
+                given = f"{tuple(references.shape)} of {references.dtype}"
+                raise ValueError(f"reference_embeddings must be {needed}: got {given}")
         n, m = self.shape = len(embeddings), len(embeddings if references is None else references)
         labels = integers("labels", labels)
         self.is_matrix = labels.ndim == 2  # The pairs are given by a matrix of +1, -1 and 0.
@@ -52,18 +50,18 @@ class Batch:
         """
         sides = [x for x in (self.embeddings, self.references) if x is not None]
         self.norms = [row_norms(x) for x in sides]
-        faults = [mask.any() for _, mask, _ in self._faults()]
-        ranges = [end for norms in self.norms for end in norm_range(norms.double())]
-        values = torch.stack([*ranges, *faults, *numbers]).tolist()
-        names = ("embeddings", "reference_embeddings")
-        prepared = [prepare(names[i], x, *values[2 * i : 2 * i + 2]) for i, x in enumerate(sides)]
+        faults = self._faults()
+        doubles = [norms.double() for norms in self.norms]
+        ranges = [end for x in doubles for end in (x.aminmax() if len(x) else x.new_ones(2))]
+        read = iter(torch.stack([*ranges, *(mask.any() for _, mask, _ in faults), *numbers]).tolist())
+        names = ("embeddings", "reference_embeddings")[: len(sides)]
+        prepared = [prepare(name, x, next(read), next(read)) for name, x in zip(names, sides, strict=True)]
         self.norms = [old if a is b else row_norms(b) for old, a, b in zip(self.norms, sides, prepared, strict=True)]
         self.embeddings, self.references = prepared[0], None if self.within else prepared[1]
-        del values[: 2 * len(sides)]
-        if any(values[: len(faults)]):
-            for fault in self._faults():
+        for fault in faults:
+            if next(read):
                 refuse_rows(*fault)
-        return values[len(faults) :]
+        return list(read)
 
     def _faults(self) -> list[tuple[str, Tensor, str]]:
         """Return for each requirement of a matrix of pairs: its text, a mask of the rows that fail, and why they do."""

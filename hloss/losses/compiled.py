@@ -56,7 +56,7 @@ def _loss_and_gradients(
     """Loss, and its full-precision gradients by embeddings and references; an empty tensor stands for None."""
     s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
     rows, columns = full_precision(embeddings), None if references is None else full_precision(references)
-    given = checked_pairs(rows, labels, columns, reference_labels, s.normalize)
+    given = checked_pairs(rows, labels, columns, reference_labels, normalize=s.normalize)
     context: Any = SimpleNamespace(needs_input_grad=(True, True))
     context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
     with torch.no_grad():

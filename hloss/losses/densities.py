@@ -123,12 +123,11 @@ class BetaDensity:
         variance = (self.moments[:, 1] - n * mean**2) / (n - 1)
         self.mean_variance = torch.stack([mean + 0.5, variance], dim=1)
         fits = (variance > 1e-12) & (variance < self.mean_variance[:, 0] * (1 - self.mean_variance[:, 0]))
-        negative_fits, positive_fits = fits.tolist()
+        unfit = [group for group, fit in zip(("negative", "positive"), fits.tolist(), strict=True) if not fit]
         self.undefined = missing_pairs(*self.counts[:2].tolist())
-        if not self.undefined and not (negative_fits and positive_fits):
-            group = "negative" if positive_fits else "positive"
+        if unfit and not self.undefined:
             reason = "their variance is undefined, 0 or too large"
-            self.undefined = f"a Beta density does not fit the similarities of the {group} pairs: {reason}"
+            self.undefined = f"a Beta density does not fit the similarities of the {unfit[-1]} pairs: {reason}"
 
     def densities(self, mean_variance: Tensor | None = None) -> Tensor:
         """Return p_neg and p_pos, (2, n_bins + 1)."""
@@ -177,11 +176,9 @@ def expected_cost(densities: Tensor, s: LossSettings) -> tuple[Tensor, Tensor]:
     """Return the loss p_neg' C p_pos and its derivative by (p_neg, p_pos), shape (2, n_bins + 1)."""
     negative, positive = densities
     if s.order_cost == "step":  # Cumulative sums instead of C: equations 4 and 6.
-        by_negative, by_positive = positive.cumsum(0), negative.flip(0).cumsum(0).flip(0)
-        if s.margin_nodes:
-            r = torch.arange(len(negative), device=negative.device)
-            by_negative = by_negative[(r + s.margin_nodes).clamp(max=s.n_bins)]
-            by_positive = by_positive[(r - s.margin_nodes).clamp(min=0)]
+        r = torch.arange(len(negative), device=negative.device)
+        by_negative = positive.cumsum(0)[(r + s.margin_nodes).clamp(max=s.n_bins)]
+        by_positive = negative.flip(0).cumsum(0).flip(0)[(r - s.margin_nodes).clamp(min=0)]
     else:
         cost = cost_matrix(s, negative.device)
         by_negative, by_positive = cost @ positive, negative @ cost
@@ -205,24 +202,16 @@ def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
     """Return K[r, b], the mass in the cell r +- 1/2 of the kernel at b, reflected at both ends; columns sum to 1."""
     assert s.bandwidth is not None
-    half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel] * s.bandwidth
-    reach = math.ceil(half_width)
+    half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel]  # In standard deviations.
+    reach = math.ceil(half_width * s.bandwidth)
     offsets = torch.arange(-reach, reach + 1)
-    edges = torch.cat([offsets - 0.5, offsets[-1:] + 0.5]).double()
-    mass = _kernel_cumulative(s.kernel, edges / s.bandwidth).diff()
+    z = torch.cat([offsets - 0.5, offsets[-1:] + 0.5]).double() / s.bandwidth
+    u = (z / half_width).clamp(-1, 1)
+    below = {"gaussian": torch.special.ndtr(z), "epanechnikov": 0.5 + 0.75 * (u - u**3 / 3), "uniform": u / 2 + 0.5}
+    mass = below[s.kernel].diff()
     size = s.n_bins + 1
     target = (torch.arange(size) + offsets[:, None]) % (2 * size)  # Reflection has the period 2 R.
     target = torch.where(target < size, target, 2 * size - 1 - target)
     matrix = torch.zeros(size, size, dtype=torch.float64)
     matrix.scatter_add_(0, target, (mass / mass.sum())[:, None].expand_as(target).contiguous())
     return matrix.to(device)
-
-
-def _kernel_cumulative(kernel: str, z: Tensor) -> Tensor:
-    """Return the mass below z of a kernel of standard deviation 1."""
-    if kernel == "gaussian":
-        return torch.special.ndtr(z)
-    if kernel == "uniform":
-        return (z / 3**0.5).clamp(-1, 1) / 2 + 0.5
-    z = (z / 5**0.5).clamp(-1, 1)
-    return 0.5 + 0.75 * (z - z**3 / 3)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hloss.numerics import integers
+from hloss.numerics import checked_labels
 
 
 def global_batch(loss: nn.Module) -> nn.Module:
@@ -39,9 +39,7 @@ class _GlobalBatch(nn.Module):
             return self.loss(embeddings, labels, *references)
         if any(reference is not None for reference in references):
             raise ValueError("reference embeddings need one process: gather them before the loss")
-        labels = integers("labels", labels)
-        if labels.ndim != 1 or len(labels) != len(embeddings):
-            raise ValueError(f"labels must have shape ({len(embeddings)},) on every process: got {tuple(labels.shape)}")
+        labels = checked_labels("labels", labels, len(embeddings))
         sizes = _shares(embeddings)
         start = sum(sizes[: dist.get_rank()])
         others = _gathered(embeddings.detach(), sizes)
@@ -54,10 +52,8 @@ class _GlobalBatch(nn.Module):
 
 def _shares(embeddings: Tensor) -> list[int]:
     """Return the number of embeddings of each process; raise ValueError if shares differ in width or dtype."""
-    own = torch.tensor([len(embeddings), embeddings.shape[1], embeddings.element_size()], device=embeddings.device)
-    shapes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(shapes, own)
-    sizes, widths, bytes_ = torch.stack(shapes, dim=1).tolist()
+    own = torch.tensor([[*embeddings.shape, embeddings.element_size()]], device=embeddings.device)
+    sizes, widths, bytes_ = _gathered(own, [1] * dist.get_world_size()).T.tolist()
     if len(set(widths)) > 1 or len(set(bytes_)) > 1:
         raise ValueError(f"embeddings must have one width and dtype: got widths {widths} and item sizes {bytes_}")
     return sizes

@@ -95,7 +95,7 @@ class HistogramLoss(nn.Module):
             return fused.loss(embeddings, labels, reference_embeddings, reference_labels, s)
         if torch.compiler.is_compiling():
             return compiled.loss(embeddings, labels, reference_embeddings, reference_labels, s)
-        checked = checked_pairs(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
+        checked = checked_pairs(embeddings, labels, reference_embeddings, reference_labels, normalize=s.normalize)
         return StreamedLoss.apply(*checked, s)
 
     def extra_repr(self) -> str:
@@ -159,28 +159,19 @@ def pair_slopes(embeddings: Tensor, labels: Tensor, *references: Tensor | None, 
     """
     density = _density_of(embeddings, labels, *references, **settings)
     n_bins, slopes = density.s.n_bins, density.loss_and_slopes()[1]
-    position = torch.arange(n_bins, device=slopes.device)[None] + slopes.new_tensor(0.5)
-    everything = slice(0, n_bins)
-    found = []
-    for group in (POSITIVE, NEGATIVE):
-        groups = torch.full_like(position, group, dtype=torch.int8)
-        block, buffers = PairBlock(slice(0, 1), everything, everything, groups), Buffers()
-        places = density.places(position, block, buffers)
-        found.append(density.slope(slopes, places, block, buffers)[0] * density.counts[group].sum())
-    return PairSlopes(position[0] * density.s.delta - 1, *found)
+    position = (torch.arange(n_bins, device=slopes.device) + slopes.new_tensor(0.5)).expand(2, n_bins)
+    groups = torch.tensor([[NEGATIVE], [POSITIVE]], dtype=torch.int8, device=slopes.device).expand(2, n_bins)
+    block, buffers = PairBlock(slice(0, 2), slice(0, n_bins), slice(0, n_bins), groups), Buffers()
+    places = density.places(position, block, buffers)
+    n_pairs = density.counts.view(3, -1).sum(1)[:2, None]
+    negative, positive = density.slope(slopes, places, block, buffers) * n_pairs
+    return PairSlopes(position[0] * density.s.delta - 1, positive, negative)
 
 
 @torch.no_grad()
-def _density_of(
-    embeddings: Tensor,
-    labels: Tensor,
-    reference_embeddings: Tensor | None = None,
-    reference_labels: Tensor | None = None,
-    **settings: Any,
-) -> Density:
+def _density_of(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: Any) -> Density:
     s = HistogramLoss(**settings).settings
-    checked = checked_pairs(embeddings, labels, reference_embeddings, reference_labels, s.normalize)
-    density, _ = collect_density(*checked, s)
+    density, _ = collect_density(*checked_pairs(embeddings, labels, *references, normalize=s.normalize), s)
     if density.undefined:
         raise ValueError(density.undefined)
     return density
@@ -205,7 +196,7 @@ def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") 
         0.5
     """
     one_of("ties", ties, ("half", "count"))
-    embeddings, _, (norms, _), pairs = checked_pairs(embeddings, labels, None, None, normalize=True)
+    embeddings, _, (norms, _), pairs = checked_pairs(embeddings, labels, normalize=True)
     with torch.no_grad(), exact_products(embeddings.device):
         unit = arrange(embeddings, norms, pairs.row_order)
         positive = torch.cat([unit.new_empty(0), *_similarities(unit, pairs, POSITIVE)]).sort().values

@@ -1,12 +1,12 @@
 """Blocks of the pairs of a batch, with the group of each pair: positive, negative or ignored."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hloss.losses.batch import Batch
 from hloss.numerics import exact_products, refuse_rows, whole_number
 
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # The group of a pair.
@@ -40,12 +40,12 @@ class Buffers:
 class LabelPairs:
     """Pairs from class labels. In the order of the labels, positive pairs of a block lie in one window of columns."""
 
-    def __init__(self, labels: Tensor, reference_labels: Tensor | None) -> None:
-        rows, self.row_order = labels.sort(stable=True)
+    def __init__(self, batch: Batch) -> None:
+        rows, self.row_order = batch.labels.sort(stable=True)
         columns, self.column_order = rows, self.row_order
-        if reference_labels is not None:
-            columns, self.column_order = reference_labels.sort(stable=True)
-        self.n_columns, self.within = len(columns), reference_labels is None
+        if batch.reference_labels is not None:
+            columns, self.column_order = batch.reference_labels.sort(stable=True)
+        self.n_columns, self.within = len(columns), batch.within
         # The positives of row i are the columns first[i] ... last[i] - 1. Within one batch they begin after i itself.
         self.column = torch.arange(1, self.n_columns + 1, device=rows.device, dtype=torch.int32)
         self.last = torch.searchsorted(columns, rows, right=True, out_int32=True)
@@ -64,35 +64,25 @@ class LabelPairs:
             yield PairBlock(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
 
     def _groups(self, rows: slice, window: slice) -> Tensor:
-        groups = (self.column[window] <= self.last[rows, None]).view(torch.int8)  # Columns are numbered from 1.
-        if not self.within:
-            return groups - (self.column[window] <= self.first[rows, None]).view(torch.int8)
-        if window.start == rows.start:
-            n = rows.stop - rows.start
-            groups[:, :n] += _lower_triangle(self.height, groups.device)[:n, :n]
-        return groups
-
-
-@lru_cache(maxsize=8)
-def _lower_triangle(n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, n, dtype=torch.int8, device=device).tril_()
+        column = self.column[window]  # Numbered from 1.
+        groups, before = ((column <= end[rows, None]).view(torch.int8) for end in (self.last, self.first))
+        return groups.add_(before, alpha=1 if self.within else -1)  # Columns up to `first` are ignored, or negative.
 
 
 class MatrixPairs:
     """Pairs from a matrix of +1 (positive), -1 (negative) and 0 (ignored)."""
 
-    def __init__(self, matrix: Tensor, within: bool) -> None:
-        self.matrix, self.within = matrix, within
-        self.row_order, self.column_order = (torch.arange(size, device=matrix.device) for size in matrix.shape)
+    def __init__(self, batch: Batch) -> None:
+        self.matrix, self.within = batch.labels, batch.within
+        self.row_order, self.column_order = (torch.arange(n, device=batch.labels.device) for n in batch.shape)
 
     def blocks(self) -> Iterator[PairBlock]:
         """Yield all pairs. Within one batch these are the pairs i < j; others in a block are marked as ignored."""
         for rows, columns in _tiles(self.matrix.shape, self.within, self.matrix.device):
             sign = self.matrix[rows, columns]
-            groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
             if self.within:
-                behind = torch.ones_like(groups, dtype=torch.bool).tril_(rows.start - columns.start)
-                groups.masked_fill_(behind, IGNORED)
+                sign = sign.triu(rows.start - columns.start + 1)
+            groups = torch.where(sign == 0, IGNORED, (sign > 0).to(torch.int8))
             yield PairBlock(rows, columns, slice(0, groups.shape[1]), groups)
 
 

@@ -20,12 +20,6 @@ def squared_within(y: Tensor) -> Tensor:
     return torch.sub(squares[:, None] + squares, products, alpha=2).clamp(min=0)
 
 
-def squared_between(y: Tensor, z: Tensor) -> Tensor:
-    """Return |y_i - z_j|^2 from the products of all rows."""
-    squares = y.square().sum(1, keepdim=True) + z.square().sum(1)
-    return torch.sub(squares, y @ z.T, alpha=2).clamp(min=0)
-
-
 def root(squared: Tensor) -> Tensor:
     """Return distances from their squares. The gradient at 0, where none exists, is 0."""
     zero = squared <= 0
@@ -35,11 +29,13 @@ def root(squared: Tensor) -> Tensor:
 class DensePairs:
     """The positive and negative pairs of a batch as masks (n, m); the diagonal of one batch is neither."""
 
+    n_positive: int  # Read from `counts` with the checks of the batch, as n_negative.
+    n_negative: int
     _normalized: Callable[[Tensor], Tensor] = staticmethod(F.normalize)
     _squared_within = staticmethod(squared_within)
 
     def __init__(self, batch: Batch) -> None:
-        self.batch = batch
+        self.batch, self.orders = batch, 2 if batch.within else 1  # A mask has a pair in so many orders.
         if batch.is_matrix:
             self.positive, self.negative = batch.labels > 0, batch.labels < 0
         else:
@@ -51,17 +47,12 @@ class DensePairs:
             if batch.is_matrix:
                 self.negative.fill_diagonal_(False)
 
-    def counts(self) -> list[Tensor]:
-        """Return the number of positive pairs and, where it does not follow from it, of negative ones: scalars."""
-        masks = [self.positive, self.negative] if self.batch.is_matrix else [self.positive]
-        return [mask.sum(dtype=torch.float64) for mask in masks]
-
-    def set_counts(self, n_positive: float, n_negative: float | None = None) -> None:
-        """Set the numbers of positive and negative entries from those of `counts`."""
-        n, m = self.batch.shape
-        self.n_positive = int(n_positive)
-        others = n * m - self.n_positive - self.batch.within * n
-        self.n_negative = others if n_negative is None else int(n_negative)
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers of positive and of negative entries, float64 scalars."""
+        n_positive, (n, m) = self.positive.sum(dtype=torch.float64), self.batch.shape
+        if self.batch.is_matrix:
+            return n_positive, self.negative.sum(dtype=torch.float64)
+        return n_positive, n * m - self.batch.within * n - n_positive
 
     def similarities(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return <y_i, y_j> of the L2-normalised embeddings y, in their dtype also under autocast."""
@@ -72,7 +63,10 @@ class DensePairs:
     def squared_distances(self, normalize: bool) -> Tensor:
         """Return |y_i - y_j|^2 in float64; in float32 the differences of products would lose their digits."""
         rows, columns = self._sides(torch.float64, normalize)
-        return self._squared_within(rows) if columns is None else squared_between(rows, columns)
+        if columns is None:
+            return self._squared_within(rows)
+        squares = rows.square().sum(1, keepdim=True) + columns.square().sum(1)
+        return torch.sub(squares, rows @ columns.T, alpha=2).clamp(min=0)
 
     def each(self, mask: Tensor) -> Tensor:
         """Return a mask with one entry for each pair: those i < j within one batch."""

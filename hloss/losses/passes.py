@@ -425,7 +425,7 @@ def _verify(
     """Raise what the plain path raises, which names the rows."""
     negatives, positives, refused_rows, refused_pairs = checks
     if refused_rows or refused_pairs:
-        checked_pairs(embeddings, labels, references, reference_labels, s.normalize)
+        checked_pairs(embeddings, labels, references, reference_labels, normalize=s.normalize)
     if (undefined := missing_pairs(negatives, positives)) and s.on_degenerate == "raise":
         raise ValueError(undefined)
 

@@ -1,7 +1,5 @@
 """Settings of the histogram loss, and checks of settings that losses share."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hloss.numerics import number, one_of, switch, whole_number
@@ -35,10 +33,8 @@ class LossSettings:
         if self.alpha != 1 and self.order_cost != "softplus":
             raise ValueError(f'alpha is only for order_cost "softplus": got {self.alpha!r} with {self.order_cost!r}')
         if self.order_cost == "step" and abs(self.margin / self.delta - self.margin_nodes) > 1e-6:
-            raise ValueError(
-                f"margin of the step cost must be a multiple of the bin width {self.delta:g} (n_bins={self.n_bins}): "
-                f"got {self.margin!r}"
-            )
+            width = f"the bin width {self.delta:g} (n_bins={self.n_bins})"
+            raise ValueError(f"margin of the step cost must be a multiple of {width}: got {self.margin!r}")
         if self.density == "beta" and self.kernel != "triangular":
             raise ValueError(f"kernel is only for the histogram density: got {self.kernel!r} with the beta density")
         if self.kernel != "triangular":
@@ -55,7 +51,7 @@ class LossSettings:
     @property
     def of_histogram(self) -> tuple[int, str, float | None, str, float, float, bool, str]:
         """All settings but the density, in order, as operators of a histogram take them."""
-        costs = self.order_cost, float(self.margin), float(self.alpha)
+        costs = self.order_cost, self.margin, self.alpha
         return self.n_bins, self.kernel, self.bandwidth, *costs, self.normalize, self.on_degenerate
 
     @property
@@ -70,9 +66,3 @@ def missing_pairs(negatives: int, positives: int) -> str:
         return ""
     remedy = 'draw several images of several classes, or set on_degenerate="zero"'
     return f"the loss of {positives} positive and {negatives} negative pairs is undefined; {remedy}"
-
-
-def did_you_mean(value: str, allowed: Iterable[str]) -> str:
-    """Return ` (did you mean NAME?)` with the most similar allowed name, or an empty string if none is similar."""
-    similar = difflib.get_close_matches(value, list(allowed), n=1)
-    return f" (did you mean {similar[0]}?)" if similar else ""

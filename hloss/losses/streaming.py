@@ -12,9 +12,7 @@ from hloss.losses.settings import LossSettings
 from hloss.numerics import exact_products, full_precision, to_normalize, to_use_as_units
 
 KEPT_PAIRS = 2**20  # Up to so many pairs are kept for the backward pass, in 8 MiB.
-
-# The norms by which embeddings and references are divided, None if they are not normalised.
-Norms = tuple[Tensor | None, Tensor | None]
+Norms = tuple[Tensor | None, Tensor | None]  # Of embeddings and references, None if they are not normalised.
 
 
 class Sides:
@@ -93,11 +91,10 @@ class StreamedLoss(torch.autograd.Function):
                     by_rows[rows].addmm_(slope, sides.columns[columns])
                 if references is None or ctx.needs_input_grad[1]:
                     by_columns[columns.stop - below.shape[1] : columns.stop].addmm_(below.T, sides.rows[rows])
-            by_embeddings = _through_norm(by_rows, sides.rows, norms[0], pairs.row_order, embeddings)
-            if references is None:
-                return by_embeddings, *(None,) * 4
-            by_references = _through_norm(by_columns, sides.columns, norms[1], pairs.column_order, references)
-        return by_embeddings, by_references, *(None,) * 3
+            gradients = [_through_norm(by_rows, sides.rows, norms[0], pairs.row_order, embeddings), None]
+            if references is not None:
+                gradients[1] = _through_norm(by_columns, sides.columns, norms[1], pairs.column_order, references)
+        return *gradients, None, None, None
 
 
 def arrange(embeddings: Tensor, norms: Tensor | None, order: Tensor) -> Tensor:
@@ -117,12 +114,10 @@ def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tenso
 
 
 def checked_pairs(
-    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, normalize: bool
+    embeddings: Tensor, labels: Tensor, *references: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor | None, Norms, Pairs]:
     """Return embeddings, references, norms and pairs for the passes; raise ValueError with the rows that are wrong."""
-    batch = Batch(embeddings, labels, references, reference_labels)
+    batch = Batch(embeddings, labels, *references)
     batch.verify(to_normalize if normalize else to_use_as_units)
     norms = (batch.norms[0], batch.norms[-1]) if normalize else (None, None)
-    if batch.is_matrix:
-        return batch.embeddings, batch.references, norms, MatrixPairs(batch.labels, batch.within)
-    return batch.embeddings, batch.references, norms, LabelPairs(batch.labels, batch.reference_labels)
+    return batch.embeddings, batch.references, norms, (MatrixPairs if batch.is_matrix else LabelPairs)(batch)

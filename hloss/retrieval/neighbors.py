@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from hloss.numerics import exact_products, one_of, whole_number
 from hloss.retrieval.similarity import centre, checked_embeddings
 
-BACKENDS = ("faiss", "torch")
 SPARE = 16
 QUERIES = 256  # Queries of a block on a CPU.
 PAIRS = 2**27  # Pairs of a block on a GPU.
@@ -46,19 +45,13 @@ def neighbors(
         ValueError: metric or backend is unknown, k is out of range, or embeddings are wrong; rows are named.
     """
     backend = backend or ("faiss" if find_spec("faiss") else "torch")
-    one_of("backend", backend, BACKENDS)
-    queries, gallery, scale = _checked(queries, gallery, metric)
+    one_of("backend", backend, ("faiss", "torch"))
+    queries, gallery, scale = _vectors(queries, gallery, metric)
     most = len(gallery) - (own is not None)
     if whole_number("k", k, 1) > most:
         raise ValueError(f"k must be between 1 and {most}, the number of images: got {k!r}")
-    if metric == "cosine":
-        queries, gallery = F.normalize(queries.double()), F.normalize(gallery.double())
-    else:
-        origin = centre(gallery)
-        queries, gallery = queries.double() - origin, gallery.double() - origin
-    n_candidates = min(k + SPARE, len(gallery))
     propose = _proposed_by_faiss if backend == "faiss" else _proposed_by_torch
-    candidates = propose(queries.float(), gallery.float(), n_candidates, metric).sort(1).values
+    candidates = propose(queries.float(), gallery.float(), min(k + SPARE, len(gallery)), metric).sort(1).values
     similarity = _exact_similarity(queries, gallery, candidates, metric)
     if own is not None:
         similarity.masked_fill_(candidates == own.to(candidates.device)[:, None], -torch.inf)
@@ -67,17 +60,18 @@ def neighbors(
     return (similarity if metric == "cosine" else -similarity / scale)[:, :k].cpu(), nearest.cpu()
 
 
-def _checked(queries: Tensor, gallery: Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
-    """Return checked embeddings, and by what they were multiplied so that their squares are finite."""
-    (queries, a), (gallery, b) = (
-        checked_embeddings(*side, metric) for side in (("queries", queries), ("gallery", gallery))
-    )
+def _vectors(queries: Tensor, gallery: Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
+    """Return float64 unit vectors, or vectors from the centre times a power of two, which is returned as well."""
+    queries, a = checked_embeddings("queries", queries, metric)
+    gallery, b = checked_embeddings("gallery", gallery, metric)
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"queries must be (q, {gallery.shape[1]}) as the gallery: got {tuple(queries.shape)}")
-    if a == b:
-        return queries, gallery, a
-    scale = min(a, b)
-    return queries.double() * (scale / a), gallery.double() * (scale / b), scale
+    if metric == "cosine":
+        return F.normalize(queries.double()), F.normalize(gallery.double()), 1.0
+    scale = min(a, b)  # Of both, so that their squares are finite.
+    queries, gallery = queries.double() * (scale / a), gallery.double() * (scale / b)
+    origin = centre(gallery)
+    return queries - origin, gallery - origin, scale
 
 
 def _proposed_by_torch(queries: Tensor, gallery: Tensor, k: int, metric: str) -> Tensor:
@@ -104,11 +98,8 @@ def _proposed_by_faiss(queries: Tensor, gallery: Tensor, k: int, metric: str) ->
 def _exact_similarity(queries: Tensor, gallery: Tensor, candidates: Tensor, metric: str) -> Tensor:
     """Return the float64 cosine, or minus the Euclidean distance, of each query with each of its candidates."""
     rows = max(COMPONENTS // (candidates.shape[1] * gallery.shape[1]), 1)
-    similarity = []
+    similarity, is_cosine = [], metric == "cosine"
     for block, chosen in zip(queries.split(rows), candidates.split(rows), strict=True):
-        others = gallery[chosen]
-        if metric == "cosine":
-            similarity.append((block[:, None] * others).sum(2))
-        else:
-            similarity.append(-(block[:, None] - others).square().sum(2).sqrt())
+        query, others = block[:, None], gallery[chosen]
+        similarity.append((query * others).sum(2) if is_cosine else -(query - others).square().sum(2).sqrt())
     return torch.cat(similarity)

@@ -5,7 +5,7 @@ match are counted separately.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,7 +20,6 @@ ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")  # The use of
 PAIRS, GPU_PAIRS = 2**22, 2**25  # Pairs of a block, in float64.
 GPU_LANES = 32  # Copies of the counters of `match_ranks`.
 DRAWS = 100  # Drawings of the single-shot protocols.
-Masks = tuple[Tensor, Tensor]  # Matches, and images left out of the ranking, (queries, gallery).
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,7 @@ class _Rows:
 
 
 def _all_vs_rest(rows: _Rows) -> Retrieval:
-    everything = torch.arange(len(rows.labels), device=rows.labels.device)
-
-    def match_and_ignored(queries: Tensor) -> Masks:
-        itself = queries[:, None] == everything
-        return (rows.labels[queries, None] == rows.labels) & ~itself, itself
-
-    vectors = rows.space.exact_vectors(everything)
-    return _ranked(rows, everything, vectors, vectors, match_and_ignored)
+    return _query_gallery(replace(rows, given_roles=["both"] * len(rows.labels)), with_cameras=False)
 
 
 def _query_gallery(rows: _Rows, with_cameras: bool) -> Retrieval:
@@ -164,29 +156,17 @@ def _multi_query(rows: _Rows) -> Retrieval:
 
 def _without_camera(rows: _Rows, queries: Tensor, vectors: Tensor, cameras: Tensor) -> Retrieval:
     """Rank the gallery without images of the query's identity and camera, by the given vectors of the queries."""
-    gallery = rows.of_role("gallery", "distractor", "both")
-    known = torch.zeros(len(rows.labels), dtype=torch.bool, device=rows.labels.device)
+    labels, space, gallery = rows.labels, rows.space, rows.of_role("gallery", "distractor", "both")
+    known = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     known[rows.of_role("gallery", "both")] = True  # A distractor never matches.
-    labels = rows.labels
-
-    def match_and_ignored(block: Tensor) -> Masks:
-        own = (labels[queries[block], None] == labels[gallery]) & known[gallery]
-        seen = own & (cameras[queries[block], None] == cameras[gallery])
-        return own & ~seen, seen
-
-    return _ranked(rows, queries, vectors, rows.space.exact_vectors(gallery), match_and_ignored)
-
-
-def _ranked(
-    rows: _Rows, queries: Tensor, vectors: Tensor, gallery: Tensor, match_and_ignored: Callable[[Tensor], Masks]
-) -> Retrieval:
-    """Rank gallery vectors by their similarity to query vectors, by blocks of queries."""
     pairs, lanes = (GPU_PAIRS, GPU_LANES) if vectors.is_cuda else (PAIRS, 1)
-    parts, space = [], rows.space
+    gallery_vectors, parts = space.exact_vectors(gallery), []
     for block in torch.arange(len(vectors), device=vectors.device).split(max(pairs // len(gallery), 1)):
-        of_block = vectors[block]
+        query, of_block = queries[block, None], vectors[block]
+        own = (labels[query] == labels[gallery]) & known[gallery]
+        seen = own & (cameras[query] == cameras[gallery])
         edge = partial(space.edge, squares=space.squares_of(of_block)[:, None])
-        ranks = match_ranks(space.products(of_block, gallery), *match_and_ignored(block), edge, lanes)
+        ranks = match_ranks(space.products(of_block, gallery_vectors), own & ~seen, seen, edge, lanes)
         parts.append(match_scores(ranks))
     return _measured(rows, queries, {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]})
 

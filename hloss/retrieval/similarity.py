@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.numerics import (
-    USUAL,
-    check_embeddings,
-    checked_labels,
-    norm_range,
-    one_of,
-    refuse_not_finite,
-    row_norms,
-    to_normalize,
-)
+from hloss.numerics import USUAL, check_embeddings, checked_labels, one_of, refuse_not_finite, row_norms, to_normalize
 
 TIE = 1e-13  # Relative to the squared norms that a similarity is computed from (1 for cosines).
 METRICS = ("cosine", "euclidean")
@@ -42,9 +33,8 @@ class SimilaritySpace:
             self.squares[rows] = self.squares_of(exact)
         self.half_squares = self.vectors.square().sum(1) / 2
         # Seven standard deviations of the error of a float32 product of unit vectors; float64 products need none.
-        rounding = 2 * (embeddings.shape[1] ** 0.5 + 2) * torch.finfo(torch.float32).eps
-        self.rounding = rounding if working == torch.float32 else 0.0
-        self.underflow = UNDERFLOW if working == torch.float32 else 0.0
+        rounding: float = 2 * (embeddings.shape[1] ** 0.5 + 2) * torch.finfo(torch.float32).eps
+        self.rounding, self.underflow = (rounding, UNDERFLOW) if working == torch.float32 else (0.0, 0.0)
 
     def exact_vectors(self, rows: Tensor | slice) -> Tensor:
         """Return float64 vectors (rows, d) for `products`."""
@@ -111,7 +101,7 @@ def checked_embeddings(name: str, embeddings: Tensor, metric: str) -> tuple[Tens
     if not len(embeddings):
         raise ValueError(f"{name} must have at least one row: got none")
     embeddings = embeddings.detach()
-    shortest, longest = torch.stack(norm_range(row_norms(embeddings))).tolist()
+    shortest, longest = torch.stack(row_norms(embeddings).aminmax()).tolist()
     if USUAL[0] <= (shortest if metric == "cosine" else longest) and longest <= USUAL[1]:
         return embeddings, 1.0
     if metric == "cosine":

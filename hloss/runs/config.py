@@ -12,10 +12,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from hloss.integrations.pml import PREFIX, PMLLoss, pml_metric
 from hloss.losses.baselines import BASELINES
 from hloss.losses.histogram import HistogramLoss
-from hloss.losses.pml import PREFIX, PMLLoss, pml_metric
-from hloss.losses.settings import did_you_mean
+from hloss.names import did_you_mean
 from hloss.retrieval.similarity import METRICS
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import non_finite, project_path

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from hloss.losses.settings import did_you_mean
+from hloss.names import did_you_mean
 from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from hloss.losses.settings import did_you_mean
+from hloss.names import did_you_mean
 from hloss.runs.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)

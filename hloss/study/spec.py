@@ -40,7 +40,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from hloss.losses.settings import did_you_mean
+from hloss.names import did_you_mean
 from hloss.runs.checkpoints import read_status
 from hloss.runs.config import BEST, LAST, RunConfig, parse_config
 from hloss.runs.errors import ConfigError, GPUMemoryError

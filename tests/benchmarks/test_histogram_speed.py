@@ -89,7 +89,7 @@ def test_against_pytorch_metric_learning(race, n, mined):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     from pytorch_metric_learning.miners import MultiSimilarityMiner
 
-    from hloss.losses import dropin
+    from hloss.integrations import pytorch_metric_learning as dropin
 
     embeddings, labels = batch(n)
     sides = {"pytorch-metric-learning": losses.HistogramLoss(n_bins=200), "drop-in": dropin.HistogramLoss(n_bins=200)}
@@ -102,7 +102,7 @@ def test_against_pytorch_metric_learning(race, n, mined):
     race(f"N = {n}{', mined pairs' if mined else ''}", "drop-in", steps, rounds=5)
 
 
-@pytest.mark.parametrize("module", ["pytorch_metric_learning.losses", "hloss.losses.dropin"])
+@pytest.mark.parametrize("module", ["pytorch_metric_learning.losses", "hloss.integrations.pytorch_metric_learning"])
 @pytest.mark.parametrize("n", [128, 256, 512])
 def test_memory_against_pytorch_metric_learning(record, n, module):
     pytest.importorskip("pytorch_metric_learning")

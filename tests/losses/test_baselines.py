@@ -310,9 +310,9 @@ def test_a_call_reads_from_the_device_once(name, kind, monkeypatch):
     n, reads = 64, []
     norms, n_pairs = [1.0, 2.0], [float(n * 8), float(n * 48)]
     numbers = {
-        "labels": [*norms, n_pairs[0]],
+        "labels": [*norms, *n_pairs],
         "matrix": [*norms, 0.0, 0.0, *n_pairs],  # no wrong entry, and symmetric
-        "references": [*norms, *norms, n_pairs[0]],
+        "references": [*norms, *norms, *n_pairs],
         "matrix of references": [*norms, *norms, 0.0, *n_pairs],
     }[kind]
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self.shape) or [*numbers])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hloss.integrations.pml import PMLLoss
 from hloss.losses.histogram import pair_histograms, reverse_probability
-from hloss.losses.pml import PMLLoss
 from hloss.runs.config import LOSSES
 from hloss.runs.pair_record import pair_slope_matrix, separation, similarities, slope_record
 

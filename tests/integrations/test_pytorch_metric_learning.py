@@ -15,9 +15,9 @@ pml = pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers  # noqa: E402
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper  # noqa: E402
 
-from hloss.losses import dropin  # noqa: E402
-from hloss.losses.dropin import CrossBatchMemory, HistogramLoss  # noqa: E402
-from hloss.losses.pml import available  # noqa: E402
+from hloss.integrations import pytorch_metric_learning  # noqa: E402
+from hloss.integrations.pml import available  # noqa: E402
+from hloss.integrations.pytorch_metric_learning import CrossBatchMemory, HistogramLoss  # noqa: E402
 
 MINERS = [miners.MultiSimilarityMiner(), miners.TripletMarginMiner(0.1), miners.PairMarginMiner(0.5, 0.5)]
 
@@ -116,7 +116,7 @@ def theirs(*arguments, **settings):
 
 
 def test_the_example_prints_what_it_shows():
-    assert doctest.testmod(dropin) == (0, 2)
+    assert doctest.testmod(pytorch_metric_learning) == (0, 2)
 
 
 # What pytorch-metric-learning's own tests of its histogram loss ask.

@@ -1,7 +1,7 @@
 """Drop-in replacements for the histogram loss and the cross-batch memory of pytorch-metric-learning.
 
-Change the import alone: `from hloss.losses.dropin import HistogramLoss`. Miners, trainers and DistributedLossWrapper
-work as before. This module needs pytorch-metric-learning; `hloss.losses.histogram` needs torch alone.
+Change the import alone: `from hloss.integrations.pytorch_metric_learning import HistogramLoss`. Miners, trainers and
+DistributedLossWrapper work as before.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ try:
     from pytorch_metric_learning.losses import CrossBatchMemory as BaseCrossBatchMemory
     from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_pairs
 except ModuleNotFoundError as error:
-    raise ImportError("hloss.losses.dropin needs pytorch-metric-learning: pip install 'hloss[pml]'") from error
+    raise ImportError(f"{__name__} needs pytorch-metric-learning: pip install 'hloss[pml]'") from error
 
 Indices = tuple[Tensor, ...]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hloss.integrations.pml import LEFT_OUT, PMLLoss, available
 from hloss.losses.baselines import LiftedStructure, SemiHardTriplet
-from hloss.losses.pml import LEFT_OUT, PMLLoss, available
 
 pytest.importorskip("pytorch_metric_learning")
 REQUIRED = {"RankedListLoss": {"margin": 0.4, "Tn": 10.0}}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hloss.losses.settings import did_you_mean
+from hloss.names import did_you_mean
 from hloss.numerics import full_precision
 
 PREFIX = "pml:"
