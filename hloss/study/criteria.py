@@ -85,7 +85,7 @@ def above(label: str, difference: Estimate, margin: float) -> Part:
     p_holds, p_equivalent = min(1.0, 2 * difference.p_above(0)), difference.p_within(margin)
     p_refuted = 1.0 if p_holds < LEVEL else min(1.0, 2 * difference.p_below(0), p_equivalent)
     note = ", equivalent" * (p_holds >= LEVEL > p_equivalent)
-    return Part(label, difference, p_holds, p_refuted, note=note, margin=margin, holds=(0, inf))
+    return Part(label, difference, p_holds, p_refuted, note=note, margin=margin or math.nan, holds=(0, inf))
 
 
 def equivalent(label: str, difference: Estimate, margin: float) -> Part:
