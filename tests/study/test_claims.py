@@ -557,7 +557,7 @@ def test_judges_the_cost_by_its_exponent(power, expected):
 
 
 def test_refuses_a_method_without_rivals():
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(ValueError, match="only allowed together"):
         claim("above", method={"loss": "histogram"})
 
 
