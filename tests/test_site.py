@@ -10,7 +10,7 @@ INNER = {
     "hloss.losses.compiled",
     "hloss.losses.densities",
     "hloss.losses.fused",
-    "hloss.losses.kernels",
+    "hloss.losses.triton_kernels",
     "hloss.losses.pairs",
     "hloss.losses.pairwise",
     "hloss.losses.passes",

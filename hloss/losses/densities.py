@@ -14,7 +14,7 @@ from hloss.losses.settings import LossSettings, missing_pairs
 
 CPU_LANES = 16
 ONE_PAIR = 2**42  # Above the sum of LANE_PAIRS fractions of 24 bits.
-FLAGS = 4  # Numbers behind the counts and sums of a table on a GPU; `kernels` names them.
+FLAGS = 4  # Numbers behind the counts and sums of a table on a GPU; `triton_kernels` names them.
 LANE_PAIRS = 2**18  # Most pairs in one packed number, and in one int64 sum of 44-bit fractions.
 BETA_ENDS = (1e-5, 0.999)  # The authors' layer evaluates the Beta density here instead of at 0 and 1.
 

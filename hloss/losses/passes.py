@@ -478,7 +478,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _launch(name: str, grid: tuple[int, ...], tile: Tile | None, *arguments: Any, **constants: Any) -> Any:
     """Launch a kernel with its constants in order. Returns the compiled kernel; None in Triton's interpreter."""
-    from hloss.losses import kernels  # needs Triton
+    from hloss.losses import triton_kernels  # needs Triton
 
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    return getattr(kernels, name)[grid](*arguments, **constants, **options)
+    return getattr(triton_kernels, name)[grid](*arguments, **constants, **options)

@@ -178,7 +178,7 @@ def _measured(rows: _Rows, queries: Tensor, scores: dict[str, Tensor]) -> Retrie
     return Retrieval(rows.protocol, ranks, queries.cpu(), metrics, len(ranks), int((ranks == 0).sum()))
 
 
-def _single_shot(rows: _Rows, both_ways: bool) -> Retrieval:
+def _cuhk03_single_shot(rows: _Rows, both_ways: bool) -> Retrieval:
     views = rows.cameras.unique().tolist()
     if len(views) != 2:
         raise ValueError(f"protocol {rows.protocol!r} needs cameras of exactly two views: got {views}")
@@ -263,8 +263,8 @@ def _at_most(probability: Tensor, counts: list[int]) -> Tensor:
 
 PROTOCOLS: dict[str, Callable[[_Rows], Retrieval]] = {
     "all-vs-rest": _all_vs_rest,
-    "cuhk03-single-shot": partial(_single_shot, both_ways=False),
-    "cuhk03-single-shot-two-way": partial(_single_shot, both_ways=True),
+    "cuhk03-single-shot": partial(_cuhk03_single_shot, both_ways=False),
+    "cuhk03-single-shot-two-way": partial(_cuhk03_single_shot, both_ways=True),
     "cuhk03-767-700": partial(_query_gallery, with_cameras=True),
     "market1501": partial(_query_gallery, with_cameras=True),
     "query-gallery": partial(_query_gallery, with_cameras=False),

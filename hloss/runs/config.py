@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from hloss.integrations.pml import PREFIX, PMLLoss, pml_metric
+from hloss.integrations.pml_losses import PREFIX, PMLLoss, pml_metric
 from hloss.losses.baselines import BASELINES
 from hloss.losses.histogram import HistogramLoss
 from hloss.names import did_you_mean

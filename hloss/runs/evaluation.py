@@ -108,7 +108,7 @@ def validation_protocol(dataset: Dataset) -> str:
 
 
 def evaluate_test(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> Retrieval:
-    """Evaluate on the test set, with the protocol and the values of K in the dataset's card; called once per run.
+    """Evaluate on the test set, with the card's protocol and values of K; called once per run and training length.
 
     Args:
         dataset: the prepared dataset.

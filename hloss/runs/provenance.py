@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hloss.integrations.pml import PREFIX
+from hloss.integrations.pml_losses import PREFIX
 from hloss.runs.config import RunConfig
 from hloss.runs.models import has_pretrained_part
 

@@ -1,4 +1,4 @@
-"""One run: train, choose the iteration on validation classes, evaluate on the test set once, write the run's folder.
+"""One run: train, choose the iteration on validation classes, test once per training length, write the run's folder.
 
 `run(config)` is what the notebook, `python -m hloss.runs CONFIG.json` and a study call. A run that was killed continues
 from its checkpoint to the same numbers. A complete run of the same code and data is returned as it is. With several

@@ -25,7 +25,7 @@ from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write, read_result
 from hloss.study.devices import own_devices, usable_gpus
-from hloss.study.kernels import NOTEBOOK_IMPORTS, prepare_kernel
+from hloss.study.jupyter_kernels import NOTEBOOK_IMPORTS, prepare_kernel
 from hloss.study.parts import parts_of
 from hloss.study.spec import Study, StudyRun
 

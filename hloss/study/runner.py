@@ -15,7 +15,7 @@ from hloss.study.processes import call
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.progress import Progress
 from hloss.study.results import at_length, card_hashes, refuse_mixed_settings, stale_runs
-from hloss.study.slurm import job_prefix, jobs_in_queue, wait_for_jobs
+from hloss.study.slurm_queue import job_prefix, jobs_in_queue, wait_for_jobs
 from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
 from hloss.study.tuning import resolve_tuning

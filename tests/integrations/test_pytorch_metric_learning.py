@@ -16,7 +16,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper  # noqa: E402
 
 from hloss.integrations import pytorch_metric_learning  # noqa: E402
-from hloss.integrations.pml import available  # noqa: E402
+from hloss.integrations.pml_losses import available  # noqa: E402
 from hloss.integrations.pytorch_metric_learning import CrossBatchMemory, HistogramLoss  # noqa: E402
 
 MINERS = [miners.MultiSimilarityMiner(), miners.TripletMarginMiner(0.1), miners.PairMarginMiner(0.5, 0.5)]

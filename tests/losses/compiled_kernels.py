@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hloss import HistogramLoss
-from hloss.losses import fused, kernels, passes
+from hloss.losses import fused, passes, triton_kernels
 from hloss.losses.checks import deferred_checks
 
 CAPABILITIES = (80, 90)
@@ -45,7 +45,7 @@ def describe(kernel, arguments):
 
 
 def compile_launch(name, grid, tile, *arguments, **constants):
-    kernel = getattr(kernels, name)
+    kernel = getattr(triton_kernels, name)
     assert kernel.arg_names[len(arguments) :] == list(constants)  # `_launch` gives them in order
     signature, ones, attributes = describe(kernel, arguments)
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -87,7 +87,9 @@ def main():
     passes.KEPT_PAIRS = 0
     both_passes(1024, 512, m=1000)
     assert {key.split("'")[1] for key in compiled} == {
-        name for name, kernel in vars(kernels).items() if isinstance(kernel, triton.JITFunction) and name[0] != "_"
+        name
+        for name, kernel in vars(triton_kernels).items()
+        if isinstance(kernel, triton.JITFunction) and name[0] != "_"
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hloss.integrations.pml import PMLLoss, available, pml_metric
+from hloss.integrations.pml_losses import PMLLoss, available, pml_metric
 from hloss.losses.baselines import BASELINES
 from hloss.losses.histogram import HistogramLoss
 from hloss.runs.config import LOSS_SETTINGS, LOSSES, PML_SETTINGS, RunConfig, config_from_notebook, parse_config

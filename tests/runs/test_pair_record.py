@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hloss.integrations.pml import PMLLoss
+from hloss.integrations.pml_losses import PMLLoss
 from hloss.losses.histogram import pair_histograms, reverse_probability
 from hloss.runs.config import LOSSES
 from hloss.runs.pair_record import pair_slope_matrix, separation, similarities, slope_record

@@ -131,7 +131,7 @@ def test_code_hash_equals_the_value_of_other_python_versions(package):
     ("file", "counts"),
     [
         ("__init__.py", True),
-        ("integrations/pml.py", True),
+        ("integrations/pml_losses.py", True),
         ("retrieval/neighbors.py", True),
         ("runs/evaluation.py", True),
         ("study/results.py", False),

@@ -11,7 +11,7 @@ import torch
 
 from hloss.runs.checkpoints import read_status, write_status
 from hloss.runs.errors import ConfigError
-from hloss.study import devices, kernels, notebooks
+from hloss.study import devices, jupyter_kernels, notebooks, report_page
 from hloss.study.notebooks import execute_report, execute_run
 from tests.helpers.studies import study_of
 
@@ -112,7 +112,7 @@ def test_a_failed_export_of_the_report_says_why(config, monkeypatch, tmp_path, c
     def no_template(notebook, title):
         raise ValueError("No template sub-directory with name 'lab' found")
 
-    monkeypatch.setattr(notebooks, "report_page", no_template)
+    monkeypatch.setattr(report_page, "report_page", no_template)
     with pytest.raises(ConfigError, match="reports/some has no results; run `make study STUDY=some` first"):
         execute_report(study)
     (folder / "results.parquet").touch()
@@ -129,5 +129,5 @@ def test_kernels_start_as_usual_where_libraries_do_not_work_after_a_fork(monkeyp
 
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr("os.fork", no_fork)
-    kernels.prepare_kernel(())
+    jupyter_kernels.prepare_kernel(())
     assert devices.usable_gpus() == (torch.cuda.device_count() if torch.cuda.is_available() else 0)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from hloss.integrations.pml import PREFIX
+from hloss.integrations.pml_losses import PREFIX
 from hloss.retrieval.protocols import PROTOCOLS
 from hloss.runs.config import LOSSES
 from hloss.runs.errors import ConfigError

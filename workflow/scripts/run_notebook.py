@@ -18,7 +18,7 @@ def main() -> None:
     if options.kind == "run" and not options.run_id:
         parser.error("run needs the id of a run: got none; `make plan` and runs/STUDY/index.html list the runs")
     sys.modules.update(dict.fromkeys(UNUSED_FORMATS))  # type: ignore[arg-type]  # None: as if not installed
-    from hloss.study.kernels import NOTEBOOK_IMPORTS, prepare_kernel
+    from hloss.study.jupyter_kernels import NOTEBOOK_IMPORTS, prepare_kernel
 
     prepare_kernel(NOTEBOOK_IMPORTS)  # it gets ready while this process imports the rest
     from hloss.runs.errors import ConfigError

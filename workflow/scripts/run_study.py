@@ -11,7 +11,7 @@ from hloss.runs.errors import ConfigError, DatasetError, LockedError
 from hloss.study.processes import end_with_parent
 from hloss.study.results import write_results
 from hloss.study.runner import run_study
-from hloss.study.slurm import SlurmError
+from hloss.study.slurm_queue import SlurmError
 from hloss.study.spec import load_study
 from hloss.study.tuning import resolve_tuning
 

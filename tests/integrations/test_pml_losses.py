@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hloss.integrations.pml import LEFT_OUT, PMLLoss, available
+from hloss.integrations.pml_losses import LEFT_OUT, PMLLoss, available
 from hloss.losses.baselines import LiftedStructure, SemiHardTriplet
 
 pytest.importorskip("pytorch_metric_learning")

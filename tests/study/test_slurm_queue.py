@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hloss.study import slurm
+from hloss.study import slurm_queue
 
 
 @pytest.fixture
@@ -23,16 +23,16 @@ def squeue(monkeypatch, tmp_path):
         )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 0)
+        monkeypatch.setattr(slurm_queue, "PATIENCE_SECONDS", 0)
 
     return stand_in
 
 
 def test_the_queue_tells_which_runs_an_earlier_start_left(squeue, monkeypatch, tmp_path):
-    quick, paper = slurm.job_prefix("quick"), slurm.job_prefix("paper")
+    quick, paper = slurm_queue.job_prefix("quick"), slurm_queue.job_prefix("paper")
     with monkeypatch.context() as context:
         context.chdir(tmp_path)
-        foreign = slurm.job_prefix("quick")
+        foreign = slurm_queue.job_prefix("quick")
     squeue(
         [
             f"17|{quick}_2b1c-77|rule_run_wildcards_quick_0123456789ab",
@@ -43,13 +43,13 @@ def test_the_queue_tells_which_runs_an_earlier_start_left(squeue, monkeypatch, t
         ],
         failures=2,
     )
-    assert slurm.jobs_in_queue() == {"17": "quick_0123456789ab", "19": "cub_0123456789ab"}
+    assert slurm_queue.jobs_in_queue() == {"17": "quick_0123456789ab", "19": "cub_0123456789ab"}
 
 
 def test_a_start_waits_for_its_own_jobs_alone(squeue, monkeypatch):
-    prefix = slurm.job_prefix("quick")
+    prefix = slurm_queue.job_prefix("quick")
     squeue([f"{n}|{prefix}_2b1c-77|rule_run_wildcards_quick_{n}" for n in (1, 2)])
-    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(slurm_queue, "PATIENCE_SECONDS", 1)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     asked = []
 
@@ -57,32 +57,32 @@ def test_a_start_waits_for_its_own_jobs_alone(squeue, monkeypatch):
         asked.append("looked")
         squeue([f"2|{prefix}_2b1c-77|rule_run_wildcards_quick_2"])
 
-    slurm.wait_for_jobs(["1"], meanwhile)
+    slurm_queue.wait_for_jobs(["1"], meanwhile)
     assert asked == ["looked"]
 
 
 def test_a_start_that_waits_outlasts_a_queue_that_cannot_be_read(squeue, monkeypatch, capsys):
-    squeue([], failures=3 * slurm.ATTEMPTS)
-    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 1)
+    squeue([], failures=3 * slurm_queue.ATTEMPTS)
+    monkeypatch.setattr(slurm_queue, "PATIENCE_SECONDS", 1)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     looks = []
-    slurm.wait_for_jobs(["1"], lambda: looks.append(1))
+    slurm_queue.wait_for_jobs(["1"], lambda: looks.append(1))
     assert len(looks) == 3
     assert capsys.readouterr().out.count("squeue says: timed out") == 1
 
 
 def test_a_queue_that_cannot_be_read_stops_the_start(squeue, monkeypatch, tmp_path):
-    squeue([], failures=slurm.ATTEMPTS)
-    with pytest.raises(slurm.SlurmError, match="squeue says: timed out"):
-        slurm.jobs_in_queue()
+    squeue([], failures=slurm_queue.ATTEMPTS)
+    with pytest.raises(slurm_queue.SlurmError, match="squeue says: timed out"):
+        slurm_queue.jobs_in_queue()
     monkeypatch.setenv("PATH", str(tmp_path / "nothing here"))
-    with pytest.raises(slurm.SlurmError, match="squeue"):
-        slurm.jobs_in_queue()
+    with pytest.raises(slurm_queue.SlurmError, match="squeue"):
+        slurm_queue.jobs_in_queue()
 
 
 def test_job_names_tell_studies_and_clones_apart(monkeypatch, tmp_path):
-    names = {slurm.job_prefix("quick"), slurm.job_prefix("paper")}
+    names = {slurm_queue.job_prefix("quick"), slurm_queue.job_prefix("paper")}
     monkeypatch.chdir(tmp_path)
-    names |= {slurm.job_prefix("quick"), slurm.job_prefix("x" * 100)}
+    names |= {slurm_queue.job_prefix("quick"), slurm_queue.job_prefix("x" * 100)}
     assert len(names) == 4
     assert all(re.fullmatch("[A-Za-z0-9_-]{1,50}", name) for name in names)  # what the Slurm plugin accepts
