@@ -11,7 +11,7 @@ import pandas as pd
 
 from hloss.study.board import groups, verdict_counts
 from hloss.study.claims import DEPENDS
-from hloss.study.criteria import NOT_RUN
+from hloss.study.criteria import NOT_RUN, OPEN
 from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import LOSS_COMPARISONS
@@ -230,10 +230,11 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     counts = verdict_counts(board)
     kinds = ", ".join(f"{n} {_kind(name, n)}" for name, n in counts.items() if n)
     claims = len({rows.iloc[-1]["claim"] for rows in judged})
-    stay = sum(rows.iloc[-1]["holm"] == rows.iloc[-1]["verdict"] for rows in judged)
+    decided = [row for row in (rows.iloc[-1] for rows in judged) if row["verdict"] != OPEN and row["p holds"] >= 0]
+    stay = sum(row["holm"] == row["verdict"] for row in decided)
     of = f"{claims} claims" if claims > 1 else "one claim"
     several = f"{len(judged)} verdicts on {of}" if len(judged) > 1 else "One verdict on a claim"
-    told = f"{stay} of the verdicts remain after Holm's correction for the number of tests."
+    told = f"{stay} of the {len(decided)} that a test decided remain after Holm's correction for the number of tests."
     return Answer(f"{several} of the paper: {kinds}.", f"{told} They rest on {_rests_on(results, board)}.")
 
 
