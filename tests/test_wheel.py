@@ -39,7 +39,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_hloss_alone_with_its_types(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {file.relative_to(ROOT).as_posix() for file in (ROOT / "hloss").rglob("*.py")}
+    suffixes = (".py", ".css", ".js")
+    expected = {f.relative_to(ROOT).as_posix() for f in (ROOT / "hloss").rglob("*") if f.suffix in suffixes}
     assert held == expected | {"hloss/py.typed"}
 
 
