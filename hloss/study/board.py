@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from hloss.study.claims import DEPENDS
+from hloss.study.claims import DEPENDS, conclusions
 from hloss.study.criteria import NOT_RUN, OPEN, REFUTED, REPRODUCED
 from hloss.study.intervals import Interval, difference_plot
 from hloss.study.report import listed_runs
@@ -200,7 +200,7 @@ def _evidence(row: Any) -> str:
 def _not_run(board: pd.DataFrame) -> str:
     """The claims that were not judged at any length, as one closed line."""
     known = {(row["claim"], row["dataset"], row["comparison"]) for rows in groups(board) for row in [rows.iloc[-1]]}
-    rows = board.groupby(["claim", "dataset", "comparison"], sort=False, dropna=False).tail(1).to_dict("records")
+    rows = conclusions(board).to_dict("records")
     missing = [row for row in rows if (row["claim"], row["dataset"], row["comparison"]) not in known]
     if not missing:
         return ""

@@ -54,7 +54,7 @@ class Exhibits:
 
     def link_script(self) -> str:
         """HTML of the script that enables the links to runs and files; empty without a file."""
-        return enable_links(sorted(self.images, key=lambda name: not name.endswith(KEPT))[0]) if self.images else ""
+        return enable_links(min(self.images, key=lambda name: not name.endswith(KEPT))) if self.images else ""
 
     def caption(self, caption: str) -> str:
         """HTML of a figure's caption, with the next number.

@@ -104,6 +104,7 @@ class _Panel:
 
     def __init__(self, *lists: Dropdown) -> None:
         self._busy = False
+        self._calls: list[Callable[[], None]] = []
         for choice in lists:
             choice.observe(lambda _: self.update(), "value")
 
@@ -113,8 +114,15 @@ class _Panel:
             self._busy = True
             try:
                 self._refresh()
+                for call in self._calls:
+                    call()
             finally:
                 self._busy = False
+
+    def when_changed(self, call: Callable[[], None]) -> None:
+        """Call a function now and after every change."""
+        self._calls.append(call)
+        call()
 
     def _refresh(self) -> None:
         raise NotImplementedError
@@ -137,13 +145,7 @@ class Choices(_Panel):
         self.lists = _row(self.study, self.dataset, self.comparison)
         self._first = study, dataset, comparison
         self._files = explore.studies(project_path("reports"))
-        self._calls: list[Callable[[], None]] = []
         self.update()
-
-    def when_changed(self, call: Callable[[], None]) -> None:
-        """Call a function now and after every change."""
-        self._calls.append(call)
-        call()
 
     def _refresh(self) -> None:
         study, dataset, comparison = self._first
@@ -154,8 +156,6 @@ class Choices(_Panel):
         of_dataset = select_results(table, dataset=self.dataset.value)
         _offer(self.comparison, explore.comparisons(of_dataset), comparison)
         self.results = select_results(of_dataset, comparison=self.comparison.value)
-        for call in self._calls:
-            call()
 
 
 @lru_cache(maxsize=8)
@@ -280,13 +280,7 @@ class Neighbors(_Panel):
         lists = [_row(self.left, self.right, self.seed), _row(self.which, self.query)]
         self.view = VBox([choices.lists, *lists, self.panel, self.note])
         self._picked: int | None = None
-        self._calls: list[Callable[[], None]] = []
         choices.when_changed(self.update)
-
-    def when_changed(self, call: Callable[[], None]) -> None:
-        """Call a function now and after every change."""
-        self._calls.append(call)
-        call()
 
     def pick(self, query: int) -> None:
         """Choose a query by its row in the dataset's index; it need not be in the list."""
@@ -309,8 +303,6 @@ class Neighbors(_Panel):
         ]
         self.panel.value = self._pictures(self.dataset.images, runs) if self.dataset else ""
         self.note.value = _note(problem or _lacking(runs, self.galleries))
-        for call in self._calls:
-            call()
 
     def _chosen_runs(self) -> list[dict[str, Any]]:
         """The left and the right run."""

@@ -28,8 +28,6 @@ KINDS = {
     "dict_type": "a mapping",
     "too_short": "a list of at least one value",
 }
-
-
 OF_RESULTS = ("run_id", "dataset", "comparison", "method", "complete", "iterations")
 # Words in an error of YAML -> the remedy
 REMEDIES = {"'\\t'": "indent with spaces, not with tabs", "mapping values": "put text that contains ': ' in quotes"}

@@ -101,6 +101,12 @@ def levels_of(runs: pd.DataFrame) -> Levels:
     )
 
 
+def settings_in(runs: pd.DataFrame) -> list[str]:
+    """Names of the columns that are settings of the runs, without dataset, seed and what decides no result."""
+    left_out = (*EXECUTION, "dataset", "seed")
+    return [name for name in RunConfig.model_fields if name in runs and name not in left_out]
+
+
 def _with_texts(methods: pd.DataFrame) -> pd.DataFrame:
     """The methods with each setting that is no number as text."""
     settings = methods[[name for name in RunConfig.model_fields if name in methods]]
@@ -112,8 +118,7 @@ def _with_texts(methods: pd.DataFrame) -> pd.DataFrame:
 
 def _differing(methods: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Names of the settings in which methods differ: numbers, and others."""
-    names = [name for name in RunConfig.model_fields if name in methods and name not in (*EXECUTION, "seed", "dataset")]
-    differing = [name for name in names if methods[name].nunique(dropna=False) > 1]
+    differing = [name for name in settings_in(methods) if methods[name].nunique(dropna=False) > 1]
     numeric = [name for name in differing if is_numeric_dtype(methods[name])]
     return numeric, [name for name in differing if name not in numeric]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from hloss.runs.config import EXECUTION, RunConfig
 from hloss.runs.files import project_path
+from hloss.study.levels import settings_in
 from hloss.study.results import lengths_in
 from hloss.study.spec import STUDIES
 
@@ -79,7 +79,7 @@ def varied_settings(runs: pd.DataFrame) -> tuple[list[str], str]:
     Args:
         runs: one row per run.
     """
-    settings = [name for name in RunConfig.model_fields if name in runs and name not in (*EXECUTION, "dataset", "seed")]
+    settings = settings_in(runs)
     varied = [name for name in settings if len(set(map(str, runs[name]))) > 1]
     fixed = ", ".join(f"{name} {runs[name].iloc[0]}" for name in settings if name not in varied)
     return varied, f"Settings of all runs: {fixed}."
