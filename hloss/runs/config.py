@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hloss.losses.baselines import BASELINES
 from hloss.losses.histogram import HistogramLoss
 from hloss.names import did_you_mean
 from hloss.retrieval.similarity import METRICS
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, allowed_by
 from hloss.runs.files import non_finite, project_path
 from hloss.runs.memory import MemoryLoss, takes_references
 from hloss.runs.models import (
@@ -576,8 +577,10 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
         except ValidationError as error:
             for e in error.errors():
                 name = ".".join(str(part) for part in e["loc"])
-                message = e["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-                problems.append(f"{name}={e['input']!r}: {message}" if name else message)
+                value = str(e["input"]) if isinstance(e["input"], date) else repr(e["input"])
+                problems.append(
+                    f"{name}={value}: must be {allowed_by(e)}" if name else e["msg"].removeprefix("Value error, ")
+                )
     raise ConfigError("; ".join(problems)) from None
 
 

@@ -1,4 +1,18 @@
-"""Exceptions of runs. Each message names the setting, file or row first, and then the remedy."""
+"""Exceptions of runs, and words of their messages. Each names the setting, file or row first, and then the remedy."""
+
+from pydantic_core import ErrorDetails
+
+# Type of an error of pydantic -> the allowed values
+KINDS = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "too_short": "a list of at least one value",
+}
 
 
 class ConfigError(ValueError):
@@ -27,3 +41,22 @@ class GPUMemoryError(RunError):
 
 class NetworkError(RunError):
     """The trained network of a run cannot be loaded; the message gives file and remedy."""
+
+
+class DamagedError(RunError):
+    """A file of a complete run is missing or damaged; the message gives file and remedy."""
+
+
+def allowed_by(error: ErrorDetails) -> str:
+    """Say which values a setting of the wrong type or range may have.
+
+    Args:
+        error: one error of a pydantic model.
+
+    Returns:
+        Words that follow "must be", such as "a whole number".
+    """
+    kind, value = error["type"], error["input"]
+    allowed = KINDS.get(kind) or error["msg"].removeprefix("Input should be ")
+    is_scalar = not isinstance(value, list | dict | None)
+    return allowed + "; put it in quotes" * (kind == "string_type" and is_scalar)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hloss.runs.errors import LockedError
+from hloss.runs.errors import DamagedError, LockedError
 
 NETWORK_FILE = "network.pt"  # in the run's folder: the state dict of the trained network
 
@@ -40,9 +40,41 @@ def file_sha256(file: Path) -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Content of `result.json` in a run's folder; None if the file does not exist."""
+    """Content of `result.json` in a run's folder; None if the file does not exist.
+
+    Raises:
+        DamagedError: the file is no result.
+    """
     file = Path(folder) / "result.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    with reading_of_run(file):
+        result = json.loads(file.read_text())
+        if not isinstance(result, dict) or not {"config", "run_id"} <= set(result):
+            raise ValueError("it has no settings or no run id")
+    return result
+
+
+@contextmanager
+def reading_of_run(file: Path) -> Iterator[None]:
+    """Name a file of a complete run, and the remedy, in errors of the `with` block that reads it.
+
+    Args:
+        file: a file in the run's folder.
+
+    Raises:
+        DamagedError: the block raised an error of a missing or damaged file.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        if isinstance(error, FileNotFoundError):
+            fault = "missing"
+        else:
+            fault = f"damaged ({' '.join(str(error).split()) or type(error).__name__})"
+        raise DamagedError(
+            f"{file} is {fault}; delete the folder {file.parent} and start its study again, which repeats this run"
+        ) from None
 
 
 def non_finite(value: Any, name: str = "") -> str:

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, RunError
 from hloss.runs.files import read_result
+from hloss.study.results import read_history
 from hloss.study.spec import Study, StudyRun, load_study
 from hloss.study.tuning import resolve_tuning
 
@@ -84,7 +85,7 @@ def _exported(run: StudyRun, result: dict[str, Any]) -> ExportedRun:
         f"{methods}, {run.config.dataset}, seed {run.config.seed}",
         result["config"],
         {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)},
-        pd.read_parquet(run.config.folder / "history.parquet"),
+        read_history(run.config.folder),
     )
 
 
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or Path("reports") / options.study / options.to
     try:
         n_runs = export(resolve_tuning(load_study(options.study)), options.to, out)
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         sys.exit(f"study {options.study}: {error}")
     print(f"{n_runs} runs of {options.study} exported to {out}")
 

@@ -14,20 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hloss.names import did_you_mean
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, allowed_by
 
 Model = TypeVar("Model", bound=BaseModel)
-# Type of an error of pydantic -> the allowed values
-KINDS = {
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "too_short": "a list of at least one value",
-}
 OF_RESULTS = ("run_id", "dataset", "comparison", "method", "complete", "iterations")
 # Words in an error of YAML -> the remedy
 REMEDIES = {"'\\t'": "indent with spaces, not with tabs", "mapping values": "put text that contains ': ' in quotes"}
@@ -188,9 +177,7 @@ def _problem(error: ErrorDetails, known: tuple[str, ...]) -> str:
     if kind == "value_error":
         allowed = error["msg"].removeprefix("Value error, ")
         return f"{name}: got {shown(value)}; {allowed}" if name else allowed
-    must = KINDS.get(kind) or error["msg"].removeprefix("Input should be ")
-    quotes = "; put it in quotes" if kind == "string_type" and not isinstance(value, list | dict | None) else ""
-    return f"{name}: got {shown(value)}; must be {must}{quotes}"
+    return f"{name}: got {shown(value)}; must be {allowed_by(error)}"
 
 
 def shown(value: object) -> str:

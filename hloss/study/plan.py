@@ -16,6 +16,8 @@ from typing import Any
 import pandas as pd
 
 from hloss.runs.checkpoints import read_status
+from hloss.runs.datasets import open_dataset
+from hloss.runs.errors import DatasetError
 from hloss.runs.files import NETWORK_FILE, read_result
 from hloss.study.devices import CPU_NAMES
 from hloss.study.input_files import read_csv
@@ -141,11 +143,28 @@ def plan_text(study: Study, planned: list[PlannedRun]) -> str:
         paragraphs.append(
             f"{stale} results were made by other code or data: their runs are redone unless KEEP=1 is set."
         )
+    if problems := data_problems(study):
+        paragraphs.append("The study cannot start yet: " + "; ".join(problems))
     if study.waiting:
         paragraphs.append(
             f"{len(study.waiting)} more runs wait for settings that these runs choose; the sums do not include them."
         )
     return "\n\n".join(paragraphs)
+
+
+def data_problems(study: Study) -> list[str]:
+    """Say which datasets of a study are not prepared or damaged, and what to do.
+
+    Args:
+        study: with its tuning resolved.
+    """
+    problems = []
+    for folder in sorted({run.config.data_folder for run in study.runs}):
+        try:
+            open_dataset(folder)
+        except DatasetError as error:
+            problems.append(str(error))
+    return problems
 
 
 def gpu_hours_text(planned: list[PlannedRun], throughput: Throughput) -> str:

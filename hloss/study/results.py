@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from hloss.losses.histogram import histogram_loss, reverse_probability
 from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset, open_dataset
 from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
-from hloss.runs.files import atomic_write, non_finite, read_result
+from hloss.runs.files import atomic_write, non_finite, read_result, reading_of_run
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
 from hloss.study.input_files import read_table
 from hloss.study.parts import merged_parts, parts_of, write_part
@@ -165,7 +166,7 @@ def pair_records(study: Study) -> pd.DataFrame:
     tables = []
     for run in study.runs:
         if (run.config.folder / "result.json").exists():
-            history = pd.read_parquet(run.config.folder / "history.parquet")
+            history = read_history(run.config.folder)
             if "validation_overlap" in history:
                 recorded = history[history["validation_overlap"].notna()]
                 names = {"dataset": run.dataset, "method": run.method, "seed": run.config.seed}
@@ -263,7 +264,7 @@ def result_rows(config: RunConfig, result: dict[str, Any], dataset: Dataset, exa
 
 def _length_columns(config: RunConfig, result: dict[str, Any], at: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     """The columns of a run at one length, an entry of `reported`."""
-    history = pd.read_parquet(config.folder / "history.parquet")
+    history = read_history(config.folder)
     validated = pd.DataFrame({"iteration": [], "validation_recall@1": []})
     if len(history):
         validated = history[history["validation_recall@1"].notna() & (history["iteration"] <= at["iterations"])]
@@ -311,7 +312,7 @@ def _query_columns(folder: Path, dataset: Dataset) -> list[dict[str, Any]]:
     `query_classes`, int32 (q,), has the classes of the queries. `classes_low` and `classes_high` are the 95 % bootstrap
     interval of Recall@1 over test classes, as fractions.
     """
-    ranks, queries = (np.load(folder / f"{name}.npy") for name in ("ranks", "queries"))
+    ranks, queries = (_array(folder / f"{name}.npy") for name in ("ranks", "queries"))
     classes = dataset.index.label.to_numpy()[dataset.rows("test")][queries].astype(np.int32)
     rows = []
     for found in np.atleast_2d(ranks):  # older runs have one length and one dimension
@@ -326,7 +327,23 @@ def _reverse_probability(folder: Path, dataset: Dataset) -> float:
     """The exact probability of reverse over a run's query and gallery images, in [0, 1]."""
     known = identified_rows(dataset)
     labels = dataset.labels(dataset.rows("test"))[known]
-    return reverse_probability(torch.from_numpy(np.load(folder / "embeddings.npy")[known]), labels)
+    return reverse_probability(torch.from_numpy(_array(folder / "embeddings.npy")[known]), labels)
+
+
+def _array(file: Path) -> NDArray[Any]:
+    with reading_of_run(file):
+        return np.load(file)
+
+
+def read_history(folder: Path) -> pd.DataFrame:
+    """Content of `history.parquet` in a run's folder.
+
+    Raises:
+        DamagedError: the file is missing or damaged.
+    """
+    file = folder / "history.parquet"
+    with reading_of_run(file):
+        return pd.read_parquet(file)
 
 
 def refuse_mixed_settings(study: Study) -> None:

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+from datetime import date
 
 import pandas as pd
 import pytest
@@ -188,13 +189,13 @@ runs:
         ({**MULTI_SIMILARITY, "miner": "MultiSimilarityMinr"}, r"MultiSimilarityMinr .*did you mean MultiSimilarityMi"),
         ({**MULTI_SIMILARITY, "miner_options": {"eps": 1}}, "eps=1 is unknown to MultiSimilarityMiner"),
         ({**MULTI_SIMILARITY, "margin": 0.1}, "has no setting margin; it has loss_options, miner, miner_options"),
-        ({**MULTI_SIMILARITY, "loss_options": "alpha: 1"}, "loss_options='alpha: 1': must be a valid dict"),
+        ({**MULTI_SIMILARITY, "loss_options": "alpha: 1"}, "loss_options='alpha: 1': must be a mapping"),
         (
             {"loss": "triplet", "miner": "BatchHardMiner"},
             "loss 'triplet' has no setting miner; it has margin, on_degenerate",
         ),
         ({"loss": "triplet", "margin": 0.0}, "margin must be a finite number above 0: got 0.0"),
-        ({"loss": "lifted", "normalize": 1}, "normalize=1: must be a valid boolean"),
+        ({"loss": "lifted", "normalize": 1}, "normalize=1: must be true or false"),
         ({"loss": "pml"}, "loss='pml' is unknown; allowed are histogram, binomial, lifted"),
         ({"metric": "cosin"}, r"metric='cosin' is unknown; allowed are cosine, euclidean \(did you mean cosine\?\)"),
         ({"sampler": "balance"}, r"allowed are class-shuffle, .*\(did you mean balanced\?\)"),
@@ -238,7 +239,7 @@ def test_baselines_have_no_parameters():
     [
         ({"n_bin": 50}, r"n_bin=50 is not a setting of a run \(did you mean n_bins\?\)"),
         ({"n_bins": 0}, "n_bins must be a whole number of at least 1: got 0"),
-        ({"n_bins": "fifty"}, "n_bins='fifty': must be a valid integer"),
+        ({"n_bins": "fifty"}, "n_bins='fifty': must be a whole number"),
         (
             {"loss": "histogramm"},
             r"loss='histogramm' is unknown; allowed are .*\(did you mean histogram\?\)",
@@ -247,6 +248,8 @@ def test_baselines_have_no_parameters():
         ({"iterations": 0}, "iterations=0 does not fit loss='histogram'; loss \"none\" requires 0"),
         ({"network": "pixels"}, 'iterations=60: network "pixels" has no parameters; set iterations to 0'),
         ({"batch_size": 1}, "batch_size=1"),
+        ({"loss": date(2020, 1, 2)}, "loss=2020-01-02: must be text; put it in quotes"),
+        ({"seed": None}, "seed=None: must be a whole number"),
         ({"study": "../escape"}, "study='../escape' must be a name"),
     ],
     ids=str,

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from hloss.runs.errors import LockedError, RunError
-from hloss.runs.files import atomic_write, file_lock, run_lock
+from hloss.runs.errors import DamagedError, LockedError, RunError
+from hloss.runs.files import atomic_write, file_lock, read_result, run_lock
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
@@ -59,3 +59,11 @@ def test_failed_write_keeps_the_file(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         atomic_write(file, fail)
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run_id": "a", "conf', b"[1]", b'{"run_id": "a"}', b"\xff\x00"])
+def test_a_damaged_result_is_refused_by_name_with_the_remedy(content, tmp_path):
+    assert read_result(tmp_path) is None
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(DamagedError, match=r"result\.json is damaged \(.+\); delete the folder .* and start its study"):
+        read_result(tmp_path)

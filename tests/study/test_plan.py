@@ -146,3 +146,12 @@ def test_table_of_costs_has_the_runs_of_the_quick_study():
     costs = read_costs()
     quick = load_study("quick").runs[0]
     assert costs[cost_key(quick, 0)].seconds < 1
+
+
+def test_plan_says_which_data_is_missing(study, tmp_path):
+    loaded = study.load()
+    assert "cannot start" not in plan_text(loaded, plan_runs(loaded, 0, {}))
+    study.content["fixed"]["data_dir"] = str(tmp_path / "empty")
+    loaded = study.load()
+    told = plan_text(loaded, plan_runs(loaded, 0, {}))
+    assert "The study cannot start yet: dataset 'tiny' is not prepared: " in told

@@ -12,7 +12,7 @@ import torch
 
 from hloss.retrieval.ranks import first_match_ranks
 from hloss.runs.datasets import open_dataset
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, DamagedError
 from hloss.runs.provenance import NAMED_PACKAGES
 from hloss.runs.run import run
 from hloss.study.results import (
@@ -54,6 +54,23 @@ def test_refuses_results_of_different_code(study, monkeypatch):
     assert (mixed["git_commit"][0], mixed["processor"][0]) == ("abc with changes", "")
     assert mixed["processor"][1].endswith("cores")
     assert mixed["method"].tolist()[-1] == ["raw pixels"]
+
+
+@pytest.mark.parametrize("name", ["ranks.npy", "queries.npy", "history.parquet"])
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+def test_a_file_of_a_complete_run_that_cannot_be_read_is_named(name, fault, study):
+    study.content["seeds"] = [0]
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    file = loaded.runs[1].config.folder / name
+    if fault == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:60])
+    reader = histories if name == "history.parquet" else collect
+    with pytest.raises(DamagedError, match=rf"{name} is {fault}.*; delete the folder {file.parent} and start"):
+        reader(loaded)
 
 
 def test_result_of_another_package_version_is_stale(study, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, RunError
 from hloss.study.devices import visible_devices
 from hloss.study.plan import gpu_hours_text, measured_costs, plan_runs, plan_text, read_costs
 from hloss.study.profiles import profile_folder, uses_slurm
@@ -33,7 +33,7 @@ def main() -> None:
         refuse_mixed_settings(study)
         cluster = uses_slurm(profile_folder(options.profile))
         known, costs = read_throughput(), read_costs()
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         sys.exit(f"study {options.study}: {error}")
     gpus = None if cluster else len(visible_devices())
     throughput = known.get(torch.cuda.get_device_name()) if gpus else next(iter(known.values()), None)

@@ -21,7 +21,7 @@ def main() -> None:
     from hloss.study.jupyter_kernels import NOTEBOOK_IMPORTS, prepare_kernel
 
     prepare_kernel(NOTEBOOK_IMPORTS)  # it gets ready while this process imports the rest
-    from hloss.runs.errors import ConfigError
+    from hloss.runs.errors import ConfigError, RunError
     from hloss.study.notebooks import execute_report, execute_run, stop_on_signals
     from hloss.study.processes import end_with_parent
     from hloss.study.spec import load_study
@@ -35,7 +35,7 @@ def main() -> None:
             execute_run(study, options.run_id, options.attempt, options.own_gpus)
         else:
             execute_report(study)
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         sys.exit(f"study {options.study}: {error}")
 
 

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from hloss.runs.errors import ConfigError, DatasetError, LockedError
+from hloss.runs.errors import ConfigError, DatasetError, RunError
 from hloss.study.processes import end_with_parent
 from hloss.study.results import write_results
 from hloss.study.runner import run_study
@@ -37,7 +37,7 @@ def main() -> None:
             write_results(study, options.keep)
         else:
             run_study(study, options.profile, options.cores, options.keep)
-    except (ConfigError, DatasetError, LockedError, SlurmError) as error:
+    except (ConfigError, DatasetError, RunError, SlurmError) as error:
         sys.exit(f"study {options.study}: {error}")
 
 

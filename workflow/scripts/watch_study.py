@@ -5,7 +5,7 @@ import sys
 import time
 from contextlib import suppress
 
-from hloss.runs.errors import ConfigError
+from hloss.runs.errors import ConfigError, RunError
 from hloss.study.index_page import RELOAD_SECONDS, IndexPage
 from hloss.study.spec import load_study
 from hloss.study.tuning import resolve_tuning
@@ -26,7 +26,7 @@ def main() -> None:
                 time.sleep(RELOAD_SECONDS)
                 page.study = resolve_tuning(load_study(options.study))
                 page.write()
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         sys.exit(f"study {options.study}: {error}")
 
 
