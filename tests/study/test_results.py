@@ -21,6 +21,7 @@ from hloss.study.results import (
     collect,
     histories,
     lengths_in,
+    pair_records,
     read_results,
     refuse_mixed_settings,
     select_results,
@@ -68,7 +69,7 @@ def test_a_file_of_a_complete_run_that_cannot_be_read_is_named(name, fault, stud
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:60])
-    reader = histories if name == "history.parquet" else collect
+    reader = pair_records if name == "history.parquet" else collect
     with pytest.raises(DamagedError, match=rf"{name} is {fault}.*; delete the folder {file.parent} and start"):
         reader(loaded)
 
