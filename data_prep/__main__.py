@@ -90,10 +90,10 @@ def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
         )
         return cuhk03.prepare(options.source, out, with_arguments(cuhk03.OPTIONS, options), variant)
     if name == "folder":
-        if re.sub(r"-\d+$", "", Path(out).name) in PUBLISHED:
+        if re.sub(r"-\d+$", "", out.name) in {*PUBLISHED, "glyphs"}:
             raise PreparationError(
-                f"--out {out}: {out.name} is the name of a published dataset, with whose results those of your images "
-                "would be compared; choose another name"
+                f"--out {out}: {out.name} is the name of another dataset, whose results would be compared with those "
+                "of your images; choose another name"
             )
         evaluation = folder.Evaluation(options.protocol, options.recall_at)
         settings = with_arguments(folder.OPTIONS, options)

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hloss.names import did_you_mean
 from hloss.runs.config import RunConfig
@@ -50,6 +50,12 @@ BUDGET = 0.25  # of the settings of a grid, for the claim on tuning
 OVERLAP = "overlap"
 DEPENDS = "depends on the length"
 LARGEST_EXPONENT = 2.5  # for the verdict that the cost is quadratic
+NEEDED = {  # check -> the settings that a claim with it needs; other checks compare methods or levels
+    "above_value": ("comparison", "method", "values"),
+    "budget": ("comparison", "method", "rivals"),
+    "quadratic": (),
+    "table": ("comparison",),
+}
 NO_NUMBERS = Part("", Estimate(math.nan, math.nan, 0), 1.0, 1.0, is_tested=False, unit="").numbers()
 
 
@@ -89,7 +95,7 @@ class Claim(BaseModel):
         "above", "equivalent", "not_below", "less_overlap", "no_gain", "best", "near_best", "sensitive",
         "above_value", "budget", "quadratic", "table",
     ]  # fmt: skip
-    margin: float = EQUIVALENCE_MARGIN
+    margin: float = Field(EQUIVALENCE_MARGIN, ge=0)
     data: list[str]
     comparison: list[str] = []
     equal: Literal["iterations", "images"] = "iterations"
@@ -117,6 +123,19 @@ class Claim(BaseModel):
         for name in (*axes, *self.among, *(self.method or {}), *(n for rival in self.rivals or () for n in rival)):
             if name not in known:
                 raise ValueError(f"{name} is not a setting of a run{did_you_mean(name, known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_needed(self) -> "Claim":
+        criteria = METHOD_CRITERIA if self.method else LEVEL_CRITERIA
+        if self.check not in (*NEEDED, *criteria):
+            place = f"{'with' if self.method else 'without'} method"
+            raise ValueError(f"check {self.check!r} does not fit a claim {place}; allowed are {', '.join(criteria)}")
+        compared = ("rivals",) if self.method else ("axis",) if self.check == "sensitive" else ("axis", "reference")
+        needed = NEEDED.get(self.check, ("comparison", *compared))
+        missing = [name for name in needed if getattr(self, name) in (None, [], {}, "")]
+        if missing:
+            raise ValueError(f"check {self.check!r} needs {' and '.join(missing)}; add the missing setting")
         return self
 
 

@@ -201,8 +201,8 @@ def export(study: Study, to: str, out: Path) -> int:
         ConfigError: no run is complete, the folder is not empty, or the tracker is not installed.
     """
     runs = exported_runs(study)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; remove it, or choose another folder with --out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} is not an empty folder; remove it, or choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     try:
         EXPORTS[to](Exported(study.name, runs, study_figures(study.name)), out)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -90,18 +91,19 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: the YAML is not valid: {' '.join(str(error).split())}") from None
 
 
-def read_csv(file: Path, columns: Collection[str]) -> pd.DataFrame:
+def read_csv(file: Path, columns: Collection[str], numbers: Collection[str] = ()) -> pd.DataFrame:
     """Read a CSV file.
 
     Args:
         file: path of the file.
         columns: the columns that it must have.
+        numbers: the columns that must contain finite numbers.
 
     Returns:
-        All fields as text; an empty field is "".
+        The fields of `numbers` as numbers, all others as text; an empty field is "".
 
     Raises:
-        ConfigError: the file cannot be read, or has other columns.
+        ConfigError: the file cannot be read, has other columns, or lacks a number; the message names the line.
     """
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
@@ -114,6 +116,11 @@ def read_csv(file: Path, columns: Collection[str]) -> pd.DataFrame:
         raise ConfigError(
             f"{file} has wrong columns: got {', '.join(table.columns)}; required are {', '.join(columns)}"
         )
+    for name in numbers:
+        values = pd.to_numeric(table[name], errors="coerce")
+        for row in table.index[~np.isfinite(values)]:
+            raise ConfigError(f"{file}, line {row + 2}: {name}: got {table[name][row]!r}; must be a number")
+        table[name] = values
     return table
 
 
@@ -127,13 +134,13 @@ def read_table(file: Path) -> pd.DataFrame:
         ConfigError: the file is missing, is no Parquet file, or is no table of results.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: no such table of results; `make report STUDY={file.parent.name}` writes it")
+        raise ConfigError(f"{file}: no such table of results; {_remedy(file)}")
     try:
         table = pd.read_parquet(file)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise ConfigError(
-            f"{file}: the file is damaged or no Parquet file: {' '.join(str(error).split())}; write it again with "
-            f"`make report STUDY={file.parent.name}`"
+            f"{file}: the file is damaged or no Parquet file: {' '.join(str(error).split()).rstrip('.')}; "
+            f"{_remedy(file)}"
         ) from None
     if missing := [name for name in OF_RESULTS if name not in table]:
         raise ConfigError(
@@ -141,6 +148,15 @@ def read_table(file: Path) -> pd.DataFrame:
             "`make study` or `make report` wrote"
         )
     return table
+
+
+def _remedy(file: Path) -> str:
+    """How to write a table of results, or which file to name instead."""
+    if file.parent.name == "parts" and file.suffix == ".parquet":
+        return f"`make study STUDY={file.stem}` writes this part"
+    if file.name == "results.parquet":
+        return f"`make report STUDY={file.absolute().parent.name}` writes it"
+    return "name a results.parquet such as reports/sample/results.parquet, or a part"
 
 
 def checked(model: type[Model], content: object, where: str, prefix: str = "") -> Model:

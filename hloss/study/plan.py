@@ -309,9 +309,9 @@ def read_costs(file: Path = MEASURED) -> dict[CostKey, Cost]:
         file: CSV file with the columns of workflow/measured.csv.
 
     Raises:
-        ConfigError: if the file cannot be read, or has other columns.
+        ConfigError: if the file cannot be read, has other columns, or lacks a number.
     """
-    table = read_csv(file, (*COST_SETTINGS, *COST_COLUMNS))
+    table = read_csv(file, (*COST_SETTINGS, *COST_COLUMNS), COST_COLUMNS[2:])
     return {
         (*row[list(COST_SETTINGS)], "trained", row.device): Cost(
             float(row.seconds_per_iteration),

@@ -33,8 +33,10 @@ def update_readme(readme: Path, folder: Path, check: bool = False) -> bool:
         Whether the file was up to date.
 
     Raises:
-        ConfigError: if the markers are missing, or the results are of other data than `DATASET`.
+        ConfigError: if a file or a marker is missing, or the results are of other data than `DATASET`.
     """
+    if not readme.is_file():
+        raise ConfigError(f"{readme}: no such file; run the command in the root folder of the project")
     before = readme.read_text()
     after = with_section(before, results_section(folder))
     if after != before and not check:

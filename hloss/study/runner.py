@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from hloss.study.tuning import resolve_tuning
 
 ENGINE_LOG = Path("runs/engine.log")  # what Snakemake writes to its standard error in a start
 LAST_LINES = 15
+SLURM_PLUGIN = "snakemake_executor_plugin_slurm"
 
 
 def _print(line: str) -> None:
@@ -40,8 +42,8 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
         keep: keep stale runs instead of running them again.
 
     Raises:
-        ConfigError: if the profile is unknown, a run needs more GPUs than the machine has, or results cannot be
-            compared.
+        ConfigError: if the profile is unknown or lacks a package, a run needs more GPUs than the machine has, or
+            results cannot be compared.
         DatasetError: if a dataset is not prepared.
         LockedError: if another study runs in this clone.
         SlurmError: if the queue cannot be read.
@@ -50,8 +52,14 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
     check_parameters()
     refuse_mixed_settings(study)
     folder = profile_folder(profile)
+    on_slurm = uses_slurm(folder)
+    if on_slurm and find_spec(SLURM_PLUGIN) is None:
+        raise ConfigError(
+            f"PROFILE={profile} needs the package {SLURM_PLUGIN.replace('_', '-')}, which is not installed: pip install "
+            "'hloss[slurm]'"
+        )
     with project_lock():
-        queue = jobs_in_queue() if uses_slurm(folder) else None  # inside the lock: no other start submits jobs
+        queue = jobs_in_queue() if on_slurm else None  # inside the lock: no other start submits jobs
         study = set_aside_stale(study, keep)
         while study.waiting:
             print(f"{len(study.waiting)} more runs wait for settings that these runs choose", flush=True)

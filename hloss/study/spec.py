@@ -54,6 +54,10 @@ SMALL_NETWORKS = ("glyphnet", "pixels")  # with few multiplications: a run leave
 EXTENDED = ", extended"  # before CHOICE: the runs that were added to a grid
 INITIAL = ", initial grid"  # suffix of the comparison with the settings that a grid had chosen before it was extended
 OF_TUNING = (CHOICE, INITIAL)  # endings of comparisons that only show how settings were chosen
+OF_THE_FILE = {  # settings of a run that follow from the study's file -> the key to use instead
+    "seed": "list it in `seeds`",
+    "study": "name the study's file as you like, or use `part_of`",
+}
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 Values = Annotated[list[Any], Field(min_length=1)]
 Seeds = Annotated[list[int], Field(min_length=1)]
@@ -70,7 +74,7 @@ class _OwnRuns(_Strict):
 
     title: str
     seeds: Seeds
-    runs: list[Any]
+    runs: Values
     fixed: dict[str, Any] | None = None
     resources: dict[str, Any] | None = None
     tuning_seed: int | None = None
@@ -348,7 +352,30 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
     Raises:
         ConfigError: if the study or a setting is unknown or out of range; the message names the file and the run.
     """
-    return _load(name, folder, ())
+    study = _load(name, folder, ())
+    _refuse_ambiguous(study)
+    return study
+
+
+def _refuse_ambiguous(study: Study) -> None:
+    """Refuse a method that has two settings in one comparison, because their results would be mixed."""
+    first: dict[tuple[Any, ...], StudyRun] = {}
+    for run in study.runs:
+        for comparison, method in run.methods.items():
+            for length in run.lengths_in(comparison):
+                other = first.setdefault((run.dataset, comparison, method, run.config.seed, length), run)
+                if other is not run:
+                    raise ConfigError(
+                        f"{study.files[0]}: method {method!r} of the comparison {comparison!r} must have one value of "
+                        f"each setting: got {_differing(other, run)}; give the entries different names"
+                    )
+
+
+def _differing(a: StudyRun, b: StudyRun) -> str:
+    """The first setting in which two runs differ, with both values."""
+    first, second = a.config.resolved(), b.config.resolved()
+    name = next(name for name in first if first[name] != second[name])
+    return f"{name}={shown(first[name])} and {name}={shown(second[name])}"
 
 
 def _load(name: str, folder: Path, including: tuple[str, ...]) -> Study:
@@ -378,8 +405,10 @@ def _read_yaml(name: str, folder: Path, where: str, may_be_combined: bool = True
     if not file.exists():
         known = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(
-            f"{where}study is unknown: got {name!r}; allowed are {', '.join(known) or 'none'}"
-            f"{did_you_mean(name, known)}"
+            f"{where}study is unknown: got {name!r}; allowed are {', '.join(known)}"
+            f"{did_you_mean(Path(name).stem, known)}"
+            if known
+            else f"{folder} has no study: run the command in the root folder of the project"
         )
     content = read_yaml(file)
     keys = content.keys() if isinstance(content, dict) else set()
@@ -460,7 +489,13 @@ def _crossed_runs(file: StudyFile, entry: dict[str, Any], seeds: Sequence[int]) 
 def _study_run(file: StudyFile, entry: dict[str, Any], combination: dict[str, Any], seed: int) -> StudyRun:
     """The run of an entry with these values of its axes."""
     method = ", ".join([entry["name"], *(f"{axis} {short_value(value)}" for axis, value in combination.items())])
-    settings = {**(file.content.get("fixed") or {}), **entry["set"], **combination, "seed": seed, "study": file.folder}
+    settings = {**(file.content.get("fixed") or {}), **entry["set"], **combination}
+    for name in OF_THE_FILE.keys() & settings.keys():
+        raise ConfigError(
+            f"{file.path}, {method}: fixed, set and cross cannot have {name}: got {shown(settings[name])}; remove it "
+            f"and {OF_THE_FILE[name]}"
+        )
+    settings |= {"seed": seed, "study": file.folder}
     dataset = str(settings.get("dataset", ""))
     if dataset.endswith(SPLIT):
         settings["dataset"] = dataset.removesuffix(SPLIT) + f"-{seed}"

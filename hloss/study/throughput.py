@@ -51,11 +51,11 @@ def read_throughput(file: Path = MEASURED) -> dict[str, Throughput]:
         Name of the GPU -> its throughput, in the order of the file.
 
     Raises:
-        ConfigError: if the file cannot be read, or has other columns.
+        ConfigError: if the file cannot be read, has other columns, or lacks a number.
     """
     found: dict[str, Throughput] = {}
     columns = ("card", "network", "batch_size", "precision", "tf32", "floor_steps_per_second", "steps_per_second")
-    table = read_csv(file, (*columns, "date", "versions")).astype({"batch_size": int, "steps_per_second": float})
+    table = read_csv(file, (*columns, "date", "versions"), ("batch_size", "steps_per_second"))
     for row in table.itertuples():
         rates = found.setdefault(row.card, Throughput(row.card, {})).images_per_second
         rates.setdefault((row.network, row.precision, row.tf32), {})[row.batch_size] = (

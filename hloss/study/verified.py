@@ -5,6 +5,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from hloss.runs.errors import ConfigError
+
 RESULTS = "results.parquet"  # name of a study's table; parts have other names
 DIFFERENT = "different"  # outcome of a run whose repetition differs
 
@@ -26,10 +28,19 @@ def read_verified(results: Path) -> dict[str, Any] | None:
 
     Returns:
         The content of its `verified_file`; None if the file is missing or belongs to another version of the table.
+
+    Raises:
+        ConfigError: if the file is damaged.
     """
     file = verified_file(results)
-    verified = json.loads(file.read_text()) if file.exists() else None
-    return verified if verified and verified["results_sha256"] == sha256(results.read_bytes()).hexdigest() else None
+    if not file.exists():
+        return None
+    try:
+        verified = json.loads(file.read_text())
+        table_sha256 = verified["results_sha256"]
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"{file}: the file is damaged; delete it, and write it again with `make verify`") from None
+    return verified if table_sha256 == sha256(results.read_bytes()).hexdigest() else None
 
 
 def is_confirmed(verified: dict[str, Any]) -> bool:

@@ -55,11 +55,13 @@ def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], Non
         The content of verified.json; `runs` has the outcome and the differing columns of each repeated run.
 
     Raises:
-        ConfigError: if `n` is below 1; if the table cannot be read, has old names of settings, was made from other
-            data, or needs a missing GPU.
+        ConfigError: if `n` or `seed` is out of range; if the table cannot be read, has old names of settings, was made
+            from other data, or needs a missing GPU.
     """
     if n < 1:
         raise ConfigError(f"the number of runs to repeat must be at least 1: got {n}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"the seed of the draw must be from 0 to 2^32 - 1: got {seed}")
     table = read_table(results)
     if old := sorted(set(OLD_NAMES) & set(table.columns)):
         raise ConfigError(

@@ -436,10 +436,10 @@ def test_refuses_a_protocol_that_does_not_fit(tmp_path, rows, protocol, match):
     assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["cub", "cuhk03", "cuhk03-1", "market1501"])
-def test_refuses_the_name_of_a_published_dataset(tmp_path, name):
+@pytest.mark.parametrize("name", ["cub", "cuhk03", "cuhk03-1", "market1501", "glyphs", "glyphs-3"])
+def test_refuses_the_name_of_another_dataset(tmp_path, name):
     source = write_folder(tmp_path / "source", birds())
-    with pytest.raises(SystemExit, match=f"{name} is the name of a published dataset"):
+    with pytest.raises(SystemExit, match=f"{name} is the name of another dataset"):
         prepared("folder", source, tmp_path / "data" / name)
     assert not (tmp_path / "data").exists()
 

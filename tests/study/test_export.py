@@ -85,8 +85,10 @@ def test_mlflow(complete, tmp_path):
 def test_refuses_a_folder_with_files_and_a_study_without_results(complete, study, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="out is not empty; remove it, or choose another folder with --out"):
+    with pytest.raises(ConfigError, match="out is not an empty folder; remove it, or choose another folder with --out"):
         export(complete, "csv", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"mine.txt is not an empty folder"):
+        export(complete, "csv", tmp_path / "out" / "mine.txt")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
     with pytest.raises(SystemExit, match="study nothing: "):
         main(["nothing", "--to", "csv"])

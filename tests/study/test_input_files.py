@@ -10,12 +10,15 @@ import pytest
 
 from hloss.runs.errors import ConfigError
 from hloss.study.claims import read_claims
-from hloss.study.plan import read_costs
+from hloss.study.plan import MEASURED, read_costs
 from hloss.study.profiles import uses_slurm
 from hloss.study.published import COLUMNS, read_published
+from hloss.study.readme import update_readme
 from hloss.study.results import read_results
 from hloss.study.spec import load_study
+from hloss.study.throughput import MEASURED as THROUGHPUT
 from hloss.study.throughput import read_throughput
+from hloss.study.verified import read_verified
 from hloss.study.verify import verify
 
 STUDY = """title: t
@@ -103,6 +106,15 @@ CASES = [
     ("study", lambda t: t + "    tune: maybe\n", "run 'a': tune: got 'maybe'; must be true or false"),
     ("study", lambda t: t + "    tune: true\n", "tuning_seed .*: got nothing; add the line `tuning_seed: NUMBER`"),
     ("study", lambda t: t + "    tune: true\ntuning_seed: 9\n", "values of cross: got none; add cross, or remove tune"),
+    ("study", lambda t: "title: t\nseeds: [0]\nruns: []\n", rf"s.yaml: runs: got \[\]; {LIST} of at least one value"),
+    ("study", lambda t: t + "fixed: {seed: 3}\n", "s.yaml, a: .* cannot have seed: got 3; remove it and list it in `s"),
+    ("study", lambda t: t + "    cross: {seed: [3]}\n", "cannot have seed: got 3; remove it and list it in `seeds`"),
+    ("study", lambda t: t + "fixed: {study: b}\n", "cannot have study: got 'b'; remove it and name the study's file"),
+    (
+        "study",
+        lambda t: t + "  - {name: a, set: {loss: histogram, n_bins: 9}}\n",
+        "s.yaml: method 'a' of the comparison 'losses' must .*: got n_bins=200 and n_bins=9; give the entries",
+    ),
     ("study", lambda t: "title: t\ninclude: s\n", f"include: got 's'; {LIST}"),
     (
         "study",
@@ -141,6 +153,29 @@ CASES = [
         lambda t: t + "  axis: n_bin\n",
         r"claim 'a': n_bin is not a setting of a run \(did you mean n_bins\?\)",
     ),
+    ("claims", lambda t: t + "  margin: -1\n", "claim 'a': margin: got -1; must be greater than or equal to 0"),
+    (
+        "claims",
+        lambda t: t.replace("above", "best"),
+        "claim 'a': check 'best' does not fit a claim with method; allowed are above, equivalent,",
+    ),
+    (
+        "claims",
+        lambda t: t[: t.index("  method")] + "  axis: n_bins\n",
+        "check 'above' does not fit a claim without method; allowed are equivalent, not_below, no_gain, best,",
+    ),
+    (
+        "claims",
+        lambda t: t[: t.index("  method")].replace("above", "best"),
+        "claim 'a': check 'best' needs axis and reference; add the missing setting",
+    ),
+    (
+        "claims",
+        lambda t: t[: t.index("  method")].replace("above", "budget"),
+        "claim 'a': check 'budget' needs method and rivals; add",
+    ),
+    ("claims", lambda t: t.replace("above", "above_value"), "claim 'a': check 'above_value' needs values; add"),
+    ("claims", lambda t: t.replace("[losses]", "[]"), "claim 'a': check 'above' needs comparison; add"),
     ("claims", lambda t: t + t, "claim 'a': name: occurs twice; give each claim its own name"),
     # published values and profiles
     ("published", lambda t: "", "values.csv: the file is not a CSV file in UTF-8: No columns"),
@@ -178,7 +213,7 @@ def test_reads_the_file_without_the_mistakes(kind, tmp_path):
     ("content", "message"),
     [
         (None, r"results.parquet: no such table of results; `make report STUDY=quick` writes it"),
-        (b"hello", r"results.parquet: the file is damaged or no Parquet file: .*; write it again with `make report"),
+        (b"hello", r"results.parquet: the file is damaged or no Parquet file: .*; `make report STUDY=quick` writes"),
         ({"run_id": ["a"]}, "results.parquet: the file is no table of results: got no column dataset, comparison,"),
     ],
     ids=["missing", "damaged", "other table"],
@@ -202,9 +237,48 @@ def test_refuses_a_table_of_costs_with_other_columns(read, tmp_path):
         read(tmp_path / "costs.csv")
 
 
+@pytest.mark.parametrize(
+    ("read", "table", "column"),
+    [(read_costs, MEASURED, "memory_mib"), (read_throughput, THROUGHPUT, "steps_per_second")],
+)
+@pytest.mark.parametrize("value", ["", "much", "nan"])
+def test_refuses_a_cost_that_is_no_number(read, table, column, value, tmp_path):
+    costs = pd.read_csv(table, dtype=str, keep_default_na=False)
+    costs.loc[1, column] = value
+    costs.to_csv(tmp_path / "costs.csv", index=False)
+    with pytest.raises(ConfigError, match=f"costs.csv, line 3: {column}: got '{value}'; must be a number"):
+        read(tmp_path / "costs.csv")
+
+
 def test_refuses_to_verify_no_run():
     with pytest.raises(ConfigError, match="number of runs to repeat must be at least 1: got 0"):
         verify(Path("reports/sample/results.parquet"), n=0)
+
+
+def test_refuses_a_seed_that_numpy_refuses():
+    with pytest.raises(ConfigError, match=r"the seed of the draw must be from 0 to 2\^32 - 1: got -1"):
+        verify(Path("reports/sample/results.parquet"), seed=-1)
+
+
+def test_refuses_a_missing_part_with_the_study_that_writes_it(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"parts/one.parquet: no such table of results; `make study STUDY=one` writes"
+    ):
+        verify(tmp_path / "sample" / "parts" / "one.parquet")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_refuses_a_damaged_file_of_verified_runs(text, tmp_path):
+    (tmp_path / "verified.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"verified.json: the file is damaged; delete it, and write it again with"):
+        read_verified(tmp_path / "results.parquet")
+
+
+def test_names_the_root_folder_where_there_are_no_studies(tmp_path):
+    with pytest.raises(ConfigError, match="has no study: run the command in the root folder of the project"):
+        load_study("quick", tmp_path)
+    with pytest.raises(ConfigError, match=r"README.md: no such file; run the command in the root folder"):
+        update_readme(tmp_path / "README.md", Path("reports/sample"))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +289,7 @@ def test_refuses_to_verify_no_run():
             ["run_notebook.py", "run", "quick", "abc"],
             "study quick: the study has no run with the id 'abc': got 11",
         ),
+        (["plan_study.py", "workflow/studies/quick.yaml"], r"study is unknown: .* \(did you mean quick\?\)"),
         (["run_notebook.py", "report", "nope"], "study nope: study is unknown: got 'nope'; allowed are cub"),
         (["run_study.py", "quick", "--cores", "0"], r"CORES \(--cores\) must be at least 1: got 0"),
         (["plan_study.py", "quick", "--cores", "-1"], r"CORES \(--cores\) must be at least 1: got -1"),

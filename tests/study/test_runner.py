@@ -12,7 +12,8 @@ from hloss.runs.run import run
 from hloss.study import runner
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.progress import Progress
-from hloss.study.runner import available_gpus, print_headline, project_lock, set_aside_stale
+from hloss.study.runner import available_gpus, print_headline, project_lock, run_study, set_aside_stale
+from hloss.study.spec import load_study
 from tests.helpers.studies import study_of
 
 
@@ -20,6 +21,13 @@ def test_refuses_an_unknown_profile():
     assert [uses_slurm(profile_folder(name)) for name in ("local", "slurm")] == [False, True]
     with pytest.raises(ConfigError, match="PROFILE is unknown: got 'slrum'; allowed are local, slurm"):
         profile_folder("slrum")
+
+
+def test_refuses_slurm_without_its_package(monkeypatch):
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    message = r"PROFILE=slurm needs the package snakemake-executor-plugin-slurm, .*pip install 'hloss\[slurm\]'"
+    with pytest.raises(ConfigError, match=message):
+        run_study(load_study("quick"), "slurm", cores=1, keep=False)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_renaming_keeps_the_values_and_the_outcome_of_verified_runs(table, resul
     assert "verified" not in origin(renamed, results)
     refused = subprocess.run([*script, "nowhere.parquet"], capture_output=True, text=True)
     assert refused.returncode == 1
-    assert refused.stderr.startswith("nowhere.parquet: no such table of results; `make ")
+    assert refused.stderr.startswith("nowhere.parquet: no such table of results; name a results.parquet")
 
 
 def test_several_versions_of_the_code_are_named(table, results):

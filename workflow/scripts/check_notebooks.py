@@ -6,11 +6,27 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Print each notebook whose cells were not executed once and in order."""
-    wrong = [file for file in sys.argv[1:] if not is_executed_in_order(Path(file))]
-    for file in wrong:
-        print(f"{file}: cells are not executed from top to bottom; restart the kernel, run all cells and save")
-    sys.exit(bool(wrong))
+    """Print each notebook that cannot be read, or whose cells were not executed once and in order."""
+    problems = [problem for file in sys.argv[1:] if (problem := problem_of(Path(file)))]
+    for problem in problems:
+        print(problem)
+    sys.exit(bool(problems))
+
+
+def problem_of(file: Path) -> str:
+    """What is wrong with a notebook; "" if its cells were executed in order.
+
+    Args:
+        file: the notebook.
+    """
+    try:
+        if is_executed_in_order(file):
+            return ""
+    except OSError as error:
+        return f"{file}: the file cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError):
+        return f"{file}: the file is not a Jupyter notebook; name files that end in .ipynb"
+    return f"{file}: cells are not executed from top to bottom; restart the kernel, run all cells and save"
 
 
 def is_executed_in_order(file: Path) -> bool:
