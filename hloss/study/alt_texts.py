@@ -9,7 +9,7 @@ from hloss.study.spec import short_value
 
 
 def describe_comparison(name: str | Sequence[str], results: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Describe the figure of `hloss.study.plots.comparison`; the arguments are its own.
+    """Describe the figure of `hloss.study.plots.comparison`, which has the same arguments.
 
     Args:
         name: name of the comparison, or names of several that are drawn in one figure.
@@ -32,7 +32,7 @@ def describe_comparison(name: str | Sequence[str], results: pd.DataFrame, table:
 
 
 def _axes(levels: Levels, means: pd.DataFrame) -> str:
-    """What is drawn over what."""
+    """The kind of the figure and its axes."""
     dataset = means["dataset"].iloc[0]
     if levels.kind == CATEGORIES:
         return f"Means and intervals of the test Recall@1 on {dataset} for {len(means)} methods"
@@ -44,7 +44,7 @@ def _axes(levels: Levels, means: pd.DataFrame) -> str:
 
 
 def _place(levels: Levels, mean: pd.Series) -> str:
-    """Where a mean stands: "for triplet", "at 200" or "at 0.003 for histogram"."""
+    """The place of a mean in words: "for triplet", "at 200" or "at 0.003 for histogram"."""
     parts = [] if pd.isna(mean["level"]) else [f"at {short_value(float(mean['level']))}"]
     parts += [f"for {_named(levels, mean['line'])}"] * (levels.places["line"].nunique() > 1 or not parts)
     return " ".join(parts)
@@ -68,7 +68,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def describe_recall_curves(recalls: pd.DataFrame, published: pd.DataFrame | None = None) -> str:
-    """Describe the figure of `hloss.study.plots.recall_curves`; the arguments are its own.
+    """Describe the figure of `hloss.study.plots.recall_curves`, which has the same arguments.
 
     Args:
         recalls: one row per run and K, with the columns method, seed, K, recall (%).
@@ -89,7 +89,7 @@ def describe_recall_curves(recalls: pd.DataFrame, published: pd.DataFrame | None
 
 
 def describe_recall_over_iterations(histories: pd.DataFrame, lengths: Collection[int] = ()) -> str:
-    """Describe the figure of `hloss.study.plots.recall_over_iterations`; the arguments are its own.
+    """Describe the figure of `hloss.study.plots.recall_over_iterations`, which has the same arguments.
 
     Args:
         histories: one row per validation, with the columns method, seed, iteration, recall (%).
@@ -109,7 +109,7 @@ def describe_recall_over_iterations(histories: pd.DataFrame, lengths: Collection
 
 
 def describe_recall_by_length(name: str, table: pd.DataFrame) -> str:
-    """Describe the figure of `hloss.study.plots.recall_by_length`; the arguments are its own.
+    """Describe the figure of `hloss.study.plots.recall_by_length`, which has the same arguments.
 
     Args:
         name: name of the comparison.

@@ -1,7 +1,7 @@
 """The answer of a study in a few sentences, made from its results.
 
-They name the loss with the highest mean, its distance from the next, the effect of the training length, the verdicts on
-the claims, and what limits them.
+The sentences name the loss with the highest mean, its lead over the next, the effect of the training length, the number
+of verdicts of each kind, and the limits of the results.
 """
 
 import math
@@ -137,7 +137,7 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
 
 
 def leader_answer(ranking: Ranking) -> Answer:
-    """Which loss leads after the longest length, by how much, and where the histogram loss stands.
+    """The leading loss after the longest length, its lead, and the rank of the histogram loss.
 
     Args:
         ranking: the order of the losses after this length.
@@ -218,7 +218,7 @@ def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
 
 
 def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
-    """How many verdicts on the claims there are of each kind, and what they rest on.
+    """The number of verdicts of each kind, and the data, seeds and runs behind them.
 
     Args:
         results: the table of `hloss.study.results.read_results`.

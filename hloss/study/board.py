@@ -14,7 +14,7 @@ from hloss.study.tables import listed, signed
 
 # verdict -> class of the style sheet, sign
 VERDICTS = {REPRODUCED: ("good", "✓"), REFUTED: ("bad", "✗"), OPEN: ("open", "?"), DEPENDS: ("depends", "⇄")}
-# The least that the board needs where the style sheet of the page is missing, in a notebook.
+# Minimal style for a notebook, which lacks the style sheet of the report's page.
 STYLE = """<style>
 :where(.claim summary) { display: grid; grid-template-columns: 8.5rem 1fr 18rem; gap: 0 1rem; align-items: start; }
 :where(.claim .plot svg, .difference) { display: block; overflow: visible; }
@@ -32,7 +32,7 @@ def groups(board: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def outcome(rows: pd.DataFrame) -> str:
-    """The verdict at all lengths of a claim, or that it depends on the length.
+    """The verdict of a claim if it is the same at all lengths, else `DEPENDS`.
 
     Args:
         rows: an entry of `groups`.
@@ -114,7 +114,7 @@ def shown_difference(row: Mapping[Any, Any] | pd.Series, with_unit: bool = True)
 
 
 def _numbers(rows: pd.DataFrame) -> str:
-    """What is compared, and the difference at each length, in the order of the lines of the plot."""
+    """The compared pair and the difference at each length, in the order of the plot's lines."""
     last, several = rows.iloc[-1], rows.to_dict("records")
     if len(several) == 1:
         lines = [compared(last), shown_difference(last)]
@@ -127,7 +127,7 @@ def _numbers(rows: pd.DataFrame) -> str:
 
 
 def compared(row: Mapping[Any, Any] | pd.Series) -> str:
-    """What is compared in the part that decides a verdict, as in "histogram minus triplet".
+    """The compared pair of the part that decides a verdict, as in "histogram minus triplet".
 
     Args:
         row: a row of the table of `hloss.study.claims.judge`.
@@ -152,7 +152,7 @@ def _condition(row: pd.Series) -> str:
 
 
 def _place(rows: pd.DataFrame) -> str:
-    """Dataset, comparison, lengths and what is still improving, in one line."""
+    """Dataset, comparison, lengths and whether runs are still improving, in one line."""
     last = rows.iloc[-1]
     lengths = _lengths(rows)
     suffix = " iterations" * last["length"].endswith(" iterations")
@@ -164,7 +164,7 @@ def _place(rows: pd.DataFrame) -> str:
 
 
 def _details(rows: pd.DataFrame, links: Mapping[str, str]) -> str:
-    """What unfolds: criterion, evidence at each length, corrections, grids and runs."""
+    """The details that unfold: criterion, evidence at each length, corrections, grids and runs."""
     last = rows.iloc[-1]
     _, _, published = str(last["evidence"]).partition("; published: ")
     items = [

@@ -66,9 +66,9 @@ RUNS = (
 
 
 def of_paper(place: str | None) -> str:
-    """Where the paper shows the same, as in " (the paper's Figure 2)"; empty for None.
+    """A reference to the paper, as in " (the paper's Figure 2)"; "" for None.
 
     Args:
-        place: a figure of the paper.
+        place: the figure of the paper with the same content.
     """
     return f" (the paper's {place})" if place else ""

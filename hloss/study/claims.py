@@ -46,10 +46,10 @@ from hloss.study.statistics import EQUIVALENCE_MARGIN
 
 CLAIMS = "reports/claims.yaml"
 SPLITS = 5  # splits of CUHK03; a published value is the mean over them
-BUDGET = 0.25  # of the settings of a grid, for the claim on tuning
+BUDGET = 0.25  # share of a grid's settings, for the check "budget"
 OVERLAP = "overlap"
 DEPENDS = "depends on the length"
-LARGEST_EXPONENT = 2.5  # for the verdict that the cost is quadratic
+LARGEST_EXPONENT = 2.5  # of a quadratic cost, for the check "quadratic"
 NEEDED = {  # check -> the settings that a claim with it needs; other checks compare methods or levels
     "above_value": ("comparison", "method", "values"),
     "budget": ("comparison", "method", "rivals"),
@@ -179,22 +179,23 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         claims: the claims to judge; None: all of `reports/claims.yaml`.
 
     Returns:
-        One row per claim, dataset, comparison and length. Columns:
+        One row per claim, dataset, comparison and length; the claim on the cost has one row with the dataset "any".
+        Columns:
 
         - claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, for the cost, "no
           data"), comparison, length (as text; empty if there is none);
         - conclusion: the verdicts at all lengths, the same in all rows of a comparison;
         - verdict; holm: the verdict with adjusted p values;
-        - initial grid: the verdict with the settings that the grids had chosen before they were extended; empty if none
-          was extended;
-        - grids: the number of runs with which each method was tuned, as "20 + 4" with those of extensions;
-        - still improving: how many of the runs that were used;
+        - initial grid: the verdict with the settings that the grids chose before they were extended; empty if none was
+          extended;
+        - grids: number of runs in the grid of each method, as in "triplet 20 + 4": 20 runs and 4 of extensions;
+        - still improving: number of used runs that are still improving, as in "3 of 10 runs"; empty for none;
         - evidence: every part; decisive: the part that decides the verdict;
         - difference, low, high, confidence (of the interval, in %), n, unit, margin: numbers of that part; holds above,
           holds below: bounds of the differences for which it holds, NaN without a bound. For the claim on the cost,
           difference is the exponent;
         - p holds, p refuted: p values, NaN without a test;
-        - run_ids: of the runs that were used.
+        - run_ids: ids of the used runs.
 
     Raises:
         ConfigError: if `reports/claims.yaml` is invalid.
@@ -302,7 +303,7 @@ def _initial_grids(comparison: str, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _conclusion(rows: list[dict[str, Any]]) -> str:
-    """The verdicts at all lengths; if they differ, this is said first."""
+    """The verdicts at all lengths; the text begins with `DEPENDS` if they differ."""
     if not rows:
         return NOT_RUN
     verdicts = list(dict.fromkeys(row["verdict"] for row in rows))
@@ -315,7 +316,10 @@ def _conclusion(rows: list[dict[str, Any]]) -> str:
 
 
 def _with_holm(board: pd.DataFrame) -> pd.DataFrame:
-    """The board with the column holm. A family is all tested verdicts of a dataset at the same place of the lengths."""
+    """Fill the column holm.
+
+    A family is all tested verdicts of a dataset at lengths of the same rank, counted from the longest of a claim.
+    """
     place = board[::-1].groupby(["claim", "dataset", "comparison"]).cumcount()  # 0 is the longest
     tested = board[board["p holds"].notna()]
     for _, family in tested.groupby([tested["dataset"], place[tested.index]]):
@@ -431,7 +435,10 @@ def _compare_methods(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, li
 
 
 def _overlaps(runs: pd.DataFrame) -> tuple[str, pd.Series]:
-    """A word for the overlap of each run, and the overlaps in the distance that each loss trains, if known."""
+    """Beginning of the labels, and the overlap of each run.
+
+    The overlaps are those in the distance that each loss trains, or of cosine similarities if a run lacks it.
+    """
     if "trained_overlap" in runs and runs["trained_overlap"].notna().all():
         return "overlap, ", runs["trained_overlap"]
     return "overlap of cosine similarities, ", overlap(runs)
@@ -518,10 +525,10 @@ def _compare_with_value(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def _compare_budgets(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:
-    """The runs of the grids, and one part per method: what a part of the budget misses of the best of its grid.
+    """The runs of the grids, and one part per method: the drop in Recall@1 if only a share of its grid is run.
 
-    The part of the method holds if it misses less than the margin, those of its rivals hold if they miss more. There is
-    one run per setting, so there is no test.
+    The part of the method holds if the drop is below the margin, that of a rival holds if it is not. There is one run
+    per setting, so there is no test.
     """
     assert claim.method is not None
     used, parts = [], []
@@ -547,7 +554,8 @@ def missed_by_budget(values: np.ndarray, share: float = BUDGET) -> tuple[float, 
         share: number of drawn settings, as a share of all.
 
     Returns:
-        The expected difference (Dodge et al. 2019, "Show Your Work", without replacement), and the number of settings.
+        The expected difference (Dodge et al. 2019, "Show Your Work", without replacement), and the number of drawn
+        settings.
     """
     ordered, k = np.sort(values), max(1, round(share * len(values)))
     chances = np.array([comb(i, k - 1) for i in range(len(values))], dtype=float) / comb(len(values), k)

@@ -1,7 +1,8 @@
 """Criteria of claims: each turns a difference, or the levels of a setting, into parts with two p values.
 
 A part holds if its first p value is below `LEVEL`. It is refuted if its second p value, times the number of parts of
-the claim, is below `LEVEL` (Bonferroni: one refuted part refutes the claim). That all parts hold needs no correction.
+the claim, is below `LEVEL` (Bonferroni: one refuted part refutes the claim). The p values that parts hold need no
+correction, because a claim is reproduced only if all of its parts hold (intersection-union test).
 
 - above: a is above b. Refuted if a is below b, and also if the two are equivalent.
 - equivalent: a and b differ by less than the margin, in either direction (two one-sided tests).
@@ -36,9 +37,9 @@ class Part(NamedTuple):
         p_holds: p value of the test that the part holds.
         p_refuted: p value of the test that it does not, before the correction for the number of parts.
         confidence: confidence of the interval to show.
-        note: what else the evidence says about the part.
+        note: text that the evidence shows after the numbers.
         is_tested: False if the part is a comparison of numbers without a test.
-        unit: of the difference.
+        unit: unit of the difference.
         margin: largest negligible difference; NaN if the criterion has none.
         holds: bounds of the true differences for which the part holds.
     """
@@ -55,7 +56,7 @@ class Part(NamedTuple):
     holds: tuple[float, float] = (-inf, inf)
 
     def numbers(self) -> dict[str, Any]:
-        """The numbers of the part for a table; what is unknown or unlimited is NaN."""
+        """The numbers of the part for a table; unknown numbers and missing bounds are NaN."""
         low, high = self.difference.interval(self.confidence) if self.is_tested else (math.nan, math.nan)
         bounds = (bound if math.isfinite(bound) else math.nan for bound in self.holds)
         return {
@@ -81,7 +82,16 @@ class Part(NamedTuple):
 
 
 def above(label: str, difference: Estimate, margin: float) -> Part:
-    """Criterion `above` of the module's docstring, for a difference a minus b."""
+    """Apply the criterion `above` of the module's docstring.
+
+    Args:
+        label: the compared pair, as in "histogram minus triplet".
+        difference: a minus b.
+        margin: largest negligible difference, in the unit of the difference; 0: equivalence does not refute.
+
+    Returns:
+        The part with its p values.
+    """
     p_holds, p_equivalent = min(1.0, 2 * difference.p_above(0)), difference.p_within(margin)
     p_refuted = 1.0 if p_holds < LEVEL else min(1.0, 2 * difference.p_below(0), p_equivalent)
     note = ", equivalent" * (p_holds >= LEVEL > p_equivalent)
@@ -89,33 +99,41 @@ def above(label: str, difference: Estimate, margin: float) -> Part:
 
 
 def equivalent(label: str, difference: Estimate, margin: float) -> Part:
-    """Criterion `equivalent`, for a difference a minus b."""
+    """Apply the criterion `equivalent`; arguments and result are as in `above`."""
     p_holds, p_refuted = difference.p_within(margin), difference.p_outside(margin)
     return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, margin))
 
 
 def not_below(label: str, difference: Estimate, margin: float) -> Part:
-    """Criterion `not_below`, for a difference a minus b."""
+    """Apply the criterion `not_below`; arguments and result are as in `above`."""
     p_refuted = min(1.0, 2 * difference.p_below(-margin))
     p_holds = difference.p_above(-margin)
     return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, inf))
 
 
 def no_gain(label: str, difference: Estimate, margin: float) -> Part:
-    """Criterion `no_gain`, for a difference a minus b."""
+    """Apply the criterion `no_gain`; arguments and result are as in `above`."""
     p_refuted = min(1.0, 2 * difference.p_above(margin))
     p_holds = difference.p_below(margin)
     return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-inf, margin))
 
 
 def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
-    """Criterion `less_overlap`, for a difference a minus b; the margin is not used."""
+    """Apply the criterion `less_overlap`; arguments and result are as in `above`, and the margin is ignored."""
     p_below, p_above = (min(1.0, 2 * p) for p in (difference.p_below(0), difference.p_above(0)))
     return Part(label, difference, p_below, p_above, unit="% of the mass", holds=(-inf, 0))
 
 
 def each_minus_reference(criterion: Callable[..., Part]) -> Callable[..., list[Part]]:
-    """Parts of each other level minus the reference."""
+    """Turn a criterion for differences into one for levels: each other level minus the reference.
+
+    Args:
+        criterion: a function such as `equivalent`.
+
+    Returns:
+        A function of the axis, its levels (value -> runs), the reference, the margin and the compared column, which
+        returns one part per other level.
+    """
 
     def parts(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin: float, column: str) -> list[Part]:
         pairs = [(level, reference) for level in levels if level != reference]
@@ -125,7 +143,14 @@ def each_minus_reference(criterion: Callable[..., Part]) -> Callable[..., list[P
 
 
 def reference_minus_each(criterion: Callable[..., Part]) -> Callable[..., list[Part]]:
-    """Parts of the reference minus each other level."""
+    """Turn a criterion for differences into one for levels: the reference minus each other level.
+
+    Args:
+        criterion: a function such as `above`.
+
+    Returns:
+        A function as in `each_minus_reference`.
+    """
 
     def parts(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin: float, column: str) -> list[Part]:
         pairs = [(reference, level) for level in levels if level != reference]
@@ -154,7 +179,20 @@ def _parts_of_pairs(
 
 
 def sensitive(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin: float, column: str) -> list[Part]:
-    """One part: the best level minus the worst, the widest of k pairs, so that its p value is multiplied by k."""
+    """Apply the criterion `sensitive`: one part, the best level minus the worst.
+
+    This pair has the largest of k differences, so its p value is multiplied by k.
+
+    Args:
+        axis: name of the compared setting.
+        levels: value of the setting -> its runs.
+        reference: ignored.
+        margin: the threshold, in points.
+        column: the compared column.
+
+    Returns:
+        A list of one part.
+    """
     ordered = sorted(levels, key=lambda level: levels[level][column].mean())
     pairs = list(combinations(ordered, 2))
     difference = paired_difference(levels[ordered[-1]], levels[ordered[0]], column)
@@ -179,8 +217,8 @@ LEVEL_CRITERIA: dict[str, Callable[..., list[Part]]] = {
     "near_best": reference_minus_each(not_below),
     "sensitive": sensitive,
 }
-# Sort keys of the mean difference by which the worst part of a criterion comes first; for the others, the largest
-# difference in either direction is the worst.
+# check -> sort key of a part's mean difference; the part with the smallest key is the worst. For other checks the worst
+# part has the largest absolute difference.
 WORST: dict[str, Callable[[float], float]] = {
     **dict.fromkeys(("above", "best", "not_below", "near_best", "above_value"), lambda mean: mean),
     **dict.fromkeys(("no_gain", "less_overlap"), lambda mean: -mean),
@@ -188,18 +226,38 @@ WORST: dict[str, Callable[[float], float]] = {
 
 
 def p_values(parts: list[Part]) -> tuple[float, float]:
-    """P values of a claim: that all parts hold, and that one of them is refuted."""
+    """P values of a claim.
+
+    Args:
+        parts: all parts of the claim.
+
+    Returns:
+        The p values that all parts hold, and that at least one part is refuted.
+    """
     refuted = min(part.p_refuted for part in parts)
     return max(part.p_holds for part in parts), min(1.0, len(parts) * refuted)
 
 
 def verdict(p_holds: float, p_refuted: float) -> str:
-    """The verdict that follows from the p values of a claim."""
+    """The verdict that follows from the p values of a claim.
+
+    Args:
+        p_holds: first value of `p_values`.
+        p_refuted: second value of `p_values`.
+
+    Returns:
+        `REPRODUCED`, `REFUTED` or `OPEN`.
+    """
     return REFUTED if p_refuted < LEVEL else REPRODUCED if p_holds < LEVEL else OPEN
 
 
 def decisive_part(check: str, parts: list[Part]) -> Part:
-    """The part that decides a verdict: a refuted one, else an open one, else one that holds; the worst of several."""
+    """The part that decides a verdict: the worst refuted part, else the worst open part, else the worst part.
+
+    Args:
+        check: name of the criterion.
+        parts: all parts of the claim.
+    """
     worst = WORST.get(check, lambda mean: -abs(mean))
 
     def order(part: Part) -> tuple[int, float]:

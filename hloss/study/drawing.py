@@ -14,13 +14,21 @@ from numpy.typing import ArrayLike
 from hloss.study.levels import Levels, scale_of, setting_label
 
 MEAN, SEED = "#1b9e77", "0.55"  # green and grey
-COLORS = (MEAN, "#d55e00", "#0072b2", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # as Okabe & Ito 2008, no yellow
+COLORS = (
+    MEAN,
+    "#d55e00",
+    "#0072b2",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#000000",
+)  # similar to Okabe & Ito 2008, without yellow
 LINES, MARKERS = ("-", "--", ":"), "osD^vPX<"
 RECALL = "test Recall@1 (%)"
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Color, line and marker of a line; those of 168 lines differ.
+    """Color, line style and marker of a line; the first 168 lines have different ones.
 
     Args:
         number: number of the line, from 0.
@@ -33,7 +41,7 @@ def style_of(number: int) -> dict[str, Any]:
 
 
 def legend_beside(axes: plt.Axes, entries: Sequence[Line2D], title: str | None = None) -> None:
-    """Write a legend at the right, flush with the top.
+    """Draw a legend to the right of the axes, aligned with their top.
 
     Args:
         axes: the axes.
@@ -55,7 +63,7 @@ def by_right_end(axes: plt.Axes) -> list[Line2D]:
 
 
 def ticks_at(axis: Axis, values: Iterable[float]) -> None:
-    """Write these values, and no others, on an axis.
+    """Set the ticks of an axis to these values, without minor ticks.
 
     Args:
         axis: the x or y axis.
@@ -131,7 +139,7 @@ def draw_curves(
         levels: the levels.
         runs: complete runs with the columns level and recall@1.
         means: their means, the table of `hloss.study.levels.Levels.means`.
-        of_lengths: the same at all lengths; shorter ones than in `means` become lines without intervals.
+        of_lengths: the means at all lengths; those of shorter training become lines without intervals.
     """
     axes.scatter(runs["level"], runs["recall@1"], s=14, color=SEED, zorder=2.5)
     ranked = _ranked(of_lengths, means)

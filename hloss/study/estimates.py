@@ -8,9 +8,10 @@ a mean over n seeds and m classes is then that of a crossed random-effects desig
     V = S / n + max(0, C / m - E / (n m)),
 
 with the variances S of the means of seeds, C of the means of classes, and E of the residuals (Searle, Casella &
-McCulloch, Variance Components, 1992, chapter 4). The mean divided by its error is assumed to have the tails of t
-distributions with n - 1 and m - 1 degrees of freedom, weighted by the two parts of V. tests/study/test_estimates.py
-checks coverage and error rates in simulations. The degrees of freedom of Satterthwaite (1946) covered too little there.
+McCulloch, Variance Components, 1992, chapter 4). The mean divided by its error is compared with
+two t distributions, with n - 1 and with m - 1 degrees of freedom: its tail probability is the mean of theirs, weighted
+by the two parts of V. tests/study/test_estimates.py checks coverage and error rates in simulations. Intervals with the
+degrees of freedom of Satterthwaite (1946) had too low coverage there.
 """
 
 import math
@@ -27,12 +28,12 @@ class Estimate(NamedTuple):
     """A mean over seeds with its standard error.
 
     Attributes:
-        mean: NaN without a seed.
+        mean: the mean; NaN without a seed.
         error: standard error of the mean, in its unit; NaN for fewer than two seeds.
         n: number of seeds.
         varies: the variation that the error includes, `SEEDS` or `SEEDS_AND_CLASSES`.
-        share: share of the seeds in the squared error; the rest is the classes'.
-        classes: number of classes if `share` is below 1.
+        share: share of the squared error that comes from the seeds; the rest comes from the classes.
+        classes: number of classes; used if `share` is below 1.
     """
 
     mean: float
@@ -81,15 +82,36 @@ class Estimate(NamedTuple):
         return self._tail((self.mean - value) / self.error)
 
     def p_below(self, value: float) -> float:
-        """As `p_above`, with the alternative that the true mean is below the value."""
+        """P value of the one-sided test whose alternative is that the true mean is below a value.
+
+        Args:
+            value: in the unit of the mean.
+
+        Returns:
+            In [0, 1]; 1 for fewer than two seeds.
+        """
         return self._replace(mean=-self.mean).p_above(-value)
 
     def p_within(self, margin: float) -> float:
-        """P value of two one-sided tests: the true mean is within ±margin (Schuirmann 1987)."""
+        """P value of two one-sided tests that the true mean is within ±margin (Schuirmann 1987).
+
+        Args:
+            margin: in the unit of the mean, 0 or more.
+
+        Returns:
+            In [0, 1]; 1 for fewer than two seeds.
+        """
         return max(self.p_above(-margin), self.p_below(margin))
 
     def p_outside(self, margin: float) -> float:
-        """P value of a two-sided test: the true mean is outside ±margin."""
+        """P value of a two-sided test that the true mean is outside ±margin.
+
+        Args:
+            margin: in the unit of the mean, 0 or more.
+
+        Returns:
+            In [0, 1]; 1 for fewer than two seeds.
+        """
         return min(1.0, 2 * min(self.p_above(margin), self.p_below(-margin)))
 
 
@@ -98,10 +120,14 @@ def mean_over_runs(runs: pd.DataFrame, column: str = "recall@1") -> Estimate:
 
     Args:
         runs: one run per seed, with the columns seed and `column` and, if known, split, ranks and query_classes.
-        column: a metric in %; for "recall@K" classes are included as the docstring of this module says.
+        column: a metric in %. For "recall@K" with known ranks, the error includes the variation of classes, as the
+            docstring of this module says.
 
     Returns:
         The mean, in the unit of the column.
+
+    Raises:
+        ValueError: if a seed occurs twice or a value is not finite.
     """
     by_seed = _by_seed("runs", runs, column)
     return _estimate(by_seed[column], by_seed, None, column)
@@ -110,7 +136,8 @@ def mean_over_runs(runs: pd.DataFrame, column: str = "recall@1") -> Estimate:
 def paired_difference(a: pd.DataFrame, b: pd.DataFrame, column: str = "recall@1") -> Estimate:
     """Mean of a minus b over their common seeds.
 
-    Runs with the same seed share classes, batches and initial weights, so their difference varies less than the values.
+    Runs with the same seed share classes, batches and initial weights, so their difference varies less than their
+    values.
 
     Args:
         a: runs of one method, as in `mean_over_runs`.

@@ -16,8 +16,8 @@ from hloss.study.tables import latex_table, markdown_table, sortable_table
 
 RUN_IDS = "run_ids"  # a column of tables: "id, id, ...", shown as a list that unfolds
 RUN_ID = "run_id"  # a column of tables, shown as a link
-KEPT = "similarities.png"  # end of the name of the image that tells the page whether its folder is there
-LONG = 30  # rows above which a table is shown folded
+KEPT = "similarities.png"  # end of the name of the image that the page looks for, to know whether its folder exists
+LONG = 30  # rows; a longer table is folded
 
 
 class Exhibits:
@@ -42,7 +42,7 @@ class Exhibits:
             figure: the figure.
             name: name of its files; spaces become underscores.
             caption: what is drawn, with units.
-            alt: what the figure shows, for those who do not see it.
+            alt: what the figure shows, for screen readers.
         """
         for kind in ("png", "svg") if self.folder else ():
             file = project_path(self.folder) / f"{_file_name(name)}.{kind}"
@@ -53,7 +53,7 @@ class Exhibits:
         display(HTML(self.caption(caption)))
 
     def link_script(self) -> str:
-        """HTML of the script that enables the links to runs and files; empty without a file."""
+        """HTML of the script that enables the links to runs and files; "" if no figure was written."""
         return enable_links(min(self.images, key=lambda name: not name.endswith(KEPT))) if self.images else ""
 
     def caption(self, caption: str) -> str:

@@ -1,4 +1,4 @@
-"""The head of a report: its question, data and hardware, the answer, and the figure of the losses that shows it."""
+"""The head of a report: its question, data and hardware, the answer, and the figure of the losses."""
 
 import html
 import math

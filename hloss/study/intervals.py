@@ -55,10 +55,9 @@ def difference_plot(rows: Sequence[Interval], holds: tuple[float, float], margin
 
     Args:
         rows: the differences, one per line.
-        holds: bounds of the shaded region; NaN or infinity: no bound.
-        margin: largest negligible difference, drawn at both signs unless the region has it as its only bound; NaN: no
-            margin.
-        description: what the plot shows, for those who do not see it.
+        holds: bounds of the shaded region; NaN or infinity: no bound. A line marks each bound.
+        margin: largest negligible difference, marked at both signs if 0 bounds the region; NaN: no margin.
+        description: what the plot shows, for screen readers.
     """
     bounds = [bound for bound in holds if math.isfinite(bound)]
     marks = {bound for bound in bounds if bound}
@@ -83,7 +82,7 @@ def mean_plot(mean: Interval, scale: Scale, earlier: Sequence[float], descriptio
         mean: the mean.
         scale: the scale that all rows share.
         earlier: means after shorter training, the shortest first; NaN: unknown.
-        description: what the plot shows, for those who do not see it.
+        description: what the plot shows, for screen readers.
     """
     parts = [f'<line x1="0" x2="100%" y1="{ROW / 2}" y2="{ROW / 2}" stroke="currentColor" stroke-opacity="0.15"/>']
     for i, value in enumerate(earlier):
@@ -129,7 +128,7 @@ def _line(place: float, height: float, style: str = "") -> str:
 
 
 def _labels(values: Sequence[float], scale: Scale, y: float) -> list[str]:
-    """Labels of some values, the first ones where there is no space for all."""
+    """Labels of the values; a value too near to an earlier one gets none."""
     shown: list[float] = []
     for value in values:
         if all(abs(scale.place(value) - scale.place(other)) >= 12 for other in shown):

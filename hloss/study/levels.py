@@ -1,4 +1,4 @@
-"""Find what the methods of a comparison differ in: levels of a number, lines of levels, or categories."""
+"""Find the settings in which the methods of a comparison differ, to draw them as curves, a grid or categories."""
 
 import numbers
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from hloss.runs.config import EXECUTION, RunConfig
 from hloss.study.spec import short_value
 
 CATEGORIES, CURVES, GRID = "categories", "curves", "grid"
-MANY = 3  # as many levels make a curve, and as many curves a grid
+MANY = 3  # least number of levels of a curve, and of curves of a grid
 UNITS = {  # setting -> label of its axis
     "n_bins": "bins (intervals of [-1, 1])",
     "batch_size": "batch size (images)",
@@ -30,7 +30,7 @@ UNITS = {  # setting -> label of its axis
     "memory_batches": "memory (batches)",
     "dropout": "dropout (probability)",
 }
-MARGINS = {  # loss -> what its margin is
+MARGINS = {  # loss -> quantity in which its margin is given
     "histogram": "cosine similarity",
     "quadruplet": "cosine similarity",
     "lifted": "distance",
@@ -42,7 +42,7 @@ MARGINS = {  # loss -> what its margin is
 
 @dataclass(frozen=True)
 class Levels:
-    """What the methods of a comparison differ in.
+    """The settings in which the methods of a comparison differ.
 
     Attributes:
         kind: CURVES: lines of levels of one setting; GRID: two settings, each level of one with each of the other;
@@ -70,18 +70,18 @@ class Levels:
 
 
 def levels_of(runs: pd.DataFrame) -> Levels:
-    """Find what the methods of a comparison differ in.
+    """Find the settings in which the methods of a comparison differ.
 
-    A setting has levels if it is a number, tells the methods of each line apart, and three or more methods are on each
-    line. Methods of one line agree in all settings that are no numbers. One method may be on no line: it then has the
-    loss of the lines, such as the triangular kernel beside kernels with three bandwidths. Of several such settings, the
-    one whose values are in the names of the methods is the axis.
+    The axis is a number with three or more levels on a line. Methods of one line have equal values of all settings that
+    are not numbers, and different levels. One method may be outside of the lines if a line has its loss, such as the
+    triangular kernel beside kernels with three bandwidths. If several settings can be the axis, it is the one whose
+    value is in the names of most methods.
 
     Args:
         runs: runs of one comparison, or of several that are drawn as one, from `hloss.study.results.read_results`.
 
     Returns:
-        The levels. Three or more lines, or two numbers in one comparison, make a grid.
+        The levels. Three or more lines, or two crossed numbers, are a grid.
     """
     first = runs.sort_values("complete", ascending=False, kind="stable").drop_duplicates(["comparison", "method"])
     methods = _with_texts(first.sort_index().reset_index(drop=True))
@@ -102,13 +102,19 @@ def levels_of(runs: pd.DataFrame) -> Levels:
 
 
 def settings_in(runs: pd.DataFrame) -> list[str]:
-    """Names of the columns that are settings of the runs, without dataset, seed and what decides no result."""
+    """Names of the columns that are settings of the runs.
+
+    The dataset, the seed and settings that do not affect results are left out.
+
+    Args:
+        runs: the table of `hloss.study.results.read_results`.
+    """
     left_out = (*EXECUTION, "dataset", "seed")
     return [name for name in RunConfig.model_fields if name in runs and name not in left_out]
 
 
 def _with_texts(methods: pd.DataFrame) -> pd.DataFrame:
-    """The methods with each setting that is no number as text."""
+    """The methods; settings that are not numbers are converted to text."""
     settings = methods[[name for name in RunConfig.model_fields if name in methods]]
     texts = settings[
         [name for name in settings if not is_numeric_dtype(settings[name]) or is_bool_dtype(settings[name])]
@@ -168,7 +174,7 @@ def _shown(value: object) -> str:
 
 
 def _common_parts(names: pd.Series) -> str:
-    """What names of methods have in common: "histogram" for "histogram, C 2" and "histogram, C 5"."""
+    """The common parts of names of methods: "histogram" for "histogram, C 2" and "histogram, C 5"."""
     parts = [name.split(", ") for name in names]
     return ", ".join(part for part in parts[0] if all(part in other for other in parts))
 
@@ -178,7 +184,7 @@ def setting_label(setting: str, losses: Collection[str] = ()) -> str:
 
     Args:
         setting: name of the setting.
-        losses: losses of the runs; they decide what a margin is.
+        losses: losses of the runs, on which the quantity of a margin depends.
     """
     if setting == "margin":
         meanings = {MARGINS.get(loss, "") for loss in losses} or {""}

@@ -1,4 +1,4 @@
-"""Notes of a report: what the results of a study rest on, as Markdown."""
+"""Notes of a report as Markdown: data, intervals, lengths, settings, and the command that repeats the study."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from hloss.study.spec import STUDIES
 
 
 def dataset_note(dataset: str, rows: pd.DataFrame) -> str:
-    """Queries, protocol and what the intervals include.
+    """Queries and protocol of a dataset, and the variation that its intervals include.
 
     Args:
-        dataset: its name.
+        dataset: name of the dataset.
         rows: its complete runs, from `hloss.study.results.read_results`.
     """
     note = f"`{dataset}`: {rows['n_queries'].iloc[0]:,.0f} test queries, protocol {rows['protocol'].iloc[0]}."
@@ -74,10 +74,13 @@ def repeat_note(results: pd.DataFrame, results_file: str) -> str:
 
 
 def varied_settings(runs: pd.DataFrame) -> tuple[list[str], str]:
-    """The settings in which runs differ, and a sentence with the settings of all runs.
+    """The settings in which runs differ, and a sentence with the settings that are equal in all runs.
 
     Args:
         runs: one row per run.
+
+    Returns:
+        Names of the settings that differ, and the sentence.
     """
     settings = settings_in(runs)
     varied = [name for name in settings if len(set(map(str, runs[name]))) > 1]

@@ -1,6 +1,6 @@
-"""The page of a report: one HTML file that loads nothing, made from the executed notebook.
+"""The page of a report: one self-contained HTML file, made from the executed notebook.
 
-Markdown cells and outputs stand on the page, code does not. An image and the caption that follows it are one figure.
+The page shows Markdown cells and outputs, but no code. An image and the caption that follows it become one figure.
 """
 
 import html
@@ -18,7 +18,7 @@ CAPTION = "<figcaption"
 
 
 def report_page(notebook: nbformat.NotebookNode, title: str) -> str:
-    """Convert an executed report to one HTML page without code, which loads nothing from other hosts.
+    """Convert an executed report to one HTML page without code that loads nothing from other hosts.
 
     Args:
         notebook: the executed notebook; cells with the tag "notebook-only" are left out.

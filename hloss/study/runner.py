@@ -21,7 +21,7 @@ from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
 from hloss.study.statistics import headline
 from hloss.study.tuning import resolve_tuning
 
-ENGINE_LOG = Path("runs/engine.log")  # what Snakemake writes to its standard error in a start
+ENGINE_LOG = Path("runs/engine.log")  # standard error of Snakemake in the last start
 LAST_LINES = 15
 SLURM_PLUGIN = "snakemake_executor_plugin_slurm"
 
@@ -55,8 +55,8 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
     on_slurm = uses_slurm(folder)
     if on_slurm and find_spec(SLURM_PLUGIN) is None:
         raise ConfigError(
-            f"PROFILE={profile} needs the package {SLURM_PLUGIN.replace('_', '-')}, which is not installed: pip install "
-            "'hloss[slurm]'"
+            f"PROFILE={profile} needs the package {SLURM_PLUGIN.replace('_', '-')}, which is not installed: "
+            "pip install 'hloss[slurm]'"
         )
     with project_lock():
         queue = jobs_in_queue() if on_slurm else None  # inside the lock: no other start submits jobs
@@ -70,7 +70,10 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
 
 
 def _complete(target: str, study: Study, profile: Path, cores: int, keep: bool, queue: dict[str, str] | None) -> None:
-    """Run a rule with Snakemake. queue: jobs in Slurm's queue at the start; None: run on this machine."""
+    """Run a rule with Snakemake.
+
+    `queue` has the jobs in Slurm's queue at the start; None: the runs are executed on this machine.
+    """
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", "workflow/Snakefile"]
     command += ["--quiet", "host", "progress", "reason", "rules"]
     command += ["--profile", str(profile), "--rerun-triggers", "mtime", "--ignore-incomplete"]

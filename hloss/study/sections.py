@@ -92,7 +92,12 @@ class Report:
         return found
 
     def name(self, dataset: str, name: str) -> str:
-        """Name of a file; it has the dataset if there are several."""
+        """Name of a file; it begins with the dataset if there are several.
+
+        Args:
+            dataset: name of the dataset.
+            name: name of the figure or table.
+        """
         return f"{dataset} {name}" if len(self.by_dataset) > 1 else name
 
     def _rankings(self) -> list[list[Ranking]]:
@@ -100,7 +105,7 @@ class Report:
         return [of_lengths for of_lengths in found if of_lengths]
 
     def head(self) -> str:
-        """HTML of the head: the question, the answer and the figure that shows it."""
+        """HTML of the head: the question, the answer and the figure of the losses."""
         figures = [losses_figure(r, self.show.caption(losses_caption(r))) for r in self._rankings()]
         told = answers(self.all_lengths, self.table_of_lengths, self.board)
         return head_html(self.all_lengths["title"].iloc[0], self.all_lengths, told, figures)
@@ -229,7 +234,7 @@ class Report:
                 self.show.figure(figure, self.name(dataset, "similarities"), caption, alt)
 
     def training(self) -> None:
-        """Figure of the validation during training."""
+        """Figure of the validation Recall@1 over the iterations."""
         for dataset, chosen in self.losses.items():
             curves = histories(chosen)
             if len(curves):
@@ -241,7 +246,7 @@ class Report:
                 self.show.figure(figure, self.name(dataset, "training"), caption, alt)
 
     def panels(self) -> None:
-        """Figure of queries and their nearest images, of the run with the best validation."""
+        """Figure of queries and their nearest images, by the run with the best validation Recall@1."""
         for dataset, rows in self.by_dataset.items():
             trained = rows[rows["iterations"] > 0].sort_values("validation_recall@1", ascending=False, kind="stable")
             for best in trained.head(1).to_dict("records"):

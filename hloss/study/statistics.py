@@ -157,5 +157,10 @@ def _equivalence(difference: Estimate) -> str:
 
 
 def shown_interval(low: float, high: float) -> str:
-    """An interval as text: "41.0 to 43.2", or "no interval" if `low` is NaN."""
+    """An interval as text: "41.0 to 43.2", or "no interval".
+
+    Args:
+        low: lower bound; NaN: there is no interval.
+        high: upper bound.
+    """
     return "no interval" if pd.isna(low) else f"{low:.1f} to {high:.1f}"

@@ -11,7 +11,7 @@ import pandas as pd
 
 MINUS = "\N{MINUS SIGN}"
 MOST_DECIMALS = 6
-LONG = 45  # characters of a cell above which the cells of a column are broken into lines
+LONG = 45  # characters; the text of a column with a longer cell wraps
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -20,12 +20,20 @@ LATEX = {
 
 
 def is_missing(value: object) -> bool:
-    """Whether a value is None, NaN, NA or NaT."""
+    """Whether a value is None, NaN, NA or NaT.
+
+    Args:
+        value: a cell of a table.
+    """
     return value is None or value is pd.NA or value != value
 
 
 def number_columns(frame: pd.DataFrame) -> set[Any]:
-    """The columns that hold only numbers and missing values, and at least one number."""
+    """The columns with at least one number and otherwise only numbers and missing values.
+
+    Args:
+        frame: the table.
+    """
     found = set()
     for name in frame.columns:
         known = [value for value in frame[name] if not is_missing(value)]
@@ -67,7 +75,7 @@ def _decimals(value: float) -> int:
 
 
 def signed(value: float, decimals: int = 1, plus: bool = False) -> str:
-    """A number with a real minus sign; zero never has one.
+    """A number with a typographic minus sign; zero has none.
 
     Args:
         value: the number.
@@ -85,7 +93,10 @@ def signed(value: float, decimals: int = 1, plus: bool = False) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    """Words as a list.
+    """Join words as in a sentence.
+
+    Args:
+        words: the words, in order.
 
     Example:
         >>> listed(["20"]), listed(["20", "60", "200"])
@@ -95,7 +106,10 @@ def listed(words: Sequence[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it.
+    """A time as text, in units that fit its size.
+
+    Args:
+        seconds: the time, 0 or more.
 
     Example:
         >>> duration(4.2), duration(250), duration(7260)
@@ -114,7 +128,7 @@ def sortable_table(frame: pd.DataFrame, html_columns: Collection[str] = ()) -> s
     """HTML of a table; the page of a report makes it sortable.
 
     Args:
-        frame: the rows, without the index; numbers have equal decimals and stand to the right.
+        frame: the rows, without the index; numbers have equal decimals and are aligned right.
         html_columns: columns whose cells contain HTML; all other cells are escaped.
 
     Raises:
@@ -142,7 +156,10 @@ def sortable_table(frame: pd.DataFrame, html_columns: Collection[str] = ()) -> s
 
 
 def _order_keys(values: pd.Series, shown: pd.Series) -> list[str]:
-    """Attributes by which a script sorts the cells, where their text sorts in another order than their values."""
+    """HTML attributes by which the page's script sorts the cells of a column.
+
+    They are empty if the text of the cells sorts in the order of their values.
+    """
     keys = [_natural(_as_text(value)) for value in values]
     ordered = sorted(set(keys))
     of_text = sorted(set(keys), key=lambda key: "".join(text for _, text in key))
@@ -153,7 +170,7 @@ def _order_keys(values: pd.Series, shown: pd.Series) -> list[str]:
 
 
 def _natural(text: str) -> tuple[tuple[float, str], ...]:
-    """A key by which "margin 0.04" comes before "margin 0.1" and this before "margin 10"."""
+    """Sort key that orders the numbers in a text: "margin 0.04", "margin 0.1", "margin 10"."""
     parts = re.findall(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])|\D+|\d+", text)
     return tuple(_natural_part(part) for part in parts)
 
@@ -186,12 +203,16 @@ def _latex_row(cells: Collection[object]) -> str:
 
 
 def latex_escape(text: str) -> str:
-    """Text with the special characters of LaTeX escaped, on one line."""
+    """Text with the special characters of LaTeX escaped, on one line.
+
+    Args:
+        text: plain text.
+    """
     return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    """Markdown of a table with pipes; the numbers stand to the right.
+    """Markdown of a table with pipes; numbers are aligned right.
 
     Args:
         frame: the rows, without the index.

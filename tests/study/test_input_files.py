@@ -261,9 +261,7 @@ def test_refuses_a_seed_that_numpy_refuses():
 
 
 def test_refuses_a_missing_part_with_the_study_that_writes_it(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"parts/one.parquet: no such table of results; `make study STUDY=one` writes"
-    ):
+    with pytest.raises(ConfigError, match=r"one.parquet: no such table of results; `make study STUDY=one` writes"):
         verify(tmp_path / "sample" / "parts" / "one.parquet")
 
 
