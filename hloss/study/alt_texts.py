@@ -9,7 +9,7 @@ from hloss.study.spec import short_value
 
 
 def describe_comparison(name: str | Sequence[str], results: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Describe the figure of `hloss.study.plots.comparison`, which has the same arguments.
+    """Describe the figure of `hloss.study.plots.comparison` in one sentence.
 
     Args:
         name: name of the comparison, or names of several that are drawn in one figure.
@@ -68,7 +68,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def describe_recall_curves(recalls: pd.DataFrame, published: pd.DataFrame | None = None) -> str:
-    """Describe the figure of `hloss.study.plots.recall_curves`, which has the same arguments.
+    """Describe the figure of `hloss.study.plots.recall_curves` in one sentence.
 
     Args:
         recalls: one row per run and K, with the columns method, seed, K, recall (%).
@@ -89,7 +89,7 @@ def describe_recall_curves(recalls: pd.DataFrame, published: pd.DataFrame | None
 
 
 def describe_recall_over_iterations(histories: pd.DataFrame, lengths: Collection[int] = ()) -> str:
-    """Describe the figure of `hloss.study.plots.recall_over_iterations`, which has the same arguments.
+    """Describe the figure of `hloss.study.plots.recall_over_iterations` in one sentence.
 
     Args:
         histories: one row per validation, with the columns method, seed, iteration, recall (%).
@@ -109,7 +109,7 @@ def describe_recall_over_iterations(histories: pd.DataFrame, lengths: Collection
 
 
 def describe_recall_by_length(name: str, table: pd.DataFrame) -> str:
-    """Describe the figure of `hloss.study.plots.recall_by_length`, which has the same arguments.
+    """Describe the figure of `hloss.study.plots.recall_by_length` in one sentence.
 
     Args:
         name: name of the comparison.

@@ -22,7 +22,7 @@ COLORS = (
     "#56b4e9",
     "#e69f00",
     "#000000",
-)  # similar to Okabe & Ito 2008, without yellow
+)  # as Okabe & Ito 2008, but no yellow
 LINES, MARKERS = ("-", "--", ":"), "osD^vPX<"
 RECALL = "test Recall@1 (%)"
 

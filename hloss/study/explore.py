@@ -2,7 +2,7 @@
 
 `hloss.study.explore_widgets` shows them. Curves need only the results of a study. Neighbours and the map also need the
 prepared dataset and `embeddings.npy`, which every complete run has in its folder. Without this file, only the few
-queries can be shown whose neighbours the results contain.
+queries whose neighbours are in the results can be shown.
 """
 
 import json
@@ -29,7 +29,7 @@ from hloss.study.statistics import summary
 OVER_K, LENGTH, ITERATION, METHOD = "K", "training length", "iteration", "method"
 RECALL, VALIDATION = "Recall@K", "validation Recall@1"
 OTHER_METRICS = {"map": "MAP", "map_trapezoid": "MAP (trapezoid)", "r_precision": "R-precision", "map@r": "MAP@R"}
-MOST_POINTS = 3000  # of a map: a browser draws so many without a delay
+MOST_POINTS = 3000  # of a map; a browser draws this number without a delay
 
 
 def studies(reports: Path) -> dict[str, Path]:
@@ -72,7 +72,7 @@ def _named(rows: pd.DataFrame, setting: str) -> pd.Series:
 
 
 def axes(results: pd.DataFrame) -> list[str]:
-    """Names of the axes over which the methods of a comparison can be drawn, the most telling one first.
+    """Names of the axes over which the methods of a comparison can be drawn, settings that vary first.
 
     Args:
         results: rows of one dataset and comparison, from `hloss.study.results.read_results`.
@@ -100,12 +100,12 @@ def metric_columns(results: pd.DataFrame) -> dict[str, dict[int | None, str]]:
 def curves(results: pd.DataFrame, axis: str, column: str) -> pd.DataFrame:
     """Points of the curves of a comparison: means over seeds with their spread.
 
-    Runs count with their longest length, except on the axis `LENGTH`.
+    The curves have the results at the longest length of each run, except on the axis `LENGTH`.
 
     Args:
         results: rows of one dataset and comparison, from `hloss.study.results.read_results`.
         axis: one of `axes`.
-        column: metric to draw, from `metric_columns`; the axes `OVER_K` and `ITERATION` have their own.
+        column: metric to draw, from `metric_columns`; ignored on the axes `OVER_K` and `ITERATION`.
 
     Returns:
         One row per point, in the order of the study, x ascending. Columns: curve (its name), x, mean, low, high (in %)
@@ -235,7 +235,7 @@ def open_gallery(dataset: Dataset, run: Mapping[str, Any]) -> Gallery | None:
 
 
 def stored_neighborhoods(run: Mapping[str, Any]) -> dict[int, Neighborhood]:
-    """The neighbourhoods that the results themselves contain: those of the same few queries for every run.
+    """The neighbourhoods that the results contain: those of a few queries, the same for every run.
 
     Args:
         run: a row of a complete run, from `hloss.study.results.read_results`.

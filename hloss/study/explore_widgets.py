@@ -91,7 +91,7 @@ def _row(*widgets: Any) -> HBox:
 
 
 def _offer(choice: Dropdown, options: Iterable[Any], wanted: Any = None) -> None:
-    """Set the options of a list. It keeps its value if that is an option; else it takes `wanted`, or the first."""
+    """Set the options of a list, and its value: the present one if it is an option, else `wanted`, else the first."""
     options = list(options)
     values = [option[1] if isinstance(option, tuple) else option for option in options]
     value = next((value for value in (choice.value, wanted) if value in values), values[0] if values else None)
@@ -100,7 +100,7 @@ def _offer(choice: Dropdown, options: Iterable[Any], wanted: Any = None) -> None
 
 
 class _Panel:
-    """Lists whose options depend on each other. `update` sets them from first to last, after a change of any."""
+    """Lists whose options depend on each other. After a change of any list, `update` sets the options of all."""
 
     def __init__(self, *lists: Dropdown) -> None:
         self._busy = False
@@ -109,7 +109,7 @@ class _Panel:
             choice.observe(lambda _: self.update(), "value")
 
     def update(self) -> None:
-        """Set options, and show what they choose; changes that this itself makes are ignored."""
+        """Set the options and show the chosen results; changes by this method do not call it again."""
         if not self._busy:
             self._busy = True
             try:
@@ -120,7 +120,11 @@ class _Panel:
                 self._busy = False
 
     def when_changed(self, call: Callable[[], None]) -> None:
-        """Call a function now and after every change."""
+        """Call a function now and after every change.
+
+        Args:
+            call: the function.
+        """
         self._calls.append(call)
         call()
 
@@ -137,7 +141,13 @@ class Choices(_Panel):
     """
 
     def __init__(self, study: str, dataset: str, comparison: str) -> None:
-        """Begin with these choices; an unknown name is replaced by the first known one."""
+        """Create the lists with these choices; an unknown name is replaced by the first known one.
+
+        Args:
+            study: name of a study with results.
+            dataset: name of a dataset of the study.
+            comparison: name of a comparison of the study.
+        """
         self.study, self.dataset, self.comparison = (
             _choice(name, "220px") for name in ("study", "dataset", "comparison")
         )
@@ -224,7 +234,7 @@ def _scale(axis: str, values: pd.Series) -> dict[str, Any]:
 
 
 def _traces(points: pd.DataFrame, axis: str) -> Iterable[go.Scatter]:
-    """A line with its band per curve; an interval where a curve has one point, or methods are the axis."""
+    """One line with a band per curve; one point with an interval if a curve has one point, or the axis is `METHOD`."""
     for number, (name, rows) in enumerate(points.groupby("curve", sort=False)):
         color = COLORS[number % len(COLORS)]
         bounds = {"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "symmetric": False}
@@ -283,7 +293,11 @@ class Neighbors(_Panel):
         choices.when_changed(self.update)
 
     def pick(self, query: int) -> None:
-        """Choose a query by its row in the dataset's index; it need not be in the list."""
+        """Choose a query, which need not be in the list.
+
+        Args:
+            query: row of the image in the dataset's index.
+        """
         self._picked, self._busy = query, True
         self.query.options = [*self.query.options, ("", query)]
         self.query.value, self._busy = query, False
@@ -318,7 +332,7 @@ class Neighbors(_Panel):
         return [of[method].loc[self.seed.value].to_dict() for method in (self.left.value, right)]
 
     def _queries(self, stored: list[int]) -> list[int]:
-        """Rows of the queries in the list: those with stored neighbours first, and others that the filter lets pass."""
+        """Rows of the queries in the list: those that pass the filter, first those with stored neighbours."""
         galleries = [gallery for gallery in self.galleries if gallery]
         if len(galleries) < 2:
             return stored
@@ -352,7 +366,7 @@ class Neighbors(_Panel):
 
 
 def _framed(image: np.ndarray, text: str, color: str, size: int) -> str:
-    """HTML of an image in a frame; a cross, not only the colour, says that it is a miss."""
+    """HTML of an image in a coloured frame; hits have a tick and misses a cross, too."""
     mark = {HIT: "✓", MISS: "✗"}.get(color, "")
     badge = f"position:absolute;right:0;bottom:0;background:{color};color:white;padding:0 4px;font-size:12px"
     pixels = f"width:{size}px;height:{size}px;object-fit:contain;image-rendering:pixelated;display:block"
@@ -488,7 +502,7 @@ class Map:
 
 
 def _map_traces(places: list[np.ndarray]) -> Iterable[go.Scatter]:
-    """Traces of a map at the given places; those above the points take no part in hovering."""
+    """Traces of a map at the given places; the marks above the points do not react to the mouse."""
     ring = {"symbol": "circle-open", "line": {"width": 2}}
     markers: list[dict[str, Any]] = [
         {"color": POSITIVE, "size": 5, "opacity": 0.6},

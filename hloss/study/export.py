@@ -21,8 +21,8 @@ from hloss.study.results import read_history
 from hloss.study.spec import Study, StudyRun, load_study
 from hloss.study.tuning import resolve_tuning
 
-MOST_VALUES = 1000  # that MLflow takes in one request
-MOST_LETTERS = 500  # of a setting in MLflow
+MOST_VALUES = 1000  # values in one request to MLflow
+MOST_LETTERS = 500  # characters of a setting in MLflow
 
 
 class ExportedRun(NamedTuple):
@@ -30,7 +30,7 @@ class ExportedRun(NamedTuple):
 
     Attributes:
         run_id: id of the run.
-        name: its methods, dataset and seed, for a reader.
+        name: its methods, dataset and seed as text.
         settings: the settings of the run.
         metrics: test metrics as fractions, with `validation_recall@1` and `training_seconds`.
         history: one row per iteration: `iteration`, and numbers that are NaN where nothing was measured.
@@ -51,7 +51,7 @@ class ExportedRun(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """What is exported of a study: its name, its complete runs, and its figures (PNG files)."""
+    """The exported data of a study: its name, its complete runs, and its figures (PNG files)."""
 
     study: str
     runs: list[ExportedRun]
@@ -102,7 +102,7 @@ def export_csv(exported: Exported, out: Path) -> None:
     """Write runs.csv, one row per run with settings and metrics, and history.csv, one row per run and iteration.
 
     Args:
-        exported: runs to export; the figures are files already.
+        exported: runs to export; the figures are not copied.
         out: an existing folder.
     """
     runs = exported.runs
@@ -175,7 +175,7 @@ def export_mlflow(exported: Exported, out: Path) -> None:
 
 
 def _mlflow_name(name: str) -> str:
-    """MLflow allows no @ in names."""
+    """A name without @, which MLflow does not allow."""
     return name.replace("@", "_at_")
 
 
@@ -192,13 +192,13 @@ def export(study: Study, to: str, out: Path) -> int:
     Args:
         study: with its tuning resolved.
         to: "tensorboard", "mlflow" or "csv".
-        out: folder to write; it must not exist or be empty.
+        out: folder to write; it must be empty or missing.
 
     Returns:
         Number of runs exported.
 
     Raises:
-        ConfigError: no run is complete, the folder is not empty, or the tracker is not installed.
+        ConfigError: no run is complete, `out` is not an empty folder, or the package of `to` is not installed.
     """
     runs = exported_runs(study)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -1,6 +1,6 @@
 """The index page of a study: its runs, their state and their validation curves, as one HTML file that reloads itself.
 
-It is a file: a browser opens it on this machine, or on the login node of a cluster, without a server.
+A browser opens the file without a server, on this machine or on the login node of a cluster.
 """
 
 import html
@@ -19,7 +19,7 @@ from hloss.study.spec import Study, StudyRun
 RELOAD_SECONDS = 10
 COLORS = ("#4477aa", "#cc6677", "#228833", "#b8860b", "#66ccee", "#aa3377", "#777777", "#ee7733")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 280, 56, 18, 34  # of the chart, in pixels
-PACE_RUNS = 5  # complete runs from which the time left follows
+PACE_RUNS = 5  # least number of complete runs to estimate the time left by their pace
 STATES = {"complete": "complete", "failed": "failed", "stopped": "stopped", "running": "at work", "to do": "to do"}
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --line: #bbb; --soft: #595959; --bad: #b00020;
@@ -57,12 +57,12 @@ a { color: inherit; }
 
 
 class RunState(NamedTuple):
-    """What the page shows of a run.
+    """State of a run, as the page shows it.
 
     Attributes:
         run: the run.
         state: "complete", "running", "failed", "stopped" or "to do".
-        message: why it failed or stopped.
+        message: reason why it failed or stopped; otherwise empty.
         progress: content of its progress.json, empty before its first validation.
         result: content of its result.json; None before its end.
     """
@@ -75,13 +75,13 @@ class RunState(NamedTuple):
 
 
 class IndexPage:
-    """Writes `runs/STUDY/index.html`. Complete runs are read once.
+    """Writer of `runs/STUDY/index.html`, which reads each complete run once.
 
     Args:
         study: the study with its known runs.
 
     Attributes:
-        outdated: whether the next `write_if_due` writes the page whatever its age.
+        outdated: whether the next `write_if_due` writes the page regardless of its age.
     """
 
     def __init__(self, study: Study) -> None:
@@ -120,7 +120,7 @@ class IndexPage:
         return self.complete[folder]
 
     def _seconds_left(self, states: Sequence[RunState]) -> float | None:
-        """Estimate the time left: by the pace since the first page once enough runs are complete, else by training."""
+        """Estimate the time left by the runs completed since the first page, or by `seconds_left` if they are few."""
         count = Counter(s.state for s in states)
         if self.complete_at_start is None:
             self.complete_at_start = count["complete"]
@@ -142,7 +142,7 @@ def read_state(run: StudyRun) -> RunState:
         return RunState(run, "complete", "", progress, result)
     at_first = "running" if (folder / "run.log").exists() else "to do"  # the log begins before the status
     status = read_status(folder) or {"state": at_first, "message": ""}
-    state = "running" if status["state"] == "complete" else status["state"]  # its result is about to be written
+    state = "running" if status["state"] == "complete" else status["state"]  # its result is not yet written
     return RunState(run, state, status["message"], progress, None)
 
 
@@ -203,7 +203,10 @@ def _color(state: str) -> str:
 
 
 def seconds_left(states: Sequence[RunState]) -> float | None:
-    """Estimate the training time left: that of the runs at work now, and the mean of complete runs for each run to do.
+    """Estimate the training time left.
+
+    The times left of the runs at work, and the mean time of complete runs for each run to do, are added and divided by
+    the number of runs at work.
 
     Args:
         states: states of all runs of a study.
@@ -235,7 +238,7 @@ def _link(state: RunState, file: str, text: str, folder: Path) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; columns whose title ends with " #" hold numbers. Nothing if there is no row."""
+    """An HTML table; titles of numeric columns end with " #". The text is empty without rows."""
     if not rows:
         return ""
     numeric = [' class="number"' * name.endswith(" #") for name in columns]

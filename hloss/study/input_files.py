@@ -1,6 +1,6 @@
-"""Read files that people write or pass on: YAML, CSV and tables of results in Parquet.
+"""Read files that users write or share: YAML, CSV and tables of results in Parquet.
 
-Every error names the file, the line or the setting, its value, and what is allowed.
+Every error names the file, the line or the setting, its value, and the allowed values.
 """
 
 import re
@@ -166,7 +166,7 @@ def checked(model: type[Model], content: object, where: str, prefix: str = "") -
         model: the settings, with strict types and without extra settings.
         content: a mapping from `read_yaml`.
         where: file, or file and part of it, with which an error begins.
-        prefix: what the settings belong to, such as "resources.".
+        prefix: text before the names of the settings in an error, such as "resources.".
 
     Raises:
         ConfigError: settings are missing, unknown or out of range; the message lists each with its value and the

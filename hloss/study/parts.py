@@ -60,8 +60,9 @@ def merged_parts(results: Path) -> pd.DataFrame:
         row per length, with all of its comparisons. Parts with comparisons between losses come first, others by name.
 
     Raises:
-        ConfigError: if there is no part; if several versions of torch made the parts, or several versions of the code
-            of which none was compared with all parts by `make verify`; or if a run differs between two parts.
+        ConfigError: if there is no part; if several versions of torch made the parts; if several versions of the code
+            made them, and `make verify` has not compared one version with all parts; or if a run differs between two
+            parts.
     """
     tables = {file: read_table(file) for file in parts_of(results)}
     if not tables:
@@ -90,7 +91,7 @@ def _check_torch(tables: dict[Path, pd.DataFrame]) -> None:
 
 
 def _check_code(tables: dict[Path, pd.DataFrame]) -> None:
-    """Refuse parts unless one version of the code made each part, or repeated runs of it with equal results."""
+    """Refuse parts unless there is one version of the code that made or verified each of them."""
     compared = {file: set(table["code_sha256"]) for file, table in tables.items()}
     made = set().union(*compared.values())
     accepted = {file: set(codes) if len(codes) == 1 else set() for file, codes in compared.items()}

@@ -63,9 +63,9 @@ class Need:
         memory: memory in GiB: of the GPU if measured on one, else main memory.
         disk: disk in GiB.
         on_gpu: whether the run uses a GPU.
-        source: where the cost was measured, or that the study requests it.
+        source: where the cost was measured or estimated, or that it is the request of the study.
         measured: whether the cost was measured.
-        remark: warnings.
+        remark: warnings about insufficient resources, or "".
     """
 
     hours: float
@@ -190,9 +190,9 @@ def gpu_hours_text(planned: list[PlannedRun], throughput: Throughput) -> str:
 def need_of_run(
     run: StudyRun, left: int, gpus: int | None, costs: dict[CostKey, Cost], throughput: Throughput | None = None
 ) -> Need:
-    """Compute what a run needs for its remaining iterations.
+    """Compute the time, memory and disk that a run needs for its remaining iterations.
 
-    A run without training needs the memory and disk of a run that trains.
+    If the cost of runs without training is not known, that of trained runs is used.
 
     Args:
         run: the run.
@@ -200,6 +200,9 @@ def need_of_run(
         gpus: as in `plan_runs`.
         costs: as in `plan_runs`.
         throughput: as in `plan_runs`.
+
+    Returns:
+        The need: measured, else estimated from `throughput`, else as the study requests.
     """
     key = cost_key(run, gpus)
     *settings, _, device = key
@@ -257,8 +260,8 @@ def run_state(run: StudyRun, stale: bool) -> tuple[str, int | None]:
         stale: whether its result is stale.
 
     Returns:
-        The state, and the largest possible number of remaining iterations (`refit` can double it; None: the run is
-        done).
+        The state of `PlannedRun`, and the largest possible number of remaining iterations, which `refit` doubles; None
+        for a run that is done.
     """
     trainings = 2 if run.config.refit else 1
     if stale:

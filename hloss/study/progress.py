@@ -17,7 +17,7 @@ from hloss.study.spec import Study, StudyRun
 class Progress:
     """Print a line when a run starts, stops, fails or is complete, and keep the study's index page up to date.
 
-    Call the object about every second.
+    Call the object every second while the study runs.
 
     Args:
         study: the study with its known runs.
@@ -71,7 +71,7 @@ class Progress:
             self._print(f"{word:>8}  {self._name(run)}{': ' * bool(status['message'])}{status['message']}")
 
     def _move_bars(self) -> None:
-        """In a terminal, one line per run at work."""
+        """Update one line per run at work; only in a terminal."""
         if self.bars is None:
             return
         at_work = {folder: run for run, folder in self.todo if self.seen[folder][1] == "running"}

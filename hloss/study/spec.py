@@ -21,10 +21,10 @@ A file looks like this::
                                                   # on the validation classes is run with every seed; a grid
                                                   # whose best is at an edge is extended (hloss.study.tuning)
 
-A run that belongs to several comparisons is run once. A run that is as long as one of the lengths in `report_at` of
-another run with its settings is not run: its result is that of the other run at this length. A grid chooses at each
-length, so a tuned method can have other settings after 200 iterations than after 2,000. A run of several studies is
-written to the folder of the study that the others extend or include. `load_study` reads only the YAML files;
+A run that belongs to several comparisons is run once. A run is left out if a longer run with the same settings reports
+at its length (`report_at`): the result of the longer run at this length is used. A grid chooses at each length, so a
+tuned method can have other settings after 200 iterations than after 2,000. A run of several studies is written to the
+folder of the study that the others extend or include. `load_study` reads only the YAML files;
 `hloss.study.tuning.resolve_tuning` reads from results which settings a grid chose.
 """
 
@@ -70,7 +70,7 @@ class _Strict(BaseModel):
 
 
 class _OwnRuns(_Strict):
-    """A study with runs of its own."""
+    """The file of a study that neither includes nor extends others."""
 
     title: str
     seeds: Seeds
@@ -82,14 +82,14 @@ class _OwnRuns(_Strict):
 
 
 class _Including(_Strict):
-    """A study that includes others."""
+    """The file of a study that includes others."""
 
     title: str
     include: Annotated[list[str], Field(min_length=1)]
 
 
 class _Extending(_Strict):
-    """A study that extends another."""
+    """The file of a study that extends another."""
 
     title: str
     extends: str
@@ -135,7 +135,7 @@ class Resources(_Strict):
         return value
 
     def gpu_slots(self, alone: bool) -> int:
-        """Slots of this machine's GPUs, of which each has SLOTS.
+        """Number of slots of this machine's GPUs that the run takes; a whole GPU has `SLOTS`.
 
         Args:
             alone: the run shares no GPU.
@@ -143,10 +143,13 @@ class Resources(_Strict):
         return self.gpus * SLOTS // (1 if alone else self.runs_per_gpu)
 
     def slurm_gpus(self, alone: bool) -> tuple[int, str]:
-        """Whole GPUs and generic resources for a job of Slurm, one of them 0 or empty.
+        """Resources of a Slurm job: whole GPUs, or parts of a GPU.
 
         Args:
             alone: as in `gpu_slots`.
+
+        Returns:
+            Number of whole GPUs and "", or 0 and the generic resource, as in "shard:2".
         """
         if alone or self.runs_per_gpu == 1 or not (self.gpus and self.gpu_parts):
             return self.gpus, ""
@@ -189,7 +192,11 @@ class StudyRun:
     only_at: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def lengths_in(self, comparison: str) -> tuple[int, ...]:
-        """Lengths at which the run belongs to a comparison, in iterations."""
+        """Lengths at which the run belongs to a comparison, in iterations.
+
+        Args:
+            comparison: name of the comparison.
+        """
         return self.only_at.get(comparison, self.config.lengths)
 
     @property
@@ -203,14 +210,14 @@ class StudyRun:
         return f"{self.method}, seed {self.config.seed}"
 
     def needs_own_gpu(self) -> bool:
-        """Whether its last attempt ran out of the memory of a GPU, so that the next attempt shares none."""
+        """Whether its last attempt ran out of GPU memory, so that the next one gets a GPU of its own."""
         status = read_status(self.config.folder) or {}
         return status.get("message", "").startswith(GPUMemoryError.__name__)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What an entry with `tune` chooses from.
+    """The grid of an entry with `tune`.
 
     Attributes:
         axes: values of each setting in the file.
@@ -350,7 +357,8 @@ def load_study(name: str, folder: Path = STUDIES) -> Study:
         The study; settings to be chosen by a grid are open.
 
     Raises:
-        ConfigError: if the study or a setting is unknown or out of range; the message names the file and the run.
+        ConfigError: if the study or a setting is unknown or out of range, or a method has two settings in a
+            comparison; the message names the file and the run.
     """
     study = _load(name, folder, ())
     _refuse_ambiguous(study)

@@ -2,9 +2,9 @@
 
 A grid is extended if it chooses the smallest or largest value of a numeric setting at one of the lengths. It gets the
 next value in this direction, in all combinations with the other settings, and chooses again: at most `EXTENSIONS`
-times. The rule is the same for all losses: the next value continues the last two steps of the grid (`next_value`). The
-choice of the grid in the file is run with every seed, too, so that verdicts with and without extensions can be
-compared.
+times. The next value continues the last two steps of the grid (`next_value`); the rule is the same for all losses. The
+first choice, from the grid without extensions, is also run with every seed, so that verdicts with and without
+extensions can be compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ def _chosen(runs: tuple[StudyRun, ...], report: Callable[[str], None]) -> dict[i
 def first_of_the_best(
     grid: Sequence[StudyRun], recalls: Sequence[float | None], report: Callable[[str], None]
 ) -> StudyRun:
-    """Choose the run of a grid with the highest validation Recall@1, the first of equal ones.
+    """Choose the run of a grid with the highest validation Recall@1; of several, the first.
 
     Args:
         grid: the runs of a grid in the order of the study's file.
@@ -108,7 +108,7 @@ def first_of_the_best(
 
 
 def wider_axes(grid: Grid, axes: dict[str, list[Any]], chosen: list[RunConfig]) -> dict[str, list[Any]]:
-    """The axes of a grid, with the next value at each edge that was chosen; a value that no run can have is left out.
+    """The axes of a grid with the next value at each edge that was chosen, unless runs cannot have this value.
 
     Args:
         grid: the grid, which says whether runs can have a value.

@@ -25,18 +25,15 @@ from hloss.study.parts import parts_of
 from hloss.study.results import MADE_BY, OF_QUERIES, reported, result_rows
 from hloss.study.verified import DIFFERENT, RESULTS, is_confirmed, read_verified, verified_file
 
-# Processors round differently, and training amplifies that. 25 runs of the glyphs study (200 iterations, one 800) were
-# repeated on another processor: Recall@1 changed by 0.7 points (root mean square), and no fraction by more than 2.0.
-# Another seed changes Recall@1 by 1.8 points (root mean square).
+# Processors round differently, and training amplifies these differences. 25 runs of the glyphs study (24 of 200
+# iterations, one of 800) were repeated on another processor: Recall@1 changed by 0.7 points (root mean square), and no
+# fraction by more than 2.0. Another seed changes Recall@1 by 1.8 points (root mean square).
 TOLERANCE_POINTS = 4.0
 EXACT, CLOSE = "bit for bit", f"within {TOLERANCE_POINTS:g} points"
 OF_THE_STUDY = {"title", "comparison", "method", "place", "run_id", "split", "length"}
 NOT_COMPARED = {*MADE_BY, *RunConfig.model_fields, *OF_THE_STUDY, "training_seconds"}
-ROUNDING_DECIDES = (
-    "chosen_iteration",
-    "still_improving",
-    "panel",
-)  # rounding can change these, and columns of several numbers
+# Rounding can change these columns and those of several numbers by any amount.
+ROUNDING_DECIDES = ("chosen_iteration", "still_improving", "panel")
 
 
 def verify(results: Path, n: int = 5, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:

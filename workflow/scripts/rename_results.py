@@ -1,7 +1,7 @@
 """`python workflow/scripts/rename_results.py RESULTS.parquet [--title TITLE]`: rename settings in a table of results.
 
-For results that were made before settings were renamed (CHANGELOG.md lists the names), or whose study has a new title.
-Values, run ids, code hashes and commits do not change. So the outcome of verified runs, beside the table, stays valid.
+Use it for results from before settings were renamed (CHANGELOG.md lists the names), or for a new title of the study.
+Values, run ids, code hashes and commits do not change, so the verified.json beside the table stays valid.
 """
 
 import argparse
@@ -44,6 +44,9 @@ def renamed(table: pd.DataFrame, title: str | None = None) -> pd.DataFrame:
     Args:
         table: a table of results.
         title: new title of the study; None: the title stays.
+
+    Returns:
+        The renamed table.
     """
     panels = table["panel"].map(_renamed_panel, na_action="ignore")
     table = table.rename(columns=OLD_NAMES).assign(panel=panels)

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-UNUSED_FORMATS = ("rfc3987_syntax", "isoduration")  # of JSON: no notebook has them, and their import takes a second
+# Formats of JSON Schema that notebooks do not have; their import takes a second.
+UNUSED_FORMATS = ("rfc3987_syntax", "isoduration")
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     sys.modules.update(dict.fromkeys(UNUSED_FORMATS))  # type: ignore[arg-type]  # None: as if not installed
     from hloss.study.jupyter_kernels import NOTEBOOK_IMPORTS, prepare_kernel
 
-    prepare_kernel(NOTEBOOK_IMPORTS)  # it gets ready while this process imports the rest
+    prepare_kernel(NOTEBOOK_IMPORTS)  # the kernel starts while this process imports the rest
     from hloss.runs.errors import ConfigError, RunError
     from hloss.study.notebooks import execute_report, execute_run, stop_on_signals
     from hloss.study.processes import end_with_parent

@@ -31,7 +31,19 @@ def main() -> None:
 
 
 def verify_file(file: Path, runs: int, seed: int) -> str:
-    """Verify one table; returns the runs that differ as text, or ""."""
+    """Verify one table.
+
+    Args:
+        file: a results.parquet or a part.
+        runs: number of runs to repeat.
+        seed: seed of the random draw of these runs.
+
+    Returns:
+        The runs that differ as text, or "".
+
+    Raises:
+        SystemExit: the table cannot be verified; the message says why.
+    """
     try:
         verified = verify(file, runs, seed, lambda line: print(line, flush=True))
     except (ConfigError, DatasetError, RunError) as error:

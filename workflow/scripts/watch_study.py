@@ -12,7 +12,7 @@ from hloss.study.tuning import resolve_tuning
 
 
 def main() -> None:
-    """Write the index page of a study, again and again."""
+    """Write the index page of a study once, or every `RELOAD_SECONDS`."""
     parser = argparse.ArgumentParser(prog="workflow/scripts/watch_study.py", description=__doc__)
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
     parser.add_argument("--once", action="store_true", help="write the page once")
