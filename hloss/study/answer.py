@@ -41,11 +41,20 @@ class Ranking(NamedTuple):
     runs: pd.DataFrame
 
     def of(self, method: str) -> pd.DataFrame:
-        """The runs of a method."""
+        """The runs of a method.
+
+        Args:
+            method: a method of `rows`.
+        """
         return self.runs[self.runs["method"] == method]
 
     def difference(self, a: str, b: str) -> Estimate:
-        """Recall@1 of one method minus that of another, in points."""
+        """Recall@1 of one method minus that of another, in points.
+
+        Args:
+            a: a method of `rows`.
+            b: the method that is subtracted.
+        """
         return paired_difference(self.of(a), self.of(b))
 
 

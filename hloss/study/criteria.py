@@ -99,27 +99,63 @@ def above(label: str, difference: Estimate, margin: float) -> Part:
 
 
 def equivalent(label: str, difference: Estimate, margin: float) -> Part:
-    """Apply the criterion `equivalent`; arguments and result are as in `above`."""
+    """Apply the criterion `equivalent` of the module's docstring.
+
+    Args:
+        label: as in `above`.
+        difference: a minus b.
+        margin: largest negligible difference, in the unit of the difference.
+
+    Returns:
+        The part with its p values.
+    """
     p_holds, p_refuted = difference.p_within(margin), difference.p_outside(margin)
     return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, margin))
 
 
 def not_below(label: str, difference: Estimate, margin: float) -> Part:
-    """Apply the criterion `not_below`; arguments and result are as in `above`."""
+    """Apply the criterion `not_below` of the module's docstring.
+
+    Args:
+        label: as in `above`.
+        difference: a minus b.
+        margin: largest negligible difference, in the unit of the difference.
+
+    Returns:
+        The part with its p values.
+    """
     p_refuted = min(1.0, 2 * difference.p_below(-margin))
     p_holds = difference.p_above(-margin)
     return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, inf))
 
 
 def no_gain(label: str, difference: Estimate, margin: float) -> Part:
-    """Apply the criterion `no_gain`; arguments and result are as in `above`."""
+    """Apply the criterion `no_gain` of the module's docstring.
+
+    Args:
+        label: as in `above`.
+        difference: a minus b.
+        margin: largest negligible difference, in the unit of the difference.
+
+    Returns:
+        The part with its p values.
+    """
     p_refuted = min(1.0, 2 * difference.p_above(margin))
     p_holds = difference.p_below(margin)
     return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-inf, margin))
 
 
 def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
-    """Apply the criterion `less_overlap`; arguments and result are as in `above`, and the margin is ignored."""
+    """Apply the criterion `less_overlap` of the module's docstring.
+
+    Args:
+        label: as in `above`.
+        difference: a minus b, in % of the mass.
+        margin: ignored.
+
+    Returns:
+        The part with its p values.
+    """
     p_below, p_above = (min(1.0, 2 * p) for p in (difference.p_below(0), difference.p_above(0)))
     return Part(label, difference, p_below, p_above, unit="% of the mass", holds=(-inf, 0))
 

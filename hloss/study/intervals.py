@@ -45,7 +45,14 @@ class Scale:
         self.low, self.high = low - space, high + space
 
     def place(self, value: float) -> float:
-        """The place of a value, in [0, 100]."""
+        """The place of a value.
+
+        Args:
+            value: the value; one outside of the scale gets the place of the nearest end.
+
+        Returns:
+            Percent of the width, in [0, 100].
+        """
         clipped = min(max(value, self.low), self.high)
         return round(100 * (clipped - self.low) / (self.high - self.low), 2)
 

@@ -45,7 +45,15 @@ def update_readme(readme: Path, folder: Path, check: bool = False) -> bool:
 
 
 def with_section(text: str, section: str) -> str:
-    """The text with `section` between the markers. ConfigError unless each marker occurs once, in this order."""
+    """The text of a README with another results section.
+
+    Args:
+        text: the README, with the markers `BEGIN` and `END`.
+        section: the new section, without the markers.
+
+    Raises:
+        ConfigError: unless each marker occurs once, in this order.
+    """
     parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", text)
     if parts[1::2] != [BEGIN, END]:
         raise ConfigError(f"the README must contain the markers once each, in this order: {BEGIN} and {END}")
@@ -59,7 +67,7 @@ def results_section(folder: Path) -> str:
         folder: folder with results.parquet and claims.csv.
 
     Raises:
-        ConfigError: if the results are of other data than `DATASET`.
+        ConfigError: if a file is missing, or the results are of other data than `DATASET`.
     """
     results = read_results(folder / "results.parquet")
     datasets = sorted(results["dataset"].unique())
@@ -131,7 +139,11 @@ def _cell(verdicts: pd.DataFrame) -> str:
 
 
 def typeset(evidence: str) -> str:
-    """A part of the evidence with real minus signs, and with the unit of its difference."""
+    """A part of the evidence with typographic minus signs, and with the unit of its difference.
+
+    Args:
+        evidence: the column decisive of `hloss.study.claims.judge`.
+    """
     unit = "% of the mass" if evidence.startswith("overlap") else "points"
     evidence = re.sub(r"(: [+-]\d+\.\d)(?= \()", rf"\1 {unit}", evidence)
     return re.sub(r"(?<!\S)-(?=\d)", "−", evidence)

@@ -435,6 +435,10 @@ def _read_yaml(name: str, folder: Path, where: str, may_be_combined: bool = True
 def _load_entry(file: StudyFile, entry: Any, number: int) -> Entry:
     name = entry.get("name", number) if isinstance(entry, dict) else number
     checked(_Runs, entry, f"{file.path}, run {shown(name)}")
+    for axis in entry["set"].keys() & (entry.get("cross") or {}).keys():
+        raise ConfigError(
+            f"{file.path}, run {entry['name']!r}: {axis} must be in set or in cross: got both; remove one of the two"
+        )
     seeds = entry.get("seeds") or file.content["seeds"]
     return _tuned_entry(file, entry, seeds) if entry.get("tune") else Entry(_crossed_runs(file, entry, seeds))
 

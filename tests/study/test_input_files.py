@@ -102,6 +102,11 @@ CASES = [
     ("study", lambda t: t.replace("{loss: histogram}", "[loss]"), r"run 'a': set: got \['loss'\]; must be a mapping"),
     ("study", lambda t: t + "    cross: {n_bins: 5}\n", f"run 'a': cross.n_bins: got 5; {LIST}"),
     ("study", lambda t: t + "    cross: {n_bins: []}\n", rf"cross.n_bins: got \[\]; {LIST} of at least one value"),
+    (
+        "study",
+        lambda t: t + "    cross: {loss: [lifted]}\n",
+        "run 'a': loss must be in set or in cross: got both; remove",
+    ),
     ("study", lambda t: t + "    seeds: 1\n", f"run 'a': seeds: got 1; {LIST}"),
     ("study", lambda t: t + "    tune: maybe\n", "run 'a': tune: got 'maybe'; must be true or false"),
     ("study", lambda t: t + "    tune: true\n", "tuning_seed .*: got nothing; add the line `tuning_seed: NUMBER`"),
