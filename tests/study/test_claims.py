@@ -375,7 +375,7 @@ def test_compares_table_1_with_its_own_values_only(dataset, offsets, expected):
     splits = [f"cuhk03-{i}" for i in range(1, 6)] if dataset == "cuhk03" else [dataset] * 5
     (row,) = judge(of_table(dataset, protocol, offsets, splits), claims=[claim(**TABLE)]).to_dict("records")
     assert row["verdict"] == expected
-    assert row["evidence"].count("minus the published") == 5  # and not those of the authors' notebook
+    assert row["evidence"].count("minus the published") == 5  # the values of the authors' notebook are left out
     other = judge(of_table(dataset, "another protocol", offsets, splits), claims=[claim(**TABLE)])
     assert other["verdict"].tolist() == ["not run"]
 

@@ -35,7 +35,7 @@ def test_count_of_gpus_leaves_cuda_of_this_process_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
     assert usable_gpus() == 3
     assert not asked
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)  # this process has asked before
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)  # as in a child of a process that uses CUDA
     assert usable_gpus() == 3
     assert asked
 
@@ -64,7 +64,7 @@ def test_run_on_two_gpus_locks_both_or_none(two_gpus):
         waiting.start()
         assert not got.wait(0.2)
         held = own_devices(1)
-        with held as other:  # the one that waits lets go of it between two looks
+        with held as other:  # the waiting thread releases GPU 1 between its attempts
             assert other == ["1"]
     waiting.join(10)
     assert got.is_set()

@@ -189,7 +189,7 @@ def test_intervals_cover_and_tests_err_as_stated(n, is_shared, effects):
 
 
 def test_seeds_alone_do_not_cover_if_they_share_their_test_classes():
-    """The simulation can fail: intervals over five seeds that leave out the classes cover too little."""
+    """Intervals over five seeds that leave out the classes have too low coverage, so the simulation can fail."""
     found = drawn(np.random.default_rng(5), EFFECTS[3], 5, True, 1_000).mean(2)
     half = stats.t.ppf(0.975, 4) * stats.sem(found, axis=1)
     assert np.mean(abs(found.mean(1)) <= half) < 0.7

@@ -1,4 +1,4 @@
-"""What the methods of a comparison differ in: lines of levels, grids, categories, and scales."""
+"""Settings in which the methods of a comparison differ: lines of levels, grids, categories, and scales."""
 
 import numpy as np
 import pandas as pd
@@ -83,7 +83,7 @@ def test_three_lines_make_a_grid_and_a_setting_without_meaning_has_no_level():
 def test_two_numbers_make_a_grid_over_the_one_with_more_levels():
     pairs = [(f"histogram, batch_size {b}, n_bins {n:g}", {"batch_size": b, "n_bins": n})
              for b in (32, 128) for n in (25.0, 200.0, 800.0)]  # fmt: skip
-    for given in (pairs, pairs[1:]):  # with a gap
+    for given in (pairs, pairs[1:]):  # pairs[1:] lacks one cell of the grid
         found = levels_of(table_of(*given))
         assert (found.kind, found.setting, found.other) == (GRID, "n_bins", "batch_size")
         assert found.places["line"].unique().tolist() == ["32", "128"]

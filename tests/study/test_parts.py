@@ -1,4 +1,4 @@
-"""Parts of a table of results: what is merged and what is refused."""
+"""Parts of a table of results: merged and refused parts."""
 
 import runpy
 import shutil

@@ -107,7 +107,7 @@ def test_shorter_lengths_are_lines_of_their_own(levels):
     (axes,) = plots.comparison("bins", levels, summary(levels, ["recall@1"]), of_lengths).axes
     a, b = drawing.COLORS[:2]
     lines = drawn_lines(axes)
-    assert len(lines) == 4  # not those of the length above that of the results
+    assert len(lines) == 4  # lengths beyond the results are not drawn
     assert lines[a, "-"] == [[25, 12], [50, 21.5], [100, 32]]
     assert lines[a, "--"] == [[25, 7], [50, 16.5], [100, 27]]
     assert lines[b, "--"] == [[25, 0], [50, 1], [100, 3]]
@@ -253,7 +253,7 @@ def test_recall_curves_show_mean_and_range_over_seeds(recalls):
     band = axes.collections[0].get_paths()[0].vertices
     assert {(1, 10), (1, 20), (10, 30), (10, 50)} <= {tuple(map(int, vertex)) for vertex in band}
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "10"]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["b", "a"]  # as high as at the right
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["b", "a"]  # in the order of their right ends
 
 
 def test_published_values_are_stars_in_the_color_of_their_method(recalls):

@@ -273,7 +273,7 @@ def test_results_stand_in_the_order_of_the_study(study):
     text["runs"].append(
         {"name": "histogram", "comparison": "bins", "set": {"loss": "histogram"}, "cross": {"n_bins": [10, 20]}}
     )
-    loaded = study.load()  # its first run, with 20 bins, stands in both
+    loaded = study.load()  # the run with 20 bins belongs to both comparisons
     for r in loaded.runs:
         run(r.config, lambda line: None)
     collect(loaded).to_parquet(folder / "results.parquet")
@@ -293,12 +293,12 @@ def test_runs_that_choose_are_not_trained_again_on_all_classes(study):
         run(r.config, lambda line: None)
     for r in (known := resolve_tuning(loaded)).runs:
         run(r.config, lambda line: None)
-    table = collect(known)  # trained on other classes than those that choose, and not refused for it
+    table = collect(known)  # `trained_on` may differ between runs of a grid and others
     assert table[table["seed"] == 9]["trained_on"].unique().tolist() == ["training classes"]
     table.to_parquet(study[1] / "results.parquet")
     (chosen,) = chosen_settings(read_results(study[1] / "results.parquet")).to_dict("records")
     assert re.fullmatch(r"n_bins (20|50)", chosen["chosen"])
-    assert chosen["at an edge of its grid"] == "n_bins"  # of two values both are
+    assert chosen["at an edge of its grid"] == "n_bins"  # both of two values are edges
 
 
 def test_rows_of_a_length_are_those_of_a_shorter_study(study):

@@ -1,4 +1,4 @@
-"""Starts of a study: what is refused, what is run again, and what is printed at the end."""
+"""Starts of a study: refusals, repeated runs, and the printed results."""
 
 import re
 

@@ -85,4 +85,4 @@ def test_job_names_tell_studies_and_clones_apart(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names |= {slurm_queue.job_prefix("quick"), slurm_queue.job_prefix("x" * 100)}
     assert len(names) == 4
-    assert all(re.fullmatch("[A-Za-z0-9_-]{1,50}", name) for name in names)  # what the Slurm plugin accepts
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,50}", name) for name in names)  # names that the Slurm plugin accepts

@@ -1,4 +1,4 @@
-"""Tuned entries of studies: what waits, and what their grids choose."""
+"""Tuned entries of studies: waiting runs, and the choices of grids."""
 
 import json
 import math

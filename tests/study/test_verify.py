@@ -1,4 +1,4 @@
-"""Results are verified by repeating runs: what is equal, what may differ on another machine, what is refused."""
+"""Verification of results by repeated runs: equal values, tolerance on other machines, and refusals."""
 
 import json
 import subprocess
