@@ -213,8 +213,8 @@ def need_of_run(
         source = f"{ESTIMATED} for {throughput.card}, without validations"
         return Need(left * estimate / 3600, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
     if cost is None:
-        device_of_request = "for a GPU" if run.resources.gpus and not on_gpu else ""  # on a CPU it takes longer
-        source = f"not measured on {device}: requested by the study {device_of_request}".rstrip()
+        of_gpu = " for a GPU" if run.resources.gpus and not on_gpu else ""  # on a CPU the run takes longer
+        source = f"not measured on {device}; the study requests this{of_gpu}"
         hours = run.resources.hours if left else 0.0
         return Need(hours, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
     hours, memory = left * cost.seconds / 3600, cost.memory_mib / 1024
@@ -241,9 +241,9 @@ def total_text(needs: list[Need]) -> str:
             guesses[need.source].append(need)
     for source, asked in guesses.items():
         most = "about" if source.startswith(ESTIMATED) else "at most"
-        lines.append(f"{len(asked)} runs {source}, {most} {_hours_and_memory(asked)}.")
+        lines.append(f"{len(asked)} run{'s' * (len(asked) > 1)} {source}: {most} {_hours_and_memory(asked)}.")
     if guesses:
-        lines.append("One complete run of each kind measures its cost.")
+        lines.append("The first complete run of each kind measures its cost.")
     return "\n\n".join(lines)
 
 
