@@ -8,10 +8,10 @@ a mean over n seeds and m classes is then that of a crossed random-effects desig
     V = S / n + max(0, C / m - E / (n m)),
 
 with the variances S of the means of seeds, C of the means of classes, and E of the residuals (Searle, Casella &
-McCulloch, Variance Components, 1992, chapter 4). The mean divided by its error is compared with
-two t distributions, with n - 1 and with m - 1 degrees of freedom: its tail probability is the mean of theirs, weighted
-by the two parts of V. tests/study/test_estimates.py checks coverage and error rates in simulations. Intervals with the
-degrees of freedom of Satterthwaite (1946) had too low coverage there.
+McCulloch, Variance Components, 1992, chapter 4). The mean divided by its error is compared with two t distributions,
+with n - 1 and with m - 1 degrees of freedom: its tail probability is the mean of theirs, weighted by the two parts of
+V. tests/study/test_estimates.py checks coverage and error rates in simulations. Intervals with the degrees of freedom
+of Satterthwaite (1946) had too low coverage there.
 """
 
 import math

@@ -118,8 +118,8 @@ def read_csv(file: Path, columns: Collection[str], numbers: Collection[str] = ()
         )
     for name in numbers:
         values = pd.to_numeric(table[name], errors="coerce")
-        for row in table.index[~np.isfinite(values)]:
-            raise ConfigError(f"{file}, line {row + 2}: {name}: got {table[name][row]!r}; must be a number")
+        if len(wrong := table.index[~np.isfinite(values)]):
+            raise ConfigError(f"{file}, line {wrong[0] + 2}: {name}: got {table[name][wrong[0]]!r}; must be a number")
         table[name] = values
     return table
 
@@ -151,7 +151,7 @@ def read_table(file: Path) -> pd.DataFrame:
 
 
 def _remedy(file: Path) -> str:
-    """How to write a table of results, or which file to name instead."""
+    """The command that writes a table of results, or the kind of file to name instead."""
     if file.parent.name == "parts" and file.suffix == ".parquet":
         return f"`make study STUDY={file.stem}` writes this part"
     if file.name == "results.parquet":

@@ -56,7 +56,7 @@ INITIAL = ", initial grid"  # suffix of the comparison with the settings that a 
 OF_TUNING = (CHOICE, INITIAL)  # endings of comparisons that only show how settings were chosen
 OF_THE_FILE = {  # settings of a run that follow from the study's file -> the key to use instead
     "seed": "list it in `seeds`",
-    "study": "name the study's file as you like, or use `part_of`",
+    "study": "rename the study's file, or use `part_of`",
 }
 SPLIT = "-{seed}"  # suffix of the name of a dataset with one split per seed
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -382,8 +382,8 @@ def _refuse_ambiguous(study: Study) -> None:
 def _differing(a: StudyRun, b: StudyRun) -> str:
     """The first setting in which two runs differ, with both values."""
     first, second = a.config.resolved(), b.config.resolved()
-    name = next(name for name in first if first[name] != second[name])
-    return f"{name}={shown(first[name])} and {name}={shown(second[name])}"
+    name = next(name for name in first | second if first.get(name) != second.get(name))
+    return f"{name}={shown(first.get(name))} and {name}={shown(second.get(name))}"
 
 
 def _load(name: str, folder: Path, including: tuple[str, ...]) -> Study:
@@ -412,11 +412,11 @@ def _read_yaml(name: str, folder: Path, where: str, may_be_combined: bool = True
     file = folder / f"{name}.yaml"
     if not file.exists():
         known = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+        if not known:
+            raise ConfigError(f"{folder} has no study: run the command in the root folder of the project")
         raise ConfigError(
             f"{where}study is unknown: got {name!r}; allowed are {', '.join(known)}"
             f"{did_you_mean(Path(name).stem, known)}"
-            if known
-            else f"{folder} has no study: run the command in the root folder of the project"
         )
     content = read_yaml(file)
     keys = content.keys() if isinstance(content, dict) else set()
@@ -435,9 +435,9 @@ def _read_yaml(name: str, folder: Path, where: str, may_be_combined: bool = True
 def _load_entry(file: StudyFile, entry: Any, number: int) -> Entry:
     name = entry.get("name", number) if isinstance(entry, dict) else number
     checked(_Runs, entry, f"{file.path}, run {shown(name)}")
-    for axis in entry["set"].keys() & (entry.get("cross") or {}).keys():
+    if both := entry["set"].keys() & (entry.get("cross") or {}).keys():
         raise ConfigError(
-            f"{file.path}, run {entry['name']!r}: {axis} must be in set or in cross: got both; remove one of the two"
+            f"{file.path}, run {entry['name']!r}: {both.pop()} must be in set or in cross: got both; remove one of them"
         )
     seeds = entry.get("seeds") or file.content["seeds"]
     return _tuned_entry(file, entry, seeds) if entry.get("tune") else Entry(_crossed_runs(file, entry, seeds))
@@ -502,7 +502,8 @@ def _study_run(file: StudyFile, entry: dict[str, Any], combination: dict[str, An
     """The run of an entry with these values of its axes."""
     method = ", ".join([entry["name"], *(f"{axis} {short_value(value)}" for axis, value in combination.items())])
     settings = {**(file.content.get("fixed") or {}), **entry["set"], **combination}
-    for name in OF_THE_FILE.keys() & settings.keys():
+    if wrong := OF_THE_FILE.keys() & settings.keys():
+        name = wrong.pop()
         raise ConfigError(
             f"{file.path}, {method}: fixed, set and cross cannot have {name}: got {shown(settings[name])}; remove it "
             f"and {OF_THE_FILE[name]}"

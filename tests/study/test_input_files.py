@@ -114,11 +114,16 @@ CASES = [
     ("study", lambda t: "title: t\nseeds: [0]\nruns: []\n", rf"s.yaml: runs: got \[\]; {LIST} of at least one value"),
     ("study", lambda t: t + "fixed: {seed: 3}\n", "s.yaml, a: .* cannot have seed: got 3; remove it and list it in `s"),
     ("study", lambda t: t + "    cross: {seed: [3]}\n", "cannot have seed: got 3; remove it and list it in `seeds`"),
-    ("study", lambda t: t + "fixed: {study: b}\n", "cannot have study: got 'b'; remove it and name the study's file"),
+    ("study", lambda t: t + "fixed: {study: b}\n", "cannot have study: got 'b'; remove it and rename the study's file"),
     (
         "study",
         lambda t: t + "  - {name: a, set: {loss: histogram, n_bins: 9}}\n",
         "s.yaml: method 'a' of the comparison 'losses' must .*: got n_bins=200 and n_bins=9; give the entries",
+    ),
+    (
+        "study",
+        lambda t: t + "  - {name: a, set: {loss: binomial, C: 2.0}}\n",
+        "method 'a' of the comparison 'losses' must .*: got loss='histogram' and loss='binomial'; give",
     ),
     ("study", lambda t: "title: t\ninclude: s\n", f"include: got 's'; {LIST}"),
     (

@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="table such as reports/sample/results.parquet")
     parser.add_argument("--title", help="new title of the study; default: the title stays")
     options = parser.parse_args()
-    verified = read_verified(options.file) if options.file.is_file() else None
     try:
+        verified = read_verified(options.file) if options.file.is_file() else None
         table = renamed(read_table(options.file), options.title)
     except ConfigError as error:
         sys.exit(str(error))
