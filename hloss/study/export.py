@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m hloss.study.export", description="Export the complete runs of a study to other tools."
     )
     parser.add_argument("study", metavar="STUDY", help="name of a file in workflow/studies, without .yaml")
-    parser.add_argument("--to", choices=list(EXPORTS), required=True, help="what to write")
+    parser.add_argument("--to", choices=list(EXPORTS), required=True, help="format of the export")
     parser.add_argument("--out", type=Path, help="folder to write (default: reports/STUDY/TO)")
     options = parser.parse_args(arguments)
     out = options.out or Path("reports") / options.study / options.to

@@ -18,6 +18,12 @@ def written(file, *counts):
     return file
 
 
+def test_refuses_no_notebook():
+    done = subprocess.run([sys.executable, "workflow/scripts/check_notebooks.py"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the following arguments are required: NOTEBOOK" in done.stderr
+
+
 def test_accepts_cells_that_were_executed_in_order(tmp_path):
     done = check(written(tmp_path / "a.ipynb", 1, 2, 3))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,5 +1,6 @@
 """`python workflow/scripts/check_notebooks.py NOTEBOOK...`: exit with 1 if a notebook was not run in order."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 
 def main() -> None:
     """Print each notebook that cannot be read, or whose cells were not executed once and in order."""
-    problems = [problem for file in sys.argv[1:] if (problem := problem_of(Path(file)))]
+    parser = argparse.ArgumentParser(prog="workflow/scripts/check_notebooks.py", description=__doc__)
+    parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK", help="file of an executed notebook")
+    problems = [problem for file in parser.parse_args().notebooks if (problem := problem_of(file))]
     for problem in problems:
         print(problem)
     sys.exit(bool(problems))

@@ -21,10 +21,9 @@ def main() -> None:
     """Print the plan of a study."""
     parser = argparse.ArgumentParser(prog="workflow/scripts/plan_study.py", description=__doc__)
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
-    parser.add_argument("--profile", default="local", help="name of a folder in workflow/profiles")
-    parser.add_argument(
-        "--cores", type=int, default=os.cpu_count(), help="number of CPU threads at once on this machine"
-    )
+    parser.add_argument("--profile", default="local", help="name of a folder in workflow/profiles (default: local)")
+    help = "number of CPU threads at once on this machine (default: number of its CPUs)"
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help=help)
     options = parser.parse_args()
     if options.cores < 1:
         parser.error(f"CORES (--cores) must be at least 1: got {options.cores}")

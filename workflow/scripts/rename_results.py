@@ -25,7 +25,7 @@ def main() -> None:
     """Rename the columns of a table of results, in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="table such as reports/sample/results.parquet")
-    parser.add_argument("--title", help="new title of the study; default: the title stays")
+    parser.add_argument("--title", help="new title of the study (default: the present one)")
     options = parser.parse_args()
     try:
         verified = read_verified(options.file) if options.file.is_file() else None

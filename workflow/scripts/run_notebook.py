@@ -12,8 +12,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="workflow/scripts/run_notebook.py", description=__doc__)
     parser.add_argument("kind", choices=["run", "report"], help="one run of a study, or its report")
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
-    parser.add_argument("run_id", nargs="?", help="id of the run; only for run")
-    parser.add_argument("--attempt", type=int, default=1, help="number of this attempt, from 1")
+    parser.add_argument("run_id", nargs="?", help="id of the run; required for run, ignored for report")
+    parser.add_argument("--attempt", type=int, default=1, help="number of this attempt (default: 1)")
     parser.add_argument("--own-gpus", action="store_true", help="choose and lock GPUs of this machine")
     options = parser.parse_args()
     if options.kind == "run" and not options.run_id:

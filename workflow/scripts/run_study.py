@@ -1,4 +1,4 @@
-"""`python workflow/scripts/run_study.py STUDY [--profile P] [--cores N] [--keep]`: run the incomplete runs of a study.
+"""`python workflow/scripts/run_study.py STUDY [OPTION...]`: run the incomplete runs of a study.
 
 Invalid settings and missing data are refused before any training. One study runs at a time in a clone.
 """
@@ -20,12 +20,11 @@ def main() -> None:
     """Run a study, or collect its results, from the command line."""
     parser = argparse.ArgumentParser(prog="workflow/scripts/run_study.py", description=__doc__)
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
-    parser.add_argument("--profile", default="local", help="name of a folder in workflow/profiles")
-    parser.add_argument(
-        "--cores", type=int, default=os.cpu_count(), help="number of CPU threads at once on this machine"
-    )
+    parser.add_argument("--profile", default="local", help="name of a folder in workflow/profiles (default: local)")
+    help = "number of CPU threads at once on this machine (default: number of its CPUs)"
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help=help)
     parser.add_argument("--keep", action="store_true", help="keep results of other code or data; the report says so")
-    parser.add_argument("--collect", action="store_true", help="only write reports/STUDY/results.parquet")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only write reports/STUDY/results.parquet")
     options = parser.parse_args()
     if options.cores < 1:
         parser.error(f"CORES (--cores) must be at least 1: got {options.cores}")

@@ -18,8 +18,8 @@ def main() -> None:
     """Verify a table of results, or all of its parts, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder such as reports/sample, or the file of a part")
-    parser.add_argument("--runs", type=int, default=5, help="number of runs to repeat, of each part")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random draw of these runs")
+    parser.add_argument("--runs", type=int, default=5, help="number of runs to repeat, of each part (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draw of these runs (default: 0)")
     options = parser.parse_args()
     whole = options.results / RESULTS
     files = [options.results] if options.results.is_file() else parts_of(whole) or [whole]

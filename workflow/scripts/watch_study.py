@@ -15,7 +15,7 @@ def main() -> None:
     """Write the index page of a study once, or every `RELOAD_SECONDS`."""
     parser = argparse.ArgumentParser(prog="workflow/scripts/watch_study.py", description=__doc__)
     parser.add_argument("study", help="name of a file in workflow/studies, without .yaml")
-    parser.add_argument("--once", action="store_true", help="write the page once")
+    parser.add_argument("--once", action="store_true", help="write the page once and exit")
     options = parser.parse_args()
     try:
         page = IndexPage(resolve_tuning(load_study(options.study)))
