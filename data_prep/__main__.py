@@ -41,8 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
             print(check.describe(options.folder))
         else:
             prepare_and_report(options.name, options)
-    except (PreparationError, DatasetError, OSError) as error:
+    except (PreparationError, DatasetError) as error:
         sys.exit(f"data_prep {options.name}: {error}")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(
+            f"data_prep {options.name}: {place}{error.strerror or error}; check that the path exists and that you may "
+            "read and write there"
+        )
     except KeyboardInterrupt:
         sys.exit(f"data_prep {options.name}: interrupted; nothing was written")
 

@@ -410,7 +410,7 @@ def _read_yaml(name: str, folder: Path, where: str, may_be_combined: bool = True
     may_be_combined: whether the study may include or extend others.
     """
     file = folder / f"{name}.yaml"
-    if not file.exists():
+    if not file.exists() or file.parent != folder:
         known = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
         if not known:
             raise ConfigError(f"{folder} has no study: run the command in the root folder of the project")

@@ -444,6 +444,16 @@ def test_refuses_the_name_of_another_dataset(tmp_path, name):
     assert not (tmp_path / "data").exists()
 
 
+def test_names_a_path_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "/read-only/mine")
+
+    monkeypatch.setattr(folder, "prepare", refuse)
+    message = r"data_prep folder: /read-only/mine: Permission denied; check that the path exists and that you may read"
+    with pytest.raises(SystemExit, match=message):
+        prepared("folder", tmp_path, tmp_path / "mine")
+
+
 def test_refuses_a_link_out_of_the_folder(tmp_path):
     root = write_folder(tmp_path / "source", birds())
     (tmp_path / "secret.png").write_bytes(encoded(np.zeros((4, 4), np.uint8), "PNG"))

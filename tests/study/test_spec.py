@@ -135,6 +135,8 @@ def test_refuses_an_invalid_study(study, change, message):
 def test_refuses_an_unknown_study_with_a_suggestion():
     with pytest.raises(ConfigError, match=r"study is unknown: got 'quik'; allowed are .*\(did you mean quick\?\)"):
         load_study("quik")
+    with pytest.raises(ConfigError, match=r"study is unknown: got '../studies/quick'; .*\(did you mean quick\?\)"):
+        load_study("../studies/quick")
 
 
 def test_run_of_two_comparisons_is_run_once(study):
