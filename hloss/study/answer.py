@@ -1,7 +1,7 @@
 """The answer of a study in a few sentences, made from its results.
 
-The sentences name the loss with the highest mean, its lead over the next, the effect of the training length, the number
-of verdicts of each kind, and the limits of the results.
+The sentences name the loss with the highest mean, its lead over the next loss and the effect of the training length.
+They also give the number of verdicts of each kind, and the limits of the results.
 """
 
 import math

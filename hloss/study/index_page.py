@@ -205,8 +205,8 @@ def _color(state: str) -> str:
 def seconds_left(states: Sequence[RunState]) -> float | None:
     """Estimate the training time left.
 
-    The times left of the runs at work, and the mean time of complete runs for each run to do, are added and divided by
-    the number of runs at work.
+    A run at work takes its own time left, a run to do the mean time of complete runs. The sum is divided by the number
+    of runs at work.
 
     Args:
         states: states of all runs of a study.
