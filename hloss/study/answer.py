@@ -192,7 +192,7 @@ def length_answer(of_lengths: list[Ranking]) -> Answer:
     last = of_lengths[-1]
     runs = last.runs.drop_duplicates("run_id")
     improving = int(runs["still_improving"].sum())
-    still = f"After {last.length:,} iterations {improving} of {len(runs)} runs are still improving"
+    still = f"After {last.length:,} iterations {improving} of the {len(runs)} runs of these losses are still improving"
     if len(of_lengths) > 1:
         short, told = _change_of_order(of_lengths)
         return Answer(short, told + (f" {still}, so longer training can still change the order." if improving else ""))
@@ -230,12 +230,23 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     counts = verdict_counts(board)
     kinds = ", ".join(f"{n} {_kind(name, n)}" for name, n in counts.items() if n)
     claims = len({rows.iloc[-1]["claim"] for rows in judged})
-    decided = [row for row in (rows.iloc[-1] for rows in judged) if row["verdict"] != OPEN and row["p holds"] >= 0]
-    stay = sum(row["holm"] == row["verdict"] for row in decided)
     of = f"{claims} claims" if claims > 1 else "one claim"
     several = f"{len(judged)} verdicts on {of}" if len(judged) > 1 else "One verdict on a claim"
-    told = f"{stay} of the {len(decided)} that a test decided remain after Holm's correction for the number of tests."
-    return Answer(f"{several} of the paper: {kinds}.", f"{told} They rest on {_rests_on(results, board)}.")
+    told = f"{after_holm(board)} They rest on {_rests_on(results, board)}."
+    return Answer(f"{several} of the paper: {kinds}.", told)
+
+
+def after_holm(board: pd.DataFrame) -> str:
+    """How many of the verdicts at the longest length that a test decided remain after Holm's correction.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`.
+    """
+    last = [rows.iloc[-1] for rows in groups(board)]
+    decided = [row for row in last if row["verdict"] != OPEN and row["p holds"] >= 0]
+    stay = sum(row["holm"] == row["verdict"] for row in decided)
+    of = f"{stay} of the {len(decided)} verdicts that a test decided"
+    return f"{of} remain after Holm's correction for the number of tests."
 
 
 def _kind(name: str, n: int) -> str:
@@ -255,7 +266,8 @@ def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     parts = [data, f"at most {few(most_seeds(trained))} per method"]
     improving = int(runs["still_improving"].sum())
     if improving:
-        parts += [f"{len(runs)} trained runs, of which {improving} are still improving"]
+        of = f"{len(runs)} of the {len(distinct_runs(trained))} trained runs"
+        parts += [f"{of} (the others tune settings or belong to no claim); {improving} of them are still improving"]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

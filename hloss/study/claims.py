@@ -14,6 +14,7 @@ Each verdict is given a second time with p values adjusted by Holm's method for 
 import math
 from collections.abc import Iterator
 from math import comb
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +26,6 @@ from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
 from hloss.study.criteria import (
-    LEVEL,
     LEVEL_CRITERIA,
     METHOD_CRITERIA,
     NOT_RUN,
@@ -34,6 +34,8 @@ from hloss.study.criteria import (
     REPRODUCED,
     Part,
     decisive_part,
+    equivalent,
+    needed,
     p_values,
     verdict,
 )
@@ -76,7 +78,7 @@ class Claim(BaseModel):
         method: settings of the method that the claim is about.
         rivals: settings of each method that it is compared with.
         values: published Recall@1 by dataset, in %, with which the method is compared.
-        published: published values, shown with the evidence.
+        published: published values, shown with the evidence on the datasets in `data`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -170,7 +172,9 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
           was extended;
         - grids: the number of runs with which each method was tuned, as "20 + 4" with those of extensions;
         - still improving: how many of the runs that were used;
-        - evidence: every part; decisive: the part that decides the verdict;
+        - parts: every part, a list of texts; evidence: the same as one text; decisive: the part that decides the
+          verdict; published: published values, if the dataset is the paper's;
+        - needed: for "inconclusive", what would decide it by the present estimates (`hloss.study.criteria.needed`);
         - difference, low, high, confidence (of the interval, in %), n, unit, margin: numbers of that part; holds above,
           holds below: bounds of the differences for which it holds, NaN without a bound. For the claim on the cost,
           difference is the exponent;
@@ -189,6 +193,19 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
             for comparison in claim.comparison:
                 rows += _rows_of_comparison(claim, str(dataset), comparison, runs)
     return _with_holm(pd.DataFrame(rows)) if rows else pd.DataFrame()
+
+
+def read_board(file: Path) -> pd.DataFrame:
+    """Read a table that `judge` made, from its CSV file.
+
+    Args:
+        file: reports/STUDY/claims.csv.
+
+    Returns:
+        The table of `judge` without the column parts; missing text is empty and missing numbers are NaN.
+    """
+    numbers = [name for name in NO_NUMBERS if name != "unit"] + ["p holds", "p refuted"]
+    return pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
 
 
 def conclusions(board: pd.DataFrame) -> pd.DataFrame:
@@ -220,9 +237,10 @@ class _Judgement(NamedTuple):
     """The columns of a verdict's row that follow from the results."""
 
     verdict: str
-    evidence: str
+    parts: list[str]
     decisive: str
     numbers: dict[str, Any]
+    needed: str = ""
     improving: str = ""
     p_holds: float = math.nan
     p_refuted: float = math.nan
@@ -246,8 +264,11 @@ def _row(claim: Claim, dataset: str, comparison: str, length: str, found: _Judge
         "initial grid": "",
         "grids": "",
         "still improving": found.improving,
-        "evidence": found.evidence,
+        "parts": found.parts,
+        "evidence": "; ".join(found.parts),
         "decisive": found.decisive,
+        "published": claim.published * (dataset in claim.data),
+        "needed": found.needed,
         **found.numbers,
         "p holds": found.p_holds,
         "p refuted": found.p_refuted,
@@ -329,16 +350,16 @@ def _judge_runs(claim: Claim, runs: pd.DataFrame) -> _Judgement:
     try:
         used, parts = _claim_parts(claim, runs)
     except _MissingRuns as missing:
-        return _Judgement(NOT_RUN, str(missing), str(missing), NO_NUMBERS)
-    evidence = [*map(str, parts), *([f"published: {claim.published}"] if claim.published else [])]
+        return _Judgement(NOT_RUN, [str(missing)], str(missing), NO_NUMBERS)
     p_holds, p_refuted = p_values(parts)
     tested = all(part.is_tested for part in parts)
     decisive = decisive_part(claim.check, parts)
     return _Judgement(
         verdict(p_holds, p_refuted),
-        "; ".join(evidence),
+        list(map(str, parts)),
         str(decisive),
         decisive.numbers(),
+        needed(parts),
         _still_improving(used),
         *((p_holds, p_refuted) if tested else (math.nan, math.nan)),
         ", ".join(sorted(set(used["run_id"]))),
@@ -450,12 +471,12 @@ def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.DataFrame]) ->
 def _judge_cost(cost: pd.DataFrame | None) -> _Judgement:
     if cost is None or len(cost) < 3:
         missing = "the cost of the loss was not measured with this study"
-        return _Judgement(NOT_RUN, missing, missing, NO_NUMBERS)
+        return _Judgement(NOT_RUN, [missing], missing, NO_NUMBERS)
     exponent = float(np.polyfit(np.log(cost["batch_size"]), np.log(cost["seconds"]), 1)[0])
     measured = ", ".join(f"{row.batch_size:,.0f}: {1e3 * row.seconds:.0f} ms" for row in cost.itertuples())
     outcome = REPRODUCED if exponent <= LARGEST_EXPONENT else REFUTED if exponent >= 3 else OPEN
     numbers = NO_NUMBERS | {"difference": exponent, "unit": "exponent", "holds below": LARGEST_EXPONENT}
-    return _Judgement(outcome, f"exponent {exponent:.2f} ({measured})", f"exponent {exponent:.2f}", numbers)
+    return _Judgement(outcome, [f"exponent {exponent:.2f} ({measured})"], f"exponent {exponent:.2f}", numbers)
 
 
 def _compare_with_table(runs: pd.DataFrame) -> list[Part]:
@@ -475,14 +496,13 @@ def _part_of_table(runs: pd.DataFrame, row: Any, same_splits: bool) -> Part:
     found = mean_over_runs(runs, row.metric)
     difference = found._replace(mean=found.mean - row.published)
     label = f"{row.metric} minus the published {row.published}"
-    p_holds, p_refuted = difference.p_within(EQUIVALENCE_MARGIN), difference.p_outside(EQUIVALENCE_MARGIN)
-    limits: dict[str, Any] = {"margin": EQUIVALENCE_MARGIN, "holds": (-EQUIVALENCE_MARGIN, EQUIVALENCE_MARGIN)}
+    part = equivalent(label, difference, EQUIVALENCE_MARGIN)
     if not same_splits:
-        return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, **limits)
+        return part
     # The interval over splits is too wide for means over the same splits. It can refute a value, but not confirm it.
     near = difference.n > 1 and abs(difference.mean) < EQUIVALENCE_MARGIN
     note = " (mean over the same splits, no test)"
-    return Part(label, difference, float(not near), p_refuted, note=note, is_tested=False, **limits)
+    return part._replace(p_holds=float(not near), note=note, is_tested=False)
 
 
 def _compare_with_value(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:

@@ -61,7 +61,8 @@ class Report:
         self.by_dataset = dict(list(self.complete.groupby("dataset", sort=False)))
         self.show = Exhibits(folder, run_links(self.runs, folder))
         if folder:
-            for name, table in (("summary", self.table_of_lengths), ("claims", self.board)):
+            claims = self.board.drop(columns="parts")  # the column evidence has them as text
+            for name, table in (("summary", self.table_of_lengths), ("claims", claims)):
                 file = project_path(folder) / f"{name}.csv"
                 atomic_write(file, lambda part, table=table: table.to_csv(part, index=False))  # type: ignore[misc]
 
