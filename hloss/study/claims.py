@@ -205,7 +205,7 @@ def read_board(file: Path) -> pd.DataFrame:
         The table of `judge` without the column parts; missing text is empty and missing numbers are NaN.
     """
     numbers = [name for name in NO_NUMBERS if name != "unit"] + ["p holds", "p refuted"]
-    return pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
+    return pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in numbers})
 
 
 def conclusions(board: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,6 @@ the claim, is below `LEVEL` (Bonferroni: one refuted part refutes the claim). Th
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import combinations
 from math import inf
@@ -242,12 +241,12 @@ def needed(parts: list[Part]) -> str:
     if any(part.difference.n < 2 for part in parts):
         return "at least 2 seeds"
     first = max(part.difference.n for part in parts)
-    found = bisect_left(range(MOST_SEEDS + 1), True, lo=first, key=lambda n: _decides(parts, n, False))
-    if found > MOST_SEEDS and _decides(parts, MOST_SEEDS, True):
+    fewest = next((n for n in range(first + 1, MOST_SEEDS + 1) if _decides(parts, n, False)), 0)
+    if not fewest and _decides(parts, MOST_SEEDS, True):
         return "more test classes"
-    own = any(p.difference.varies == SEEDS_AND_CLASSES and p.difference.share == 1 for p in parts)
-    number = f"{found} seeds" if found <= MOST_SEEDS else f"more than {MOST_SEEDS} seeds"
-    return f"{number}{', each with test classes of its own' * own}"
+    own = any(part.difference.varies == SEEDS_AND_CLASSES and part.difference.share == 1 for part in parts)
+    number = f"{fewest or f'more than {MOST_SEEDS}'} seeds"
+    return number + ", each with test classes of its own" * own
 
 
 def _decides(parts: list[Part], n: int, more_classes: bool) -> bool:

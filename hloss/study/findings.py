@@ -24,8 +24,9 @@ TITLES = {  # outcome -> title of its group, in the order of the groups
 SETTINGS = dict(zip(LOSS_COMPARISONS, ("fixed setting", "tuned"), strict=True))
 SHORT = 6  # a longer group is closed on the page
 ESTIMATE = (
-    "The number of seeds is an estimate: the fewest that decide if mean and spread stay exactly as they are now, because "
-    "the part of an interval that is due to the seeds shrinks with 1/√n. A new mean will differ, so plan for more."
+    "The number of seeds is an estimate from these results: the smallest that decides if mean and spread stay as they "
+    "are, since the part of an interval that is due to the seeds shrinks with 1/√n. A new mean differs, and up to half "
+    "of such studies would still leave the claim open: plan for more."
 )
 
 
@@ -91,7 +92,9 @@ def _verdicts(rows: pd.DataFrame) -> str:
     """Each verdict with its lengths, as in "reproduced after 200 and 600 iterations, not reproduced after 2,000"."""
     by_verdict = rows.groupby("verdict", sort=False)["length"].agg(list)
     unit = rows["length"].iloc[0].rpartition(" ")[2]
-    told = [f"{verdict} after {listed([text.split()[0] for text in lengths])}" for verdict, lengths in by_verdict.items()]
+    told = [
+        f"{verdict} after {listed([text.split()[0] for text in lengths])}" for verdict, lengths in by_verdict.items()
+    ]
     return ", ".join([f"{told[0]} {unit}", *told[1:]])
 
 
@@ -103,7 +106,8 @@ def heading(name: str, group: list[Finding]) -> str:
         group: its verdicts.
     """
     number = f"{len(group) or 'no'} verdict{'s' * (len(group) != 1)}"
-    return f"{TITLES[name]}: {number}{', each with runs that are still improving' * _all_improving(group)}"
+    each = ", each" * (len(group) > 1)
+    return f"{TITLES[name]}: {number}{f'{each} with runs that are still improving' * _all_improving(group)}"
 
 
 def _all_improving(group: list[Finding]) -> bool:

@@ -121,9 +121,10 @@ def _range(numbers: pd.Series) -> str:
 
 def _reading(board: pd.DataFrame) -> str:
     return fill(
-        "The claims of the paper follow in words, each with the difference that decides it, in points of test Recall@1 "
-        "with its confidence interval (CI). All were measured on glyphs, also where a claim names another dataset. "
-        f"Equivalent: within {MARGIN}; two losses that are equivalent refute that one is above the other. "
+        "The claims of the paper (in italics) are judged at the longest training length. Each has the difference that "
+        "decides it, in points of test Recall@1 with its confidence interval (CI). All were measured on glyphs, also "
+        f"where a claim names another dataset. Equivalent: the 90 % CI lies within {MARGIN}; neither loss then counts "
+        "as above the other. "
         f"{after_holm(board)} [docs/results.md](docs/results.md) has the table of all verdicts; the report, "
         "`reports/sample/report.html`, has the criteria and all runs.",
         width=120,
@@ -134,7 +135,7 @@ def _findings(board: pd.DataFrame) -> list[str]:
     """Title, list and note of each group of claims."""
     parts = []
     for name, group in findings(board).items():
-        items = [_wrapped(f"- {claim}: {told}.") for _, claim, told in lines(group)]
+        items = [_wrapped(f"- *{claim}*: {told}.") for _, claim, told in lines(group)]
         parts += [f"**{heading(name, group)}**", "\n".join(items), fill(note(name, board), width=120)]
     return list(filter(None, parts))
 
