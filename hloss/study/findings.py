@@ -90,12 +90,10 @@ def _told(rows: pd.DataFrame) -> str:
 
 def _verdicts(rows: pd.DataFrame) -> str:
     """Each verdict with its lengths, as in "reproduced after 200 and 600 iterations, not reproduced after 2,000"."""
-    by_verdict = rows.groupby("verdict", sort=False)["length"].agg(list)
-    unit = rows["length"].iloc[0].rpartition(" ")[2]
-    told = [
-        f"{verdict} after {listed([text.split()[0] for text in lengths])}" for verdict, lengths in by_verdict.items()
-    ]
-    return ", ".join([f"{told[0]} {unit}", *told[1:]])
+    numbers, units = zip(*(text.split() for text in rows["length"]), strict=True)
+    by_verdict = rows.assign(length=numbers).groupby("verdict", sort=False)["length"].agg(list)
+    told = [f"{verdict} after {listed(lengths)}" for verdict, lengths in by_verdict.items()]
+    return ", ".join([f"{told[0]} {units[0]}", *told[1:]])
 
 
 def heading(name: str, group: list[Finding]) -> str:
