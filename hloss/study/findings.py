@@ -26,7 +26,8 @@ SHORT = 6  # a longer group is closed on the page
 ESTIMATE = (
     "The number of seeds is an estimate from these results: the smallest that decides if mean and spread stay as they "
     "are, since the part of an interval that is due to the seeds shrinks with 1/√n. A new mean differs, and up to half "
-    "of such studies would still leave the claim open: plan for more."
+    "of such studies would still leave the claim open: plan for more. Shown intervals are not corrected for the "
+    "number of parts of a claim, so an open claim can have an interval that excludes the bound."
 )
 
 
