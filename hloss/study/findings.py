@@ -145,9 +145,9 @@ def note(name: str, board: pd.DataFrame) -> str:
         name: a key of `TITLES`.
         board: the table of `findings`.
     """
-    if name == DEPENDS and all(len(rows) == 1 for rows in groups(board)):
-        return "One length was measured."
     judged = groups(board)
+    if name == DEPENDS and judged and all(len(rows) == 1 for rows in judged):
+        return "One length was measured."
     takes = any(outcome(rows) == name and rows["needed"].iloc[-1] for rows in judged)
     return ESTIMATE if takes else ""
 

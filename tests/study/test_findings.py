@@ -224,6 +224,13 @@ def test_the_page_has_every_claim_with_a_link_to_the_board(three_lengths):
     assert all(tag.has_attr("open") for tag in page.select("details"))
 
 
+def test_without_a_judged_claim_every_group_is_empty():
+    board = judge(runs_of({"histogram": 40.0}), claims=[claim()])
+    assert list(findings(board).values()) == [[], [], [], []]
+    assert [note(name, board) for name in TITLES] == ["", "", "", ""]
+    assert BeautifulSoup(findings_html(board), "html.parser").text.count("no verdicts") == 4
+
+
 def test_a_long_group_is_closed():
     results = runs_of({"histogram": 40.0, "triplet": 30.0})
     board = judge(results, claims=[claim(name=str(number)) for number in range(7)])
