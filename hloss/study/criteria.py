@@ -88,35 +88,31 @@ def above(label: str, difference: Estimate, margin: float) -> Part:
     p_holds, p_equivalent = min(1.0, 2 * difference.p_above(0)), difference.p_within(margin)
     p_refuted = 1.0 if p_holds < LEVEL else min(1.0, 2 * difference.p_below(0), p_equivalent)
     note = ", equivalent" * (p_holds >= LEVEL > p_equivalent)
-    limits: dict[str, Any] = {"margin": margin or math.nan, "holds": (0, inf)}
-    again = _with_more(above, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, note=note, **limits, with_more=again)
+    shown, again = margin or math.nan, _with_more(above, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, note=note, margin=shown, holds=(0, inf), with_more=again)
 
 
 def equivalent(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `equivalent`, for a difference a minus b."""
     p_holds, p_refuted = difference.p_within(margin), difference.p_outside(margin)
-    limits: dict[str, Any] = {"margin": margin, "holds": (-margin, margin)}
-    again = _with_more(equivalent, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, **limits, with_more=again)
+    holds, again = (-margin, margin), _with_more(equivalent, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
 
 
 def not_below(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `not_below`, for a difference a minus b."""
     p_refuted = min(1.0, 2 * difference.p_below(-margin))
     p_holds = difference.p_above(-margin)
-    limits: dict[str, Any] = {"margin": margin, "holds": (-margin, inf)}
-    again = _with_more(not_below, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, **limits, with_more=again)
+    holds, again = (-margin, inf), _with_more(not_below, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
 
 
 def no_gain(label: str, difference: Estimate, margin: float) -> Part:
     """Criterion `no_gain`, for a difference a minus b."""
     p_refuted = min(1.0, 2 * difference.p_above(margin))
     p_holds = difference.p_below(margin)
-    limits: dict[str, Any] = {"margin": margin, "holds": (-inf, margin)}
-    again = _with_more(no_gain, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, **limits, with_more=again)
+    holds, again = (-inf, margin), _with_more(no_gain, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
 
 
 def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
@@ -183,12 +179,12 @@ def _sensitive(label: str, widest: Estimate, pairs: list[Estimate], margin: floa
     """Part of the criterion `sensitive`, for the widest of the differences between pairs, and for all of them."""
     p_holds = min(1.0, 2 * widest.p_above(margin) * len(pairs))
     p_alike = max(pair.p_within(margin) for pair in pairs)
-    limits: dict[str, Any] = {"margin": margin, "holds": (margin, inf)}
+    confidence = 1 - LEVEL / len(pairs)
 
     def again(*more: Any) -> Part:
         return _sensitive(label, widest.with_more(*more), [pair.with_more(*more) for pair in pairs], margin)
 
-    return Part(label, widest, p_holds, p_alike, 1 - LEVEL / len(pairs), **limits, with_more=again)
+    return Part(label, widest, p_holds, p_alike, confidence, margin=margin, holds=(margin, inf), with_more=again)
 
 
 METHOD_CRITERIA: dict[str, Callable[[str, Estimate, float], Part]] = {
