@@ -160,7 +160,8 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         claims: the claims to judge; None: all of `reports/claims.yaml`.
 
     Returns:
-        One row per claim, dataset, comparison and length. Columns:
+        One row per claim, dataset, comparison and length; a dataset without any comparison of a claim has no rows.
+        Columns:
 
         - claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, for the cost, "no
           data"), comparison, length (as text; empty if there is none);
@@ -180,12 +181,15 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
     Raises:
         ConfigError: if `reports/claims.yaml` is invalid.
     """
+    claims = read_claims() if claims is None else claims
+    compared = results["comparison"].isin([name for claim in claims for name in claim.comparison])
+    judged = results[results["dataset"].isin(results.loc[compared, "dataset"])]
     rows = []
-    for claim in read_claims() if claims is None else claims:
+    for claim in claims:
         if claim.check == "quadratic":
             rows.append(_row(claim, "any", "", "", _judge_cost(cost)))
             continue
-        for dataset, runs in results.groupby("dataset", sort=False):
+        for dataset, runs in judged.groupby("dataset", sort=False):
             for comparison in claim.comparison:
                 rows += _rows_of_comparison(claim, str(dataset), comparison, runs)
     return _with_holm(pd.DataFrame(rows)) if rows else pd.DataFrame()

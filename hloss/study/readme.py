@@ -10,6 +10,7 @@ from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
 from hloss.study.claims import conclusions
 from hloss.study.criteria import NOT_RUN
+from hloss.study.difficulty import DIFFICULTY
 from hloss.study.estimates import mean_over_runs
 from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
 from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
@@ -60,6 +61,7 @@ def results_section(folder: Path) -> str:
         ConfigError: if the results are of other data than `DATASET`.
     """
     results = read_results(folder / "results.parquet")
+    results = results[results["comparison"] != DIFFICULTY]
     datasets = sorted(results["dataset"].unique())
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
