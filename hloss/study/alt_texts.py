@@ -82,7 +82,8 @@ def describe_differences(table: pd.DataFrame) -> str:
     for other, rows in table.groupby("other", sort=False):
         values = [f"{in_points(row)} on {row['dataset']}" for row in rows.to_dict("records")]
         shown.append(f"minus {other} {listed(values)}")
-    return f"Differences in the test Recall@1, {table['first'].iloc[0]} {'; '.join(shown)}."
+    first = table["first"].iloc[0]
+    return f"Differences in the test Recall@1 in points with 95 % intervals, {first} {'; '.join(shown)}."
 
 
 def describe_recall_curves(recalls: pd.DataFrame, published: pd.DataFrame | None = None) -> str:

@@ -1,7 +1,8 @@
 """Compare the losses of a study on easier and harder data.
 
-A study gives these runs the comparison `DIFFICULTY`. Its file lists the datasets from the easiest to the hardest, and
-first the method that is compared with each of the others. Each method has the same settings on all datasets.
+A study gives these runs the comparison "difficulty". Its file lists the datasets from the easiest to the hardest, and
+first the method that is compared with each of the others. Each method has the same settings on all datasets, so that
+the difficulty is all that changes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,9 @@ import pandas as pd
 from hloss.study.board import shown_difference
 from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import lengths_in
+from hloss.study.spec import DIFFICULTY
 from hloss.study.tables import listed
 
-DIFFICULTY = "difficulty"
 COLUMNS = ["first", "other", "length", "dataset", "first (%)", "other (%)", "difference", "low", "high", "n"]
 COLUMNS += ["still improving", "runs", "run_ids"]
 Pair = tuple[pd.DataFrame, pd.DataFrame]  # complete runs of two methods with common seeds
@@ -123,16 +124,17 @@ def _verdict(rows: pd.DataFrame) -> str:
 
 
 def _values(rows: pd.DataFrame, change: pd.DataFrame) -> str:
-    last = rows.iloc[0]
+    first, other, length = rows[["first", "other", "length"]].iloc[0]
     values = [f"{in_points(row)} on {row['dataset']}" for row in rows.to_dict("records")]
-    told = f"After {last['length']:,} iterations {last['first']} minus {last['other']} is {listed(values)}."
+    told = f"{first} minus {other} after {length:,} iterations, in points (95 % CI): {listed(values)}."
+    told = told[0].upper() + told[1:]
     for row in change.to_dict("records"):
         chance = "" if row["low"] > 0 or row["high"] < 0 else ", which can be chance"
-        told += f" The change, {row['dataset']}, is {in_points(row)}{chance}."
+        told += f" The change, {row['dataset']}: {in_points(row)}{chance}."
     improving = rows["still improving"].sum()
     return told + f" {improving} of {rows['runs'].sum()} runs are still improving." * bool(improving)
 
 
 def in_points(row: Mapping[Any, Any]) -> str:
-    """The difference of a row of `differences` or `changes`, as in "−3.7 points (95 % CI −4.5 to −2.9)"."""
-    return shown_difference({**row, "unit": "points", "confidence": 95.0})
+    """The difference of a row of `differences` or `changes`, as in "−3.7 (−4.5 to −2.9)"."""
+    return shown_difference({**row, "unit": "points"}, with_unit=False)

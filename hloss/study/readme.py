@@ -10,10 +10,9 @@ from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
 from hloss.study.claims import conclusions
 from hloss.study.criteria import NOT_RUN
-from hloss.study.difficulty import DIFFICULTY
 from hloss.study.estimates import mean_over_runs
 from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
-from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
+from hloss.study.spec import DIFFICULTY, LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
 
 BEGIN = "<!-- results: begin (made by workflow/scripts/write_readme_results.py) -->"

@@ -21,7 +21,7 @@ from hloss.study.alt_texts import (
 from hloss.study.answer import Ranking, answers, best_comparison, rankings
 from hloss.study.claims import judge, overlap
 from hloss.study.criteria import NOT_RUN
-from hloss.study.difficulty import DIFFICULTY, changes, differences, in_words
+from hloss.study.difficulty import changes, differences, in_words
 from hloss.study.exhibits import Exhibits
 from hloss.study.head import head_html, losses_caption, losses_figure
 from hloss.study.levels import levels_of
@@ -38,7 +38,7 @@ from hloss.study.results import (
     recall_names,
     recalls_over_k,
 )
-from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
+from hloss.study.spec import DIFFICULTY, LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import headline, shown_interval, summary
 from hloss.study.tables import duration
 from hloss.study.verify import origin
