@@ -47,8 +47,8 @@ ABLATION = (
 )
 DIFFICULTY = (
     "Differences in test Recall@1 (points) between {first} and other losses on each dataset, the easiest first, after "
-    "{length:,} iterations: mean over seeds with its 95 % interval. Each loss has the same settings on all datasets; they "
-    "are not tuned for each. " + OPEN_CIRCLE
+    "{length:,} iterations: mean over seeds with its 95 % interval. Each loss has the same settings on all datasets, "
+    "which are not tuned for each. " + OPEN_CIRCLE
 )
 DIFFICULTIES = (
     "Test Recall@1 (%) of {first} and of each other loss, and their difference (first minus other, in points) with the "

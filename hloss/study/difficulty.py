@@ -137,4 +137,4 @@ def _values(rows: pd.DataFrame, change: pd.DataFrame) -> str:
 
 def in_points(row: Mapping[Any, Any]) -> str:
     """The difference of a row of `differences` or `changes`, as in "−3.7 (−4.5 to −2.9)"."""
-    return shown_difference({**row, "unit": "points"}, with_unit=False)
+    return shown_difference({**row, "unit": "points", "confidence": 95.0}, with_unit=False)
