@@ -140,11 +140,11 @@ def differences(table: pd.DataFrame) -> Figure:
     for axes, (other, rows) in zip(grid.flat, of_others.items(), strict=True):
         places = rows["dataset"].map(datasets.index)
         bars = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+        axes.axvline(0, color="0.3", linewidth=0.8)
         axes.errorbar(rows["difference"], places, xerr=np.nan_to_num(bars), fmt="o", color=MEAN, capsize=3)
         open_circles(axes, rows["difference"], places, rows, color=MEAN)
-        axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
         axes.set(title=f"{rows['first'].iloc[0]} minus {other}", xlabel="difference in test Recall@1 (points)")
-        axes.grid(axis="x", color="0.9", zorder=0)
+        axes.grid(axis="x", color="0.9")
     grid[0, 0].set(ylim=(len(datasets) - 0.5, -0.5))
     grid[0, 0].set_yticks(range(len(datasets)), datasets)
     return _finish(figure)

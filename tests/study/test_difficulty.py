@@ -1,5 +1,6 @@
 """The comparison of datasets of different difficulty: numbers, words, figure, and its place in a report."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import stats
 from hloss.study import plots, sections
 from hloss.study.alt_texts import describe_differences
 from hloss.study.difficulty import changes, differences, in_words
+from hloss.study.readme import results_section
 
 NOISE = np.array([0.4, -0.5, 0.2, 0.1, -0.2])
 DATASETS = ("easy", "standard", "hard")
@@ -173,6 +175,16 @@ def test_other_sections_of_a_report_are_the_same_without_these_runs(losses, both
     assert not any("glyphs-easy" in str(getattr(what, "data", what)) for what in shown)
     report.basis()
     assert "`glyphs-easy`: " in shown[-1].data
+
+
+def test_the_readme_is_the_same_without_these_runs(losses, both, tmp_path):
+    sections_of = []
+    for name, table in {"alone": losses, "both": both}.items():
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "results.parquet")
+        shutil.copy(SAMPLE.with_name("claims.csv"), tmp_path / name)
+        sections_of.append(results_section(tmp_path / name))
+    assert sections_of[0] == sections_of[1]
 
 
 def test_a_report_shows_text_figure_and_table_of_the_difficulty(both, losses, tmp_path, monkeypatch):
