@@ -114,9 +114,9 @@ def _verdict(rows: pd.DataFrame) -> str:
     outcomes = np.select([rows["low"] > 0, rows["high"] < 0], ["positive", "negative"], "undecided")
     datasets = {str(name): listed(list(of_name)) for name, of_name in rows.groupby(outcomes, sort=False)["dataset"]}
     if len(datasets) > 1:
-        what = "sign" if {"positive", "negative"} <= datasets.keys() else "verdict"
+        what = "sign of" if {"positive", "negative"} <= datasets.keys() else "verdict on"
         kinds = "; ".join(f"{name} on {of_name}" for name, of_name in datasets.items())
-        return f"The {what} of {first} minus {other} depends on the difficulty: {kinds}."
+        return f"The {what} {first} minus {other} depends on the difficulty: {kinds}."
     if "undecided" in datasets:
         return f"The order of {first} and {other} is undecided on {datasets['undecided']}."
     place = "above" if "positive" in datasets else "below"

@@ -74,7 +74,7 @@ def test_words_say_whether_the_sign_or_the_verdict_depends_on_the_difficulty():
     assert [short for short, _ in in_words(table_of(leads))] == [
         "Histogram is below a on easy, standard and hard.",
         "The sign of histogram minus b depends on the difficulty: negative on easy and standard; positive on hard.",
-        "The verdict of histogram minus c depends on the difficulty: negative on easy and hard; undecided on standard.",
+        "The verdict on histogram minus c depends on the difficulty: negative on easy and hard; undecided on standard.",
         "The order of histogram and d is undecided on easy, standard and hard.",
         "Histogram is above e on easy, standard and hard.",
     ]
@@ -185,6 +185,15 @@ def test_the_readme_is_the_same_without_these_runs(losses, both, tmp_path):
         shutil.copy(SAMPLE.with_name("claims.csv"), tmp_path / name)
         sections_of.append(results_section(tmp_path / name))
     assert sections_of[0] == sections_of[1]
+
+
+def test_a_study_of_these_runs_alone_has_a_report_that_answers_by_them(both, tmp_path, monkeypatch):
+    alone = both[[names[0] == "difficulty" for names in both["comparison"]]]
+    report, _ = report_of(alone, tmp_path, monkeypatch)
+    answer = report.head().partition('class="answer"')[2]
+    assert all(short in answer and text in answer for short, text in in_words(report.all_lengths))
+    assert len(in_words(report.all_lengths)) == 2
+    assert report.board["verdict"].tolist() == ["not run"]  # the cost, which needs no dataset
 
 
 def test_a_report_shows_text_figure_and_table_of_the_difficulty(both, losses, tmp_path, monkeypatch):
