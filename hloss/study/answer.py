@@ -12,6 +12,7 @@ import pandas as pd
 from hloss.study.board import groups, verdict_counts
 from hloss.study.claims import DEPENDS
 from hloss.study.criteria import NOT_RUN, OPEN
+from hloss.study.difficulty import in_words
 from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import LOSS_COMPARISONS
@@ -126,12 +127,13 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
         table: its `hloss.study.statistics.summary`.
         board: the table of `hloss.study.claims.judge`.
     """
-    told, datasets = [], results["dataset"].unique()
-    for dataset in datasets:
-        if of_lengths := rankings(results, table, dataset):
-            of_dataset = leader_answer(of_lengths[-1]), length_answer(of_lengths)
-            name = f"{dataset}: " * (len(datasets) > 1)
-            told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
+    told, found = [], [rankings(results, table, dataset) for dataset in results["dataset"].unique()]
+    ranked = [of_lengths for of_lengths in found if of_lengths]
+    for of_lengths in ranked:
+        of_dataset = leader_answer(of_lengths[-1]), length_answer(of_lengths)
+        name = f"{of_lengths[-1].dataset}: " * (len(ranked) > 1)
+        told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
+    told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
     return [*_missing_answer(results), *told, claims_answer(results, board)]
 
@@ -256,7 +258,8 @@ def _kind(name: str, n: int) -> str:
 def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     """Data, seeds and runs that are still improving."""
     judged = board[board["verdict"] != NOT_RUN]
-    data = data_words(results)
+    of_claims = results[results["dataset"].isin(judged["dataset"])]
+    data = data_words(of_claims if len(of_claims) else results)
     asked = judged.loc[judged["dataset"] != "any", "asked"]
     if len(asked) and (asked == "other data").all():
         data += ", not data of the paper"

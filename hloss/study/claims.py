@@ -43,7 +43,7 @@ from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_differe
 from hloss.study.input_files import checked, read_yaml, shown
 from hloss.study.published import EXACT, compare_with_published
 from hloss.study.results import at_length, grid_size, lengths_in, recall_names
-from hloss.study.spec import CHOICE, INITIAL, short_value
+from hloss.study.spec import CHOICE, DIFFICULTY, INITIAL, short_value
 from hloss.study.statistics import EQUIVALENCE_MARGIN
 
 CLAIMS = "reports/claims.yaml"
@@ -162,7 +162,8 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         claims: the claims to judge; None: all of `reports/claims.yaml`.
 
     Returns:
-        One row per claim, dataset, comparison and length. Columns:
+        One row per claim, dataset, comparison and length; a dataset with only the comparison `DIFFICULTY` has no
+        rows. Columns:
 
         - claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, for the cost, "no
           data"), comparison, length (as text; empty if there is none);
@@ -184,12 +185,12 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
     Raises:
         ConfigError: if `reports/claims.yaml` is invalid.
     """
-    rows = []
+    rows, judged = [], results[results["comparison"] != DIFFICULTY]
     for claim in read_claims() if claims is None else claims:
         if claim.check == "quadratic":
             rows.append(_row(claim, "any", "", "", _judge_cost(cost)))
             continue
-        for dataset, runs in results.groupby("dataset", sort=False):
+        for dataset, runs in judged.groupby("dataset", sort=False):
             for comparison in claim.comparison:
                 rows += _rows_of_comparison(claim, str(dataset), comparison, runs)
     return _with_holm(pd.DataFrame(rows)) if rows else pd.DataFrame()

@@ -14,7 +14,7 @@ from hloss.study.criteria import NOT_RUN
 from hloss.study.estimates import mean_over_runs
 from hloss.study.findings import findings, heading, lines, note
 from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
-from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
+from hloss.study.spec import DIFFICULTY, LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
 
 MADE = "made by workflow/scripts/write_readme_results.py"
@@ -89,6 +89,7 @@ def results_page(folder: Path) -> str:
 def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Results and board of a folder."""
     results = read_results(folder / "results.parquet")
+    results = results[results["comparison"] != DIFFICULTY]
     datasets = sorted(results["dataset"].unique())
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
