@@ -45,11 +45,16 @@ EXAMPLES_INSTALLED := $(VENV)/.installed-examples
 DOCS_INSTALLED := $(VENV)/.installed-docs
 endif
 
+# The easier and the harder drawing of glyphs, for studies and results that have them.
+ifneq ($(filter sample glyphs-difficulty,$(STUDY))$(findstring glyphs-difficulty,$(RESULTS) $(wildcard $(RESULTS)/parts/*)),)
+DRAWINGS := data/glyphs-easy-5/card.json data/glyphs-hard-5/card.json
+endif
+
 .PHONY: study plan watch report verify docs lab test test-all check-gpu
-study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json data/glyphs-5/card.json
+study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
-plan: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
+plan: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
 
 watch: $(STUDY_INSTALLED)
@@ -59,7 +64,7 @@ report: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	@"$(BIN)"/python workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
 	@"$(BIN)"/python workflow/scripts/run_notebook.py report $(STUDY)
 
-verify: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
+verify: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/verify_results.py $(RESULTS) --runs $(RUNS) --seed $(SEED)
 
 docs: $(DOCS_INSTALLED)
@@ -87,6 +92,10 @@ data/glyphs/card.json: data_prep/glyph_list.json data_prep/glyphs.py data_prep/g
 # The last of the six datasets that this command writes.
 data/glyphs-5/card.json: data/glyphs/card.json
 	"$(BIN)"/python -m data_prep glyphs --folds
+	@touch $@
+
+data/glyphs-easy-5/card.json data/glyphs-hard-5/card.json: data/glyphs-%-5/card.json: data/glyphs/card.json
+	"$(BIN)"/python -m data_prep glyphs --difficulty $* --folds
 	@touch $@
 
 $(VENV)/bin/python:

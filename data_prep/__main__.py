@@ -96,7 +96,8 @@ def prepare(name: str, out: Path, options: argparse.Namespace) -> dict:
         )
         return cuhk03.prepare(options.source, out, with_arguments(cuhk03.OPTIONS, options), variant)
     if name == "folder":
-        if re.sub(r"-\d+$", "", out.name) in {*PUBLISHED, "glyphs"}:
+        taken = {*PUBLISHED, "glyphs", *(f"glyphs-{difficulty}" for difficulty in glyphs.JITTERS)}
+        if re.sub(r"-\d+$", "", out.name) in taken:
             raise PreparationError(
                 f"--out {out}: {out.name} is the name of another dataset, whose results would be compared with those "
                 "of your images; choose another name"

@@ -4,8 +4,10 @@ from collections.abc import Collection, Sequence
 
 import pandas as pd
 
+from hloss.study.difficulty import in_points
 from hloss.study.levels import CATEGORIES, GRID, Levels, levels_of, setting_label
 from hloss.study.spec import short_value
+from hloss.study.tables import listed
 
 
 def describe_comparison(name: str | Sequence[str], results: pd.DataFrame, table: pd.DataFrame) -> str:
@@ -65,6 +67,23 @@ def _listed(names: Sequence[str]) -> str:
     """Names as text: "a, b and c"; names with a comma are in quotes."""
     *first, last = (f'"{name}"' if "," in name else name for name in names)
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def describe_differences(table: pd.DataFrame) -> str:
+    """Describe the figure of `hloss.study.plots.differences`; the argument is its own.
+
+    Args:
+        table: rows of `hloss.study.difficulty.differences` at one length.
+
+    Returns:
+        One sentence: the difference from each method on each dataset, with its interval.
+    """
+    shown = []
+    for other, rows in table.groupby("other", sort=False):
+        values = [f"{in_points(row)} on {row['dataset']}" for row in rows.to_dict("records")]
+        shown.append(f"minus {other} {listed(values)}")
+    first = table["first"].iloc[0]
+    return f"Differences in the test Recall@1 in points with 95 % intervals, {first} {'; '.join(shown)}."
 
 
 def describe_recall_curves(recalls: pd.DataFrame, published: pd.DataFrame | None = None) -> str:

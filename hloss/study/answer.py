@@ -12,6 +12,7 @@ import pandas as pd
 from hloss.study.board import groups, verdict_counts
 from hloss.study.claims import DEPENDS
 from hloss.study.criteria import NOT_RUN, OPEN
+from hloss.study.difficulty import in_words
 from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import LOSS_COMPARISONS
@@ -135,12 +136,13 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
         table: its `hloss.study.statistics.summary`.
         board: the table of `hloss.study.claims.judge`.
     """
-    told, datasets = [], results["dataset"].unique()
-    for dataset in datasets:
-        if of_lengths := rankings(results, table, dataset):
-            of_dataset = leader_answer(of_lengths[-1]), length_answer(of_lengths)
-            name = f"{dataset}: " * (len(datasets) > 1)
-            told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
+    told, found = [], [rankings(results, table, dataset) for dataset in results["dataset"].unique()]
+    ranked = [of_lengths for of_lengths in found if of_lengths]
+    for of_lengths in ranked:
+        of_dataset = leader_answer(of_lengths[-1]), length_answer(of_lengths)
+        name = f"{of_lengths[-1].dataset}: " * (len(ranked) > 1)
+        told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
+    told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
     return [*_missing_answer(results), *told, claims_answer(results, board)]
 
@@ -201,7 +203,7 @@ def length_answer(of_lengths: list[Ranking]) -> Answer:
     last = of_lengths[-1]
     runs = last.runs.drop_duplicates("run_id")
     improving = int(runs["still_improving"].sum())
-    still = f"After {last.length:,} iterations {improving} of {len(runs)} runs are still improving"
+    still = f"After {last.length:,} iterations {improving} of the {len(runs)} runs of these losses are still improving"
     if len(of_lengths) > 1:
         short, told = _change_of_order(of_lengths)
         return Answer(short, told + (f" {still}, so longer training can still change the order." if improving else ""))
@@ -239,12 +241,23 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     counts = verdict_counts(board)
     kinds = ", ".join(f"{n} {_kind(name, n)}" for name, n in counts.items() if n)
     claims = len({rows.iloc[-1]["claim"] for rows in judged})
-    decided = [row for row in (rows.iloc[-1] for rows in judged) if row["verdict"] != OPEN and row["p holds"] >= 0]
-    stay = sum(row["holm"] == row["verdict"] for row in decided)
     of = f"{claims} claims" if claims > 1 else "one claim"
     several = f"{len(judged)} verdicts on {of}" if len(judged) > 1 else "One verdict on a claim"
-    told = f"{stay} of the {len(decided)} that a test decided remain after Holm's correction for the number of tests."
-    return Answer(f"{several} of the paper: {kinds}.", f"{told} They rest on {_rests_on(results, board)}.")
+    told = f"{after_holm(board)} They rest on {_rests_on(results, board)}."
+    return Answer(f"{several} of the paper: {kinds}.", told)
+
+
+def after_holm(board: pd.DataFrame) -> str:
+    """How many of the verdicts at the longest length that a test decided remain after Holm's correction.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`.
+    """
+    last = [rows.iloc[-1] for rows in groups(board)]
+    decided = [row for row in last if row["verdict"] != OPEN and row["p holds"] >= 0]
+    stay = sum(row["holm"] == row["verdict"] for row in decided)
+    of = f"{stay} of the {len(decided)} verdicts that a test decided"
+    return f"{of} remain after Holm's correction for the number of tests."
 
 
 def _kind(name: str, n: int) -> str:
@@ -254,7 +267,8 @@ def _kind(name: str, n: int) -> str:
 def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     """Data, seeds and runs that are still improving."""
     judged = board[board["verdict"] != NOT_RUN]
-    data = data_words(results)
+    of_claims = results[results["dataset"].isin(judged["dataset"])]
+    data = data_words(of_claims if len(of_claims) else results)
     asked = judged.loc[judged["dataset"] != "any", "asked"]
     if len(asked) and (asked == "other data").all():
         data += ", not data of the paper"
@@ -264,7 +278,8 @@ def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     parts = [data, f"at most {few(most_seeds(trained))} per method"]
     improving = int(runs["still_improving"].sum())
     if improving:
-        parts += [f"{len(runs)} trained runs, of which {improving} are still improving"]
+        of = f"{len(runs)} of the {len(distinct_runs(trained))} trained runs"
+        parts += [f"{of} (the others tune settings or belong to no claim); {improving} of them are still improving"]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

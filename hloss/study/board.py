@@ -166,12 +166,11 @@ def _place(rows: pd.DataFrame) -> str:
 def _details(rows: pd.DataFrame, links: Mapping[str, str]) -> str:
     """The details that unfold: criterion, evidence at each length, corrections, grids and runs."""
     last = rows.iloc[-1]
-    _, _, published = str(last["evidence"]).partition("; published: ")
     items = [
         ("Place in the paper", html.escape(last["section"])),
         ("Asked by the paper about", html.escape(_asked(last))),
         ("Criterion", html.escape(last["criterion"])),
-        ("Published", html.escape(published)),
+        ("Published", html.escape(last["published"])),
         ("Region", html.escape(f"{_condition(last)}{_margin(last)}")),
         *[(f"Evidence{f', {r.length}' if r.length else ''}", _evidence(r)) for r in _plain(rows)],
         ("Holm", html.escape("; ".join(dict.fromkeys(rows["holm"])))),
@@ -193,8 +192,7 @@ def _margin(row: pd.Series) -> str:
 
 def _evidence(row: Any) -> str:
     """Verdict and every part at one length."""
-    parts = str(row.evidence).partition("; published: ")[0].split("; ")
-    return f"<b>{row.verdict}</b><ul>{''.join(f'<li>{html.escape(part)}</li>' for part in parts)}</ul>"
+    return f"<b>{row.verdict}</b><ul>{''.join(f'<li>{html.escape(part)}</li>' for part in row.parts)}</ul>"
 
 
 def _not_run(board: pd.DataFrame) -> str:

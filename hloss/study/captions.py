@@ -45,6 +45,16 @@ ABLATION = (
     "Test Recall@K (%) of the comparison {comparison!r} on {dataset} at each length: mean over n seeds; the 95 % "
     "interval is that of Recall@1."
 )
+DIFFICULTY = (
+    "Differences in test Recall@1 (points) between {first} and other losses on each dataset, the easiest first, after "
+    "{length:,} iterations: mean over seeds with its 95 % interval. Each loss has the same settings on all datasets, "
+    "which are not tuned for each. " + OPEN_CIRCLE
+)
+DIFFICULTIES = (
+    "Test Recall@1 (%) of {first} and of each other loss, and their difference (first minus other, in points) with the "
+    "bounds of its 95 % interval, at each length (iterations); n: seeds. The last line of each length is the change of "
+    "the difference between the datasets named. Intervals are not corrected for their number."
+)
 SIMILARITIES = (
     "Densities (per unit of cosine similarity) of positive and negative pairs of test images on {dataset}, before "
     "training and after training with each loss (the paper's Figure 5); shared: mass of both densities. One run per "

@@ -14,6 +14,7 @@ Each verdict is given a second time with p values adjusted by Holm's method for 
 import math
 from collections.abc import Iterator
 from math import comb
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +26,6 @@ from hloss.runs.config import RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
 from hloss.study.criteria import (
-    LEVEL,
     LEVEL_CRITERIA,
     METHOD_CRITERIA,
     NOT_RUN,
@@ -34,6 +34,8 @@ from hloss.study.criteria import (
     REPRODUCED,
     Part,
     decisive_part,
+    equivalent,
+    needed,
     p_values,
     verdict,
 )
@@ -41,7 +43,7 @@ from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_differe
 from hloss.study.input_files import checked, read_yaml, shown
 from hloss.study.published import EXACT, compare_with_published
 from hloss.study.results import at_length, grid_size, lengths_in, recall_names
-from hloss.study.spec import CHOICE, INITIAL, short_value
+from hloss.study.spec import CHOICE, DIFFICULTY, INITIAL, short_value
 from hloss.study.statistics import EQUIVALENCE_MARGIN
 
 CLAIMS = "reports/claims.yaml"
@@ -50,7 +52,7 @@ BUDGET = 0.25  # share of a grid's settings, for the check "budget"
 OVERLAP = "overlap"
 DEPENDS = "depends on the length"
 LARGEST_EXPONENT = 2.5  # of a quadratic cost, for the check "quadratic"
-NEEDED = {  # check -> the settings that a claim with it needs; other checks compare methods or levels
+REQUIRED = {  # check -> the settings that a claim with it needs; other checks compare methods or levels
     "above_value": ("comparison", "method", "values"),
     "budget": ("comparison", "method", "rivals"),
     "quadratic": (),
@@ -82,7 +84,7 @@ class Claim(BaseModel):
         method: settings of the method that the claim is about.
         rivals: settings of each method that it is compared with.
         values: published Recall@1 by dataset, in %, with which the method is compared.
-        published: published values, shown with the evidence.
+        published: published values, shown with the evidence on the datasets in `data`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -126,14 +128,14 @@ class Claim(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_needed(self) -> "Claim":
+    def _check_required(self) -> "Claim":
         criteria = METHOD_CRITERIA if self.method else LEVEL_CRITERIA
-        if self.check not in (*NEEDED, *criteria):
+        if self.check not in (*REQUIRED, *criteria):
             place = f"{'with' if self.method else 'without'} method"
             raise ValueError(f"check {self.check!r} does not fit a claim {place}; allowed are {', '.join(criteria)}")
         compared = ("rivals",) if self.method else ("axis",) if self.check == "sensitive" else ("axis", "reference")
-        needed = NEEDED.get(self.check, ("comparison", *compared))
-        missing = [name for name in needed if getattr(self, name) in (None, [], {}, "")]
+        required = REQUIRED.get(self.check, ("comparison", *compared))
+        missing = [name for name in required if getattr(self, name) in (None, [], {}, "")]
         if missing:
             raise ValueError(f"check {self.check!r} needs {' and '.join(missing)}; add the missing setting")
         return self
@@ -179,8 +181,8 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         claims: the claims to judge; None: all of `reports/claims.yaml`.
 
     Returns:
-        One row per claim, dataset, comparison and length; the claim on the cost has one row with the dataset "any".
-        Columns:
+        One row per claim, dataset, comparison and length; a dataset with only the comparison `DIFFICULTY` has no rows.
+        The claim on the cost has one row with the dataset "any". Columns:
 
         - claim, text, section, criterion, dataset, asked ("the paper's data", "other data" or, for the cost, "no
           data"), comparison, length (as text; empty if there is none);
@@ -190,7 +192,9 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
           extended;
         - grids: number of runs in the grid of each method, as in "triplet 20 + 4": 20 runs and 4 of extensions;
         - still improving: number of used runs that are still improving, as in "3 of 10 runs"; empty for none;
-        - evidence: every part; decisive: the part that decides the verdict;
+        - parts: every part, a list of texts; evidence: the same as one text; decisive: the part that decides the
+          verdict; published: published values, if the dataset is the paper's;
+        - needed: for "inconclusive", what would decide it by the present estimates (`hloss.study.criteria.needed`);
         - difference, low, high, confidence (of the interval, in %), n, unit, margin: numbers of that part; holds above,
           holds below: bounds of the differences for which it holds, NaN without a bound. For the claim on the cost,
           difference is the exponent;
@@ -200,15 +204,28 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
     Raises:
         ConfigError: if `reports/claims.yaml` is invalid.
     """
-    rows = []
+    rows, judged = [], results[results["comparison"] != DIFFICULTY]
     for claim in read_claims() if claims is None else claims:
         if claim.check == "quadratic":
             rows.append(_row(claim, "any", "", "", _judge_cost(cost)))
             continue
-        for dataset, runs in results.groupby("dataset", sort=False):
+        for dataset, runs in judged.groupby("dataset", sort=False):
             for comparison in claim.comparison:
                 rows += _rows_of_comparison(claim, str(dataset), comparison, runs)
     return _with_holm(pd.DataFrame(rows)) if rows else pd.DataFrame()
+
+
+def read_board(file: Path) -> pd.DataFrame:
+    """Read a table that `judge` made, from its CSV file.
+
+    Args:
+        file: reports/STUDY/claims.csv.
+
+    Returns:
+        The table of `judge` without the column parts; missing text is empty and missing numbers are NaN.
+    """
+    numbers = [name for name in NO_NUMBERS if name != "unit"] + ["p holds", "p refuted"]
+    return pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in numbers})
 
 
 def conclusions(board: pd.DataFrame) -> pd.DataFrame:
@@ -240,9 +257,10 @@ class _Judgement(NamedTuple):
     """The columns of a verdict's row that follow from the results."""
 
     verdict: str
-    evidence: str
+    parts: list[str]
     decisive: str
     numbers: dict[str, Any]
+    needed: str = ""
     improving: str = ""
     p_holds: float = math.nan
     p_refuted: float = math.nan
@@ -266,8 +284,11 @@ def _row(claim: Claim, dataset: str, comparison: str, length: str, found: _Judge
         "initial grid": "",
         "grids": "",
         "still improving": found.improving,
-        "evidence": found.evidence,
+        "parts": found.parts,
+        "evidence": "; ".join(found.parts),
         "decisive": found.decisive,
+        "published": claim.published * (dataset in claim.data),
+        "needed": found.needed,
         **found.numbers,
         "p holds": found.p_holds,
         "p refuted": found.p_refuted,
@@ -352,16 +373,16 @@ def _judge_runs(claim: Claim, runs: pd.DataFrame) -> _Judgement:
     try:
         used, parts = _claim_parts(claim, runs)
     except _MissingRuns as missing:
-        return _Judgement(NOT_RUN, str(missing), str(missing), NO_NUMBERS)
-    evidence = [*map(str, parts), *([f"published: {claim.published}"] if claim.published else [])]
+        return _Judgement(NOT_RUN, [str(missing)], str(missing), NO_NUMBERS)
     p_holds, p_refuted = p_values(parts)
     tested = all(part.is_tested for part in parts)
     decisive = decisive_part(claim.check, parts)
     return _Judgement(
         verdict(p_holds, p_refuted),
-        "; ".join(evidence),
+        list(map(str, parts)),
         str(decisive),
         decisive.numbers(),
+        needed(parts),
         _still_improving(used),
         *((p_holds, p_refuted) if tested else (math.nan, math.nan)),
         ", ".join(sorted(set(used["run_id"]))),
@@ -476,12 +497,12 @@ def _check_levels(claim: Claim, prefix: str, levels: dict[Any, pd.DataFrame]) ->
 def _judge_cost(cost: pd.DataFrame | None) -> _Judgement:
     if cost is None or len(cost) < 3:
         missing = "the cost of the loss was not measured with this study"
-        return _Judgement(NOT_RUN, missing, missing, NO_NUMBERS)
+        return _Judgement(NOT_RUN, [missing], missing, NO_NUMBERS)
     exponent = float(np.polyfit(np.log(cost["batch_size"]), np.log(cost["seconds"]), 1)[0])
     measured = ", ".join(f"{row.batch_size:,.0f}: {1e3 * row.seconds:.0f} ms" for row in cost.itertuples())
     outcome = REPRODUCED if exponent <= LARGEST_EXPONENT else REFUTED if exponent >= 3 else OPEN
     numbers = NO_NUMBERS | {"difference": exponent, "unit": "exponent", "holds below": LARGEST_EXPONENT}
-    return _Judgement(outcome, f"exponent {exponent:.2f} ({measured})", f"exponent {exponent:.2f}", numbers)
+    return _Judgement(outcome, [f"exponent {exponent:.2f} ({measured})"], f"exponent {exponent:.2f}", numbers)
 
 
 def _compare_with_table(runs: pd.DataFrame) -> list[Part]:
@@ -501,14 +522,13 @@ def _part_of_table(runs: pd.DataFrame, row: Any, same_splits: bool) -> Part:
     found = mean_over_runs(runs, row.metric)
     difference = found._replace(mean=found.mean - row.published)
     label = f"{row.metric} minus the published {row.published}"
-    p_holds, p_refuted = difference.p_within(EQUIVALENCE_MARGIN), difference.p_outside(EQUIVALENCE_MARGIN)
-    limits: dict[str, Any] = {"margin": EQUIVALENCE_MARGIN, "holds": (-EQUIVALENCE_MARGIN, EQUIVALENCE_MARGIN)}
+    part = equivalent(label, difference, EQUIVALENCE_MARGIN)
     if not same_splits:
-        return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, **limits)
+        return part
     # The interval over splits is too wide for means over the same splits. It can refute a value, but not confirm it.
     near = difference.n > 1 and abs(difference.mean) < EQUIVALENCE_MARGIN
     note = " (mean over the same splits, no test)"
-    return Part(label, difference, float(not near), p_refuted, note=note, is_tested=False, **limits)
+    return part._replace(p_holds=float(not near), note=note, is_tested=False)
 
 
 def _compare_with_value(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, list[Part]]:

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from hloss.study.estimates import Estimate, paired_difference
+from hloss.study.estimates import SEEDS_AND_CLASSES, Estimate, paired_difference
 from hloss.study.spec import short_value
 
 LEVEL = 0.05
+MOST_SEEDS = 100  # a larger number of seeds that a verdict needs is not computed
 REPRODUCED, REFUTED, OPEN, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
 
 
@@ -42,6 +43,7 @@ class Part(NamedTuple):
         unit: unit of the difference.
         margin: largest negligible difference; NaN if the criterion has none.
         holds: bounds of the true differences for which the part holds.
+        with_more: the part for the same mean and spread, for arguments of `Estimate.with_more`; None without a test.
     """
 
     label: str
@@ -54,6 +56,7 @@ class Part(NamedTuple):
     unit: str = "points"
     margin: float = math.nan
     holds: tuple[float, float] = (-inf, inf)
+    with_more: Callable[[int, bool], "Part"] | None = None
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of the part for a table; unknown numbers and missing bounds are NaN."""
@@ -95,7 +98,8 @@ def above(label: str, difference: Estimate, margin: float) -> Part:
     p_holds, p_equivalent = min(1.0, 2 * difference.p_above(0)), difference.p_within(margin)
     p_refuted = 1.0 if p_holds < LEVEL else min(1.0, 2 * difference.p_below(0), p_equivalent)
     note = ", equivalent" * (p_holds >= LEVEL > p_equivalent)
-    return Part(label, difference, p_holds, p_refuted, note=note, margin=margin or math.nan, holds=(0, inf))
+    shown, again = margin or math.nan, _with_more(above, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, note=note, margin=shown, holds=(0, inf), with_more=again)
 
 
 def equivalent(label: str, difference: Estimate, margin: float) -> Part:
@@ -110,7 +114,8 @@ def equivalent(label: str, difference: Estimate, margin: float) -> Part:
         The part with its p values.
     """
     p_holds, p_refuted = difference.p_within(margin), difference.p_outside(margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, margin))
+    holds, again = (-margin, margin), _with_more(equivalent, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
 
 
 def not_below(label: str, difference: Estimate, margin: float) -> Part:
@@ -126,7 +131,8 @@ def not_below(label: str, difference: Estimate, margin: float) -> Part:
     """
     p_refuted = min(1.0, 2 * difference.p_below(-margin))
     p_holds = difference.p_above(-margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, inf))
+    holds, again = (-margin, inf), _with_more(not_below, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
 
 
 def no_gain(label: str, difference: Estimate, margin: float) -> Part:
@@ -142,7 +148,8 @@ def no_gain(label: str, difference: Estimate, margin: float) -> Part:
     """
     p_refuted = min(1.0, 2 * difference.p_above(margin))
     p_holds = difference.p_below(margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-inf, margin))
+    holds, again = (-inf, margin), _with_more(no_gain, label, difference, margin)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
 
 
 def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
@@ -157,7 +164,13 @@ def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
         The part with its p values.
     """
     p_below, p_above = (min(1.0, 2 * p) for p in (difference.p_below(0), difference.p_above(0)))
-    return Part(label, difference, p_below, p_above, unit="% of the mass", holds=(-inf, 0))
+    again = _with_more(less_overlap, label, difference, margin)
+    return Part(label, difference, p_below, p_above, unit="% of the mass", holds=(-inf, 0), with_more=again)
+
+
+def _with_more(criterion: Callable[..., Part], label: str, difference: Estimate, margin: float) -> Callable[..., Part]:
+    """The field `with_more` of a part of this criterion."""
+    return lambda *more: criterion(label, difference.with_more(*more), margin)
 
 
 def each_minus_reference(criterion: Callable[..., Part]) -> Callable[..., list[Part]]:
@@ -230,13 +243,22 @@ def sensitive(axis: str, levels: dict[Any, pd.DataFrame], reference: Any, margin
         A list of one part.
     """
     ordered = sorted(levels, key=lambda level: levels[level][column].mean())
-    pairs = list(combinations(ordered, 2))
-    difference = paired_difference(levels[ordered[-1]], levels[ordered[0]], column)
-    p_holds = min(1.0, 2 * difference.p_above(margin) * len(pairs))
-    p_alike = max(paired_difference(levels[b], levels[a], column).p_within(margin) for a, b in pairs)
     label = f"{axis} {short_value(ordered[-1])} minus {short_value(ordered[0])}"
+    widest = paired_difference(levels[ordered[-1]], levels[ordered[0]], column)
+    pairs = [paired_difference(levels[b], levels[a], column) for a, b in combinations(ordered, 2)]
+    return [_sensitive(label, widest, pairs, margin)]
+
+
+def _sensitive(label: str, widest: Estimate, pairs: list[Estimate], margin: float) -> Part:
+    """Part of the criterion `sensitive`, for the widest of the differences between pairs, and for all of them."""
+    p_holds = min(1.0, 2 * widest.p_above(margin) * len(pairs))
+    p_alike = max(pair.p_within(margin) for pair in pairs)
     confidence = 1 - LEVEL / len(pairs)
-    return [Part(label, difference, p_holds, p_alike, confidence, margin=margin, holds=(margin, inf))]
+
+    def again(*more: Any) -> Part:
+        return _sensitive(label, widest.with_more(*more), [pair.with_more(*more) for pair in pairs], margin)
+
+    return Part(label, widest, p_holds, p_alike, confidence, margin=margin, holds=(margin, inf), with_more=again)
 
 
 METHOD_CRITERIA: dict[str, Callable[[str, Estimate, float], Part]] = {
@@ -285,6 +307,37 @@ def verdict(p_holds: float, p_refuted: float) -> str:
         `REPRODUCED`, `REFUTED` or `OPEN`.
     """
     return REFUTED if p_refuted < LEVEL else REPRODUCED if p_holds < LEVEL else OPEN
+
+
+def needed(parts: list[Part]) -> str:
+    """What would decide a claim, if the present means and spreads stay: an estimate, not a promise.
+
+    Args:
+        parts: the parts of the claim.
+
+    Returns:
+        "8 seeds", the fewest with which the claim is reproduced or refuted; "more than 100 seeds"; "more test classes"
+        if the variation of the test classes, which more seeds do not reduce, keeps it open; "at least 2 seeds" if a
+        part has fewer. Where each seed has test classes of its own, this is said. "" for a decided claim, and for parts
+        without a test.
+    """
+    if verdict(*p_values(parts)) != OPEN or not all(part.is_tested for part in parts):
+        return ""
+    if any(part.difference.n < 2 for part in parts):
+        return "at least 2 seeds"
+    first = max(part.difference.n for part in parts)
+    fewest = next((n for n in range(first + 1, MOST_SEEDS + 1) if _decides(parts, n, False)), 0)
+    if not fewest and _decides(parts, MOST_SEEDS, True):
+        return "more test classes"
+    own = any(part.difference.varies == SEEDS_AND_CLASSES and part.difference.share == 1 for part in parts)
+    number = f"{fewest or f'more than {MOST_SEEDS}'} seeds"
+    return number + ", each with test classes of its own" * own
+
+
+def _decides(parts: list[Part], n: int, more_classes: bool) -> bool:
+    """Whether a claim is decided if n seeds, and as many times more classes, had the same means and spreads."""
+    more = [part.with_more(n, more_classes) for part in parts if part.with_more]
+    return verdict(*p_values(more)) != OPEN
 
 
 def decisive_part(check: str, parts: list[Part]) -> Part:

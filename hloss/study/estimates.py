@@ -66,6 +66,23 @@ class Estimate(NamedTuple):
         of_seeds = stats.t.sf(value, self.n - 1)
         return float(self.share * of_seeds + (1 - self.share) * stats.t.sf(value, self.classes - 1))
 
+    def with_more(self, n: int, more_classes: bool = False) -> "Estimate":
+        """The estimate with another number of seeds, if mean and spread stay.
+
+        Args:
+            n: number of seeds. Their part of the squared error becomes `self.n / n` of the present one.
+            more_classes: whether the number of classes, if they have a part of the error, changes by the same factor.
+
+        Returns:
+            The estimate. With fewer than two seeds now, its error is unknown, too.
+        """
+        of_seeds, of_classes = self.share * self.n / n, 1 - self.share
+        if more_classes:
+            of_classes *= self.n / n
+        scale = of_seeds + of_classes
+        classes = self.classes * n // self.n if more_classes else self.classes
+        return self._replace(error=self.error * math.sqrt(scale), n=n, share=of_seeds / scale, classes=classes)
+
     def p_above(self, value: float) -> float:
         """P value of the one-sided test whose alternative is that the true mean is above a value.
 

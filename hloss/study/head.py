@@ -29,7 +29,8 @@ def facts(results: pd.DataFrame) -> str:
     runs = distinct_runs(complete)
     trained = complete[complete["length"] > 0]
     lengths = listed([f"{length:,}" for length in _usual_lengths(trained)])
-    parts = [f"Data: {data_words(results)}", f"{len(runs):,} runs"]
+    n_trained = len(distinct_runs(trained))
+    parts = [f"Data: {data_words(results)}", f"{len(runs):,} runs, of which {n_trained:,} train a network"]
     parts += [f"{few(most_seeds(trained))} per method"] if len(trained) else []
     parts += [f"training of {lengths} iterations"] if lengths else []
     parts += [f"{duration(runs['training_seconds'].sum())} of training on {hardware(runs)}"]

@@ -124,6 +124,32 @@ def comparison(
     return _finish(figure, f"{title}{after}{remark}")
 
 
+def differences(table: pd.DataFrame) -> Figure:
+    """Plot the differences between the first method and each other method on datasets, with their 95 % intervals.
+
+    An open circle marks a difference of runs of which some are still improving.
+
+    Args:
+        table: rows of `hloss.study.difficulty.differences` at one length.
+    """
+    of_others = dict(list(table.groupby("other", sort=False)))
+    datasets = list(table["dataset"].unique())
+    figure, grid = plt.subplots(
+        1, len(of_others), figsize=(8, 1.2 + 0.33 * len(datasets)), sharex=True, sharey=True, squeeze=False
+    )
+    for axes, (other, rows) in zip(grid.flat, of_others.items(), strict=True):
+        places = rows["dataset"].map(datasets.index)
+        bars = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        axes.errorbar(rows["difference"], places, xerr=np.nan_to_num(bars), fmt="o", color=MEAN, capsize=3)
+        open_circles(axes, rows["difference"], places, rows, color=MEAN)
+        axes.set(title=f"{rows['first'].iloc[0]} minus {other}", xlabel="difference in test Recall@1 (points)")
+        axes.grid(axis="x", color="0.9")
+    grid[0, 0].set(ylim=(len(datasets) - 0.5, -0.5))
+    grid[0, 0].set_yticks(range(len(datasets)), datasets)
+    return _finish(figure)
+
+
 def recall_by_length(name: str, table: pd.DataFrame) -> Figure:
     """Plot the mean test Recall@1 of the methods of a comparison over the training length.
 

@@ -1,4 +1,4 @@
-"""The results section of the README, generated from a folder of committed results."""
+"""The results in the README and docs/results.md, generated from a folder of committed results."""
 
 import re
 from pathlib import Path
@@ -8,40 +8,49 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
-from hloss.study.claims import conclusions
+from hloss.study.answer import after_holm
+from hloss.study.claims import conclusions, read_board
 from hloss.study.criteria import NOT_RUN
 from hloss.study.estimates import mean_over_runs
+from hloss.study.findings import findings, heading, lines, note
 from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
-from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
+from hloss.study.spec import DIFFICULTY, LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
 
-BEGIN = "<!-- results: begin (made by workflow/scripts/write_readme_results.py) -->"
+MADE = "made by workflow/scripts/write_readme_results.py"
+BEGIN = f"<!-- results: begin ({MADE}) -->"
 END = "<!-- results: end -->"
+README, TABLE = "README.md", "docs/results.md"
 DATASET = "glyphs"  # the section describes results on this dataset
 FIXED, TUNED = LOSS_COMPARISONS
+MARGIN = f"±{EQUIVALENCE_MARGIN:g} points"
 
 
-def update_readme(readme: Path, folder: Path, check: bool = False) -> bool:
-    """Write the results section into a README.
+def update_results(root: Path, folder: Path, check: bool = False) -> list[str]:
+    """Write the results section of README.md, and docs/results.md.
 
     Args:
-        readme: file with the two markers.
+        root: folder with README.md, which has the two markers, and docs.
         folder: folder with results.parquet and claims.csv.
         check: only compare, write nothing.
 
     Returns:
-        Whether the file was up to date.
+        The files that were out of date.
 
     Raises:
         ConfigError: if a file or a marker is missing, or the results are of other data than `DATASET`.
     """
-    if not readme.is_file():
-        raise ConfigError(f"{readme}: no such file; run the command in the root folder of the project")
-    before = readme.read_text()
-    after = with_section(before, results_section(folder))
-    if after != before and not check:
-        atomic_write(readme, lambda part: part.write_text(after))
-    return after == before
+    if not (root / README).is_file():
+        raise ConfigError(f"{root / README}: no such file; run the command in the root folder of the project")
+    readme = with_section((root / README).read_text(), results_section(folder))
+    outdated = []
+    for name, text in ((README, readme), (TABLE, results_page(folder))):
+        file = root / name
+        if not file.exists() or file.read_text() != text:
+            outdated.append(name)
+            if not check:
+                atomic_write(file, lambda part, text=text: part.write_text(text))  # type: ignore[misc]
+    return outdated
 
 
 def with_section(text: str, section: str) -> str:
@@ -61,7 +70,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def results_section(folder: Path) -> str:
-    """The section in Markdown: limits of the results, a table of claims, and the means of the losses.
+    """The section in Markdown: limits of the results, the claims in words, and the means of the losses.
 
     Args:
         folder: folder with results.parquet and claims.csv.
@@ -69,21 +78,34 @@ def results_section(folder: Path) -> str:
     Raises:
         ConfigError: if a file is missing, or the results are of other data than `DATASET`.
     """
+    results, board = _read(folder)
+    return "\n\n".join([_limits(results), _reading(board), *_findings(board), *_means(results)])
+
+
+def results_page(folder: Path) -> str:
+    """The page in Markdown with a table of all claims: the verdicts at each length, and the difference that decides.
+
+    Args:
+        folder: folder with results.parquet and claims.csv.
+
+    Raises:
+        ConfigError: if a file is missing, or the results are of other data than `DATASET`.
+    """
+    results, board = _read(folder)
+    title = f"<!-- {MADE} -->\n\n# Results on {DATASET}, claim by claim"
+    return "\n\n".join([title, _limits(results), _table_reading(), _claims_table(conclusions(board))]) + "\n"
+
+
+def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Results and board of a folder."""
     results = read_results(folder / "results.parquet")
+    results = results[results["comparison"] != DIFFICULTY]
     datasets = sorted(results["dataset"].unique())
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
     if not (folder / "claims.csv").is_file():
         raise ConfigError(f"{folder / 'claims.csv'}: no such file; `make report STUDY={folder.name}` writes it")
-    board = conclusions(pd.read_csv(folder / "claims.csv", keep_default_na=False))
-    means = summary(at_length(results), ["recall@1"])
-    lines = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
-    lines += [_edges_line(results)]
-    losses = at_length(results[results["comparison"].isin(LOSS_COMPARISONS)])
-    trained = " or ".join(f"{length:,}" for length in lengths_in(losses))
-    varies = mean_over_runs(losses[losses["method"] == losses["method"].iloc[0]].drop_duplicates("seed")).varies
-    title = f"Mean test Recall@1 in % after {trained} iterations (95 % CI over {varies}), the highest first:"
-    return "\n\n".join([_limits(results), _reading(), _claims_table(board), title, "\n".join(lines)])
+    return results, read_board(folder / "claims.csv")
 
 
 def _limits(results: pd.DataFrame) -> str:
@@ -108,14 +130,45 @@ def _range(numbers: pd.Series) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _reading() -> str:
-    margin = f"±{EQUIVALENCE_MARGIN:g} points"
+def _reading(board: pd.DataFrame) -> str:
+    return fill(
+        "The claims of the paper (in italics) are judged at the longest training length. Each has the difference that "
+        "decides it, in points of test Recall@1 with its confidence interval (CI). All were measured on glyphs, also "
+        f"where a claim names another dataset. Equivalent: the 90 % CI lies within {MARGIN}; neither loss then counts "
+        "as above the other. "
+        f"{after_holm(board)} [docs/results.md](docs/results.md) has the table of all verdicts; the report, "
+        "`reports/sample/report.html`, has the criteria and all runs.",
+        width=120,
+    )
+
+
+def _findings(board: pd.DataFrame) -> list[str]:
+    """Title, list and note of each group of claims."""
+    parts = []
+    for name, group in findings(board).items():
+        items = [_wrapped(f"- *{claim}*: {told}.") for _, claim, told in lines(group)]
+        parts += [f"**{heading(name, group)}**", "\n".join(items), fill(note(name, board), width=120)]
+    return list(filter(None, parts))
+
+
+def _means(results: pd.DataFrame) -> list[str]:
+    """Title and list of the means of the losses at the longest length."""
+    losses = at_length(results[results["comparison"].isin(LOSS_COMPARISONS)])
+    trained = " or ".join(f"{length:,}" for length in lengths_in(losses))
+    varies = mean_over_runs(losses[losses["method"] == losses["method"].iloc[0]].drop_duplicates("seed")).varies
+    title = f"Mean test Recall@1 in % after {trained} iterations (95 % CI over {varies}), the highest first:"
+    means = summary(at_length(results), ["recall@1"])
+    items = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
+    return [title, "\n".join([*items, _edges_line(results)])]
+
+
+def _table_reading() -> str:
     return fill(
         "Each cell gives a verdict and the difference that decides it, in points of test Recall@1. All were measured "
         "on glyphs, also where a claim names another dataset. Equivalent: the 90 % confidence interval (CI) lies "
-        f'within {margin}. "A above B" is not reproduced if A and B are equivalent. Holm: the verdict after correction '
-        "for the number of tests, where it differs. The report has the criteria and all runs: "
-        "`reports/sample/report.html`.",
+        f'within {MARGIN}. "A above B" is not reproduced if A and B are equivalent. Holm: the verdict after correction '
+        "for the number of tests, where it differs. The [criteria](claims.md) are those of `reports/claims.yaml`. The "
+        "report has all runs: `reports/sample/report.html`.",
         width=120,
     )
 
@@ -167,4 +220,8 @@ def _edges_line(results: pd.DataFrame) -> str:
 
 
 def _item(title: str, values: list[str]) -> str:
-    return fill(f"- {title}: {'; '.join(values)}.", width=120, subsequent_indent="  ")
+    return _wrapped(f"- {title}: {'; '.join(values)}.")
+
+
+def _wrapped(item: str) -> str:
+    return fill(item, width=120, subsequent_indent="  ")

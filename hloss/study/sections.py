@@ -13,6 +13,7 @@ from hloss.runs.files import atomic_write, project_path
 from hloss.study import captions, notes, plots
 from hloss.study.alt_texts import (
     describe_comparison,
+    describe_differences,
     describe_recall_by_length,
     describe_recall_curves,
     describe_recall_over_iterations,
@@ -20,6 +21,7 @@ from hloss.study.alt_texts import (
 from hloss.study.answer import Ranking, answers, best_comparison, rankings
 from hloss.study.claims import judge, overlap
 from hloss.study.criteria import NOT_RUN
+from hloss.study.difficulty import changes, differences, in_words
 from hloss.study.exhibits import Exhibits
 from hloss.study.head import head_html, losses_caption, losses_figure
 from hloss.study.levels import levels_of
@@ -36,7 +38,7 @@ from hloss.study.results import (
     recall_names,
     recalls_over_k,
 )
-from hloss.study.spec import LOSS_COMPARISONS, OF_TUNING
+from hloss.study.spec import DIFFICULTY, LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import headline, shown_interval, summary
 from hloss.study.tables import duration
 from hloss.study.verify import origin
@@ -58,10 +60,12 @@ class Report:
         self.complete = self.results[self.results["complete"]]
         self.missing = self.results[~self.results["complete"]]
         self.runs = distinct_runs(self.all_lengths[self.all_lengths["complete"]])
-        self.by_dataset = dict(list(self.complete.groupby("dataset", sort=False)))
+        others = self.complete[self.complete["comparison"] != DIFFICULTY]
+        self.by_dataset = dict(list(others.groupby("dataset", sort=False)))  # without the comparison of datasets
         self.show = Exhibits(folder, run_links(self.runs, folder))
         if folder:
-            for name, table in (("summary", self.table_of_lengths), ("claims", self.board)):
+            claims = self.board.drop(columns="parts")  # the column evidence has them as text
+            for name, table in (("summary", self.table_of_lengths), ("claims", claims)):
                 file = project_path(folder) / f"{name}.csv"
                 atomic_write(file, lambda part, table=table: table.to_csv(part, index=False))  # type: ignore[misc]
 
@@ -222,6 +226,21 @@ class Report:
             what = f"the comparison {comparison!r}"
             self._recall_curves(dataset, chosen, what, f"{comparison} recall_at_k", paper)
 
+    def difficulty(self) -> None:
+        """Text, figure and table of the losses on easier and harder data."""
+        found = differences(self.all_lengths)
+        if found.empty:
+            return
+        display(Markdown("### Difficulty of the data"))
+        display(Markdown("\n".join(f"- **{short}** {text}" for short, text in in_words(self.all_lengths))))
+        first, longest = found["first"].iloc[0], found[found["length"] == found["length"].max()]
+        caption = captions.DIFFICULTY.format(first=first, length=found["length"].max())
+        self.show.figure(plots.differences(longest), DIFFICULTY, caption, describe_differences(longest))
+        table = pd.concat([found, changes(self.all_lengths)]).sort_values(["other", "length"], kind="stable")
+        table["still improving"] = [f"{m} of {n}" for m, n in zip(table["still improving"], table["runs"], strict=True)]
+        shown = table.drop(columns=["first", "runs"]).rename(columns={"first (%)": f"{first} (%)"}).round(1)
+        self.show.table(shown, DIFFICULTY, captions.DIFFICULTIES.format(first=first))
+
     def similarities(self) -> None:
         """Figure of the densities of similarities before and after training."""
         for dataset, chosen in self.losses.items():
@@ -267,7 +286,8 @@ class Report:
 
     def basis(self) -> None:
         """Notes on data, intervals, lengths, missing runs and the code that made the results."""
-        told = [notes.dataset_note(dataset, rows) for dataset, rows in self.by_dataset.items()]
+        of_datasets = self.complete.groupby("dataset", sort=False)
+        told = [notes.dataset_note(str(dataset), rows) for dataset, rows in of_datasets]
         told += [notes.lengths_note(self.all_lengths, self.complete)]
         if len(self.missing):
             told += [f"**This study is not complete: {len(self.missing)} runs of its comparisons are missing.**"]

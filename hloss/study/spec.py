@@ -49,6 +49,7 @@ from hloss.study.input_files import checked, read_yaml, shown
 
 STUDIES = Path("workflow/studies")
 LOSS_COMPARISONS = ("losses", "tuned losses")  # comparisons between losses
+DIFFICULTY = "difficulty"  # comparison of datasets of different difficulty; no claim is judged by it
 CHOICE = ": choice"  # suffix of the comparison that contains the runs of a grid
 SMALL_NETWORKS = ("glyphnet", "pixels")  # with few multiplications: a run leaves most of a GPU idle
 EXTENDED = ", extended"  # before CHOICE: the runs that were added to a grid

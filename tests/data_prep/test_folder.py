@@ -436,7 +436,7 @@ def test_refuses_a_protocol_that_does_not_fit(tmp_path, rows, protocol, match):
     assert not (tmp_path / "data").exists() or list((tmp_path / "data").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["cub", "cuhk03", "cuhk03-1", "market1501", "glyphs", "glyphs-3"])
+@pytest.mark.parametrize("name", ["cub", "cuhk03", "cuhk03-1", "market1501", "glyphs", "glyphs-3", "glyphs-hard-0"])
 def test_refuses_the_name_of_another_dataset(tmp_path, name):
     source = write_folder(tmp_path / "source", birds())
     with pytest.raises(SystemExit, match=f"{name} is the name of another dataset"):

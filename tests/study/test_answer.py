@@ -138,7 +138,7 @@ def test_the_effect_of_the_length_is_said(later, short):
                          table_of(later, length=2000, still_improving=True)])  # fmt: skip
     found = length_answer(rankings(results, summary(results, ["recall@1"]), "glyphs"))
     assert found.short == short
-    assert "After 2,000 iterations 15 of 15 runs are still improving" in found.text
+    assert "After 2,000 iterations 15 of the 15 runs of these losses are still improving" in found.text
     if "depends" in short:
         assert "The highest mean was that of triplet after 200 (40.0 %)." in found.text
 
@@ -146,7 +146,7 @@ def test_the_effect_of_the_length_is_said(later, short):
 def test_one_length_with_improving_runs_warns():
     parts, _ = told(table_of({"triplet": 40.0, "lifted": 36.0}, still_improving=True))
     assert parts[1].short == "Longer training can change the order."
-    assert "10 of 10 runs are still improving" in parts[1].text
+    assert "10 of the 10 runs of these losses are still improving" in parts[1].text
 
 
 def test_verdicts_are_counted_with_what_they_rest_on():
@@ -170,8 +170,8 @@ def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
 def test_facts_have_data_runs_lengths_time_and_hardware():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     assert facts(results) == (
-        "Data: one dataset of drawn characters (glyphs) · 10 runs · five seeds per method · training of 200 iterations "
-        "· 5 min 0 s of training on x86_64 CPU, 1 thread per run"
+        "Data: one dataset of drawn characters (glyphs) · 10 runs, of which 10 train a network · five seeds per "
+        "method · training of 200 iterations · 5 min 0 s of training on x86_64 CPU, 1 thread per run"
     )
     assert data_words(results.assign(dataset="own")) == "one dataset (own)"
 

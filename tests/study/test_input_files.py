@@ -13,7 +13,7 @@ from hloss.study.claims import read_claims
 from hloss.study.plan import MEASURED, read_costs
 from hloss.study.profiles import uses_slurm
 from hloss.study.published import COLUMNS, read_published
-from hloss.study.readme import update_readme
+from hloss.study.readme import update_results
 from hloss.study.results import read_results
 from hloss.study.spec import load_study
 from hloss.study.throughput import MEASURED as THROUGHPUT
@@ -286,7 +286,7 @@ def test_names_the_root_folder_where_there_are_no_studies(tmp_path):
     with pytest.raises(ConfigError, match="has no study: run the command in the root folder of the project"):
         load_study("quick", tmp_path)
     with pytest.raises(ConfigError, match=r"README.md: no such file; run the command in the root folder"):
-        update_readme(tmp_path / "README.md", Path("reports/sample"))
+        update_results(tmp_path, Path("reports/sample"))
 
 
 @pytest.mark.parametrize(

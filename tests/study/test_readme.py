@@ -1,4 +1,4 @@
-"""The results section of the README: it equals the committed sample, and a change of either is noticed."""
+"""The results in the README and docs/results.md equal the committed sample, and a change of either is noticed."""
 
 import re
 import shutil
@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from hloss.runs.errors import ConfigError
-from hloss.study.readme import BEGIN, END, results_section, typeset, update_readme, with_section
+from hloss.study.claims import conclusions, read_board
+from hloss.study.readme import BEGIN, END, results_page, results_section, typeset, update_results, with_section
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "reports" / "sample"
@@ -23,17 +24,40 @@ def section():
     return results_section(SAMPLE)
 
 
+@pytest.fixture(scope="module")
+def page():
+    return results_page(SAMPLE)
+
+
 @pytest.fixture
 def board():
-    return pd.read_csv(SAMPLE / "claims.csv", keep_default_na=False)
+    return read_board(SAMPLE / "claims.csv")
 
 
-def test_readme_is_up_to_date():
-    assert update_readme(ROOT / "README.md", SAMPLE, check=True), "run workflow/scripts/write_readme_results.py"
+def test_results_are_up_to_date():
+    assert update_results(ROOT, SAMPLE, check=True) == [], "run workflow/scripts/write_readme_results.py"
 
 
-def test_table_has_every_verdict_and_its_decisive_difference(section, board):
-    table = {row[1].strip(): row[2:4] for row in (line.split("|") for line in section.splitlines()) if len(row) == 5}
+def test_each_verdict_is_in_one_line_of_its_group(section, board):
+    words = " ".join(section.split())
+    groups = dict(re.findall(r"\*\*([A-Z][a-z ]+): [^*]*\*\*(.*?)(?=\*\*|Mean test)", words))
+    assert list(groups) == ["Holds", "Fails", "Depends on the training length", "Undecided"]
+    titles = {"reproduced": "Holds", "not reproduced": "Fails", "inconclusive": "Undecided"}
+    expected = set()
+    for _, rows in board[board["verdict"] != "not run"].groupby(["claim", "dataset", "comparison"]):
+        row, is_same = rows.iloc[-1], rows["verdict"].nunique() == 1
+        title, text = titles[row["verdict"]] if is_same else list(groups)[2], row["text"].removesuffix(".")
+        expected.add((title, text))
+        (line,) = (line for line in groups[title].split("- *") if line.startswith(f"{text}*: "))
+        if row["low"] == row["low"]:
+            shown = f"{row['difference']:+.1f} {row['unit']} ({row['confidence']:.3g} % CI {row['low']:+.1f} to "
+            assert f"{shown}{row['high']:+.1f})".replace("-", "−") in line
+        assert row["needed"] in line
+    assert sum(group.count("- *") for group in groups.values()) == len(expected)
+
+
+def test_table_has_every_verdict_and_its_decisive_difference(page, board):
+    table = {row[1].strip(): row[2:4] for row in (line.split("|") for line in page.splitlines()) if len(row) == 5}
     judged = board[board["verdict"] != "not run"]
     assert table.keys() - {"claim of the paper", "---"} == {text.removesuffix(".") for text in judged["text"]}
     for text, verdicts in judged.groupby("text"):
@@ -42,7 +66,7 @@ def test_table_has_every_verdict_and_its_decisive_difference(section, board):
             assert len(re.findall(r"(?:reproduced|inconclusive)(?: \(still improving\))?: ", cell)) == len(rows)
             assert all(f"{row.conclusion}: {typeset(row.decisive)}" in cell for row in rows.itertuples())
             assert cell.count("; Holm: ") == (rows["holm"] != rows["verdict"]).sum()
-    assert "-0." not in section
+    assert "-0." not in page
 
 
 def test_differences_have_minus_signs_and_units():
@@ -82,18 +106,33 @@ def copied_sample(tmp_path):
     return tmp_path
 
 
-def test_another_verdict_makes_the_readme_out_of_date(copied_sample, board):
-    board.loc[0, "conclusion"] = "inconclusive"
+@pytest.fixture
+def copied_root(tmp_path):
+    root = tmp_path / "root"
+    (root / "docs").mkdir(parents=True)
+    for name in ("README.md", "docs/results.md"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def test_another_difference_makes_both_files_out_of_date(copied_root, copied_sample, board):
+    last = conclusions(board)
+    changed = last[last["low"].notna()].index[0]
+    board.loc[changed, "difference"] = 99.9
+    board.loc[changed, "decisive"] = re.sub(r": [-+]\S+ \(", ": +99.9 (", board.loc[changed, "decisive"])
     board.to_csv(copied_sample / "claims.csv", index=False)
-    readme = copied_sample / "README.md"
-    shutil.copy(ROOT / "README.md", readme)
-    assert not update_readme(readme, copied_sample, check=True)
-    assert readme.read_text() == (ROOT / "README.md").read_text()
-    assert not update_readme(readme, copied_sample)
-    assert update_readme(readme, copied_sample, check=True)
-    changed = set(readme.read_text().splitlines()) ^ set((ROOT / "README.md").read_text().splitlines())
-    assert len(changed) == 2
-    assert all("the best of all compared losses" in line for line in changed)
+    assert update_results(copied_root, copied_sample, check=True) == ["README.md", "docs/results.md"]
+    assert (copied_root / "README.md").read_text() == (ROOT / "README.md").read_text()
+    assert update_results(copied_root, copied_sample) == ["README.md", "docs/results.md"]
+    assert update_results(copied_root, copied_sample, check=True) == []
+    for name in ("README.md", "docs/results.md"):
+        assert " ".join((copied_root / name).read_text().split()).count("+99.9 points") == 1
+
+
+def test_a_missing_page_is_written(copied_root):
+    (copied_root / "docs" / "results.md").unlink()
+    assert update_results(copied_root, SAMPLE) == ["docs/results.md"]
+    assert (copied_root / "docs" / "results.md").read_text() == results_page(SAMPLE)
 
 
 def test_keeps_the_text_around_the_section():
@@ -113,7 +152,7 @@ def test_refuses_results_of_other_data(copied_sample):
         results_section(copied_sample)
 
 
-def test_command_checks_the_readme():
+def test_command_checks_both_files():
     command = [sys.executable, "workflow/scripts/write_readme_results.py", "--check"]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (answer.returncode, answer.stderr) == (0, "")

@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from hloss.study.claims import read_board
+from hloss.study.findings import findings, heading, lines
 from hloss.study.report_page import report_page, with_contents
+from hloss.study.results import distinct_runs, read_results
 
 SAMPLE = Path(__file__).parents[2] / "reports" / "sample"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -79,6 +82,12 @@ def means():
 
 
 @pytest.fixture(scope="module")
+def runs():
+    """The runs of the sample, once each."""
+    return distinct_runs(read_results(SAMPLE / "results.parquet"))
+
+
+@pytest.fixture(scope="module")
 def board():
     return pd.read_csv(SAMPLE / "claims.csv")
 
@@ -125,7 +134,7 @@ def number(value, decimals=1, plus=False):
     return text.replace("-", "−")
 
 
-def test_the_answer_has_the_numbers_of_the_tables(page, means, judged):
+def test_the_answer_has_the_numbers_of_the_tables(page, means, judged, runs):
     text = page.select_one(".answer").text
     losses = means[(means["comparison"] == "tuned losses") & (means["length"] > 0)].sort_values("recall@1")
     first, second = losses.iloc[-1], losses.iloc[-2]
@@ -140,9 +149,17 @@ def test_the_answer_has_the_numbers_of_the_tables(page, means, judged):
     last = pd.DataFrame([rows.iloc[-1] for rows in judged])
     decided = last[last["p holds"].notna() & (last["verdict"] != "inconclusive")]
     stay = (decided["holm"] == decided["verdict"]).sum()
-    assert f"{stay} of the {len(decided)} that a test decided remain after Holm's correction" in text
+    assert f"{stay} of the {len(decided)} verdicts that a test decided remain after Holm's correction" in text
     improving = int(losses["still improving"].sum())
-    assert f"{improving} of {losses['n'].sum()} runs are still improving" in text
+    assert f"{improving} of the {losses['n'].sum()} runs of these losses are still improving" in text
+    used = {run_id for rows in judged for ids in rows["run_ids"] for run_id in str(ids).split(", ")}
+    trained = runs[runs["length"] > 0]
+    of_claims = trained[trained["run_id"].isin(used)]
+    assert (
+        f"{len(of_claims)} of the {len(trained)} trained runs (the others tune settings or belong to no claim)" in text
+    )
+    assert f"claim); {of_claims['still_improving'].sum()} of them are still improving" in text
+    assert f"{len(runs)} runs, of which {len(trained)} train a network" in page.header.text
     assert "one dataset of drawn characters (glyphs), not data of the paper" in text
     assert "at most five seeds per method" in text
 
@@ -157,6 +174,15 @@ def test_the_figure_of_the_answer_has_the_means_and_intervals(page, means):
         interval = f"{row['recall@1 low']:.1f} to {row['recall@1 high']:.1f}"
         assert cells == [row["method"], f"{row['recall@1']:.1f}", interval]
         assert line.svg["aria-label"].startswith(f"{row['method']}: {row['recall@1']:.1f} %, 95 % CI {interval}")
+
+
+def test_the_claims_in_words_link_to_their_line_of_the_board(page):
+    board = read_board(SAMPLE / "claims.csv")
+    for group, (name, of_group) in zip(page.select(".findings"), findings(board).items(), strict=True):
+        assert heading(name, of_group) in group.text
+        assert [item.text for item in group.select("li")] == [f"{claim}: {told}" for _, claim, told in lines(of_group)]
+        for link in group.select("li a"):
+            assert link.text in page.select_one(link["href"]).summary.text
 
 
 def test_the_board_has_the_verdicts_and_differences_of_the_claims(page, board, judged):
@@ -175,7 +201,7 @@ def test_the_board_has_the_verdicts_and_differences_of_the_claims(page, board, j
             bounds = f"{number(last['low'], plus=True)} to {number(last['high'], plus=True)}"
             difference = f"{number(last['difference'], plus=True)} {last['unit']}"
             assert line == f"{difference} ({last['confidence']:.3g} % CI {bounds})"
-        parts = last["evidence"].partition("; published: ")[0].split("; ")
+        parts = last["evidence"].split("; ")
         assert [item.text for item in claim.select("dd li")][-len(parts) :] == parts
     missing = board[board["verdict"] == "not run"]
     assert len(page.select(".not-run li")) == len(missing)

@@ -1,10 +1,18 @@
 """The committed studies: their runs and settings are those of the paper."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import yaml
 
 from hloss.study.plan import plan_runs, read_costs
-from hloss.study.spec import LOSS_COMPARISONS, STUDIES, load_study
+from hloss.study.results import at_length, read_results
+from hloss.study.spec import CHOICE, DIFFICULTY, EXTENDED, LOSS_COMPARISONS, STUDIES, load_study
+
+SAMPLE = Path("reports/sample")
+GRID_AXES = ("learning_rate", "n_bins", "C", "margin")
+GRIDS = [f"{LOSS_COMPARISONS[1]}{suffix}" for suffix in (CHOICE, EXTENDED + CHOICE)]
 
 
 def test_every_committed_study_loads():
@@ -51,8 +59,9 @@ def test_a_part_of_the_sample_takes_at_most_150_minutes_on_two_cores(name):
     trained = [run.config for run in study.runs + study.waiting if run.config.iterations]
     images = {tuple(length * config.batch_size for length in config.lengths) for config in trained}
     assert (25_600, 76_800, 256_000) in images
-    assert {run.dataset for run in study.runs} == {"glyphs"}
-    assert all(run.config.dataset == f"glyphs-{run.config.seed}" for run in study.runs)
+    drawings = {"glyphs-easy", "glyphs", "glyphs-hard"} if name == "glyphs-difficulty" else {"glyphs"}
+    assert {run.dataset for run in study.runs} == drawings
+    assert all(run.config.dataset == f"{run.dataset}-{run.config.seed}" for run in study.runs)
 
 
 def test_the_sample_has_five_seeds_for_losses_bins_batch_and_margin():
@@ -61,11 +70,73 @@ def test_the_sample_has_five_seeds_for_losses_bins_batch_and_margin():
         for comparison in run.methods:
             seeds.setdefault(comparison, set()).add(run.config.seed)
     five = {*LOSS_COMPARISONS, "bins", "bins at the tuned rate", "batch", "batch at equal images", "margin"}
+    five.add(DIFFICULTY)
     assert {name for name, found in seeds.items() if len(found) == 5} == five
     three = {"bins by batch", "kernel", "order cost", "C", "learning rate", "sampler"}
     assert {name for name, found in seeds.items() if len(found) == 3} == three
     grids = {name: found for name, found in seeds.items() if name.endswith(": choice")}
     assert grids == {f"{name}: choice": {5} for name in ("tuned losses", "batch at equal images")}
+
+
+def test_the_study_of_difficulty_changes_the_drawing_alone():
+    runs = load_study("glyphs-difficulty").runs
+    assert list(dict.fromkeys(run.dataset for run in runs)) == ["glyphs-easy", "glyphs", "glyphs-hard"]
+    of_methods = {}
+    for run in runs:
+        (method,) = run.methods.values()
+        settings = run.config.resolved()
+        del settings["dataset"]
+        of_methods.setdefault((method, run.config.seed), []).append(settings)
+    assert [method for method, seed in of_methods if seed == 0][:2] == ["histogram", "binomial deviance"]
+    assert len(of_methods) == 3 * 5
+    assert all(len(of_three) == 3 and of_three[0] == of_three[1] == of_three[2] for of_three in of_methods.values())
+
+
+def settings_of_difficulty():
+    """Method -> settings in the file of the study of difficulty."""
+    return {next(iter(run.methods.values())): run.config.resolved() for run in load_study("glyphs-difficulty").runs}
+
+
+def differing_settings(results):
+    """Where the file of the study of difficulty differs from what the grids of a table chose at the longest length."""
+    grids = at_length(results[results["comparison"].isin(GRIDS) & (results["dataset"] == "glyphs")])
+    grids = grids.assign(name=grids["method"].str.partition(",")[0])
+    ordered = grids.sort_values("validation_recall@1", ascending=False, kind="stable")
+    best, runs = ordered.drop_duplicates("name").set_index("name"), settings_of_difficulty()
+    rival = next(name for name in best.index if name not in ("histogram", "binomial deviance"))
+    wanted = ["histogram", "binomial deviance", rival]
+    if list(runs) != wanted:
+        return [f"methods: got {list(runs)}; the grids chose {wanted}"]
+    return [
+        f"{name}: {axis}: got {runs[name][axis]:g}; the grid chose {best.loc[name, axis]:g}"
+        for name in wanted
+        for axis in GRID_AXES
+        if axis in runs[name] and runs[name][axis] != best.loc[name, axis]
+    ]
+
+
+def test_the_study_of_difficulty_has_the_settings_that_the_grids_of_the_sample_chose():
+    if not (SAMPLE / "parts" / "glyphs-difficulty.parquet").exists():
+        pytest.skip("the sample has no part glyphs-difficulty")
+    assert differing_settings(read_results(SAMPLE / "results.parquet")) == []
+
+
+def grid_run(method, recall, settings):
+    named = {"dataset": "glyphs", "comparison": GRIDS[0], "method": f"{method}, x", "length": 2000}
+    return named | {"validation_recall@1": recall} | {axis: settings.get(axis) for axis in GRID_AXES}
+
+
+def test_a_difference_from_the_chosen_settings_is_named():
+    known = settings_of_difficulty()
+    rows = [grid_run(method, 60.0, settings) for method, settings in known.items()]
+    rows += [grid_run("another loss", 59.0, {"margin": 3.0}), grid_run("histogram", 59.0, {"n_bins": 3})]
+    assert differing_settings(pd.DataFrame(rows)) == []
+    better = grid_run("histogram", 61.0, known["histogram"] | {"n_bins": 3})
+    assert differing_settings(pd.DataFrame([*rows, better])) == [
+        f"histogram: n_bins: got {known['histogram']['n_bins']}; the grid chose 3"
+    ]
+    (line,) = differing_settings(pd.DataFrame([*rows, grid_run("another loss", 61.0, {})]))
+    assert line.endswith("the grids chose ['histogram', 'binomial deviance', 'another loss']")
 
 
 def test_every_grid_of_the_sample_has_the_rate_of_the_paper_and_the_same_size():

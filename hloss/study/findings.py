@@ -1,0 +1,175 @@
+"""Results in words: which claims hold, fail, depend on the training length, or are undecided.
+
+Each verdict of the board is in one group. A verdict that differs between lengths is only in that of the lengths; the
+others are told at the longest length.
+"""
+
+import html
+from typing import NamedTuple
+
+import pandas as pd
+
+from hloss.study.board import VERDICTS, compared, groups, outcome, shown_difference
+from hloss.study.claims import DEPENDS
+from hloss.study.criteria import OPEN, REFUTED, REPRODUCED
+from hloss.study.spec import LOSS_COMPARISONS
+from hloss.study.tables import listed
+
+TITLES = {  # outcome -> title of its group, in the order of the groups
+    REPRODUCED: "Holds",
+    REFUTED: "Fails",
+    DEPENDS: "Depends on the training length",
+    OPEN: "Undecided",
+}
+SETTINGS = dict(zip(LOSS_COMPARISONS, ("fixed setting", "tuned"), strict=True))
+SHORT = 6  # a longer group is closed on the page
+ESTIMATE = (
+    "The number of seeds is an estimate from these results: the smallest that decides if mean and spread stay as they "
+    "are, since the part of an interval that is due to the seeds shrinks with 1/√n. A new mean differs, and up to half "
+    "of such studies would still leave the claim open: plan for more. Shown intervals are not corrected for the "
+    "number of parts of a claim, so an open claim can have an interval that excludes the bound."
+)
+
+
+class Finding(NamedTuple):
+    """A verdict in words.
+
+    Attributes:
+        number: place on the board, from 1.
+        claim: the claim, without its full stop.
+        name: dataset and comparison, as far as other verdicts on the claim differ in them; "" for the only verdict.
+        told: the difference that decides, with what follows from it.
+        is_improving: whether runs of the longest length are still improving.
+    """
+
+    number: int
+    claim: str
+    name: str
+    told: str
+    is_improving: bool
+
+
+def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
+    """The verdicts of a board in groups.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`, or that of `hloss.study.claims.read_board`.
+
+    Returns:
+        Each key of `TITLES`, with its verdicts in the order of the board. Claims that were not run are left out.
+    """
+    judged = groups(board)
+    found: dict[str, list[Finding]] = {name: [] for name in TITLES}
+    for number, rows in enumerate(judged, 1):
+        last = rows.iloc[-1]
+        others = [other.iloc[-1] for other in judged if other.iloc[-1]["text"] == last["text"]]
+        found[outcome(rows)].append(
+            Finding(
+                number,
+                last["text"].removesuffix("."),
+                _name(last, others),
+                _told(rows),
+                bool(last["still improving"]),
+            )
+        )
+    return found
+
+
+def _name(row: pd.Series, others: list[pd.Series]) -> str:
+    """Dataset and comparison of a verdict, if those of other verdicts on its claim differ."""
+    named = {"dataset": row["dataset"], "comparison": SETTINGS.get(row["comparison"], row["comparison"])}
+    return ", ".join(name for column, name in named.items() if len({other[column] for other in others}) > 1)
+
+
+def _told(rows: pd.DataFrame) -> str:
+    last = rows.iloc[-1]
+    verdicts = f"{_verdicts(rows)}. At the longest length " if outcome(rows) == DEPENDS else ""
+    equivalent = ", equivalent" * str(last["decisive"]).endswith(", equivalent)")
+    take = f"; it would take {last['needed']}" * bool(last["needed"])
+    return f"{verdicts}{compared(last)}: {shown_difference(last)}{equivalent}{take}"
+
+
+def _verdicts(rows: pd.DataFrame) -> str:
+    """Each verdict with its lengths, as in "reproduced after 200 and 600 iterations, not reproduced after 2,000"."""
+    numbers, units = zip(*(text.split() for text in rows["length"]), strict=True)
+    by_verdict = rows.assign(length=numbers).groupby("verdict", sort=False)["length"].agg(list)
+    told = [f"{verdict} after {listed(lengths)}" for verdict, lengths in by_verdict.items()]
+    return ", ".join([f"{told[0]} {units[0]}", *told[1:]])
+
+
+def heading(name: str, group: list[Finding]) -> str:
+    """Title of a group with the number of its verdicts.
+
+    Args:
+        name: a key of `TITLES`.
+        group: its verdicts.
+    """
+    number = f"{len(group) or 'no'} verdict{'s' * (len(group) != 1)}"
+    each = ", each" * (len(group) > 1)
+    return f"{TITLES[name]}: {number}{f'{each} with runs that are still improving' * _all_improving(group)}"
+
+
+def _all_improving(group: list[Finding]) -> bool:
+    return bool(group) and all(found.is_improving for found in group)
+
+
+def lines(group: list[Finding]) -> list[tuple[int, str, str]]:
+    """A line per claim of a group.
+
+    Args:
+        group: a value of `findings`.
+
+    Returns:
+        The number of the claim's first verdict on the board, the claim, and what is told about its verdicts.
+    """
+    of_claim: dict[str, list[Finding]] = {}
+    for found in group:
+        of_claim.setdefault(found.claim, []).append(found)
+    is_said = _all_improving(group)
+    return [
+        (several[0].number, claim, "; ".join(_part(found, is_said) for found in several))
+        for claim, several in of_claim.items()
+    ]
+
+
+def _part(found: Finding, is_said: bool) -> str:
+    """What is told about a verdict, with its name and, unless the group says it, that it is still improving."""
+    name = f"{found.name}: " * bool(found.name)
+    return f"{name}{found.told}{', still improving' * (found.is_improving and not is_said)}"
+
+
+def note(name: str, board: pd.DataFrame) -> str:
+    """What a reader of a group must know; empty for most.
+
+    Args:
+        name: a key of `TITLES`.
+        board: the table of `findings`.
+    """
+    judged = groups(board)
+    if name == DEPENDS and judged and all(len(rows) == 1 for rows in judged):
+        return "One length was measured."
+    takes = any(outcome(rows) == name and rows["needed"].iloc[-1] for rows in judged)
+    return ESTIMATE if takes else ""
+
+
+def findings_html(board: pd.DataFrame) -> str:
+    """HTML of the groups, each a list that is closed if it is long.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`.
+    """
+    return "\n".join(_group_html(name, group, note(name, board)) for name, group in findings(board).items())
+
+
+def _group_html(name: str, group: list[Finding], note: str) -> str:
+    kind, sign = VERDICTS[name]
+    title = f'<b><span aria-hidden="true">{sign}</span> {html.escape(heading(name, group))}</b>'
+    items = "".join(
+        f'<li><a href="#claim-{number}">{html.escape(claim)}</a>: {html.escape(told)}</li>'
+        for number, claim, told in lines(group)
+    )
+    told = f'<p class="soft">{html.escape(note)}</p>' * bool(note)
+    if not group:
+        return f'<div class="findings {kind}">{title}{told}</div>'
+    is_open = " open" * (len(group) <= SHORT)
+    return f'<details class="findings {kind}"{is_open}><summary>{title}</summary><ul>{items}</ul>{told}</details>'
