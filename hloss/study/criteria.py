@@ -310,16 +310,19 @@ def verdict(p_holds: float, p_refuted: float) -> str:
 
 
 def needed(parts: list[Part]) -> str:
-    """What would decide a claim, if the present means and spreads stay: an estimate, not a promise.
+    """Estimate the seeds or test classes that would decide an open claim, if means and spreads stay as they are.
 
     Args:
         parts: the parts of the claim.
 
     Returns:
-        "8 seeds", the fewest with which the claim is reproduced or refuted; "more than 100 seeds"; "more test classes"
-        if the variation of the test classes, which more seeds do not reduce, keeps it open; "at least 2 seeds" if a
-        part has fewer. Where each seed has test classes of its own, this is said. "" for a decided claim, and for parts
-        without a test.
+        A text:
+
+        - "8 seeds": the smallest number with which the claim is reproduced or refuted, or "more than 100 seeds";
+        - "8 seeds, each with test classes of its own": the same if each seed has its own test classes;
+        - "more test classes": the variation of the test classes keeps the claim open, which more seeds do not reduce;
+        - "at least 2 seeds": a part has fewer;
+        - "": the claim is decided, or a part has no test.
     """
     if verdict(*p_values(parts)) != OPEN or not all(part.is_tested for part in parts):
         return ""
@@ -335,7 +338,7 @@ def needed(parts: list[Part]) -> str:
 
 
 def _decides(parts: list[Part], n: int, more_classes: bool) -> bool:
-    """Whether a claim is decided if n seeds, and as many times more classes, had the same means and spreads."""
+    """Whether n seeds, and proportionally more classes if asked, with the same means and spreads decide a claim."""
     more = [part.with_more(n, more_classes) for part in parts if part.with_more]
     return verdict(*p_values(more)) != OPEN
 

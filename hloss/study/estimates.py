@@ -74,7 +74,7 @@ class Estimate(NamedTuple):
             more_classes: whether the number of classes, if they have a part of the error, changes by the same factor.
 
         Returns:
-            The estimate. With fewer than two seeds now, its error is unknown, too.
+            The estimate; its error stays NaN if this one has fewer than two seeds.
         """
         of_seeds, of_classes = self.share * self.n / n, 1 - self.share
         if more_classes:

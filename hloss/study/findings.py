@@ -1,7 +1,7 @@
 """Results in words: which claims hold, fail, depend on the training length, or are undecided.
 
-Each verdict of the board is in one group. A verdict that differs between lengths is only in that of the lengths; the
-others are told at the longest length.
+Each verdict of the board is in one group. A verdict that differs between lengths is in the group `DEPENDS`; the others
+are described at the longest length.
 """
 
 import html
@@ -37,8 +37,8 @@ class Finding(NamedTuple):
     Attributes:
         number: place on the board, from 1.
         claim: the claim, without its full stop.
-        name: dataset and comparison, as far as other verdicts on the claim differ in them; "" for the only verdict.
-        told: the difference that decides, with what follows from it.
+        name: dataset and comparison, if other verdicts on the claim have another one; "" for the only verdict.
+        told: the decisive difference in words; for an open verdict, the estimated number of seeds that it needs.
         is_improving: whether runs of the longest length are still improving.
     """
 
@@ -120,7 +120,7 @@ def lines(group: list[Finding]) -> list[tuple[int, str, str]]:
         group: a value of `findings`.
 
     Returns:
-        The number of the claim's first verdict on the board, the claim, and what is told about its verdicts.
+        The number of the claim's first verdict on the board, the claim, and its verdicts in words.
     """
     of_claim: dict[str, list[Finding]] = {}
     for found in group:
@@ -133,13 +133,13 @@ def lines(group: list[Finding]) -> list[tuple[int, str, str]]:
 
 
 def _part(found: Finding, is_said: bool) -> str:
-    """What is told about a verdict, with its name and, unless the group says it, that it is still improving."""
+    """A verdict in words, with its name and, unless the heading of the group says it, "still improving"."""
     name = f"{found.name}: " * bool(found.name)
     return f"{name}{found.told}{', still improving' * (found.is_improving and not is_said)}"
 
 
 def note(name: str, board: pd.DataFrame) -> str:
-    """What a reader of a group must know; empty for most.
+    """A note below a group; "" if it needs none.
 
     Args:
         name: a key of `TITLES`.
