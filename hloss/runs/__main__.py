@@ -65,9 +65,13 @@ def run_file(file: Path) -> None:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """Read a JSON file with a mapping; ConfigError if it has other content."""
+    """Read a JSON file with a mapping; ConfigError if it cannot be read or has other content."""
     try:
         settings = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"CONFIG.json={file}: the file cannot be read: {error.strerror}; give a JSON file of settings"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{file} is not a JSON file: {error}") from None
     if not isinstance(settings, dict):
@@ -94,6 +98,8 @@ def show_networks(arguments: Sequence[str]) -> None:
     parser.add_argument("--runs-dir", default="runs", help="folder of all studies' runs (default: runs)")
     parser.add_argument("--delete", action="store_true", help="delete the listed networks and keep the results")
     options = parser.parse_args(arguments)
+    if options.study in ("", "..") or Path(options.study).name != options.study:
+        parser.error(f"STUDY must be the name of a folder in {options.runs_dir}: got {options.study!r}")
     folder = project_path(options.runs_dir) / options.study
     if not folder.is_dir():
         sys.exit(f"hloss.runs: study {options.study!r} does not exist: {folder.parent} has no folder of this name")

@@ -32,8 +32,10 @@ def test_command_executes_a_run_or_prints_the_error(settings, tmp_path):
 
 
 def test_refuses_a_missing_settings_file(tmp_path):
-    with pytest.raises(SystemExit, match=r"hloss\.runs: .*nowhere\.json"):
-        main([str(tmp_path / "nowhere.json")])
+    for file, reason in ((tmp_path / "nowhere.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        told = rf"hloss\.runs: CONFIG\.json={file}: the file cannot be read: {reason}; give a JSON file"
+        with pytest.raises(SystemExit, match=told):
+            main([str(file)])
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,10 @@ def test_lists_and_deletes_the_networks_of_a_study(settings, capsys):
 def test_refuses_a_missing_study(tmp_path):
     with pytest.raises(SystemExit, match=r"hloss\.runs: study 'quikc' does not exist: .* has no folder of this name"):
         main(["networks", "quikc", "--runs-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["..", "../quick", "runs/quick", ""])
+def test_refuses_a_path_as_the_name_of_a_study(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["networks", name])
+    assert f"STUDY must be the name of a folder in runs: got {name!r}" in capsys.readouterr().err
