@@ -1,5 +1,7 @@
 """A small prepared dataset for the tests of runs and studies."""
 
+import signal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,9 @@ from data_prep.prepared import create_images, finish, new_folder
 
 settings.register_profile("hloss", deadline=None)  # a busy machine is no error
 settings.load_profile("hloss")
+
+# A shell makes programs in the background ignore Ctrl-C, and processes that tests start and interrupt would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,7 @@ def _write_pair(cells, name, pair, size, slots, shape, rng):
     for person in range(1, size + 1):
         colour = rng.integers(0, 256, (3, 1, 1))
         for slot in slots(pair, person):
-            pixels = (colour + rng.integers(-20, 20, shape)).clip(0, 255).astype(np.uint8)
+            pixels = (colour + rng.integers(-120, 121, shape)).clip(0, 255).astype(np.uint8)
             references[slot - 1, person - 1] = cells.create_dataset(f"{name}_{person}_{slot}", data=pixels).ref
     return cells.create_dataset(name, data=references, dtype=h5py.ref_dtype).ref
 

@@ -81,7 +81,8 @@ def test_checks_run_on_a_cpu(monkeypatch, tmp_path, capsys):
     tests = marked_files("cuda", tmp_path, 300)
     tests += marked_tests("cuda", tmp_path, 300, NCCL)
     modules = {check.name.partition(":")[0] for check in tests}
-    assert modules == {"test_baselines", "test_cuda", "test_cuda_retrieval", "test_nccl", "test_run"}
+    losses = {"test_baselines", "test_cuda", "test_nccl", "test_transforms"}
+    assert modules == losses | {"test_cuda_retrieval", "test_run"}
     assert all(check.outcome in ("passed", "skipped") for check in tests), check_table(tests, 0)
     run = smoke_run("cpu", 1, tmp_path)
     assert run.outcome == "passed", run.remark
