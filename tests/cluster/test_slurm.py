@@ -77,9 +77,9 @@ def jobs(slurm):
 
 
 def quick_study():
-    """The quick study with frequent checkpoints, which are no part of the settings of a run."""
+    """The quick study with less training and frequent checkpoints, which are no part of the settings of a run."""
     study = yaml.safe_load((ROOT / "workflow/studies/quick.yaml").read_text())
-    study["fixed"]["checkpoint_seconds"] = 2.0
+    study["fixed"] |= {"iterations": 200, "checkpoint_seconds": 2.0}
     return study
 
 
@@ -94,7 +94,7 @@ def test_failed_jobs_are_retried_to_the_report_of_this_machine(slurm, jobs, new_
     warned, overdue = runs["binomial, C 2, seed 0"], runs["binomial, C 10, seed 1"]
     hit = {cancelled: "CANCELLED", killed: "FAILED", warned: "FAILED", overdue: "TIMEOUT"}
     slow = f"({'|'.join(run.name for run in hit)}) --attempt 1"
-    start = there.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.6", SLOW_RUNS=slow)
+    start = there.start("PROFILE=slurm", **slurm, STEP_SECONDS="0.8", SLOW_RUNS=slow)
     saved_at = {}
 
     def first_job(run):
