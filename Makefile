@@ -4,7 +4,7 @@
 # make report [STUDY=quick]  write the report of the results so far; it names the missing runs
 # make verify [RESULTS=reports/sample] [RUNS=5] [SEED=0]   repeat a few runs of given results and compare them
 # make docs                 build the site of guides, notebooks and docstrings in build/site
-# make lab                  open the notebooks in JupyterLab
+# make lab                  open JupyterLab on the list of the notebooks
 # make test                 run all tests and notebooks except the slow tests
 # make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser, examples
 # make check-gpu            check a machine with GPUs; run it there before the first study
@@ -72,7 +72,8 @@ docs: $(DOCS_INSTALLED)
 	@echo build/site/index.html
 
 lab: $(STUDY_INSTALLED) data/glyphs/card.json
-	"$(BIN)"/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+	JUPYTER_CONFIG_PATH="workflow/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	"$(BIN)"/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/README.md
 
 test: $(TEST_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	"$(BIN)"/ruff check . && "$(BIN)"/ruff format --check . && "$(BIN)"/mypy && "$(BIN)"/lint-imports --no-cache --no-logo

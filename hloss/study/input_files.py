@@ -3,8 +3,10 @@
 Every error names the file, the line or the setting, its value, and the allowed values.
 """
 
+import ast
 import re
 from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from hloss.names import did_you_mean
 from hloss.runs.errors import ConfigError, allowed_by
 
 Model = TypeVar("Model", bound=BaseModel)
+INJECTED = "# Parameters\n"  # first line of the cell with which papermill passes parameters
 OF_RESULTS = ("run_id", "dataset", "comparison", "method", "complete", "iterations")
 # Words in an error of YAML -> the remedy
 REMEDIES = {"'\\t'": "indent with spaces, not with tabs", "mapping values": "put text that contains ': ' in quotes"}
@@ -207,3 +210,30 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, str | list | dict) else str(value)
+
+
+def check_parameters() -> None:
+    """Refuse parameters that papermill passed to this notebook and that its cell of parameters does not have.
+
+    papermill itself only warns, and the notebook would use the default. Without papermill nothing is checked.
+
+    Raises:
+        ConfigError: a parameter is unknown; the message lists those of the notebook.
+    """
+    from IPython import get_ipython  # imported here because its import takes long; a notebook has imported it
+
+    shell = get_ipython()
+    for defaults, cell in pairwise(shell.user_ns["In"] if shell else []):
+        if cell.startswith(INJECTED):
+            known = _assigned(defaults)
+            unknown = [
+                f"{name}: unknown parameter{did_you_mean(name, known)}" for name in _assigned(cell) if name not in known
+            ]
+            if unknown:
+                raise ConfigError(f"{'; '.join(unknown)}; the parameters of this notebook are {', '.join(known)}")
+
+
+def _assigned(cell: str) -> list[str]:
+    """Names to which the code of a cell assigns values."""
+    names = (node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name))
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]

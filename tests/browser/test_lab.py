@@ -110,8 +110,18 @@ def end(start):
     start.wait(15)
 
 
+def test_the_start_page_says_which_notebook_answers_which_question(lab, visit):
+    page = visit.page
+    page.goto(lab)
+    start = page.locator(".jp-MarkdownViewer")
+    start.locator("td", has_text="Which claims of the paper do the runs of a study support?").wait_for(timeout=60_000)
+    start.locator("a", has_text="30_compare_losses").click()
+    page.locator(".lm-TabBar-tabLabel", has_text="30_compare_losses.ipynb").wait_for(timeout=60_000)
+    assert visit.errors == visit.outside == []
+
+
 def run_notebook(page, lab, name):
-    """Open a notebook from the list and run all of its cells."""
+    """Open a notebook from the list of files and run all of its cells."""
     page.goto(lab)
     page.locator(".jp-DirListing-item", has_text=f"{name}.ipynb").dblclick()
     page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(timeout=60_000)  # the notebook has its kernel

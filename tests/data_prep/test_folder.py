@@ -271,6 +271,13 @@ def test_strips_blanks_from_labels(tmp_path):
     assert card["class_names"] == [f"bird{label:02d}" for label in range(20)]
 
 
+def test_strips_blanks_from_the_names_of_folders(tmp_path):
+    files = {f"{name[:6]} {name[6:]}" if n % 2 else name: file for n, (name, file) in enumerate(birds().items())}
+    assert len({name.split("/")[0] for name in files}) == 40
+    card = folder.prepare(write_folder(tmp_path / "source", files), tmp_path / "mine", SMALL)
+    assert card["class_names"] == [f"bird{label:02d}" for label in range(20)]
+
+
 @pytest.mark.parametrize(("n_classes", "per_class"), [(12, 30), (20, 4), (60, 1)])
 def test_refuses_a_validation_split_that_is_too_small(tmp_path, n_classes, per_class):
     files = birds(n_classes, per_class)

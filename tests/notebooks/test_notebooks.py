@@ -63,6 +63,20 @@ def test_parameters_cell_equals_run_config():
     assert list(names) == list(RunConfig.model_fields)
 
 
+@pytest.mark.parametrize("file", [file for file in NOTEBOOKS if file.stem != "20_train"], ids=lambda file: file.stem)
+def test_notebook_checks_its_parameters_first(file):
+    cells = [cell for cell in nbformat.read(file, 4).cells if cell.cell_type == "code"]
+    place = next(n for n, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
+    assert cells[place + 1].source.startswith("check_parameters()\n")
+
+
+def test_papermill_refuses_an_unknown_parameter_of_a_report(tmp_path):
+    command = [sys.executable, "-m", "papermill", "notebooks/31_ablation.ipynb", str(tmp_path / "out.ipynb")]
+    answer = subprocess.run([*command, "-p", "comparsion", "margin"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode != 0
+    assert "comparsion: unknown parameter (did you mean comparison?); the parameters of this notebook" in answer.stderr
+
+
 def papermill(out, *parameters):
     command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(out)]
     for name, value in parameters:

@@ -190,3 +190,9 @@ def test_git_commit_is_that_of_the_project_or_none(tmp_path, monkeypatch):
     assert (told["git_commit"], told["git_dirty"]) == (None, False)
     own = repository(tmp_path / "outer/unpacked")
     assert provenance(torch.device("cpu"), threads=1)["git_commit"] == own
+
+
+def test_provenance_names_every_installed_faiss(monkeypatch):
+    installed = {"torch": "2.6", "faiss-cpu": "1.9", "faiss-gpu": "1.14.3"}
+    monkeypatch.setattr("hloss.runs.provenance._version", installed.get)
+    assert provenance(torch.device("cpu"), 1)["packages"] == installed

@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from hloss.runs.errors import ConfigError
 from hloss.study.claims import read_claims
+from hloss.study.input_files import check_parameters
 from hloss.study.plan import MEASURED, read_costs
 from hloss.study.profiles import uses_slurm
 from hloss.study.published import COLUMNS, read_published
@@ -331,3 +333,18 @@ def test_numbers_with_an_exponent_need_no_decimal_point(written, value, tmp_path
     (tmp_path / "s.yaml").write_text(STUDY.replace("histogram}", f"histogram, learning_rate: {written}}}"))
     (run,) = load_study("s", tmp_path).runs
     assert run.config.learning_rate == value
+
+
+def test_refuses_parameters_that_the_notebook_does_not_have(monkeypatch):
+    cells = ["", "import json", 'dataset: str = "glyphs"\nlength = None  # int | None', "", "dataset"]
+    shell = SimpleNamespace(user_ns={"In": cells})
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    check_parameters()
+    cells[3] = '# Parameters\ndataset = "cub"\nlength = 200\n'
+    check_parameters()
+    cells[3] = "# Parameters\ndatset = 'cub'\nlenght = 1\n"
+    told = (
+        r"^datset: unknown parameter \(did you mean dataset\?\); lenght: unknown parameter \(did you mean length\?\);"
+    )
+    with pytest.raises(ConfigError, match=told + " the parameters of this notebook are dataset, length$"):
+        check_parameters()
