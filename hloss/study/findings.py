@@ -24,10 +24,10 @@ TITLES = {  # outcome -> title of its group, in the order of the groups
 SETTINGS = dict(zip(LOSS_COMPARISONS, ("fixed setting", "tuned"), strict=True))
 SHORT = 6  # a longer group is closed on the page
 ESTIMATE = (
-    "The number of seeds is an estimate from these results: the smallest that decides if mean and spread stay as they "
-    "are, since the part of an interval that is due to the seeds shrinks with 1/√n. A new mean differs, and up to half "
-    "of such studies would still leave the claim open: plan for more. Shown intervals are not corrected for the "
-    "number of parts of a claim, so an open claim can have an interval that excludes the bound."
+    "The number of seeds is an estimate from these results. It is the smallest that decides if mean and spread stay as "
+    "they are; the seeds' part of an interval shrinks with 1/√n. A new mean differs, so up to half of such studies "
+    "would still leave the claim open: plan for more. The shown intervals are not corrected for the number of parts of "
+    "a claim. So an open claim can have an interval that excludes the bound."
 )
 
 
@@ -113,22 +113,21 @@ def _all_improving(group: list[Finding]) -> bool:
     return bool(group) and all(found.is_improving for found in group)
 
 
-def lines(group: list[Finding]) -> list[tuple[int, str, str]]:
+def lines(group: list[Finding]) -> list[tuple[int, str, list[str]]]:
     """A line per claim of a group.
 
     Args:
         group: a value of `findings`.
 
     Returns:
-        The number of the claim's first verdict on the board, the claim, and its verdicts in words.
+        The number of the claim's first verdict on the board, the claim, and each of its verdicts in words.
     """
     of_claim: dict[str, list[Finding]] = {}
     for found in group:
         of_claim.setdefault(found.claim, []).append(found)
     is_said = _all_improving(group)
     return [
-        (several[0].number, claim, "; ".join(_part(found, is_said) for found in several))
-        for claim, several in of_claim.items()
+        (several[0].number, claim, [_part(found, is_said) for found in several]) for claim, several in of_claim.items()
     ]
 
 
@@ -165,7 +164,7 @@ def _group_html(name: str, group: list[Finding], note: str) -> str:
     kind, sign = VERDICTS[name]
     title = f'<b><span aria-hidden="true">{sign}</span> {html.escape(heading(name, group))}</b>'
     items = "".join(
-        f'<li><a href="#claim-{number}">{html.escape(claim)}</a>: {html.escape(told)}</li>'
+        f'<li><a href="#claim-{number}">{html.escape(claim)}</a>: {html.escape("; ".join(told))}</li>'
         for number, claim, told in lines(group)
     )
     told = f'<p class="soft">{html.escape(note)}</p>' * bool(note)

@@ -70,7 +70,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def results_section(folder: Path) -> str:
-    """The section in Markdown: limits of the results, the claims in words, and the means of the losses.
+    """The section in Markdown: limits of the results, the means of the losses, and the claims in words.
 
     Args:
         folder: folder with results.parquet and claims.csv.
@@ -79,7 +79,7 @@ def results_section(folder: Path) -> str:
         ConfigError: if a file is missing, or the results are of other data than `DATASET`.
     """
     results, board = _read(folder)
-    return "\n\n".join([_limits(results), _reading(board), *_findings(board), *_means(results)])
+    return "\n\n".join([_limits(results), *_means(results), _reading(board), *_findings(board)])
 
 
 def results_page(folder: Path) -> str:
@@ -146,20 +146,56 @@ def _findings(board: pd.DataFrame) -> list[str]:
     """Title, list and note of each group of claims."""
     parts = []
     for name, group in findings(board).items():
-        items = [_wrapped(f"- *{claim}*: {told}.") for _, claim, told in lines(group)]
+        items = [_item(claim, told) for _, claim, told in lines(group)]
         parts += [f"**{heading(name, group)}**", "\n".join(items), fill(note(name, board), width=120)]
     return list(filter(None, parts))
 
 
+def _item(claim: str, told: list[str]) -> str:
+    """A claim and what is told about its verdicts, each in a sentence of its own if there are several."""
+    sentences = f": {told[0]}." if len(told) == 1 else "".join(f". {part[0].upper()}{part[1:]}" for part in told) + "."
+    return fill(f"- *{claim}*{sentences}", width=120, subsequent_indent="  ")
+
+
 def _means(results: pd.DataFrame) -> list[str]:
-    """Title and list of the means of the losses at the longest length."""
-    losses = at_length(results[results["comparison"].isin(LOSS_COMPARISONS)])
-    trained = " or ".join(f"{length:,}" for length in lengths_in(losses))
+    """Title, table and note of the means of the losses at each length."""
+    losses = results[results["comparison"].isin(LOSS_COMPARISONS)]
     varies = mean_over_runs(losses[losses["method"] == losses["method"].iloc[0]].drop_duplicates("seed")).varies
-    title = f"Mean test Recall@1 in % after {trained} iterations (95 % CI over {varies}), the highest first:"
-    means = summary(at_length(results), ["recall@1"])
-    items = [_means_line("Fixed setting", means, FIXED), _means_line("Tuned on validation classes", means, TUNED)]
-    return [title, "\n".join([*items, _edges_line(results)])]
+    title = f"Mean test Recall@1 in % (95 % CI over {varies}), the highest at the longest training length first:"
+    return [title, _means_table(losses), _edges(results)]
+
+
+def _means_table(losses: pd.DataFrame) -> str:
+    """One row per loss and comparison, and one column per length."""
+    lengths = lengths_in(losses)
+    means = {
+        length: summary(at_length(losses, length), ["recall@1"]).set_index(["comparison", "method"])
+        for length in lengths
+    }
+    last = means[lengths[-1]].sort_values("recall@1", ascending=False)
+    columns = [f"after {length:,} iterations" for length in lengths]
+    rows = [f"| loss | settings | {' | '.join(columns)} |", f"| --- | --- |{' --- |' * len(lengths)}"]
+    for comparison, settings in ((FIXED, "fixed"), (TUNED, "tuned on validation classes")):
+        for method in last.loc[[comparison]].index.get_level_values("method"):
+            cells = [_mean(means[length].loc[(comparison, method)]) for length in lengths]
+            rows.append(f"| {method} | {settings} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _mean(row: pd.Series) -> str:
+    return f"{row['recall@1']:.1f} ({shown_interval(row['recall@1 low'], row['recall@1 high'])})" if row["n"] else ""
+
+
+def _edges(results: pd.DataFrame) -> str:
+    """The losses whose tuned setting is at an edge of its grid."""
+    shown = []
+    columns = ["method", "chosen", "at an edge of its grid"]
+    found = chosen_settings(at_length(results)).reindex(columns=columns)
+    for method, chosen, edges in found.itertuples(index=False, name=None):
+        at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
+        shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
+    told = f"Tuned to an edge of the grid, so a better value may lie beyond it: {'; '.join(shown) or 'none'}."
+    return fill(told, width=120)
 
 
 def _table_reading() -> str:
@@ -200,28 +236,3 @@ def typeset(evidence: str) -> str:
     unit = "% of the mass" if evidence.startswith("overlap") else "points"
     evidence = re.sub(r"(: [+-]\d+\.\d)(?= \()", rf"\1 {unit}", evidence)
     return re.sub(r"(?<!\S)-(?=\d)", "−", evidence)
-
-
-def _means_line(title: str, means: pd.DataFrame, comparison: str) -> str:
-    rows = means[(means["comparison"] == comparison) & (means["n"] > 0)].sort_values("recall@1", ascending=False)
-    values = rows[["method", "recall@1", "recall@1 low", "recall@1 high"]].itertuples(index=False, name=None)
-    return _item(title, [f"{method} {mean:.1f} ({shown_interval(low, high)})" for method, mean, low, high in values])
-
-
-def _edges_line(results: pd.DataFrame) -> str:
-    """The losses whose tuned setting is at an edge of its grid."""
-    shown = []
-    columns = ["method", "chosen", "at an edge of its grid"]
-    found = chosen_settings(at_length(results)).reindex(columns=columns)
-    for method, chosen, edges in found.itertuples(index=False, name=None):
-        at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
-        shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
-    return _item("Tuned to an edge of the grid, so a better value may lie beyond it", shown or ["none"])
-
-
-def _item(title: str, values: list[str]) -> str:
-    return _wrapped(f"- {title}: {'; '.join(values)}.")
-
-
-def _wrapped(item: str) -> str:
-    return fill(item, width=120, subsequent_indent="  ")

@@ -172,18 +172,17 @@ def test_groups_are_those_of_the_verdicts(three_lengths):
 
 
 def test_a_verdict_that_depends_on_the_length_names_its_lengths(three_lengths):
-    ((_, text, told),) = lines(findings(three_lengths)[DEPENDS])
+    ((_, text, (fixed, tuned)),) = lines(findings(three_lengths)[DEPENDS])
     assert text == "Claim contrastive"
-    fixed, tuned = told.split("; tuned: ")
     assert fixed.startswith("fixed setting: reproduced after 20 and 60 iterations, not reproduced after 200. At the "
                             "longest length histogram minus contrastive: −3.")  # fmt: skip
     assert fixed.endswith("still improving")
-    assert tuned.startswith("reproduced after 20 and 60 iterations")
+    assert tuned.startswith("tuned: reproduced after 20 and 60 iterations")
     assert "still improving" not in tuned
 
 
 def test_an_open_verdict_says_what_it_would_take(three_lengths):
-    ((number, _, told),) = lines(findings(three_lengths)["inconclusive"])
+    ((number, _, (told,)),) = lines(findings(three_lengths)["inconclusive"])
     row = groups(three_lengths)[number - 1].iloc[-1]
     assert f"(95 % CI −{-row['low']:.1f} to +{row['high']:.1f}); it would take {row['needed']}" in told
     assert row["needed"]
@@ -204,7 +203,7 @@ def test_what_all_of_a_group_share_stands_in_its_title():
     found = findings(board)
     assert heading("reproduced", found["reproduced"]) == "Holds: 1 verdict with runs that are still improving"
     assert heading("reproduced", found["reproduced"] * 2).startswith("Holds: 2 verdicts, each with runs that are still")
-    assert "still improving" not in lines(found["reproduced"])[0][2]
+    assert "still improving" not in lines(found["reproduced"])[0][2][0]
     assert heading("inconclusive", []) == "Undecided: no verdicts"
 
 

@@ -40,7 +40,7 @@ def test_results_are_up_to_date():
 
 def test_each_verdict_is_in_one_line_of_its_group(section, board):
     words = " ".join(section.split())
-    groups = dict(re.findall(r"\*\*([A-Z][a-z ]+): [^*]*\*\*(.*?)(?=\*\*|Mean test)", words))
+    groups = dict(re.findall(r"\*\*([A-Z][a-z ]+): [^*]*\*\*(.*?)(?=\*\*|$)", words))
     assert list(groups) == ["Holds", "Fails", "Depends on the training length", "Undecided"]
     titles = {"reproduced": "Holds", "not reproduced": "Fails", "inconclusive": "Undecided"}
     expected = set()
@@ -48,7 +48,7 @@ def test_each_verdict_is_in_one_line_of_its_group(section, board):
         row, is_same = rows.iloc[-1], rows["verdict"].nunique() == 1
         title, text = titles[row["verdict"]] if is_same else list(groups)[2], row["text"].removesuffix(".")
         expected.add((title, text))
-        (line,) = (line for line in groups[title].split("- *") if line.startswith(f"{text}*: "))
+        (line,) = (line for line in groups[title].split("- *") if line.startswith((f"{text}*: ", f"{text}*. ")))
         if row["low"] == row["low"]:
             shown = f"{row['difference']:+.1f} {row['unit']} ({row['confidence']:.3g} % CI {row['low']:+.1f} to "
             assert f"{shown}{row['high']:+.1f})".replace("-", "−") in line
@@ -80,14 +80,28 @@ def test_differences_have_minus_signs_and_units():
 
 def test_means_equal_those_of_scipy(section):
     table = pd.read_parquet(SAMPLE / "results.parquet").explode(["comparison", "method"])
-    words = " ".join(section.split())
-    for comparison, title in (("losses", "Fixed setting"), ("tuned losses", "Tuned on validation classes")):
-        line = words.split(f"- {title}: ")[1].split(" - ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[0:1] == "|"]
+    assert rows[0] == ["loss", "settings", "after 200 iterations"]
+    shown = {(settings.split()[0], loss): cell for loss, settings, cell in rows[2:]}
+    for comparison, settings in (("losses", "fixed"), ("tuned losses", "tuned")):
         for method, runs in table[table["comparison"] == comparison].groupby("method"):
             recalls = 100 * runs["recall@1"].to_numpy()
             if len(recalls) > 1:
                 low, high = stats.t.interval(0.95, len(recalls) - 1, recalls.mean(), stats.sem(recalls))
-                assert f"{method} {recalls.mean():.1f} ({low:.1f} to {high:.1f})" in line
+                assert shown[settings, method] == f"{recalls.mean():.1f} ({low:.1f} to {high:.1f})"
+    tuned = [float(cell.split()[0]) for (settings, _), cell in shown.items() if settings == "tuned"]
+    assert len(tuned) == 7
+    assert tuned == sorted(tuned, reverse=True)
+
+
+def test_no_sentence_is_longer_than_two_lines():
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
+    blocks = re.split(r"\n\s*\n|\n(?=- )", re.sub(r"(?m)^(\||#).*$", "", text))
+    sentences = [
+        part for block in blocks for part in re.split(r"(?<=[.:!?])\s+(?=[A-Z0-9*`\[])", " ".join(block.split()))
+    ]
+    assert len(sentences) > 80
+    assert [sentence for sentence in sentences if len(sentence) > 240] == []
 
 
 def test_limits_count_the_runs_that_still_improve(section):
