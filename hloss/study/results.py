@@ -308,7 +308,8 @@ def _provenance_columns(provenance: dict[str, Any]) -> dict[str, Any]:
 def _query_columns(folder: Path, dataset: Dataset) -> list[dict[str, Any]]:
     """The columns that follow from the ranks of the queries, at each length of a run.
 
-    `ranks`, uint16 (q,), has the rank of each query's first match, at most 65,535; 0: the query has no match.
+    `ranks`, uint16 (q,), has the rank of each query's first match; 0: the query has no match. Ranks beyond the largest K
+    of the dataset's recall@K are that K plus 1, which halves the size of a table.
     `query_classes`, int32 (q,), has the classes of the queries. `classes_low` and `classes_high` are the 95 % bootstrap
     interval of Recall@1 over test classes, as fractions.
     """
@@ -318,7 +319,7 @@ def _query_columns(folder: Path, dataset: Dataset) -> list[dict[str, Any]]:
     for found in np.atleast_2d(ranks):  # older runs have one length and one dimension
         matched = found > 0
         _, low, high = bootstrap_over_classes(found[matched] == 1, classes[matched], np.random.default_rng(0))
-        packed = np.minimum(found, np.iinfo(np.uint16).max).astype(np.uint16)
+        packed = np.minimum(found, max(dataset.card["recall_at"]) + 1).astype(np.uint16)
         rows.append({"classes_low": low, "classes_high": high, "ranks": packed, "query_classes": classes})
     return rows
 

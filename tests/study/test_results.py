@@ -350,7 +350,9 @@ def test_ranks_of_the_queries_give_the_recall_of_each_length(study):
     assert results["ranks"].isna().equals(of_grid)
     for row in results[~of_grid].itertuples():
         assert (row.ranks.dtype, row.query_classes.dtype) == (np.uint16, np.int32)
-        assert 100 * np.mean(row.ranks == 1) == pytest.approx(results.loc[row.Index, "recall@1"])
+        for k in (1, 2, 4):
+            assert 100 * np.mean(row.ranks <= k) == pytest.approx(results.loc[row.Index, f"recall@{k}"])
+    assert set(np.concatenate(results.loc[~of_grid, "ranks"].tolist())) == {1, 2, 3, 4, 5}  # up to recall@4
     chosen = chosen_settings(results)
     assert chosen["length"].tolist() == [2, 4]
 

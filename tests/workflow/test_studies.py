@@ -8,7 +8,7 @@ import yaml
 
 from hloss.study.plan import plan_runs, read_costs
 from hloss.study.results import at_length, read_results
-from hloss.study.spec import CHOICE, DIFFICULTY, EXTENDED, LOSS_COMPARISONS, STUDIES, load_study
+from hloss.study.spec import CHOICE, EXTENDED, LOSS_COMPARISONS, STUDIES, load_study
 
 SAMPLE = Path("reports/sample")
 GRID_AXES = ("learning_rate", "n_bins", "C", "margin")
@@ -64,17 +64,25 @@ def test_a_part_of_the_sample_takes_at_most_150_minutes_on_two_cores(name):
     assert all(run.config.dataset == f"{run.dataset}-{run.config.seed}" for run in study.runs)
 
 
-def test_the_sample_has_five_seeds_for_losses_bins_batch_and_margin():
+def test_the_sample_has_five_seeds_for_what_a_claim_asks():
     study, seeds = load_study("sample"), {}
     for run in study.runs + study.waiting:
-        for comparison in run.methods:
-            seeds.setdefault(comparison, set()).add(run.config.seed)
-    five = {*LOSS_COMPARISONS, "bins", "bins at the tuned rate", "batch", "batch at equal images", "margin"}
-    five.add(DIFFICULTY)
-    assert {name for name, found in seeds.items() if len(found) == 5} == five
-    three = {"bins by batch", "kernel", "order cost", "C", "learning rate", "sampler"}
-    assert {name for name, found in seeds.items() if len(found) == 3} == three
-    grids = {name: found for name, found in seeds.items() if name.endswith(": choice")}
+        for comparison, method in run.methods.items():
+            seeds.setdefault(comparison, {}).setdefault(method, set()).add(run.config.seed)
+    three = {
+        (comparison, method) for comparison, methods in seeds.items() for method, of in methods.items() if len(of) == 3
+    }
+    bandwidths = [
+        f"kernel {name}, bandwidth {b}" for name in ("gaussian", "epanechnikov", "uniform") for b in (0.5, 20)
+    ]
+    samplers = [f"sampler {name}" for name in ("class-shuffle", "balanced", "random-class")]
+    rates = [f"learning_rate {rate}" for rate in (0.0001, 0.0003, 0.001, 0.003, 0.01)]
+    no_claim = {("learning rate", f"binomial deviance, {rate}") for rate in rates} | {("order cost", "Beta density")}
+    no_claim |= {("kernel", f"histogram, {value}") for value in bandwidths}
+    assert three == no_claim | {("sampler", f"histogram, {value}") for value in samplers}
+    assert {len(of) for methods in seeds.values() for of in methods.values()} == {1, 3, 5}  # 1: a grid
+    seeds = {comparison: set().union(*methods.values()) for comparison, methods in seeds.items()}
+    grids = {name: found for name, found in seeds.items() if name.endswith(CHOICE)}
     assert grids == {f"{name}: choice": {5} for name in ("tuned losses", "batch at equal images")}
 
 
