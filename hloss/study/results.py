@@ -308,8 +308,8 @@ def _provenance_columns(provenance: dict[str, Any]) -> dict[str, Any]:
 def _query_columns(folder: Path, dataset: Dataset) -> list[dict[str, Any]]:
     """The columns that follow from the ranks of the queries, at each length of a run.
 
-    `ranks`, uint16 (q,), has the rank of each query's first match; 0: the query has no match. Ranks beyond the largest K
-    of the dataset's recall@K are that K plus 1, which halves the size of a table.
+    `ranks`, uint16 (q,), has the rank of each query's first match; 0: the query has no match. Ranks beyond the largest
+    K of the dataset's recall@K are that K plus 1, which halves the size of a table.
     `query_classes`, int32 (q,), has the classes of the queries. `classes_low` and `classes_high` are the 95 % bootstrap
     interval of Recall@1 over test classes, as fractions.
     """
