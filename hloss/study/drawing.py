@@ -74,16 +74,17 @@ def ticks_at(axis: Axis, values: Iterable[float]) -> None:
     axis.set_ticks([], minor=True)
 
 
-def mean_and_range(axes: plt.Axes, rows: pd.DataFrame, x: str, **style: Any) -> None:
+def mean_and_range(axes: plt.Axes, rows: pd.DataFrame, x: str, y: str = "recall", **style: Any) -> None:
     """Draw the mean over seeds as a line, with a band from the lowest to the highest seed.
 
     Args:
         axes: the axes.
-        rows: one row per seed and value of x, with the column recall (%).
+        rows: one row per seed and value of x.
         x: name of the column of x.
+        y: name of the column of y.
         **style: settings of the line; "color" is needed.
     """
-    of_seeds = rows.groupby(x)["recall"].agg(["mean", "min", "max"])
+    of_seeds = rows.groupby(x)[y].agg(["mean", "min", "max"])
     axes.plot(of_seeds.index, of_seeds["mean"], markersize=5, **style)
     axes.fill_between(of_seeds.index, of_seeds["min"], of_seeds["max"], color=style["color"], alpha=0.12, linewidth=0)
 

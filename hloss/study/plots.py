@@ -209,18 +209,18 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def pair_records(records: pd.DataFrame, labels: dict[str, str]) -> Figure:
-    """Plot recorded values of pairs over iterations, one panel per value and one line per method.
+    """Plot recorded values of pairs over iterations: a panel per value, a line per method with the range of its seeds.
 
     Args:
-        records: one row per method and validation, with the columns method, iteration and those of `labels`.
+        records: one row per run and validation, with the columns method, iteration and those of `labels`.
         labels: column -> label of its axis.
     """
     figure, grid = plt.subplots(-(-len(labels) // 2), 2, figsize=(9, 2.9 * -(-len(labels) // 2)), squeeze=False)
     for axes in grid.flat[len(labels) :]:
         axes.set_visible(False)
     for axes, (name, label) in zip(grid.flat, labels.items(), strict=False):
-        for method, rows in records.groupby("method", sort=False):
-            axes.plot(rows["iteration"], rows[name], label=method)
+        for number, (method, rows) in enumerate(records.groupby("method", sort=False)):
+            mean_and_range(axes, rows, "iteration", name, label=method, **style_of(number) | {"marker": ""})
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set(xlabel="iteration", ylabel=label)
     grid[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

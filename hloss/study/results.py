@@ -159,20 +159,21 @@ def pair_records(study: Study) -> pd.DataFrame:
         study: with its tuning resolved.
 
     Returns:
-        One row per run and validation. Columns: dataset, method, seed, run_id, and those of the run's history.parquet:
-        iteration, loss, validation_recall@1 (fraction) and the values of `hloss.runs.evaluation.pair_record`. Empty
-        without a record.
+        One row per run, comparison and validation; grids of tuning are left out. Columns: dataset, comparison, method,
+        seed, run_id, and those of the run's history.parquet: iteration, loss, validation_recall@1 (fraction) and the
+        values of `hloss.runs.evaluation.pair_record`. Empty without a record.
     """
     tables = []
     for run in study.runs:
-        if (run.config.folder / "result.json").exists():
+        methods = {name: method for name, method in run.methods.items() if not name.endswith(OF_TUNING)}
+        if methods and (run.config.folder / "result.json").exists():
             history = read_history(run.config.folder)
             if "validation_overlap" in history:
                 recorded = history[history["validation_overlap"].notna()]
-                names = {"dataset": run.dataset, "method": run.method, "seed": run.config.seed}
-                tables.append(recorded.assign(**names, run_id=run.config.run_id))
+                of_run = recorded.assign(dataset=run.dataset, seed=run.config.seed, run_id=run.config.run_id)
+                tables += [of_run.assign(comparison=name, method=method) for name, method in methods.items()]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    first = [name for name in ("dataset", "method", "seed", "run_id") if name in table]
+    first = [name for name in ("dataset", "comparison", "method", "seed", "run_id") if name in table]
     return table[first + [name for name in table if name not in first]]
 
 

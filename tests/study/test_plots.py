@@ -409,10 +409,15 @@ def test_recall_by_length_shows_means_and_which_are_still_improving(results):
 
 def test_pair_records_show_each_value_of_each_method():
     rows = [
-        {"method": m, "iteration": i, "share": i / k, "slope": -i} for m, k in (("a", 1), ("b", 2)) for i in (50, 100)
+        {"method": m, "iteration": i, "seed": seed, "share": i / k + seed, "slope": -i}
+        for m, k in (("a", 1), ("b", 2))
+        for i in (50, 100)
+        for seed in (-1, 0, 1)
     ]
     figure = plots.pair_records(pd.DataFrame(rows), {"share": "a share", "slope": "a slope"})
     share, slope = figure.axes
     assert line_of(share, "b").tolist() == [[50, 25], [100, 50]]
     assert line_of(slope, "a").tolist() == [[50, -50], [100, -100]]
+    band = share.collections[1].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == (24, 51)
     assert [axes.get_ylabel() for axes in figure.axes] == ["a share", "a slope"]

@@ -74,6 +74,21 @@ def test_a_file_of_a_complete_run_that_cannot_be_read_is_named(name, fault, stud
         reader(loaded)
 
 
+def test_records_of_pairs_have_a_row_per_comparison_without_grids(study):
+    study.content["fixed"]["record_pairs"] = True
+    same = {"name": "same run", "comparison": "other", "set": {"loss": "histogram", "n_bins": 20}}
+    study.content["runs"].append(same)
+    study.tune()
+    loaded = study.load()
+    for r in loaded.runs:
+        run(r.config, lambda line: None)
+    records = pair_records(loaded)
+    assert list(records.columns[:5]) == ["dataset", "comparison", "method", "seed", "run_id"]
+    sizes = records.groupby(["comparison", "method", "seed"]).size().to_dict()
+    assert sizes == {("other", "same run", seed): 2 for seed in (0, 1)}
+    assert records["pairs_with_slope"].between(0, 1).all()
+
+
 def test_result_of_another_package_version_is_stale(study, monkeypatch):
     study.content["runs"] = [{"name": "multi-similarity", "set": {"loss": "pml:MultiSimilarityLoss"}}]
     loaded = study.load()
