@@ -1,5 +1,6 @@
 """Kernels of Jupyter that are forked from this process, and import what a notebook needs while it gets ready."""
 
+import asyncio
 import json
 import logging
 import os
@@ -114,6 +115,7 @@ def _run_kernel(arguments: list[str], environment: dict[str, str], folder: str, 
     logging.basicConfig(level=logging.WARNING, handlers=[logging.StreamHandler()], force=True)
     if "matplotlib" in sys.modules:  # it read the variable when it was imported
         sys.modules["matplotlib"].rcParams["backend"] = os.environ.get("MPLBACKEND", INLINE)
+    asyncio.set_event_loop(asyncio.new_event_loop())  # which newer versions of Python do not create by themselves
     sys.argv = ["ipykernel_launcher", *arguments]
     IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
