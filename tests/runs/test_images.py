@@ -138,6 +138,7 @@ def test_decodes_the_first_frame():
         (encoded(Image.fromarray(COLOURS), "PDF"), "not an image of a supported format; supported are JPEG, PNG"),
         (encoded(Image.fromarray(COLOURS), "EPS"), "not an image of a supported format; supported are JPEG, PNG"),
     ],
+    ids=["empty", "text", "cut PNG", "cut JPEG", "float TIFF", "32-bit TIFF", "PDF", "EPS"],  # a PDF has its time in it
 )
 def test_refuses_unusable_images_with_the_reason(data, match):
     with pytest.raises(BadImage, match=match):
