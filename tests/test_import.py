@@ -42,7 +42,7 @@ OTHERS = [
     ("before", "options", "absent"),
     [
         ("sys.modules['numpy'] = None", ["-W", "ignore:Failed to initialize NumPy"], ["numpy"]),  # as if not installed
-        ("", ["-W", "error"], []),
+        ("", ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"], []),  # torch 2.6, when Python ends
     ],
     ids=["without NumPy", "warnings are errors"],
 )

@@ -102,7 +102,10 @@ def test_a_compiled_loss_raises_the_same_errors(compiler):
 def test_the_beta_density_is_refused_or_called_uncompiled():
     embeddings, labels = batch()
     loss = HistogramLoss(density="beta")
-    with pytest.raises(RuntimeError, match='density="beta" cannot be compiled or exported: call the loss outside'):
+    told = 'density="beta" cannot be compiled or exported: call the loss outside'
+    if torch.__version__ < "2.7":  # its compiler says only that there was an error
+        told = "Observed exception"
+    with pytest.raises(RuntimeError, match=told):
         torch.export.export(loss, (embeddings, labels))
     assert torch.compile(loss, backend="aot_eager")(embeddings, labels) == loss(embeddings, labels)
 
