@@ -15,6 +15,7 @@ correction, because a claim is reproduced only if all of its parts hold (interse
 
 import math
 from collections.abc import Callable, Iterable
+from functools import wraps
 from itertools import combinations
 from math import inf
 from typing import Any, NamedTuple
@@ -84,6 +85,18 @@ class Part(NamedTuple):
         return f"{self.label}: {mean:+.1f} ({interval}{self.note})"
 
 
+def _repeatable(criterion: Callable[[str, Estimate, float], Part]) -> Callable[[str, Estimate, float], Part]:
+    """Fill the field `with_more` of the parts of a criterion."""
+
+    @wraps(criterion)
+    def apply(label: str, difference: Estimate, margin: float) -> Part:
+        part = criterion(label, difference, margin)
+        return part._replace(with_more=lambda *more: apply(label, difference.with_more(*more), margin))
+
+    return apply
+
+
+@_repeatable
 def above(label: str, difference: Estimate, margin: float) -> Part:
     """Apply the criterion `above` of the module's docstring.
 
@@ -98,10 +111,10 @@ def above(label: str, difference: Estimate, margin: float) -> Part:
     p_holds, p_equivalent = min(1.0, 2 * difference.p_above(0)), difference.p_within(margin)
     p_refuted = 1.0 if p_holds < LEVEL else min(1.0, 2 * difference.p_below(0), p_equivalent)
     note = ", equivalent" * (p_holds >= LEVEL > p_equivalent)
-    shown, again = margin or math.nan, _with_more(above, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, note=note, margin=shown, holds=(0, inf), with_more=again)
+    return Part(label, difference, p_holds, p_refuted, note=note, margin=margin or math.nan, holds=(0, inf))
 
 
+@_repeatable
 def equivalent(label: str, difference: Estimate, margin: float) -> Part:
     """Apply the criterion `equivalent` of the module's docstring.
 
@@ -114,10 +127,10 @@ def equivalent(label: str, difference: Estimate, margin: float) -> Part:
         The part with its p values.
     """
     p_holds, p_refuted = difference.p_within(margin), difference.p_outside(margin)
-    holds, again = (-margin, margin), _with_more(equivalent, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, margin))
 
 
+@_repeatable
 def not_below(label: str, difference: Estimate, margin: float) -> Part:
     """Apply the criterion `not_below` of the module's docstring.
 
@@ -131,10 +144,10 @@ def not_below(label: str, difference: Estimate, margin: float) -> Part:
     """
     p_refuted = min(1.0, 2 * difference.p_below(-margin))
     p_holds = difference.p_above(-margin)
-    holds, again = (-margin, inf), _with_more(not_below, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-margin, inf))
 
 
+@_repeatable
 def no_gain(label: str, difference: Estimate, margin: float) -> Part:
     """Apply the criterion `no_gain` of the module's docstring.
 
@@ -148,10 +161,10 @@ def no_gain(label: str, difference: Estimate, margin: float) -> Part:
     """
     p_refuted = min(1.0, 2 * difference.p_above(margin))
     p_holds = difference.p_below(margin)
-    holds, again = (-inf, margin), _with_more(no_gain, label, difference, margin)
-    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=holds, with_more=again)
+    return Part(label, difference, p_holds, p_refuted, 1 - 2 * LEVEL, margin=margin, holds=(-inf, margin))
 
 
+@_repeatable
 def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
     """Apply the criterion `less_overlap` of the module's docstring.
 
@@ -164,13 +177,7 @@ def less_overlap(label: str, difference: Estimate, margin: float) -> Part:
         The part with its p values.
     """
     p_below, p_above = (min(1.0, 2 * p) for p in (difference.p_below(0), difference.p_above(0)))
-    again = _with_more(less_overlap, label, difference, margin)
-    return Part(label, difference, p_below, p_above, unit="% of the mass", holds=(-inf, 0), with_more=again)
-
-
-def _with_more(criterion: Callable[..., Part], label: str, difference: Estimate, margin: float) -> Callable[..., Part]:
-    """The field `with_more` of a part of this criterion."""
-    return lambda *more: criterion(label, difference.with_more(*more), margin)
+    return Part(label, difference, p_below, p_above, unit="% of the mass", holds=(-inf, 0))
 
 
 def each_minus_reference(criterion: Callable[..., Part]) -> Callable[..., list[Part]]:
