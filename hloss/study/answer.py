@@ -248,13 +248,15 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
 
 
 def after_holm(board: pd.DataFrame) -> str:
-    """How many of the verdicts at the longest length that a test decided remain after Holm's correction.
+    """The number of verdicts at the longest length that remain after Holm's correction, of those that a test decided.
 
     Args:
         board: the table of `hloss.study.claims.judge`.
     """
     last = [rows.iloc[-1] for rows in groups(board)]
     decided = [row for row in last if row["verdict"] != OPEN and row["p holds"] >= 0]
+    if not decided:
+        return "No verdict is decided by a statistical test."
     stay = sum(row["holm"] == row["verdict"] for row in decided)
     of = f"{stay} of the {len(decided)} verdicts that a test decided"
     return f"{of} remain after Holm's correction for the number of tests."

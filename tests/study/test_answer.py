@@ -88,6 +88,8 @@ def test_one_seed_has_no_interval_and_may_be_chance():
     assert "one seed" in text
     assert "which can be chance" in text
     assert "CI" not in parts[0].text
+    assert "No verdict is decided by a statistical test. They rest on one dataset" in text
+    assert "Holm" not in text
 
 
 def test_an_incomplete_study_says_so_first():
