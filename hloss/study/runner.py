@@ -1,7 +1,7 @@
 """Run a study with Snakemake, on this machine or as Slurm jobs."""
 
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from hloss.study.progress import Progress
 from hloss.study.results import at_length, card_hashes, refuse_mixed_settings, stale_runs
 from hloss.study.slurm_queue import job_prefix, jobs_in_queue, wait_for_jobs
 from hloss.study.spec import LOSS_COMPARISONS, Study, load_study
+from hloss.study.starter import starter
 from hloss.study.statistics import headline
 from hloss.study.tuning import resolve_tuning
 
@@ -58,7 +59,7 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
             f"PROFILE={profile} needs the package {SLURM_PLUGIN.replace('_', '-')}, which is not installed: "
             "pip install 'hloss[slurm]'"
         )
-    with project_lock():
+    with project_lock(), nullcontext() if on_slurm else starter():
         queue = jobs_in_queue() if on_slurm else None  # inside the lock: no other start submits jobs
         study = set_aside_stale(study, keep)
         while study.waiting:

@@ -65,8 +65,10 @@ def test_killed_study_continues_with_the_missing_runs(new_project):
     wait_until("two runs in the middle", lambda: all(has_checkpoint(run) for run in trained), during=first)
     wait_until("one run complete", (untrained / "result.json").exists, during=first)
 
-    runners = processes(f"run_notebook.py run short {trained[0].name}", PYTHONPATH=str(project.folder))
-    (kernel,) = (process for process in runners if process.ppid() in {runner.pid for runner in runners})  # forked
+    log = str(trained[0] / "run.log")
+    forked = processes("hloss.study.starter", PYTHONPATH=str(project.folder))
+    writers = [process for process in forked if os.readlink(f"/proc/{process.pid}/fd/2") == log]
+    (kernel,) = (process for process in writers if process.ppid() in {writer.pid for writer in writers})
     kernel.kill()
     wait_until("the run whose kernel was killed starts again", lambda: len(starts(trained[0])) == 2, during=first)
     assert len(starts(trained[1])) == 1

@@ -1,6 +1,11 @@
 """`run_notebook.py run STUDY RUN_ID [--attempt N] [--own-gpus] | report STUDY`: execute one notebook with papermill."""
 
 import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
 import sys
 
 # Formats of JSON Schema that notebooks do not have; their import takes a second.
@@ -18,6 +23,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.kind == "run" and not options.run_id:
         parser.error("run needs the id of a run: got none; `make plan` and runs/STUDY/index.html list the runs")
+    status = ask_starter(os.environ.pop("HLOSS_STARTER", ""))
+    if status is not None:
+        sys.exit(status)
     sys.modules.update(dict.fromkeys(UNUSED_FORMATS))  # type: ignore[arg-type]  # None: as if not installed
     from hloss.study.jupyter_kernels import NOTEBOOK_IMPORTS, prepare_kernel
 
@@ -38,6 +46,34 @@ def main() -> None:
             execute_report(study)
     except (ConfigError, RunError) as error:
         sys.exit(f"study {options.study}: {error}")
+
+
+def ask_starter(address: str) -> int | None:
+    """Let a process that has imported everything carry out this command (hloss/study/starter.py).
+
+    Returns:
+        Exit status of the command; None if no such process does it.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, lambda n, _: connection.send(bytes([n]))) for number in numbers}
+        try:
+            connection.connect(address)
+            request = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
+            socket.send_fds(connection, [len(request).to_bytes(8)], [0, 1, 2])
+            connection.sendall(request)
+            if connection.recv(1) != b"y":
+                raise ConnectionRefusedError
+        except OSError:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            return None
+        parent = os.getppid()
+        connection.settimeout(1)
+        while os.getppid() == parent:
+            with contextlib.suppress(TimeoutError):
+                return ord(connection.recv(1) or b"\1")
+    return 1
 
 
 if __name__ == "__main__":
