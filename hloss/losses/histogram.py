@@ -90,8 +90,8 @@ class HistogramLoss(nn.Module):
             Scalar of the embeddings' dtype, float32 for half precision. The loss has no second derivatives.
 
         Raises:
-            ValueError: a shape, dtype or entry of a matrix of pairs is wrong; an embedding is NaN, infinite, zero (if it is
-                normalised) or longer than 1 (if it is not); or the loss is undefined and `on_degenerate` is "raise".
+            ValueError: a shape, dtype or entry of a matrix of pairs is wrong; an embedding is NaN, infinite, zero with
+                normalize=True or longer than 1 with normalize=False; the loss is undefined with on_degenerate="raise".
             RuntimeError: the call is inside a transform of torch.func, or the Beta density is compiled or exported.
         """
         s = self.settings
