@@ -38,7 +38,7 @@ class Buffers:
 
 
 class LabelPairs:
-    """Pairs from class labels. Rows and columns are sorted by label, so positive pairs of a row are in adjacent columns."""
+    """Pairs from class labels. Rows and columns are sorted by label: the positives of a row are adjacent columns."""
 
     def __init__(self, batch: Batch) -> None:
         rows, self.row_order = batch.labels.sort(stable=True)
