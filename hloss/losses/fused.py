@@ -106,7 +106,7 @@ def loss(
 
 
 class _Fused(torch.autograd.Function):
-    """Autograd function for eager mode: for a small batch, calling `_operator` takes longer than running its kernels."""
+    """Autograd function for eager mode: for a small batch, calling `_operator` takes longer than its kernels."""
 
     @staticmethod
     def forward(ctx, embeddings, references, labels, reference_labels, s, precision):  # type: ignore[no-untyped-def]
@@ -154,7 +154,8 @@ def _operator(
     plan = find_plan(embeddings, references, labels, s, precision)
     loss, (rows, columns, slopes, places) = forward_pass(embeddings, references, labels, reference_labels, plan)
     empty = partial(torch.empty, 0, device=embeddings.device)
-    copied = plan.is_copied  # An operator must not return its input.
+    # Otherwise the unit rows are the embeddings, and an operator must not return its input.
+    copied = plan.is_copied
     sides = [
         rows.units if copied else empty(),
         rows.scales,

@@ -276,8 +276,8 @@ def forward_pass(
         columns = None
         if references is not None:
             columns = _prepare(plan.column_prepare, references, table, both_labels, plan)
-        # Without a matrix of pairs, norms and class labels suffice to check the batch. The host reads these checks before
-        # it launches `bin_pairs`, so that it does not wait for the products.
+        # Without a matrix of pairs, norms and class labels suffice to check the batch. The host reads these checks
+        # before it launches `bin_pairs`, so that it does not wait for the products.
         is_checked = not (plan.matrix or is_deferred() or _is_refused(table[plan.flags]))
         places = None
         if plan.places_shape:

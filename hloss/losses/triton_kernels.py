@@ -190,7 +190,7 @@ def _check_matrix(labels, flags, r, c, n, m, stride_r, stride_c, WITHIN: tl.cons
 
 @triton.jit
 def _flush(lane, wide, NODES: tl.constexpr, CHUNK: tl.constexpr):
-    """Add a program's packed numbers to the counts and sums of fractions of all programs, and set them to 0."""
+    """Add a program's packed numbers to the counts and sums of fractions of all programs, and reset them."""
     tl.debug_barrier()
     for start in range(0, 2 * NODES, CHUNK):
         i = start + tl.arange(0, CHUNK)
