@@ -5,9 +5,9 @@ The same seed of the generator gives the same batches. Every sampler takes the a
 ValueError if the labels cannot fill the batches.
 
 A visit draws several images of one class, which are the next images in a shuffled order of the class. At the end of the
-order, the class is shuffled again. No image is drawn twice in one visit, and any ceil(n / images per visit) visits
-draw all n images of a class. (The authors' code shuffles after every visit, so an image of a large class may never be
-drawn.)
+order, the class is shuffled again. No image is drawn twice in one visit, and the first ceil(n / images per visit)
+visits draw all n images of a class. (The authors' code shuffles after every visit, so an image of a large
+class may never be drawn.)
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -186,7 +186,7 @@ class RandomClassSampler(ClassSampler):
     with fewer images than the random number adds all its images. The last class adds only as many as the batch needs.
 
     Args:
-        min_images_per_class: smallest random number, at least 2, at most `images_per_class` (the largest).
+        min_images_per_class: smallest random number of images of a class, at least 2, at most `images_per_class`.
 
     Example:
         >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)

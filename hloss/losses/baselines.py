@@ -1,8 +1,9 @@
 """Baseline losses as their papers define them.
 
-Memory is O(n^2), also for losses over triplets and quadruplets. Where its hinge is above 0, a triplet's term is linear
-in two distances. The sum over triplets is therefore a sum over pairs: each distance times the number of such triplets,
-which sorting gives. Within one batch, losses over pairs use the pairs i < j.
+Memory is O(n^2), also for losses over triplets and quadruplets. Where its hinge is above 0, the term of a triplet is a
+difference of two distances plus a constant. The sum over triplets is therefore a sum of distances, each times its
+number of such triplets. Sorting gives these numbers. Quadruplets are summed likewise, with similarities. Within one
+batch, losses over pairs use the pairs i < j.
 """
 
 import torch

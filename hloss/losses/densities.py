@@ -212,9 +212,9 @@ def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
-    """Return K[r, b], the mass between r - 1/2 and r + 1/2 of the kernel centred at node b, in units of Delta.
+    """Return K[r, b], the mass in the cell from r - 1/2 to r + 1/2 of the kernel centred at b, in units of Delta.
 
-    Mass beyond the first or the last node is reflected. Columns sum to 1.
+    Mass below the first cell and above the last cell is reflected. Columns sum to 1.
     """
     assert s.bandwidth is not None
     half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel]  # In standard deviations.

@@ -40,7 +40,7 @@ class HistogramLoss(nn.Module):
         alpha: steepness of the softplus cost, above 0; 1 for other costs.
         density: "histogram", or "beta": Beta densities with the mean and variance of the positive and of the negative
             similarities, as in the authors' code.
-        normalize: L2-normalise the embeddings. If False, their squared norms must be at most 1 (+ 1e-4).
+        normalize: L2-normalise the embeddings. If False, their squared norms must be at most 1 + 1e-4.
         on_degenerate: "raise" an error or return "zero" if the loss is undefined. It is undefined without a positive
             pair, without a negative pair, or if a Beta density does not fit.
 
@@ -79,9 +79,9 @@ class HistogramLoss(nn.Module):
         """Return the loss of the pairs i < j of a batch, or of the pairs of every embedding with every reference.
 
         Args:
-            embeddings: floating-point (n, d). Half precision is converted to float32, also under autocast.
-            labels: integer class labels (n,), or a matrix of pairs: +1 positive, -1 negative, 0 ignored. The matrix is
-                symmetric (n, n), with an ignored diagonal; with references it is (n, m).
+            embeddings: floating-point (n, d). Half-precision embeddings are converted to float32, also under autocast.
+            labels: integer class labels (n,), or a matrix of pairs: +1 positive, -1 negative, 0 ignored. With
+                references, the matrix is (n, m). Without, it is symmetric (n, n), and its diagonal is ignored.
             reference_embeddings: (m, d), for example a memory of earlier batches. They get a gradient if
                 they require it.
             reference_labels: integer class labels (m,) of the references; None with a matrix of pairs.
@@ -154,7 +154,7 @@ def pair_histograms(embeddings: Tensor, labels: Tensor, *references: Tensor | No
 
 
 class PairSlopes(NamedTuple):
-    """Derivatives of the loss with respect to a similarity in the middle of each interval, float64 (n_bins,)."""
+    """Slopes from `pair_slopes` at the similarity in the middle of each interval, float64 (n_bins,)."""
 
     similarities: Tensor
     positive: Tensor

@@ -56,7 +56,7 @@ class DensePairs:
         return n_positive, n * m - self.batch.within * n - n_positive
 
     def similarities(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return <y_i, y_j> of the L2-normalised embeddings y, in `dtype` (None: their dtype), without autocast."""
+        """Return <y_i, y_j> of the L2-normalised embeddings y, in `dtype` (None: full precision), without autocast."""
         rows, columns = self._sides(dtype, normalize=True)
         with torch.autocast(rows.device.type, enabled=False):
             return rows @ (rows if columns is None else columns).T

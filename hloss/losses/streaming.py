@@ -92,7 +92,8 @@ class StreamedLoss(torch.autograd.Function):
             for block, places in ctx.kept or recomputed:
                 slope = ctx.density.slope(slopes, places, block, buffers)
                 rows, columns, below = block.rows, block.columns, slope
-                if references is None and columns.start == rows.start:  # Its square has (i, j) and (j, i).
+                # A block on the diagonal begins with a square that contains both (i, j) and (j, i).
+                if references is None and columns.start == rows.start:
                     square, below = slope.split([len(slope), slope.shape[1] - len(slope)], dim=1)
                     square += square.T.clone()
                 if ctx.needs_input_grad[0]:

@@ -1,8 +1,8 @@
 """Exact nearest neighbours, by faiss if it is installed (on a GPU if faiss supports it), else by torch.
 
 Both backends propose a few more candidates than needed, from float32 products. The candidates are sorted by float64
-similarity and, for ties, by index. Results of the backends can differ only if more than `SPARE` other images are as
-similar to the query as its k-th neighbour.
+similarity and, for ties, by index. Results of the backends can differ only if `SPARE` or more other images are as
+similar to the query as its k-th neighbour, up to float32 rounding.
 """
 
 from importlib.util import find_spec

@@ -60,15 +60,15 @@ def evaluate(
 
     Args:
         protocol: "all-vs-rest": every image queries all others (CUB-200-2011, Online Products).
-                "cuhk03-single-shot": the old protocol of CUHK03. In each of 100 random draws, the queries are one image
-                per identity of the first view (the lower camera), and the gallery is one image per identity of the
-                second view. The metrics are means over the draws, and `expected_recall@K`, the exact expectation.
-                "cuhk03-single-shot-two-way": the same, plus queries of the second view.
-                "cuhk03-767-700": the new protocol of CUHK03. Images of the query's identity and camera are ignored.
-                "market1501": as "cuhk03-767-700". Images of role junk are ignored, and distractors never match.
-                "query-gallery": as "market1501", but without cameras. A query of role both is not compared with itself.
-                "market1501-multi-query": as "market1501", but a query is the mean of the pool images of its identity
-                and camera (normalised for the cosine). Metrics `max_...` use their maximum in each dimension instead.
+            "cuhk03-single-shot": the old protocol of CUHK03. In each of 100 random draws, the queries are one image
+            per identity of the first view (the lower camera), and the gallery is one image per identity of the
+            second view. The metrics are means over the draws; `expected_recall@K` is the exact expectation.
+            "cuhk03-single-shot-two-way": the same, plus queries of the second view.
+            "cuhk03-767-700": the new protocol of CUHK03. Images of the query's identity and camera are ignored.
+            "market1501": as "cuhk03-767-700". Images of role junk are ignored, and distractors never match.
+            "query-gallery": as "market1501", but without cameras. A query of role both is not compared with itself.
+            "market1501-multi-query": as "market1501", but a query is the mean of the pool images of its identity
+            and camera (normalised for the cosine). Metrics `max_...` use their maximum in each dimension instead.
         embeddings: floating-point (n, d).
         labels: integer identities or classes (n,).
         k: the values of K in `recall@K`.
@@ -134,7 +134,8 @@ def _query_gallery(rows: _Rows, with_cameras: bool) -> Retrieval:
     """Rank the gallery without images of the query's identity and camera, or without the query itself."""
     queries = rows.of_role("query", "both")
     vectors = rows.space.exact_vectors(queries)
-    one_each = torch.arange(len(rows.labels), device=rows.labels.device)  # Only the query itself has its camera.
+    # Every image gets a different camera, so that only the query itself is ignored.
+    one_each = torch.arange(len(rows.labels), device=rows.labels.device)
     return _without_camera(rows, queries, vectors, rows.cameras if with_cameras else one_each)
 
 

@@ -64,7 +64,7 @@ class SimilaritySpace:
         return vectors.square().sum(1) if self.metric == "euclidean" else vectors.new_ones(len(vectors))
 
     def edge(self, similarity: Tensor, squares: Tensor) -> Tensor:
-        """Return the smallest similarity that is a tie with the given one; `squares` are the squared norms of queries."""
+        """Return the smallest similarity that is a tie with the given one. `squares` are the queries' squared norms."""
         return similarity - TIE * self._scale(similarity, squares)
 
     def doubt(self, edge: Tensor) -> tuple[Tensor, Tensor]:
