@@ -1,4 +1,4 @@
-"""The histogram loss of Ustinova & Lempitsky (2016), baseline losses, samplers and retrieval. It needs torch alone."""
+"""The histogram loss of Ustinova & Lempitsky (2016), baseline losses, samplers and retrieval; requires only torch."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,12 +1,13 @@
 """Endless batch samplers for `DataLoader(batch_sampler=...)`.
 
-A sampler yields lists of exactly `batch_size` image indices without end: iterations, not epochs, drive training. The
-generator is the only source of randomness: the same seed gives the same batches. Labels that cannot fill the batches
-raise ValueError. All take the arguments of `ClassSampler`.
+A sampler yields lists of exactly `batch_size` image indices without end; training is counted in iterations, not epochs.
+The same seed of the generator gives the same batches. Every sampler takes the arguments of `ClassSampler`, and raises
+ValueError if the labels cannot fill the batches.
 
-Within a class, every sampler draws the images in a shuffled order and shuffles again at its end. No image is drawn
-twice in one visit, and a class of n images is seen within ceil(n / images per visit) visits. (The authors' code
-shuffles after every visit, so an image of a large class may never be drawn.)
+A visit draws several images of one class, which are the next images in a shuffled order of the class. At the end of the
+order, the class is shuffled again. No image is drawn twice in one visit, and the first ceil(n / images per visit)
+visits draw all n images of a class. (The authors' code shuffles after every visit, so an image of a large
+class may never be drawn.)
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -24,11 +25,12 @@ class ClassSampler:
     Args:
         labels: integer class labels of all images, (n,).
         batch_size: images in a batch, at least 2.
-        images_per_class: most images of a class in a batch or in one visit, at least 2.
+        images_per_class: largest number of images of a class in a visit, at least 2.
         generator: the source of randomness.
     """
 
-    kept_lists: tuple[str, ...] = ()  # Lists of a subclass that belong to its state, without the underscore.
+    # Names of the lists that a subclass adds to its state, without their leading underscore.
+    kept_lists: tuple[str, ...] = ()
 
     def __init__(self, labels: Tensor, batch_size: int, images_per_class: int, generator: torch.Generator) -> None:
         labels = integers("labels", labels)
@@ -45,7 +47,7 @@ class ClassSampler:
         self._classes = range(len(self.sizes))
         by_class = labels.argsort(stable=True).split(self.sizes)
         self._images = [images.tolist() for images in by_class]  # Lists are faster than tensors for so few elements.
-        self._position = self.sizes.copy()  # At the end, so that the first visit shuffles.
+        self._position = self.sizes.copy()  # The end of the order, so that the first visit shuffles.
         self._order: list[int] = []  # Classes that remain in the current pass over the classes.
         self._check_classes()
 
@@ -58,7 +60,7 @@ class ClassSampler:
             yield self._draw_batch()
 
     def __len__(self) -> int:
-        """Return the number of batches that hold as many images as there are: an epoch, though batches never end."""
+        """Return the number of images divided by the batch size, rounded down. Iteration does not end there."""
         return len(self.labels) // self.batch_size
 
     def _draw_batch(self) -> list[int]:
@@ -77,19 +79,22 @@ class ClassSampler:
         n = min(n, len(images))
         taken = images[start : start + n]
         self._position[label] = start + n
-        if len(taken) < n:  # Begin another pass, with the images just taken at its end.
+        if len(taken) < n:  # Begin a new order; it ends with the images just drawn.
             images = self._images[label] = self._shuffled(images, last=set(taken))
             self._position[label] = n - len(taken)
             taken = taken + images[: n - len(taken)]
         return taken
 
     def _shuffled(self, items: Sequence[int], last: Container[int] = ()) -> list[int]:
-        """Shuffle images, or `_classes`, those in `last` after all others."""
+        """Return the items (images or classes) in a random order; those in `last` come after all others."""
         shuffled = [items[i] for i in torch.randperm(len(items), generator=self.generator).tolist()]
         return [i for i in shuffled if i not in last] + [i for i in shuffled if i in last]
 
     def state_dict(self) -> dict[str, Tensor | list[int]]:
-        """Return the state after the last batch, in tensors and lists. No DataLoader worker may be ahead of it."""
+        """Return the state after the last batch, in tensors and lists.
+
+        Batches that the workers of a DataLoader have prefetched count as drawn.
+        """
         return {
             "generator": self.generator.get_state(),
             "images": torch.tensor(list(chain.from_iterable(self._images))),
@@ -97,7 +102,7 @@ class ClassSampler:
         } | {name: list(getattr(self, f"_{name}")) for name in self.kept_lists}
 
     def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
-        """Continue after the batch at which `state` was taken; raise ValueError if it is for other labels."""
+        """Continue after the batch at which `state` was saved; raise ValueError if its labels differ from these."""
         images, own = torch.as_tensor(state["images"]), torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
             raise ValueError(f"the sampler's state is for {len(images)} other images than these {len(self.labels)}")
@@ -111,9 +116,11 @@ class ClassSampler:
 class ClassShuffleSampler(ClassSampler):
     """The authors' sampler: visit the classes in a shuffled order and cut the sequence of their images into batches.
 
-    A visit yields up to `images_per_class` images (the authors use 10 on CUB and Market-1501), so a class may lie in
-    two consecutive batches. A pass visits every class once and must yield a batch. In a batch of two passes, classes of
-    the first come last in the second: no image is in it twice if a pass yields batch_size + images_per_class images.
+    A visit draws up to `images_per_class` images (10 for CUB and Market-1501 in the authors' code). If a batch ends
+    within a visit, the remaining images begin the next batch. A pass visits every class once; it must fill a batch.
+
+    If a new pass begins within a batch, the classes that are already in the batch come last in that pass. Then no image
+    is twice in a batch if a pass draws at least batch_size + images_per_class images.
 
     Example:
         >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
@@ -139,8 +146,8 @@ class ClassShuffleSampler(ClassSampler):
 class BalancedSampler(ClassSampler):
     """P x K sampling: every batch has batch_size / images_per_class classes with images_per_class images each.
 
-    The classes come in a shuffled order, each once per pass, and no class comes twice in a batch. A class with fewer
-    images is refused, because an image drawn twice makes a positive pair with itself.
+    Each pass visits every class once, in a shuffled order, and no class is twice in a batch. A class with fewer than
+    `images_per_class` images raises ValueError, because an image drawn twice would be a positive pair with itself.
 
     Example:
         >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)
@@ -175,11 +182,11 @@ class BalancedSampler(ClassSampler):
 class RandomClassSampler(ClassSampler):
     """Random classes, with a random number of images of each.
 
-    A batch draws classes uniformly without replacement, independently of other batches, whatever their sizes. A class
-    with too few images gives all of them. The last class of a batch is cut to the batch size.
+    A batch draws classes uniformly, without replacement, independently of other batches and of the class sizes. A class
+    with fewer images than the random number adds all its images. The last class adds only as many as the batch needs.
 
     Args:
-        min_images_per_class: fewest images of a class in a batch, at least 2, at most `images_per_class`.
+        min_images_per_class: smallest random number of images of a class, at least 2, at most `images_per_class`.
 
     Example:
         >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)

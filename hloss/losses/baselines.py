@@ -1,7 +1,9 @@
-"""Baseline losses, each as its own paper defines it.
+"""Baseline losses as their papers define them.
 
-Memory is O(n^2), also for losses over triplets and quadruplets. An active hinge is linear, so the sum over triplets is
-a sum over pairs, each weighted by its number of active terms. Sorting gives these numbers. Pairs are i < j.
+Memory is O(n^2), also for losses over triplets and quadruplets. Where its hinge is above 0, the term of a triplet is a
+difference of two distances plus a constant. The sum over triplets is therefore a sum of distances, each times its
+number of such triplets. Sorting gives these numbers. Quadruplets are summed likewise, with similarities. Within one
+batch, losses over pairs use the pairs i < j.
 """
 
 import torch
@@ -14,13 +16,14 @@ from hloss.losses.pairwise import DensePairs, root
 from hloss.losses.settings import ON_DEGENERATE, missing_pairs
 from hloss.numerics import full_precision, number, one_of, switch, to_normalize, to_use_raw
 
-ROUNDING = 1e-12  # Closer squared distances of unit vectors count as equal: their float64 error is about 1e-15.
+ROUNDING = 1e-12  # Smaller differences of squared distances count as 0; their float64 error is about 1e-15.
 
 
 class BaselineLoss(nn.Module):
-    """Base class: `loss(embeddings, labels)`. The loss needs a positive and a negative pair, or is undefined.
+    """Base class of the baseline losses, called as `loss(embeddings, labels)`.
 
-    If undefined, it raises ValueError with `on_degenerate` "raise", or is 0 with a gradient of 0 with "zero".
+    A loss is undefined without a positive or without a negative pair (`Contrastive`: without any pair). It then raises
+    ValueError if `on_degenerate` is "raise", or returns 0 with a zero gradient if it is "zero".
     """
 
     needs_both_groups = True
@@ -43,13 +46,15 @@ class BaselineLoss(nn.Module):
         reference_embeddings: Tensor | None = None,
         reference_labels: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of the pairs of a batch, or of all pairs of an embedding and a reference embedding.
+        """Return the loss of the pairs of a batch, or of the pairs of every embedding with every reference.
 
-        Arguments and result are those of `HistogramLoss.forward`. Anchors of triplets are embeddings: a row of a matrix
-        of pairs gives the positives and negatives of an anchor. Synchronises with the embeddings' device once.
+        Arguments and result are those of `HistogramLoss.forward`. For losses over triplets, each embedding is an
+        anchor, and its row of a matrix of pairs gives its positives and negatives. Synchronises with the embeddings'
+        device once.
 
         Raises:
-            ValueError: as for `HistogramLoss.forward`, or an embedding is so long that distances overflow.
+            ValueError: as for `HistogramLoss.forward`, or the norm of an embedding is so large that squared distances
+                can overflow.
         """
         batch = Batch(embeddings, labels, reference_embeddings, reference_labels)
         pairs = (CudaPairs if embeddings.is_cuda else DensePairs)(batch)
@@ -71,12 +76,12 @@ class BaselineLoss(nn.Module):
 class BinomialDeviance(BaselineLoss):
     """Binomial deviance on cosine similarities s, equations 7-8 of the histogram loss's paper (after Yi et al. 2014).
 
-    Mean of log(1 + exp(-alpha (s - beta))) over positive pairs plus mean of log(1 + exp(alpha C (s - beta))) over
-    negative pairs. C scales the slope for negative pairs; it is no weight.
+    The loss is the mean of log(1 + exp(-alpha (s - beta))) over positive pairs, plus the mean of
+    log(1 + exp(alpha C (s - beta))) over negative pairs. C scales the slope of a negative pair's term, not its weight.
 
     Args:
         alpha: slope, above 0; the authors use 2.
-        beta: similarity where the deviance bends; the authors use 0.5.
+        beta: similarity at which the term of a pair is log 2; the authors use 0.5.
         C: factor of the slope for negative pairs, above 0; the authors use 25, and 10 on CUHK03.
         on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
 
@@ -96,7 +101,8 @@ class BinomialDeviance(BaselineLoss):
         slope = self.alpha * torch.full_like(similarity, self.C).masked_fill_(pairs.positive, -1)
         weight = torch.zeros_like(similarity).masked_fill_(pairs.negative, 1 / pairs.n_negative)
         weight.masked_fill_(pairs.positive, 1 / pairs.n_positive)
-        deviance = F.softplus(slope * (similarity - self.beta), threshold=40)  # The default threshold errs by 2e-9.
+        # The default threshold has an error of 2e-9.
+        deviance = F.softplus(slope * (similarity - self.beta), threshold=40)
         return (deviance * weight).sum()
 
 
@@ -108,7 +114,7 @@ class LiftedStructure(BaselineLoss):
 
     Args:
         margin: margin of the distances.
-        normalize: L2-normalise the embeddings, which the paper does not do; distances are then at most 2.
+        normalize: L2-normalise the embeddings, so that distances are at most 2. The paper does not normalise.
         on_degenerate: "raise" or "zero", for a batch without a positive or without a negative pair.
 
     Example:
@@ -125,7 +131,7 @@ class LiftedStructure(BaselineLoss):
 
     def _loss(self, pairs: DensePairs) -> Tensor:
         distance = root(pairs.squared_distances(self.normalize))
-        # Finite also for a row without a negative, whose -inf would have no gradient.
+        # A finite number replaces -inf: logsumexp of a row without a negative, all -inf, would have a NaN gradient.
         rivals = (self.margin - distance).masked_fill(~pairs.negative, torch.finfo(distance.dtype).min)
         by_row = rivals.logsumexp(1)
         by_column = by_row if pairs.batch.within else rivals.logsumexp(0)
@@ -136,8 +142,8 @@ class LiftedStructure(BaselineLoss):
 class Triplet(BaselineLoss):
     """Triplet hinge on squared Euclidean distances d of L2-normalised embeddings, equation 3 of Schroff et al. 2015.
 
-    The mean of d_ap - d_an + margin over all triplets (anchor a, positive p, negative n) where it is above 0. Zero with
-    a zero gradient if there is no such triplet.
+    The mean of d_ap - d_an + margin over all triplets (anchor a, positive p, negative n) with a value above 0. The loss
+    is 0 with a zero gradient if there is no such triplet.
 
     Args:
         margin: margin of the squared distances, above 0; the paper (FaceNet) uses 0.2.
@@ -178,14 +184,14 @@ class SemiHardTriplet(Triplet):
 
 
 class Contrastive(BaselineLoss):
-    """Contrastive loss on Euclidean distances D, of Hadsell, Chopra & LeCun 2006. Undefined for a batch of one.
+    """Contrastive loss on Euclidean distances D (Hadsell, Chopra & LeCun 2006). It is undefined without any pair.
 
-    The mean over pairs of D^2 / 2 for positive and max(0, margin - D)^2 / 2 for negative pairs.
+    Positive pairs cost D^2 / 2, negative pairs max(0, margin - D)^2 / 2. The loss is the mean over all pairs.
 
     Args:
-        margin: distance from which negative pairs cost nothing, above 0.
-        normalize: L2-normalise the embeddings, unlike the paper. Otherwise the margin must fit their scale.
-        on_degenerate: "raise" or "zero", for a batch of one embedding.
+        margin: distance above which the cost of a negative pair is 0; above 0.
+        normalize: L2-normalise the embeddings, unlike the paper. If False, choose the margin on the embeddings' scale.
+        on_degenerate: "raise" or "zero", for a batch without any pair.
 
     Example:
         >>> Contrastive(normalize=True)(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]))
@@ -209,8 +215,8 @@ class Contrastive(BaselineLoss):
 class Quadruplet(BaselineLoss):
     """Quadruplet hinge on cosine similarities, the limit of the histogram loss with the linear cost for many bins.
 
-    The mean of max(0, margin + s_negative - s_positive) over all combinations of a positive and a negative pair. These
-    are O(n^4) terms; sorting the pairs sums them exactly.
+    The mean of max(0, margin + s_negative - s_positive) over all combinations of a positive and a negative pair. There
+    are O(n^4) terms; sorting the pairs makes the exact sum cheap.
 
     Args:
         margin: margin of the similarities, at least 0.
@@ -239,9 +245,10 @@ class Quadruplet(BaselineLoss):
 
 
 def _memberships(distance: Tensor, pairs: DensePairs, margins: tuple[float, ...]) -> Tensor:
-    """Return by how many triplets each pair is weighted, (n, m): those with d_an < d_ap + margin that contain the pair.
+    """Return the weight of each pair, (n, m): the number of triplets with d_an < d_ap + margin that contain the pair.
 
-    The numbers of negative pairs are negative. With two margins: the numbers for the first minus those for the second.
+    The weight of a negative pair is minus this number. With two margins, the result is the weights for the first margin
+    minus those for the second.
     """
     reach = torch.stack([distance + margin for margin in margins])
     negatives = distance.masked_fill(~pairs.negative, torch.inf).sort(1).values.expand_as(reach)

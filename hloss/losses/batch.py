@@ -1,4 +1,4 @@
-"""The arguments of a loss over pairs, checked with one read of the device."""
+"""The arguments of a loss over pairs, and checks that synchronise with the device only once."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ from hloss.numerics import Prepare, check_embeddings, checked_labels, integers, 
 
 
 class Batch:
-    """Embeddings and their labels, or a matrix of pairs, with or without references. Arguments as for `HistogramLoss`.
+    """Embeddings with class labels or a matrix of pairs, and optional references, as in `HistogramLoss.forward`.
 
-    Labels are moved to the embeddings' device. A wrong shape or dtype raises ValueError; `verify` checks the values.
+    The constructor moves labels to the embeddings' device and raises ValueError for a wrong shape or dtype. `verify`
+    checks the values.
     """
 
     def __init__(
@@ -43,10 +44,17 @@ class Batch:
         return labels.to(self.embeddings.device, non_blocking=self.embeddings.is_cuda)
 
     def verify(self, prepare: Prepare, *numbers: Tensor) -> list[float]:
-        """Check the values, and prepare the embeddings by `to_normalize`, `to_use_raw` or `to_use_as_units`.
+        """Check the values, and convert the embeddings by `prepare`.
 
-        Return the numbers, float64 scalars on the device: all values are read with one synchronisation. Raise
-        ValueError with the rows if embeddings or entries of the matrix of pairs are refused.
+        Args:
+            prepare: `to_normalize`, `to_use_raw` or `to_use_as_units` of `hloss.numerics`.
+            numbers: float64 scalars on the device. They are read together with the checks, with one synchronisation.
+
+        Returns:
+            The values of `numbers`.
+
+        Raises:
+            ValueError: rows of the embeddings or of the matrix of pairs are invalid; the message lists these rows.
         """
         sides = [x for x in (self.embeddings, self.references) if x is not None]
         self.norms = [row_norms(x) for x in sides]
@@ -64,7 +72,7 @@ class Batch:
         return list(read)
 
     def _faults(self) -> list[tuple[str, Tensor, str]]:
-        """Return for each requirement of a matrix of pairs: its text, a mask of the rows that fail, and why they do."""
+        """Return the requirements of a matrix of pairs: the text, a mask of the rows that fail, and the reason."""
         if not self.is_matrix:
             return []
         matrix, name = self.labels, "the matrix of pairs"

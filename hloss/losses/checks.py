@@ -12,14 +12,14 @@ from hloss.numerics import whole_number
 
 
 class DeferredChecks:
-    """Checks that the device computes and the host has not read yet."""
+    """Checks of loss inputs that the device has computed, and whose results the host has not read yet."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.pending: list[tuple[Tensor, Callable[[list[int]], None]]] = []
 
     def add(self, values: Tensor, verify: Callable[..., None], inputs: tuple[Any, ...]) -> None:
-        """Add values for `verify`; read all pending checks after every `every` additions.
+        """Add a check. When `every` checks are pending, read all of them.
 
         Args:
             values: numbers on the device, of the same shape for all checks.
@@ -45,11 +45,11 @@ _deferred: ContextVar[DeferredChecks | None] = ContextVar("deferred", default=No
 
 @contextmanager
 def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
-    """Defer the checks of the fused CUDA loss, so that no iteration waits for the GPU.
+    """Defer the checks of the fused CUDA loss, so that the host does not wait for the GPU in every iteration.
 
-    The error of a wrong batch is raised after at most `every` losses, by `raise_if_bad()`, or at the end of the
-    context. Until then its loss and gradient are meaningless. Pending checks keep the embeddings of their batches in
-    memory. Losses on other paths (CPU, float64, the Beta density) are checked at once.
+    A wrong batch raises its error later: after at most `every` losses, at a call of `raise_if_bad()`, or at the end of
+    the context. Until then, the loss and gradient of that batch are meaningless. Pending checks keep the embeddings of
+    their batches in memory. Other losses (on a CPU, in float64, with the Beta density) are checked at once.
 
     Args:
         every: number of losses after which their checks are read, at least 1.
@@ -80,7 +80,7 @@ def is_deferred() -> bool:
 
 
 def verify_or_defer(values: Tensor, verify: Callable[..., None], *inputs: Any) -> None:
-    """Call `verify` with the numbers in `values` and the inputs: now, or later within `deferred_checks`."""
+    """Call `verify(numbers, *inputs)` with the numbers in `values`. Within `deferred_checks`, defer the call."""
     checks = _deferred.get()
     if checks is None:
         verify(values.tolist(), *inputs)

@@ -1,8 +1,8 @@
 """The streaming histogram loss under torch.compile and torch.export, as one operator.
 
-The compiler cannot trace the passes over blocks of pairs, whose number depends on the labels. The operator computes the
-loss and its gradient together, and the backward pass multiplies that gradient. What the CUDA kernels of `fused` compute
-has an operator there.
+The compiler cannot trace the passes over blocks of pairs, because they depend on the values of the labels. The operator
+computes the loss and its gradient together, and the backward pass multiplies this gradient by the upstream gradient.
+`hloss.losses.fused` has the operators of the CUDA kernels.
 """
 
 from types import SimpleNamespace
@@ -19,10 +19,10 @@ from hloss.numerics import full_precision
 def loss(
     embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, s: LossSettings
 ) -> Tensor:
-    """Return the loss by an operator that compilers do not look into.
+    """Return the loss by a custom operator, which compilers do not trace.
 
     The Beta density raises RuntimeError, because its derivative uses autograd. Without fullgraph=True, torch.compile
-    then calls the plain loss.
+    then runs the loss uncompiled.
     """
     if s.density == "beta":
         raise RuntimeError('density="beta" cannot be compiled or exported: call the loss outside the compiled function')
@@ -30,7 +30,7 @@ def loss(
 
 
 def refuse_transforms() -> None:
-    """Raise RuntimeError within a transform of torch.func, which cannot see into the loss."""
+    """Raise RuntimeError within a transform of torch.func, because the loss defines no rules for these transforms."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "the histogram loss does not support torch.func (vmap, grad, ...): call it once per batch, and use "
@@ -53,7 +53,10 @@ def _loss_and_gradients(
     normalize: bool,
     on_degenerate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and its full-precision gradients by embeddings and references; an empty tensor stands for None."""
+    """Return the loss and its gradients with respect to embeddings and references, in full precision.
+
+    Without references, their gradient is an empty tensor.
+    """
     s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
     rows, columns = full_precision(embeddings), None if references is None else full_precision(references)
     given = checked_pairs(rows, labels, columns, reference_labels, normalize=s.normalize)
@@ -69,7 +72,7 @@ def _loss_and_gradients(
 
 
 def _by_given(by_prepared: Tensor, prepared: Tensor, given: Tensor) -> Tensor:
-    """Return the gradient by the embeddings given from that by the prepared ones, whose rows may be scaled."""
+    """Return the gradient with respect to `given` from that with respect to `prepared`, whose rows may be scaled."""
     if prepared is given:
         return by_prepared
     return by_prepared * (prepared.abs().amax(1, keepdim=True) / given.abs().amax(1, keepdim=True))

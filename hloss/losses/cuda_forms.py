@@ -1,7 +1,7 @@
-"""Forms of the dense losses for CUDA, equal to those of `pairwise` up to rounding.
+"""CUDA implementations of the computations of `hloss.losses.pairwise`, equal up to rounding.
 
-The time of a small batch depends on the number of kernels, so normalisation and distances take fewer. No form waits
-for the GPU, as `nonzero` and boolean indexing do.
+The time of a small batch depends on the number of kernels, so normalisation and distances use fewer kernels. `nonzero`
+and boolean indexing wait for the GPU; these implementations avoid them.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def true_places(mask: Tensor, n: int) -> Tensor:
 
 
 def fused_normalize(embeddings: Tensor) -> Tensor:
-    """Compute F.normalize by rms_norm: 5 kernels instead of 17, forward and backward; no row is zero."""
+    """Compute F.normalize by rms_norm, with 5 kernels instead of 17 (forward and backward). Rows must not be zero."""
     d = embeddings.shape[1]
     return F.rms_norm(embeddings, (d,), eps=1e-36) / d**0.5
 
@@ -58,7 +58,7 @@ class CudaPairs(DensePairs):
 
 
 def swap_cuda_precision(precision: str) -> str:
-    """Set the precision of float32 products on CUDA, "ieee" for exact ones; returns what it was."""
+    """Set the precision of float32 matrix products on CUDA ("ieee": exact), and return the previous precision."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
         before, matmul.fp32_precision = matmul.fp32_precision, precision

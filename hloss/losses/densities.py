@@ -1,5 +1,6 @@
-"""Densities of the positive and negative similarities, the loss, and its derivative by each similarity.
+"""Densities of the positive and negative similarities, the loss, and its derivative with respect to each similarity.
 
+A pair lies at t_b + f Delta, 0 <= f < 1, between the nodes b and b + 1. Its group is positive, negative or ignored.
 `HistogramDensity` implements equations 1 and 2, `expected_cost` equations 4 and 6.
 """
 
@@ -13,33 +14,41 @@ from hloss.losses.pairs import NEGATIVE, POSITIVE, Buffers, PairBlock
 from hloss.losses.settings import LossSettings, missing_pairs
 
 CPU_LANES = 16
-ONE_PAIR = 2**42  # Above the sum of LANE_PAIRS fractions of 24 bits.
-FLAGS = 4  # Numbers behind the counts and sums of a table on a GPU; `triton_kernels` names them.
-LANE_PAIRS = 2**18  # Most pairs in one packed number, and in one int64 sum of 44-bit fractions.
-BETA_ENDS = (1e-5, 0.999)  # The authors' layer evaluates the Beta density here instead of at 0 and 1.
+# A packed number is ONE_PAIR times the number of pairs, plus the sum of their f in units of 2^-24.
+ONE_PAIR = 2**42  # Larger than the sum of LANE_PAIRS such f.
+FLAGS = 4  # Number of flags at the end of a table on a GPU; `triton_kernels` gives their meaning.
+LANE_PAIRS = 2**18  # Most pairs that one packed number, or one int64 sum of f in units of 2^-44, can count.
+BETA_ENDS = (1e-5, 0.999)  # The authors' layer evaluates the Beta density at these points instead of at 0 and 1.
 
 
 class HistogramDensity:
-    """Histograms (equation 2). It counts pairs and adds up f, by interval and group; dL/ds is a table."""
+    """Histograms (equation 2).
+
+    The class counts the pairs and sums their f, for each group and interval. dL/ds depends only on group and interval.
+    """
 
     def __init__(self, s: LossSettings, device: torch.device) -> None:
-        self.s, self.size = s, s.n_bins + 1  # The last interval is the point s = 1.
+        self.s, self.size = s, s.n_bins + 1  # Interval n_bins contains only s = 1.
         self.counts = torch.zeros(3, self.size, dtype=torch.int64, device=device)
         self.fractions = torch.zeros(3, self.size, dtype=torch.float64, device=device)
 
     def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """Add pairs with `position` (s + 1) / Delta in [0, n_bins], return their places. Overwrites `position`."""
+        """Add pairs with `position` (s + 1) / Delta in [0, n_bins]; return their indices in the table of dL/ds.
+
+        Overwrites `position`.
+        """
         places = code = self.places(position, block, buffers)
         n = 1 if block.groups is None else 3
-        # Several lanes reduce collisions of atomic additions on CUDA, and give each CPU thread its own table.
+        # A lane is a copy of the table. Several lanes reduce collisions of atomic additions on CUDA, and let CPU
+        # threads add at the same time.
         lanes = len(code) if code.is_cuda else math.gcd(len(code), CPU_LANES)
         table = torch.zeros(lanes, n * self.size, dtype=torch.int64, device=code.device)
         code, fraction = code.view(lanes, -1), position.frac_().view(lanes, -1)
         number = buffers.take("number", code.shape, torch.int64, code.device)
-        if fraction.dtype == torch.float32:  # With its 24 bits the count fits into the same number.
+        if fraction.dtype == torch.float32:  # Here f has 24 bits, so that f and the count of pairs fit into one number.
             number.copy_(fraction.mul_(2.0**24)).add_(ONE_PAIR)
             table.scatter_add_(1, code, number)
-            if code.numel() <= LANE_PAIRS:  # The sum over lanes fits as well.
+            if code.numel() <= LANE_PAIRS:  # The sum of all lanes also fits into packed numbers.
                 table = table.sum(0, keepdim=True)
             counts, sums = (table // ONE_PAIR).sum(0), (table % ONE_PAIR).sum(0).double() / 2.0**24
         else:
@@ -72,12 +81,12 @@ class HistogramDensity:
         return h if self.s.kernel == "triangular" else h @ kernel_matrix(self.s, h.device).T
 
     def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
-        """Return the loss and the table (3, n_bins + 1) of dL/ds by group and interval, equation 5."""
+        """Return the loss, and dL/ds (equation 5) for each group and interval, as a table (3, n_bins + 1)."""
         loss, by_density = expected_cost(self.densities(), self.s)
         by_mass = by_density if self.s.kernel == "triangular" else by_density @ kernel_matrix(self.s, loss.device)
         slopes = by_mass.new_zeros(3, self.size)
         torch.div(by_mass.diff(dim=1), self.s.delta * self.totals[:, None].double(), out=slopes[:2, :-1])
-        slopes[:2, -1] = slopes[:2, -2]  # s = 1 belongs to the last interval.
+        slopes[:2, -1] = slopes[:2, -2]  # s = 1 has the derivative of the interval before it.
         return loss, slopes
 
     def slope(self, slopes: Tensor, places: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
@@ -95,7 +104,7 @@ class BetaDensity:
         self.moments = torch.zeros(2, 2, dtype=torch.float64, device=device)  # Sums of x - 1/2 and its square.
 
     def add(self, position: Tensor, block: PairBlock, buffers: Buffers) -> Tensor:
-        """Add pairs with `position` (s + 1) / Delta, and return their places. Overwrites `position`."""
+        """Add pairs with `position` (s + 1) / Delta, and return a copy of the positions. Overwrites `position`."""
         places = buffers.take("places", position.shape, position.dtype, position.device).copy_(position)
         x = position.div_(self.s.n_bins).sub_(0.5)
         negatives: int | Tensor = x.numel()
@@ -141,7 +150,10 @@ class BetaDensity:
         return log_density.exp() * (self.s.delta / 2)
 
     def loss_and_slopes(self) -> tuple[Tensor, Tensor]:
-        """Return the loss and the table (3, 2) of the constant and factor of dL/ds by group."""
+        """Return the loss, and a table (3, 2) with two columns, a and b, and one row for each group.
+
+        dL/ds of a pair is a + b * position.
+        """
         with torch.enable_grad():
             moments = self.mean_variance.detach().requires_grad_()
             densities = self.densities(moments)
@@ -173,9 +185,9 @@ def grid_nodes(n_bins: int, device: torch.device) -> Tensor:
 
 
 def expected_cost(densities: Tensor, s: LossSettings) -> tuple[Tensor, Tensor]:
-    """Return the loss p_neg' C p_pos and its derivative by (p_neg, p_pos), shape (2, n_bins + 1)."""
+    """Return the loss p_neg' C p_pos and its gradient with respect to p_neg and p_pos, shape (2, n_bins + 1)."""
     negative, positive = densities
-    if s.order_cost == "step":  # Cumulative sums instead of C: equations 4 and 6.
+    if s.order_cost == "step":  # Cumulative sums replace the product with C (equations 4 and 6).
         r = torch.arange(len(negative), device=negative.device)
         by_negative = positive.cumsum(0)[(r + s.margin_nodes).clamp(max=s.n_bins)]
         by_positive = negative.flip(0).cumsum(0).flip(0)[(r - s.margin_nodes).clamp(min=0)]
@@ -200,7 +212,10 @@ def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
-    """Return K[r, b], the mass in the cell r +- 1/2 of the kernel at b, reflected at both ends; columns sum to 1."""
+    """Return K[r, b], the mass in the cell from r - 1/2 to r + 1/2 of the kernel centred at b, in units of Delta.
+
+    Mass below the first cell and above the last cell is reflected. Columns sum to 1.
+    """
     assert s.bandwidth is not None
     half_width = {"gaussian": 10.0, "epanechnikov": 5**0.5, "uniform": 3**0.5}[s.kernel]  # In standard deviations.
     reach = math.ceil(half_width * s.bandwidth)
@@ -210,7 +225,7 @@ def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
     below = {"gaussian": torch.special.ndtr(z), "epanechnikov": 0.5 + 0.75 * (u - u**3 / 3), "uniform": u / 2 + 0.5}
     mass = below[s.kernel].diff()
     size = s.n_bins + 1
-    target = (torch.arange(size) + offsets[:, None]) % (2 * size)  # Reflection has the period 2 R.
+    target = (torch.arange(size) + offsets[:, None]) % (2 * size)  # Reflections repeat after 2 (n_bins + 1).
     target = torch.where(target < size, target, 2 * size - 1 - target)
     matrix = torch.zeros(size, size, dtype=torch.float64)
     matrix.scatter_add_(0, target, (mass / mass.sum())[:, None].expand_as(target).contiguous())

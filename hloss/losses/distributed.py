@@ -10,16 +10,17 @@ from hloss.numerics import checked_labels
 def global_batch(loss: nn.Module) -> nn.Module:
     """Wrap a loss so that it uses the embeddings and labels of all processes of `torch.distributed`.
 
-    Call the result with the share of this process. Shares may differ in size, and some may be empty. Every process gets
-    the loss of the whole batch. Gradients are multiplied by the number of processes, so that the average that
-    DistributedDataParallel computes is the gradient of one process with the whole batch.
+    Each process calls the result with its own part of the batch. Parts may differ in size and may be empty. Every
+    process gets the loss of the whole batch. Gradients are multiplied by the number of processes. Their average, which
+    DistributedDataParallel computes, is then the gradient of a single process with the whole batch.
 
     Args:
         loss: called as `loss(embeddings, labels)` with embeddings (n, d) and integer labels (n,).
 
     Returns:
-        A module called in the same way. It equals `loss` without `torch.distributed` or with one process. With several
-        it raises ValueError for reference embeddings, a matrix of pairs, and shares of different width or dtype.
+        A module called in the same way. Without `torch.distributed`, or with one process, its result is that of `loss`.
+        With several processes, reference embeddings, a matrix of pairs, and parts whose embeddings differ in width or
+        item size raise ValueError.
 
     Example:
         >>> criterion = global_batch(nn.CrossEntropyLoss())
@@ -45,13 +46,13 @@ class _GlobalBatch(nn.Module):
         others = _gathered(embeddings.detach(), sizes)
         own = embeddings.view_as(embeddings)
         if own.requires_grad:
-            own.register_hook(lambda gradient: gradient * len(sizes))  # DistributedDataParallel divides by it.
+            own.register_hook(lambda gradient: gradient * len(sizes))  # DistributedDataParallel divides by this number.
         whole = torch.cat([others[:start], own, others[start + len(own) :]])
         return self.loss(whole, _gathered(labels.to(embeddings.device), sizes))
 
 
 def _shares(embeddings: Tensor) -> list[int]:
-    """Return the number of embeddings of each process; raise ValueError if shares differ in width or dtype."""
+    """Return the number of embeddings of each process; raise ValueError if widths or item sizes differ."""
     own = torch.tensor([[*embeddings.shape, embeddings.element_size()]], device=embeddings.device)
     sizes, widths, bytes_ = _gathered(own, [1] * dist.get_world_size()).T.tolist()
     if len(set(widths)) > 1 or len(set(bytes_)) > 1:

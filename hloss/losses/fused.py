@@ -1,6 +1,6 @@
-"""The histogram loss on CUDA by fused Triton kernels: when they are used, and how autograd and torch.compile see them.
+"""The histogram loss on CUDA by fused Triton kernels: conditions of use, autograd function and custom operators.
 
-Read `hloss.losses.histogram` first; the kernels' work is described in `hloss.losses.passes`.
+Read `hloss.losses.histogram` first. `hloss.losses.passes` describes the kernels.
 """
 
 import importlib.util
@@ -23,9 +23,9 @@ from hloss.losses.passes import (
 )
 from hloss.losses.settings import LossSettings
 
-PRECISION = "tf32x3"  # of matrix products: as exact as float32, on tensor cores; "ieee": float32 without them
-MOST_PAIRS = 2**39  # most pairs whose sum of 24-bit fractions surely fits into 63 bits
-MOST_ROWS = 2**30  # most rows, and columns, that 32-bit numbers count in whole tiles
+PRECISION = "tf32x3"  # of matrix products on tensor cores, as exact as float32; "ieee" uses no tensor cores
+MOST_PAIRS = 2**39  # the sum of this many 24-bit fractions fits into 63 bits
+MOST_ROWS = 2**30  # most rows or columns, so that 32-bit indices also reach the end of the last tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 TRITON = importlib.util.find_spec("triton") is not None
@@ -34,7 +34,10 @@ TRITON = importlib.util.find_spec("triton") is not None
 def serves(
     embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, s: LossSettings
 ) -> bool:
-    """Whether the fused kernels compute this loss. False for wrong shapes, so that the plain path raises its error."""
+    """Return whether the fused kernels compute this loss.
+
+    The result is False for wrong shapes, for which the streaming implementation raises the error.
+    """
     return (
         embeddings.is_cuda
         and s.density == "histogram"
@@ -65,7 +68,7 @@ def is_available(device: torch.device) -> bool:
     return _is_available(device)
 
 
-# What torch.compiler.assume_constant_result does, whose import takes seconds.
+# This has the effect of torch.compiler.assume_constant_result, whose import takes seconds.
 is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -96,14 +99,14 @@ def _obstacle(device: torch.device) -> str:
 def loss(
     embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None, s: LossSettings
 ) -> Tensor:
-    """The histogram loss. `serves` must be true for these arguments."""
+    """Return the histogram loss. `serves` must be true for these arguments."""
     if torch.compiler.is_compiling():
         return _operator(embeddings, labels, references, reference_labels, *s.of_histogram, PRECISION)[0]
     return _Fused.apply(embeddings, references, labels, reference_labels, s, PRECISION)
 
 
 class _Fused(torch.autograd.Function):
-    """The eager form of `_operator`: for a small batch, calling an operator takes longer than its kernels."""
+    """Autograd function for eager mode: for a small batch, calling `_operator` takes longer than its kernels."""
 
     @staticmethod
     def forward(ctx, embeddings, references, labels, reference_labels, s, precision):  # type: ignore[no-untyped-def]
@@ -143,12 +146,16 @@ def _operator(
     on_degenerate: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, then the unit rows, scales, slopes and places for the backward pass. An empty tensor means None."""
+    """Return the loss, then what the backward pass needs: unit rows and scales of both inputs, slopes and places.
+
+    An empty tensor stands for None, or for unit rows that are the embeddings themselves.
+    """
     s = LossSettings(n_bins, kernel, bandwidth, order_cost, margin, alpha, "histogram", normalize, on_degenerate)
     plan = find_plan(embeddings, references, labels, s, precision)
     loss, (rows, columns, slopes, places) = forward_pass(embeddings, references, labels, reference_labels, plan)
     empty = partial(torch.empty, 0, device=embeddings.device)
-    copied = plan.is_copied  # else the units are the embeddings: no operator returns its input
+    # Otherwise the unit rows are the embeddings, and an operator must not return its input.
+    copied = plan.is_copied
     sides = [
         rows.units if copied else empty(),
         rows.scales,
@@ -199,7 +206,7 @@ def _backward_operator(
     precision: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """The requested gradients of the embeddings and of the references."""
+    """Return the requested gradients, with respect to the embeddings and to the references."""
     copied, device = is_copied(embeddings.dtype, normalize), embeddings.device
     rows = Side(units if copied else ready(embeddings, device), scales)
     columns = None

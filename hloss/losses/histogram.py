@@ -1,11 +1,13 @@
-"""The histogram loss of Ustinova & Lempitsky (2016), equations 1-6, exact and streaming.
+"""The histogram loss of Ustinova & Lempitsky (2016), equations 1-6, exact and without a matrix of all pairs.
 
-Read `reference` first (the same loss in dense form), then `settings`, `pairs`, `densities` and `streaming`. On CUDA the
-kernels of `fused` replace the last three.
+`hloss.losses.reference` defines the same loss in few lines; read it first. Then read `settings`, `pairs`, `densities`
+and `streaming`. On a GPU, Triton kernels (`fused`) replace the last three, except for float64 and the Beta density.
 
-A pair between nodes b and b + 1 adds 1 - f to the first and f to the second (equation 2). The forward pass sums the
-numbers of pairs and f per interval. dL/ds is constant within an interval, and the backward pass looks it up (equation
-5). Counts and sums are integers: they do not depend on the order of the pairs. Memory is O(block), not O(n^2).
+The similarity s of a pair lies between two neighbouring nodes, at t_b + f Delta with 0 <= f < 1. The pair adds 1 - f to
+node b and f to node b + 1 (equation 2). The forward pass counts the pairs in each interval and sums their f. The
+derivative dL/ds is constant within an interval (equation 5), so the backward pass reads it from a table. Threads add
+integers, so the order in which they add the pairs does not change counts and sums. Pairs are computed in blocks: with
+class labels, memory is O(n d), not O(n^2).
 """
 
 from collections.abc import Iterator
@@ -25,17 +27,22 @@ from hloss.numerics import check_embeddings, exact_products, integers, one_of
 class HistogramLoss(nn.Module):
     """Histogram loss: the estimated probability that a negative pair is more similar than a positive pair.
 
+    The nodes t_r = -1 + r Delta, r = 0 ... n_bins, divide [-1, 1] into n_bins intervals of width Delta = 2 / n_bins.
+
     Args:
-        n_bins: number of intervals of [-1, 1], at least 1; Delta = 2 / n_bins. The paper's 0.01 is n_bins=200.
-        kernel: how a pair spreads over the nodes: "triangular" (equation 2), "gaussian", "epanechnikov" or "uniform".
-        bandwidth: standard deviation of the kernel in nodes, above 0; None for the triangular kernel.
+        n_bins: number of intervals, at least 1. The paper's Delta = 0.01 is n_bins=200.
+        kernel: kernel that distributes a pair over the nodes: "triangular" (equation 2), "gaussian", "epanechnikov" or
+            "uniform".
+        bandwidth: standard deviation of the kernel in units of Delta, above 0; None for the triangular kernel.
         order_cost: cost C of a negative pair at t_r and a positive pair at t_q. "step" is 1 if t_q <= t_r + margin
             (equations 4, 6), "linear" max(0, margin + t_r - t_q), "softplus" ln(1 + exp(alpha (margin + t_r - t_q))).
         margin: margin of the similarities, at least 0; a multiple of Delta for the step cost.
         alpha: steepness of the softplus cost, above 0; 1 for other costs.
-        density: "histogram", or "beta": the authors' Beta density with the mean and variance of each group of pairs.
-        normalize: L2-normalise the embeddings. If False, their norms must be at most 1 (+ 1e-4).
-        on_degenerate: "raise" or return "zero", if there is no positive or negative pair, or a Beta density cannot fit.
+        density: "histogram", or "beta": Beta densities with the mean and variance of the positive and of the negative
+            similarities, as in the authors' code.
+        normalize: L2-normalise the embeddings. If False, their squared norms must be at most 1 + 1e-4.
+        on_degenerate: "raise" an error or return "zero" if the loss is undefined. It is undefined without a positive
+            pair, without a negative pair, or if a Beta density does not fit.
 
     Raises:
         ValueError: a setting is out of range.
@@ -69,21 +76,23 @@ class HistogramLoss(nn.Module):
         reference_embeddings: Tensor | None = None,
         reference_labels: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of the pairs i < j of a batch, or of all pairs of an embedding and a reference embedding.
+        """Return the loss of the pairs i < j of a batch, or of the pairs of every embedding with every reference.
 
         Args:
-            embeddings: floating-point (n, d); half precision is computed in float32, also under autocast.
-            labels: integer class labels (n,), or a matrix of pairs, symmetric (n, n) or (n, m) with references:
-                +1 positive, -1 negative, 0 ignored. The diagonal of (n, n) is ignored.
+            embeddings: floating-point (n, d). Half-precision embeddings are converted to float32, also under autocast.
+            labels: integer class labels (n,), or a matrix of pairs: +1 positive, -1 negative, 0 ignored. With
+                references, the matrix is (n, m). Without, it is symmetric (n, n), and its diagonal is ignored.
             reference_embeddings: (m, d), for example a memory of earlier batches. They get a gradient if
                 they require it.
             reference_labels: integer class labels (m,) of the references; None with a matrix of pairs.
 
         Returns:
-            Scalar of the embeddings' dtype, float32 for half precision. It has no second derivatives.
+            Scalar of the embeddings' dtype, float32 for half precision. The loss has no second derivatives.
 
         Raises:
-            ValueError: a shape or dtype is wrong, embeddings are NaN, infinite or zero, or the loss is undefined.
+            ValueError: a shape, dtype or entry of a matrix of pairs is wrong; an embedding is NaN, infinite, zero with
+                normalize=True or longer than 1 with normalize=False; the loss is undefined with on_degenerate="raise".
+            RuntimeError: the call is inside a transform of torch.func, or the Beta density is compiled or exported.
         """
         s = self.settings
         compiled.refuse_transforms()
@@ -122,7 +131,7 @@ def histogram_loss(
 
 
 class PairHistograms(NamedTuple):
-    """Densities p_pos and p_neg at the nodes, float64 (n_bins + 1,), each of sum 1."""
+    """Densities p_pos and p_neg at the nodes, float64 (n_bins + 1,). Histograms sum to 1; Beta densities need not."""
 
     nodes: Tensor
     positive: Tensor
@@ -130,7 +139,9 @@ class PairHistograms(NamedTuple):
 
 
 def pair_histograms(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: Any) -> PairHistograms:
-    """Return the densities of the similarities, equation 1. Arguments and errors as for `histogram_loss`.
+    """Return the densities of the positive and of the negative similarities (equation 1).
+
+    Takes the arguments of `histogram_loss` and raises its errors; an undefined loss always raises ValueError.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
@@ -143,7 +154,7 @@ def pair_histograms(embeddings: Tensor, labels: Tensor, *references: Tensor | No
 
 
 class PairSlopes(NamedTuple):
-    """Slopes of the loss at the middle similarity of each interval, float64 (n_bins,)."""
+    """Slopes from `pair_slopes` at the similarity in the middle of each interval, float64 (n_bins,)."""
 
     similarities: Tensor
     positive: Tensor
@@ -151,7 +162,9 @@ class PairSlopes(NamedTuple):
 
 
 def pair_slopes(embeddings: Tensor, labels: Tensor, *references: Tensor | None, **settings: Any) -> PairSlopes:
-    """Return dL/ds (equation 5) times the number of pairs of the group. Arguments as for `histogram_loss`.
+    """Return dL/ds (equation 5) of a positive and of a negative pair, each times the number of such pairs.
+
+    Takes the arguments of `histogram_loss` and raises its errors; an undefined loss always raises ValueError.
 
     Example:
         >>> pair_slopes(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), n_bins=4).positive
@@ -180,13 +193,13 @@ def _density_of(embeddings: Tensor, labels: Tensor, *references: Tensor | None, 
 def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") -> float:
     """Return the probability that a negative pair is more similar than a positive pair, which the loss estimates.
 
-    Takes O(P log p) time and O(p) memory for P pairs i < j, p of them positive.
+    For P pairs i < j, of which p are positive, time is O(P (d + log p)) and memory is O(n d + p).
 
     Args:
-        embeddings: floating-point (n, d); they are L2-normalised.
+        embeddings: floating-point (n, d). The function L2-normalises them.
         labels: integer class labels (n,), or a matrix of pairs as for `HistogramLoss`.
-        ties: how equal similarities count. "half": by 1/2, which gives 1 - ROC AUC. "count": fully, the limit for
-            many bins.
+        ties: weight of a negative pair exactly as similar as a positive pair. "half" is 1/2; the result is then
+            1 - ROC AUC. "count" is 1, the limit of the loss for many bins.
 
     Raises:
         ValueError: an argument is wrong, or there is no positive or no negative pair.

@@ -11,11 +11,11 @@ from hloss.numerics import exact_products, refuse_rows, whole_number
 
 NEGATIVE, POSITIVE, IGNORED = 0, 1, 2  # The group of a pair.
 ROWS, COLUMNS = 256, 1024  # Largest block of pairs on a CPU: 2^18 pairs fit into its caches.
-GPU_ROWS, GPU_COLUMNS = 1024, 4096  # Largest block on a GPU: enough work for each kernel.
+GPU_ROWS, GPU_COLUMNS = 1024, 4096  # Largest block on a GPU: large enough to occupy it.
 
 
 class PairBlock(NamedTuple):
-    """A block of pairs. All are negative except in a window of its columns, where `groups` gives their group."""
+    """A block of pairs. `groups` gives the groups of the pairs in a window of columns; all other pairs are negative."""
 
     rows: slice
     columns: slice
@@ -38,7 +38,7 @@ class Buffers:
 
 
 class LabelPairs:
-    """Pairs from class labels. In the order of the labels, positive pairs of a block lie in one window of columns."""
+    """Pairs from class labels. Rows and columns are sorted by label: the positives of a row are adjacent columns."""
 
     def __init__(self, batch: Batch) -> None:
         rows, self.row_order = batch.labels.sort(stable=True)
@@ -46,7 +46,7 @@ class LabelPairs:
         if batch.reference_labels is not None:
             columns, self.column_order = batch.reference_labels.sort(stable=True)
         self.n_columns, self.within = len(columns), batch.within
-        # The positives of row i are the columns first[i] ... last[i] - 1. Within one batch they begin after i itself.
+        # The positives of row i are the columns from first[i] to last[i] - 1. Within one batch, first[i] = i + 1.
         self.column = torch.arange(1, self.n_columns + 1, device=rows.device, dtype=torch.int32)
         self.last = torch.searchsorted(columns, rows, right=True, out_int32=True)
         self.first = self.column if self.within else torch.searchsorted(columns, rows, out_int32=True)
@@ -56,7 +56,7 @@ class LabelPairs:
         self.windows = torch.stack([self.first[starts], self.last[ends]], 1).tolist()  # Synchronises once.
 
     def blocks(self) -> Iterator[PairBlock]:
-        """Yield all pairs. Within one batch these are the pairs i < j; others in a block are marked as ignored."""
+        """Yield blocks that contain all pairs. Within one batch, the pairs i >= j of a block are marked as ignored."""
         for rows, columns in _tiles((len(self.last), self.n_columns), self.within, self.last.device):
             left, right = self.windows[rows.start // self.height]
             window = slice(max(rows.start if self.within else left, columns.start), min(right, columns.stop))
@@ -64,9 +64,10 @@ class LabelPairs:
             yield PairBlock(rows, columns, slice(window.start - columns.start, window.stop - columns.start), groups)
 
     def _groups(self, rows: slice, window: slice) -> Tensor:
-        column = self.column[window]  # Numbered from 1.
+        column = self.column[window]  # Column numbers start at 1.
         groups, before = ((column <= end[rows, None]).view(torch.int8) for end in (self.last, self.first))
-        return groups.add_(before, alpha=1 if self.within else -1)  # Columns up to `first` are ignored, or negative.
+        # Columns before first[i] are ignored within one batch, otherwise negative.
+        return groups.add_(before, alpha=1 if self.within else -1)
 
 
 class MatrixPairs:
@@ -77,7 +78,7 @@ class MatrixPairs:
         self.row_order, self.column_order = (torch.arange(n, device=batch.labels.device) for n in batch.shape)
 
     def blocks(self) -> Iterator[PairBlock]:
-        """Yield all pairs. Within one batch these are the pairs i < j; others in a block are marked as ignored."""
+        """Yield blocks that contain all pairs. Within one batch, the pairs i >= j of a block are marked as ignored."""
         for rows, columns in _tiles(self.matrix.shape, self.within, self.matrix.device):
             sign = self.matrix[rows, columns]
             if self.within:
@@ -90,14 +91,14 @@ Pairs = LabelPairs | MatrixPairs
 
 
 def pair_matrix(multi_hot: Tensor, at_least: int = 1) -> Tensor:
-    """Return the matrix of pairs of images with several labels: +1 for enough common labels, -1 for fewer.
+    """Return a matrix of pairs for images with several labels: +1 for at least `at_least` common labels, else -1.
 
     Args:
-        multi_hot: whether each image has each label, 0 or 1, (n, labels).
-        at_least: number of common labels that makes a pair positive.
+        multi_hot: (n, labels); 1 if an image has a label, else 0.
+        at_least: smallest number of common labels of a positive pair.
 
     Returns:
-        Int8 (n, n), as losses take it in place of labels. Set entries to 0 to leave pairs out.
+        Int8 (n, n). Pass it to a loss instead of labels. Set entries to 0 to ignore pairs.
 
     Example:
         >>> pair_matrix(torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1]]))
@@ -122,7 +123,7 @@ def block_rows(device: torch.device) -> int:
 
 
 def _tiles(shape: tuple[int, ...], within: bool, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows and columns of blocks that hold all pairs, or within one batch those of i < j."""
+    """Yield the rows and columns of blocks that cover all pairs; within one batch, the pairs i < j."""
     (n, m), height, width = shape, block_rows(device), GPU_COLUMNS if device.type == "cuda" else COLUMNS
     for top in range(0, n, height):
         for left in range(top if within else 0, m, width):

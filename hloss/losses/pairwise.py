@@ -1,4 +1,4 @@
-"""All pairs of a batch in dense form, (n, m): their masks, similarities and distances, with gradients.
+"""Masks, similarities and distances of all pairs of a batch, as matrices (n, m) that support autograd.
 
 Within one batch m = n and both orders of each pair are present. `hloss.losses.cuda_forms` has the forms for a GPU.
 """
@@ -27,15 +27,16 @@ def root(squared: Tensor) -> Tensor:
 
 
 class DensePairs:
-    """The positive and negative pairs of a batch as masks (n, m); the diagonal of one batch is neither."""
+    """Masks (n, m) of the positive and negative pairs of a batch. Within one batch, the diagonal is in neither mask."""
 
-    n_positive: int  # Read from `counts` with the checks of the batch, as n_negative.
+    n_positive: int  # n_positive and n_negative are `counts`, which are read with the checks of the batch.
     n_negative: int
     _normalized: Callable[[Tensor], Tensor] = staticmethod(F.normalize)
     _squared_within = staticmethod(squared_within)
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, self.orders = batch, 2 if batch.within else 1  # A mask has a pair in so many orders.
+        # Within one batch, a mask contains both orders of each pair.
+        self.batch, self.orders = batch, 2 if batch.within else 1
         if batch.is_matrix:
             self.positive, self.negative = batch.labels > 0, batch.labels < 0
         else:
@@ -55,13 +56,13 @@ class DensePairs:
         return n_positive, n * m - self.batch.within * n - n_positive
 
     def similarities(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return <y_i, y_j> of the L2-normalised embeddings y, in their dtype also under autocast."""
+        """Return <y_i, y_j> of the L2-normalised embeddings y, in `dtype` (None: full precision), without autocast."""
         rows, columns = self._sides(dtype, normalize=True)
         with torch.autocast(rows.device.type, enabled=False):
             return rows @ (rows if columns is None else columns).T
 
     def squared_distances(self, normalize: bool) -> Tensor:
-        """Return |y_i - y_j|^2 in float64; in float32 the differences of products would lose their digits."""
+        """Return |y_i - y_j|^2 in float64, because differences of products lose most digits in float32."""
         rows, columns = self._sides(torch.float64, normalize)
         if columns is None:
             return self._squared_within(rows)
@@ -69,7 +70,7 @@ class DensePairs:
         return torch.sub(squares, rows @ columns.T, alpha=2).clamp(min=0)
 
     def each(self, mask: Tensor) -> Tensor:
-        """Return a mask with one entry for each pair: those i < j within one batch."""
+        """Return a mask that contains each pair once: within one batch, only the pairs i < j."""
         return mask.triu(1) if self.batch.within else mask
 
     def listed(self, matrix: Tensor, mask: Tensor, n: int) -> Tensor:
@@ -77,7 +78,10 @@ class DensePairs:
         return matrix[mask]
 
     def lifted_hinges(self, by_row: Tensor, by_column: Tensor, distance: Tensor) -> Tensor:
-        """Return max(0, log(exp by_row_i + exp by_column_j) + D_ij) of the positive pairs, and 0 for any others."""
+        """Return max(0, log(exp by_row_i + exp by_column_j) + D_ij) of the positive pairs, each pair once.
+
+        The result is a vector here, and a matrix with 0 for all other pairs in `CudaPairs`.
+        """
         i, j = self.each(self.positive).nonzero(as_tuple=True)
         return F.relu(torch.logaddexp(by_row[i], by_column[j]) + distance[i, j])
 

@@ -1,11 +1,14 @@
 """The two passes of the fused histogram loss, as launches of Triton kernels.
 
-Forward: `prepare` writes unit rows and their norms, `bin_pairs` computes tiles of similarities and adds their pairs to
-a table of integers, `finish_step` or `finish_matrix` turns the table into the loss and the slopes.
-Backward: the matrix of the pairs' slopes is multiplied with the embeddings, and `through_norm` goes on through the
-normalisation. If the pairs are few (KEPT_PAIRS), the place of each pair in the table of slopes is kept from the forward
-pass, and `multiply` looks it up while it multiplies. Otherwise `find_slopes` computes the similarities again, one block
-of the matrix of slopes at a time, which cuBLAS multiplies: memory does not grow with the number of pairs.
+Forward: `prepare` writes the unit rows and their inverse norms. `bin_pairs` computes tiles of similarities and adds
+their pairs to a table of integers. `finish_step` or `finish_matrix` computes the loss and the slopes from the table. A
+slope is the derivative of the loss with respect to the similarity of a pair, for each group and interval.
+
+Backward: the matrix of the slopes of all pairs is multiplied by the embeddings. `through_norm` differentiates the
+normalisation. For at most KEPT_PAIRS pairs, the forward pass stores a place for each pair, the index of its slope, and
+`multiply` reads the slopes at these indices. For more pairs, `find_slopes` computes the similarities again. It
+fills one block of the matrix of slopes at a time, and cuBLAS multiplies the block, so memory does not grow with the
+number of pairs.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -22,18 +25,18 @@ from hloss.losses.settings import LossSettings, missing_pairs
 from hloss.losses.streaming import checked_pairs
 from hloss.numerics import LONGEST
 
-KEPT_PAIRS = 2**22  # places of so many pairs are kept for the backward pass: 8 MiB
-BLOCK_ROWS = 2**13  # most rows, and columns within one batch, of a block of slopes
-BLOCK_PAIRS = 2**26  # most slopes held at once: 256 MiB
+KEPT_PAIRS = 2**22  # most pairs whose places are stored for the backward pass: 8 MiB of int16, before padding
+BLOCK_ROWS = 2**13  # most rows of a block of slopes; within one batch, blocks are square
+BLOCK_PAIRS = 2**26  # most slopes in a block: 256 MiB
 PROGRAMS_PER_PROCESSOR = 4
-LANES_BYTES = 2**26  # most memory of the lanes
-LEAST_PART = 64  # fewest columns that a program multiplies with
-FORM_TILE = 16, 256  # rows and columns of a bilinear form that a program handles at once
+LANES_BYTES = 2**26  # most bytes of the packed numbers of all programs
+LEAST_PART = 64  # fewest columns in the part of a product that one program computes
+FORM_TILE = 16, 256  # rows and columns of a matrix of `bilinear_forms` that a program reads at once
 HERE = nullcontext()
 
 
 class Tile(NamedTuple):
-    """Shape of a program's tile and how it is compiled."""
+    """Shape of the tile of a Triton program, and the options of its compilation."""
 
     rows: int
     columns: int
@@ -42,11 +45,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-SMALL_TILE = Tile(32, 32, 64, 4, 3)  # similarities of at most SMALL rows and columns
+SMALL_TILE = Tile(32, 32, 64, 4, 3)  # for similarities with at most SMALL rows and columns
 LARGE_TILE = Tile(64, 64, 32, 4, 3)
 GRADIENT_TILE = Tile(64, 64, 32, 4, 3)
 SMALL = 512
-FILL = 64  # places come in multiples of this, as the sides of all tiles divide it
+FILL = 64  # `places` is padded to a multiple of this, which the sides of all tiles divide
 
 
 class Side(NamedTuple):
@@ -57,10 +60,10 @@ class Side(NamedTuple):
 
 
 class Launch:
-    """A kernel and the arguments of its launch, without the tensors. Their types are always the same.
+    """A kernel and the arguments of its launch, except the tensors. All launches must have tensors of the same dtypes.
 
-    The compiled kernel is stored, because Triton's own cache takes longer. Triton's interpreter compiles nothing.
-    Tensors must be `ready`: for an address that is not aligned, Triton compiles another kernel.
+    The compiled kernel is stored, because a look-up in Triton's cache takes longer. (In Triton's interpreter, there is
+    no compiled kernel.) Tensors must come from `ready`, because Triton compiles another kernel for unaligned addresses.
     """
 
     def __init__(
@@ -93,11 +96,11 @@ class Block(NamedTuple):
     launch: Launch
     rows: slice
     columns: slice
-    mirrored: bool  # its transpose is another block, which is found no more
+    mirrored: bool  # also add the product with the transpose, which is the block below the diagonal
 
 
 class Plan:
-    """Both passes without the tensors, for all batches of the same shapes and types.
+    """All launches of both passes, for batches of the same shapes and types. The tensors are passed later.
 
     Args:
         shape: of the embeddings.
@@ -141,7 +144,7 @@ class Plan:
         down, across = _filled(n) // tile.rows, _filled(m) // tile.rows
         tiles = down * (down + 1) // 2 if self.within else down * across
         programs = max(1, min(tiles, _programs(self.device), LANES_BYTES // (16 * nodes)))
-        # 2 nodes counts, 2 nodes sums of fractions, flags, and 2 nodes packed numbers per program
+        # 2 * nodes counts, 2 * nodes sums of fractions, the flags, and 2 * nodes packed numbers for each program
         self.table_size = 4 * nodes + FLAGS + programs * 2 * nodes
         self.flags = slice(4 * nodes, 4 * nodes + FLAGS)
         self.prepare = self._prepare(n, m, not self.matrix)
@@ -157,7 +160,8 @@ class Plan:
             MATRIX=self.matrix,
             KEEP=self.places_shape is not None,
             TILES_TO_FLUSH=max(1, LANE_PAIRS // tile.rows**2),
-            CHUNK=max(512, _chunk(2 * nodes)),  # no two threads hold the same number
+            # For a chunk with fewer numbers than threads, Triton would give the same number to several threads.
+            CHUNK=max(512, _chunk(2 * nodes)),
             **self._product_constants(tile),
         )
         self.forms: tuple[Tensor, ...] = ()
@@ -170,7 +174,10 @@ class Plan:
             self.finish = Launch("finish_matrix", (_cdiv(nodes, FORM_TILE[0]) + 1,), None, (), **constants)
 
     def _plan_blocks(self) -> None:
-        """Within one batch the blocks on and above the diagonal; a block's mirror is its transpose."""
+        """Split the matrix of slopes into blocks.
+
+        Within one batch, only blocks on and above the diagonal are computed; the others are their transposes.
+        """
         height = min(BLOCK_ROWS, _filled(self.n))
         width = height if self.within else min(max(FILL, BLOCK_PAIRS // height // FILL * FILL), _filled(self.m))
         self.memory_shape = height, width
@@ -198,7 +205,7 @@ class Plan:
         return Block(launch, i, j, self.within and not on_diagonal)
 
     def _multiply(self, rows: int, m: int, strides: tuple[int, int]) -> Product:
-        """The slopes of all rows times the other side, in enough parts to occupy the GPU."""
+        """Return the launch for the product of slopes and embeddings, in enough parts to occupy the GPU."""
         tile = GRADIENT_TILE
         grid = _cdiv(rows, tile.rows), _cdiv(self.depth, tile.columns)
         wanted = max(1, _programs(self.device) // (grid[0] * grid[1]))
@@ -242,25 +249,25 @@ _find_plan = lru_cache(maxsize=64)(Plan)
 
 
 def find_plan(embeddings: Tensor, references: Tensor | None, labels: Tensor, s: LossSettings, precision: str) -> Plan:
-    """The plan for these inputs. It is computed once and cached."""
+    """Return the plan for these inputs. Plans are cached."""
     shape = None if references is None else references.shape
     types = embeddings.dtype, labels.dtype
     return _find_plan(embeddings.shape, shape, labels.ndim == 2, types, embeddings.device, s, precision)
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs of the forward pass."""
+    """The results of the forward pass that the backward pass needs."""
 
     rows: Side
     columns: Side | None  # None: the rows
-    slopes: Tensor  # (2 n_bins + 3,) float32: of negatives, of positives, and 0 for what is no pair
+    slopes: Tensor  # (2 n_bins + 3,) float32: of negatives, of positives, and 0 for entries that are no pair
     places: Tensor | None
 
 
 def forward_pass(
     embeddings: Tensor, references: Tensor | None, labels: Tensor, reference_labels: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Kept]:
-    """Return the loss, a scalar float32, and what the backward pass needs."""
+    """Return the loss, a scalar float32, and the results that the backward pass needs."""
     device, s = plan.device, plan.s
     with _on(device):
         table = torch.zeros(plan.table_size, dtype=torch.int64, device=device)
@@ -269,7 +276,8 @@ def forward_pass(
         columns = None
         if references is not None:
             columns = _prepare(plan.column_prepare, references, table, both_labels, plan)
-        # Norms and class labels tell whether the batch is refused: the host does not wait for the products.
+        # Without a matrix of pairs, norms and class labels suffice to check the batch. The host reads these checks
+        # before it launches `bin_pairs`, so that it does not wait for the products.
         is_checked = not (plan.matrix or is_deferred() or _is_refused(table[plan.flags]))
         places = None
         if plan.places_shape:
@@ -290,7 +298,7 @@ def backward_pass(
     wanted: tuple[bool, bool],
     plan: Plan,
 ) -> list[Tensor | None]:
-    """Gradients of the embeddings and of the references, None where they are not wanted."""
+    """Return the gradients with respect to embeddings and references, each None if it is not wanted."""
     rows, columns = kept.rows, kept.columns or kept.rows
     with _on(plan.device):
         if kept.places is None:
@@ -305,7 +313,7 @@ def backward_pass(
 
 
 def _sums_of_places(kept: Kept, places: Tensor, wanted: tuple[bool, bool], plan: Plan) -> list[Tensor | None]:
-    """Gradients of the unit rows of both sides, (parts, rows, d), from the stored places."""
+    """Return the gradients with respect to the unit rows of both inputs, (parts, rows, d), by the stored places."""
     rows, columns = kept.rows, kept.columns or kept.rows
     return [
         _multiply(plan.product, places, kept.slopes, columns) if wanted[0] else None,
@@ -322,9 +330,9 @@ def _multiply(product: Product, places: Tensor, slopes: Tensor, others: Side) ->
 def _sums_of_blocks(
     kept: Kept, labels: Tensor, reference_labels: Tensor | None, wanted: tuple[bool, bool], plan: Plan
 ) -> list[Tensor | None]:
-    """Gradients of the unit rows of both sides, each (rows, d), by blocks of slopes.
+    """Return the gradients with respect to the unit rows of both inputs, (rows, d), from one block of slopes at a time.
 
-    The first product of a row overwrites it (beta = 0). Autocast leaves products in place as they are.
+    The first product for a row overwrites uninitialised memory (beta = 0). Autocast does not affect in-place products.
     """
     row_labels, column_labels = _both_labels(labels, reference_labels, plan.device)
     rows, columns = kept.rows.units, (kept.columns or kept.rows).units
@@ -346,7 +354,7 @@ def _sums_of_blocks(
 
 
 def _part(x: Tensor, rows: slice, columns: slice | None = None) -> Tensor:
-    """Some rows and columns of x. Returns x itself for all of them, because a view takes as long as a launch."""
+    """Return some rows and columns of x, and x itself for all of them: creating a view takes as long as a launch."""
     if rows.stop - rows.start < x.shape[0]:
         x = x[rows]
     return x if columns is None or columns.stop - columns.start == x.shape[1] else x[:, columns]
@@ -373,13 +381,13 @@ def _prepare(launch: Launch, given: Tensor, table: Tensor, labels: tuple[Tensor,
 
 
 def _is_refused(flags: Tensor) -> bool:
-    """Read the flags: whether the batch is refused."""
+    """Return whether the flags show an invalid batch: refused rows or entries, or no negative or no positive pair."""
     refused_rows, refused_pairs, some_negative, some_positive = flags.tolist()
     return bool(refused_rows or refused_pairs or not (some_negative and some_positive))
 
 
 def _finish(table: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, slopes, and checks: number of negative pairs, positive pairs, refused rows, refused entries of a matrix."""
+    """Return loss, slopes and checks: numbers of negative and positive pairs, refused rows, refused matrix entries."""
     loss, slopes = torch.empty((), device=plan.device), torch.empty(2 * plan.nodes + 1, device=plan.device)
     checks = torch.empty(4, dtype=torch.int64, device=plan.device)
     plan.finish(table, *plan.forms, loss, slopes, checks)
@@ -401,17 +409,18 @@ def _both_labels(labels: Tensor, reference_labels: Tensor | None, device: torch.
 
 @lru_cache(maxsize=8)
 def bilinear_forms(s: LossSettings, device: torch.device) -> Tensor:
-    """Return three matrices that give loss and slopes from the masses at the nodes, before any kernel.
+    """Return three matrices from which `finish_matrix` computes the loss and the slopes, float64 (3, nodes, nodes).
 
-    Shape (3, n_bins + 1, n_bins + 1), float64. With masses n of the negatives and p of the positives, the first is A in
-    the loss n' A p. The products of the others with p and n are the slopes of the negatives and of the positives.
+    Let n and p be the masses of the negative and positive pairs at the nodes by equation 2. The first matrix A gives
+    the loss n' A p. The second times p gives the slopes of the negative pairs, the third times n those of the positive
+    pairs. `finish_matrix` divides all three by the product of the numbers of negative and positive pairs.
     """
     form = cost_matrix(s, device)
     if s.kernel != "triangular":
         kernel = kernel_matrix(s, device)
         form = kernel.T @ form @ kernel
     slopes = [form.diff(dim=0) / s.delta, form.diff(dim=1).T / s.delta]
-    return torch.stack([form, *(torch.cat([x, x[-1:]]) for x in slopes)])  # s = 1 belongs to the last interval
+    return torch.stack([form, *(torch.cat([x, x[-1:]]) for x in slopes)])  # s = 1 has the slope of the last interval
 
 
 def _verify(
@@ -422,7 +431,7 @@ def _verify(
     references: Tensor | None,
     reference_labels: Tensor | None,
 ) -> None:
-    """Raise what the plain path raises, which names the rows."""
+    """Raise ValueError for an invalid batch. `checked_pairs` finds the invalid rows again, for the message."""
     negatives, positives, refused_rows, refused_pairs = checks
     if refused_rows or refused_pairs:
         checked_pairs(embeddings, labels, references, reference_labels, normalize=s.normalize)
@@ -436,12 +445,12 @@ def is_copied(dtype: torch.dtype, normalize: bool) -> bool:
 
 
 def places_shape(n: int, m: int) -> tuple[int, int] | None:
-    """Shape of the places that are kept for the backward pass, in whole tiles; None if they are too many."""
+    """Return the shape of the stored places, padded to whole tiles; None if there are too many pairs to store."""
     return (_filled(n), _filled(m)) if n * m <= KEPT_PAIRS else None
 
 
 def places_dtype(nodes: int) -> torch.dtype:
-    """Smallest integer type that holds all places."""
+    """Return the smallest integer dtype that can store all places."""
     return torch.int16 if 2 * nodes < 2**15 else torch.int32
 
 
@@ -451,7 +460,7 @@ def _filled(size: int) -> int:
 
 @lru_cache
 def _programs(device: torch.device) -> int:
-    """Programs that a GPU works on at once."""
+    """Return the number of Triton programs that occupy the GPU."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return processors * PROGRAMS_PER_PROCESSOR
 
@@ -461,7 +470,7 @@ def _row_tile(depth: int) -> int:
 
 
 def _chunk(size: int) -> int:
-    """Numbers of a vector that a program handles at once: a power of two."""
+    """Return how many numbers of a vector a program handles at once: a power of two."""
     return min(1024, max(16, 1 << (size - 1).bit_length()))
 
 
@@ -470,14 +479,14 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Return a context in which Triton launches on `device`: Triton always uses the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return HERE
     return torch.cuda.device(device)
 
 
 def _launch(name: str, grid: tuple[int, ...], tile: Tile | None, *arguments: Any, **constants: Any) -> Any:
-    """Launch a kernel with its constants in order. Returns the compiled kernel; None in Triton's interpreter."""
+    """Launch a kernel, and return the compiled kernel; None in Triton's interpreter. Constants must be in order."""
     from hloss.losses import triton_kernels  # needs Triton
 
     options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}

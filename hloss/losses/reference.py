@@ -1,12 +1,18 @@
 """The histogram loss as the paper states it: equations 1-6 over all pairs of a batch, differentiated by autograd.
 
 Read this module first. It stores a weight for every pair and node, so memory is O(n^2 n_bins). `hloss.losses.histogram`
-computes the same loss without them, with other kernels and densities.
+computes the same loss without storing the weights, and also has other kernels and densities.
 
-The symbols are those of Ustinova & Lempitsky (2016), https://arxiv.org/abs/1611.00822: embeddings y_i; similarities
-s_ij = <y_i, y_j> of the positive pairs in S+ and of the negative pairs in S-; nodes t_r = -1 + r Delta for r = 0 ...
-n_bins, with Delta = 2 / n_bins; histograms h+ and h-; the loss L. Functions compute in the dtype of their arguments.
-Autograd computes equation 5, the derivative of L by one s_ij.
+The symbols are those of Ustinova & Lempitsky (2016), https://arxiv.org/abs/1611.00822:
+
+- y_i: embeddings;
+- s_ij = <y_i, y_j>: similarities, of the positive pairs in S+ and of the negative pairs in S-;
+- t_r = -1 + r Delta, r = 0 ... n_bins: nodes, with Delta = 2 / n_bins;
+- h+ and h-: histograms;
+- L: the loss.
+
+Functions compute in the dtype of their arguments. Autograd computes equation 5, the derivative of L with respect to
+s_ij.
 """
 
 from typing import Any
@@ -46,7 +52,7 @@ def nodes(n_bins: int) -> Tensor:
 
 
 def node_weights(s: Tensor, n_bins: int) -> Tensor:
-    """Return delta_ijr, equation 2, (pairs, n_bins + 1): a pair adds to the two nodes next to it.
+    """Return delta_ijr, equation 2, (pairs, n_bins + 1): the weights by which a pair adds to the two nearest nodes.
 
     For s = t_b + f Delta, 0 <= f < 1, node b gets 1 - f and node b + 1 gets f.
     """

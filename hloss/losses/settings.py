@@ -50,13 +50,13 @@ class LossSettings:
 
     @property
     def of_histogram(self) -> tuple[int, str, float | None, str, float, float, bool, str]:
-        """All settings but the density, in order, as operators of a histogram take them."""
+        """All settings except the density, in the order of the arguments of the custom operators."""
         costs = self.order_cost, self.margin, self.alpha
         return self.n_bins, self.kernel, self.bandwidth, *costs, self.normalize, self.on_degenerate
 
     @property
     def margin_nodes(self) -> int:
-        """The margin mu of equation 6, in nodes."""
+        """The margin mu of equation 6, as a number of nodes (margin / Delta)."""
         return round(self.margin / self.delta)
 
 

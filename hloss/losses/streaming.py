@@ -11,12 +11,12 @@ from hloss.losses.pairs import Buffers, LabelPairs, MatrixPairs, PairBlock, Pair
 from hloss.losses.settings import LossSettings
 from hloss.numerics import exact_products, full_precision, to_normalize, to_use_as_units
 
-KEPT_PAIRS = 2**20  # Up to so many pairs are kept for the backward pass, in 8 MiB.
-Norms = tuple[Tensor | None, Tensor | None]  # Of embeddings and references, None if they are not normalised.
+KEPT_PAIRS = 2**20  # Most pairs whose intervals are stored for the backward pass, in 8 MiB.
+Norms = tuple[Tensor | None, Tensor | None]  # Norms of embeddings and references; None if these are not normalised.
 
 
 class Sides:
-    """The rows and columns of the matrix of similarities, in the order of the pairs."""
+    """The rows and columns of the matrix of similarities, sorted as the blocks of `Pairs` require."""
 
     def __init__(self, embeddings: Tensor, references: Tensor | None, norms: Norms, pairs: Pairs, n_bins: int) -> None:
         self.half_bins = n_bins / 2
@@ -25,7 +25,8 @@ class Sides:
 
     def blocks(self, pairs: Pairs, buffers: Buffers) -> Iterator[tuple[PairBlock, Tensor]]:
         """Yield blocks of pairs with their positions (s + 1) / Delta, clipped to [0, n_bins], in a shared buffer."""
-        half = self.rows.new_full((), self.half_bins)  # on a GPU, without waiting for it
+        # On a GPU, new_full does not wait for the device.
+        half = self.rows.new_full((), self.half_bins)
         for block in pairs.blocks():
             rows, columns = self.rows[block.rows], self.columns[block.columns]
             position = buffers.take("position", (len(rows), len(columns)), rows.dtype, rows.device)
@@ -36,7 +37,10 @@ class Sides:
 def collect_density(
     embeddings: Tensor, references: Tensor | None, norms: Norms, pairs: Pairs, s: LossSettings
 ) -> tuple[Density, list[tuple[PairBlock, Tensor]]]:
-    """Return the densities of all pairs. If they are few, also return the blocks with the places of their pairs."""
+    """Return the density of all pairs, and a list of blocks with the places of their pairs (see `Density.add`).
+
+    The list is empty for more than `KEPT_PAIRS` pairs.
+    """
     density, buffers, kept = DENSITY_CLASSES[s.density](s, embeddings.device), Buffers(), []
     with exact_products(embeddings.device):
         sides = Sides(embeddings, references, norms, pairs, s.n_bins)
@@ -50,7 +54,11 @@ def collect_density(
 
 
 class StreamedLoss(torch.autograd.Function):
-    """The loss. It keeps the slopes; the backward pass computes the pairs again, in blocks, unless they are few."""
+    """The loss as an autograd function.
+
+    The forward pass computes the slopes dL/ds. For more than `KEPT_PAIRS` pairs, the backward pass computes the
+    similarities again, in blocks.
+    """
 
     @staticmethod
     def forward(ctx, embeddings, references, norms, pairs, s):  # type: ignore[no-untyped-def]
@@ -84,7 +92,8 @@ class StreamedLoss(torch.autograd.Function):
             for block, places in ctx.kept or recomputed:
                 slope = ctx.density.slope(slopes, places, block, buffers)
                 rows, columns, below = block.rows, block.columns, slope
-                if references is None and columns.start == rows.start:  # Both orders of these pairs are here.
+                # A block on the diagonal begins with a square that contains both (i, j) and (j, i).
+                if references is None and columns.start == rows.start:
                     square, below = slope.split([len(slope), slope.shape[1] - len(slope)], dim=1)
                     square += square.T.clone()
                 if ctx.needs_input_grad[0]:
@@ -104,7 +113,7 @@ def arrange(embeddings: Tensor, norms: Tensor | None, order: Tensor) -> Tensor:
 
 
 def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tensor, like: Tensor) -> Tensor:
-    """Return the gradient of the given embeddings from that of the arranged ones. Overwrites `grad` and `unit`."""
+    """Return the gradient with respect to `like` from that of the arranged rows. Overwrites `grad` and `unit`."""
     if norms is not None:
         rows = block_rows(grad.device)
         for g, u in zip(grad.split(rows), unit.split(rows), strict=True):
@@ -116,7 +125,7 @@ def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor | None, order: Tenso
 def checked_pairs(
     embeddings: Tensor, labels: Tensor, *references: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor | None, Norms, Pairs]:
-    """Return embeddings, references, norms and pairs for the passes; raise ValueError with the rows that are wrong."""
+    """Return embeddings, references, norms and pairs, checked; raise ValueError that lists the invalid rows."""
     batch = Batch(embeddings, labels, *references)
     batch.verify(to_normalize if normalize else to_use_as_units)
     norms = (batch.norms[0], batch.norms[-1]) if normalize else (None, None)

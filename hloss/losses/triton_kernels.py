@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of the histogram loss. `passes` launches them; read it first.
 
-A tile of similarities is a product of BM rows and BN columns. Each pair of a tile becomes a code: the interval of its
-similarity, plus NODES for a positive pair. Other entries have the code NONE = 2 NODES. Tables are integers:
-their sums do not depend on the order of the additions. No floating-point number is added atomically.
+A program multiplies BM rows by BN columns to compute a tile of similarities. Each pair of a tile becomes a code: the
+interval of its similarity, plus NODES for a positive pair. Entries that are no pair have the code 2 NODES. Tables
+contain integers, so their sums do not depend on the order of the additions. No floating-point number is added
+atomically.
 """
 
 import triton
@@ -11,11 +12,12 @@ import triton.language as tl
 
 from hloss.losses import densities
 
-ONE_PAIR = tl.constexpr(densities.ONE_PAIR)  # the count of a packed number begins here; 24-bit fractions lie below
+# A packed number contains a count, from bit 42 upwards, and a sum of 24-bit fractions in the bits below.
+ONE_PAIR = tl.constexpr(densities.ONE_PAIR)
 LOW_BITS = tl.constexpr(densities.ONE_PAIR - 1)
 FRACTION_BITS = tl.constexpr(2.0**24)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
-# Behind the counts and sums of a table. The last two are set to 1 by class labels alone.
+# Positions of the flags, which follow the counts and sums of a table. `prepare` sets the last two from class labels.
 REFUSED_ROWS = tl.constexpr(0)
 REFUSED_PAIRS = tl.constexpr(1)
 SOME_NEGATIVE = tl.constexpr(2)
@@ -25,7 +27,10 @@ FLAGS = tl.constexpr(densities.FLAGS)
 
 @triton.jit
 def _find_groups(labels, other_labels, flags, r, n, m, WITHIN: tl.constexpr, BC: tl.constexpr):
-    """Set the flags of a negative and of a positive pair. A program ends when both are set, by any of them."""
+    """Set the flag SOME_NEGATIVE if there is a negative pair, and SOME_POSITIVE if there is a positive pair.
+
+    A program stops when both flags are set, also if another program has set them.
+    """
     row_labels = tl.load(labels + r, mask=r < n, other=0)
     start = 0
     found = tl.zeros((), tl.int64)
@@ -64,9 +69,10 @@ def prepare(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Store the inverse norms of the rows and, with WRITE, the rows in float32, divided by their norms with NORMALIZE.
+    """Store the inverse norms of the rows. If WRITE, also store the rows in float32, as unit rows if NORMALIZE.
 
-    Add the number of refused rows to the table and, with FIND_GROUPS, set its flags of the groups of pairs.
+    The number of refused rows is added to the table. If FIND_GROUPS, the table's flags SOME_NEGATIVE and SOME_POSITIVE
+    are set.
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     start = r.to(tl.int64)[:, None] * depth
@@ -130,7 +136,7 @@ def _similarities(
 
 @triton.jit
 def _position(similarity, NODES: tl.constexpr):
-    """(s + 1) / Delta within [0, n_bins]; NaN becomes 0."""
+    """Return (s + 1) / Delta, limited to [0, n_bins]; 0 for NaN."""
     half: tl.constexpr = (NODES - 1) / 2.0
     top: tl.constexpr = NODES - 1.0
     u = similarity * half + half
@@ -170,7 +176,7 @@ def _codes(
 
 @triton.jit
 def _check_matrix(labels, flags, r, c, n, m, stride_r, stride_c, WITHIN: tl.constexpr):
-    """Count the entries of a tile of the matrix of pairs that are not +1, -1 or 0, or differ from their mirror."""
+    """Count the entries of a tile of the matrix of pairs that are not +1, -1 or 0, or that break its symmetry."""
     real = (r[:, None] < n) & (c[None, :] < m)
     r, c = r.to(tl.int64), c.to(tl.int64)
     sign = tl.load(labels + r[:, None] * stride_r + c[None, :] * stride_c, mask=real, other=0)
@@ -184,7 +190,7 @@ def _check_matrix(labels, flags, r, c, n, m, stride_r, stride_c, WITHIN: tl.cons
 
 @triton.jit
 def _flush(lane, wide, NODES: tl.constexpr, CHUNK: tl.constexpr):
-    """Move a program's packed numbers to the counts and sums of fractions that all programs share."""
+    """Add a program's packed numbers to the counts and sums of fractions of all programs, and reset them."""
     tl.debug_barrier()
     for start in range(0, 2 * NODES, CHUNK):
         i = start + tl.arange(0, CHUNK)
@@ -197,8 +203,8 @@ def _flush(lane, wide, NODES: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _tile(t, across, TRIANGLE: tl.constexpr):
-    """Row and column of tile t; a row has `across` tiles. TRIANGLE: t counts only tiles on and above the diagonal."""
-    if TRIANGLE:  # the lower triangle's long and short rows, side by side
+    """Return row and column of tile t; a row has `across` tiles. TRIANGLE: t counts only tiles with row <= column."""
+    if TRIANGLE:  # Row `long` and a shorter row of the lower triangle together have `width` tiles.
         top = across // 2
         width = 2 * top + 1
         long = top + t // width
@@ -239,11 +245,12 @@ def bin_pairs(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fill the table: 2 NODES counts, 2 NODES sums of fractions, FLAGS, then a lane of packed numbers per program.
+    """Fill the table with counts and sums of fractions.
 
-    A row has `across` tiles. Within one batch, only tiles on and above the diagonal are computed.
+    It contains 2 NODES counts, 2 NODES sums of fractions, FLAGS flags, and a lane for each program: its 2 NODES packed
+    numbers. A row has `across` tiles. Within one batch, only tiles on and above the diagonal are computed.
 
-    A lane's number can count 2^18 pairs. Before it overflows, it is added to the shared counts and sums.
+    A packed number can count 2^18 pairs. Before it overflows, it is added to the shared counts and sums.
     """
     program = tl.program_id(0)
     lane = table + 4 * NODES + FLAGS + program.to(tl.int64) * (2 * NODES)
@@ -274,7 +281,7 @@ def bin_pairs(
 
 @triton.jit
 def _mass(table, i, NODES: tl.constexpr):
-    """Mass at the nodes i of one group (equation 2): 1 - f of pairs right of a node, f of pairs left of it."""
+    """Return the mass of one group at the nodes i: 1 - f of the pairs above a node, f of those below (equation 2)."""
     real = (i >= 0) & (i < NODES)
     sums = table + 2 * NODES
     count = tl.load(table + i, mask=real, other=0).to(tl.float64)
@@ -302,7 +309,7 @@ def _report(table, checks, negatives, positives, NODES: tl.constexpr):
 
 @triton.jit
 def finish_step(table, loss, slopes, checks, NODES: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr):
-    """Loss and slopes of the triangular kernel and the step cost with a margin of SHIFT nodes, in one program."""
+    """Compute loss and slopes for the triangular kernel and the step cost, margin SHIFT nodes, in one program."""
     negatives = _total(table, NODES, CHUNK)
     positives = _total(table + NODES, NODES, CHUNK)
     _report(table, checks, negatives, positives, NODES)
@@ -322,7 +329,7 @@ def finish_step(table, loss, slopes, checks, NODES: tl.constexpr, SHIFT: tl.cons
         shifted = _mass(table + NODES, r + SHIFT, NODES)
         total += _mass(table, r, NODES) * (cumulative + tl.cumsum(shifted, 0))
         cumulative += tl.sum(shifted, 0)
-        b = tl.minimum(r, NODES - 2)  # s = 1 belongs to the last interval
+        b = tl.minimum(r, NODES - 2)  # s = 1 has the slope of the last interval.
         by_negative = _mass(table + NODES, b + 1 + SHIFT, NODES) * factor
         by_positive = _mass(table, b - SHIFT, NODES) * (-factor)
         tl.store(slopes + r, by_negative.to(tl.float32), mask=r < NODES)
@@ -333,7 +340,7 @@ def finish_step(table, loss, slopes, checks, NODES: tl.constexpr, SHIFT: tl.cons
 
 @triton.jit
 def _product(matrix, table, r, NODES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Rows r of a (NODES, NODES) float64 matrix times the masses of a group."""
+    """Return the product of rows r of a (NODES, NODES) float64 matrix with the masses of a group."""
     found = tl.zeros((BR,), tl.float64)
     for start in range(0, NODES, BC):
         c = start + tl.arange(0, BC)
@@ -347,9 +354,9 @@ def _product(matrix, table, r, NODES: tl.constexpr, BR: tl.constexpr, BC: tl.con
 def finish_matrix(
     table, matrices, loss, slopes, checks, NODES: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Loss and slopes of any kernel and cost, from the three matrices of `passes.bilinear_forms`.
+    """Compute loss and slopes for any kernel and cost, from the three matrices of `passes.bilinear_forms`.
 
-    Each program computes the slopes of BR intervals. The last program computes the loss instead.
+    Each program computes the slopes of BR intervals, except the last program, which computes the loss.
     """
     size: tl.constexpr = NODES * NODES
     negatives = _total(table, NODES, CHUNK)
@@ -398,9 +405,9 @@ def find_slopes(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of the matrix of slopes. MIRROR: the block lies on the diagonal, so it is symmetric.
+    """Compute a block of the matrix of slopes. MIRROR: the block lies on the diagonal, so it is symmetric.
 
-    `found` is large enough for whole tiles.
+    `found` has space for whole tiles.
     """
     tile_r, tile_c = _tile(tl.program_id(0), across, MIRROR)
     i = tile_r * BM + tl.arange(0, BM)
@@ -435,9 +442,9 @@ def multiply(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Product of the slopes, looked up by code, and the columns' embeddings. A program takes part of the columns.
+    """Multiply the matrix of slopes, read by code, by the embeddings of the columns.
 
-    `places` is filled up to whole tiles with NONE.
+    Each program sums over one part of the columns. `places` is padded to whole tiles with the code 2 NODES.
     """
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.program_id(1) * BN + tl.arange(0, BN)

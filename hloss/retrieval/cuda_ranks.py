@@ -1,23 +1,24 @@
-"""Counting of rivals on a GPU, by strips that are large enough that launching kernels takes no time."""
+"""Counts of rivals (see `hloss.retrieval.ranks`) on a GPU, in strips so large that launches take little of the time."""
 
 import torch
 from torch import Tensor
 
 from hloss.retrieval.similarity import SimilaritySpace, count_reaching
 
-STRIP = 2**27  # Pairs of a strip.
+STRIP = 2**27  # Number of pairs in a strip.
 
 
 def strip_height(columns: int) -> int:
-    """Return the rows of a strip of `columns`, a multiple of the tiles of a matrix product if there are several."""
+    """Return the number of rows of a strip; above 128 a multiple of 128, so that matrix products use whole tiles."""
     height = max(STRIP // columns, 1)
     return height - height % 128 if height > 128 else height
 
 
 def rivals_by_strips(space: SimilaritySpace, labels: Tensor, edge: Tensor, strips: list[tuple[slice, slice]]) -> Tensor:
-    """Count the rivals that reach each image's `edge`, by strips of rows and the columns from there on.
+    """Count the rivals of each image: the images of other classes whose similarity is at least its `edge`.
 
-    Nothing is read from the device until all strips are counted. Queries with uncertain pairs are then counted again.
+    A strip consists of some rows and, by symmetry, only the columns from its first row on. Results are read from the
+    device after all strips. Queries whose count is uncertain because of rounding are then counted again in float64.
     """
     n, height = len(labels), strips[0][0].stop
     low, high = space.doubt(edge)

@@ -1,7 +1,8 @@
 """Exact nearest neighbours, by faiss if it is installed (on a GPU if faiss supports it), else by torch.
 
-Both backends propose a few more candidates than needed, from float32 products. These are sorted by float64 similarity
-and, for ties, by index. The backends differ only if more than `SPARE` images are tied with the k-th.
+Both backends propose a few more candidates than needed, from float32 products. The candidates are sorted by float64
+similarity and, for ties, by index. Results of the backends can differ only if `SPARE` or more other images are as
+similar to the query as its k-th neighbour, up to float32 rounding.
 """
 
 from importlib.util import find_spec
@@ -14,9 +15,9 @@ from hloss.numerics import exact_products, one_of, whole_number
 from hloss.retrieval.similarity import centre, checked_embeddings
 
 SPARE = 16
-QUERIES = 256  # Queries of a block on a CPU.
-PAIRS = 2**27  # Pairs of a block on a GPU.
-COMPONENTS = 2**24  # Numbers of a block of candidates.
+QUERIES = 256  # Number of queries in a block on a CPU.
+PAIRS = 2**27  # Number of pairs in a block on a GPU.
+COMPONENTS = 2**24  # Number of components of the candidates in a block.
 
 
 @torch.no_grad()
@@ -34,15 +35,16 @@ def neighbors(
         queries: floating-point embeddings (q, d).
         gallery: floating-point embeddings (n, d).
         k: number of neighbours, from 1 to n, or to n - 1 with `own`.
-        metric: "cosine", or "euclidean" for the embeddings as they are.
-        own: index of each query in the gallery (q,), which is not among its neighbours.
+        metric: "cosine", or "euclidean" without normalisation.
+        own: index of each query in the gallery (q,), to exclude a query from its own neighbours.
         backend: "faiss" or "torch"; None chooses faiss if it is installed.
 
     Returns:
         Float64 cosines or Euclidean distances (q, k), and int64 indices into the gallery (q, k), on the CPU.
 
     Raises:
-        ValueError: metric or backend is unknown, k is out of range, or embeddings are wrong; rows are named.
+        ValueError: metric or backend is unknown, k is out of range, or embeddings are invalid (the message lists the
+            rows).
     """
     backend = backend or ("faiss" if find_spec("faiss") else "torch")
     one_of("backend", backend, ("faiss", "torch"))
@@ -61,14 +63,18 @@ def neighbors(
 
 
 def _vectors(queries: Tensor, gallery: Tensor, metric: str) -> tuple[Tensor, Tensor, float]:
-    """Return float64 unit vectors, or vectors from the centre times a power of two, which is returned as well."""
+    """Return float64 queries and gallery, and the factor by which they are multiplied.
+
+    For the cosine, they have norm 1, and the factor is 1. Otherwise they are multiplied by a power of two, and then
+    the centre of the gallery is subtracted.
+    """
     queries, a = checked_embeddings("queries", queries, metric)
     gallery, b = checked_embeddings("gallery", gallery, metric)
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"queries must be (q, {gallery.shape[1]}) as the gallery: got {tuple(queries.shape)}")
     if metric == "cosine":
         return F.normalize(queries.double()), F.normalize(gallery.double()), 1.0
-    scale = min(a, b)  # Of both, so that their squares are finite.
+    scale = min(a, b)  # One factor for both, so that all squares are finite.
     queries, gallery = queries.double() * (scale / a), gallery.double() * (scale / b)
     origin = centre(gallery)
     return queries - origin, gallery - origin, scale

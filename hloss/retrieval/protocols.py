@@ -1,7 +1,7 @@
-"""Evaluation protocols by name: which images query which gallery, and their Recall@K and average precision.
+"""Evaluation protocols by name. A protocol defines the queries, their galleries, and the metrics that are computed.
 
-Similarities are those of `hloss.retrieval.similarity`; ties count as in `hloss.retrieval.ranks`. Queries without a
-match are counted separately.
+`hloss.retrieval.similarity` computes the similarities, and `hloss.retrieval.ranks` defines how ties count. Queries
+without a match are counted separately.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,23 +17,25 @@ from hloss.retrieval.ranks import checked_k, match_ranks, match_scores, recall_f
 from hloss.retrieval.similarity import SimilaritySpace, checked_set
 
 ROLES = ("both", "query", "gallery", "junk", "distractor", "pool")  # The use of an image in a protocol.
-PAIRS, GPU_PAIRS = 2**22, 2**25  # Pairs of a block, in float64.
-GPU_LANES = 32  # Copies of the counters of `match_ranks`.
-DRAWS = 100  # Drawings of the single-shot protocols.
+PAIRS, GPU_PAIRS = 2**22, 2**25  # Number of float64 pairs in a block.
+GPU_LANES = 32  # Number of copies of the counters of `match_ranks`.
+DRAWS = 100  # Number of random draws of the single-shot protocols.
 
 
 @dataclass(frozen=True)
 class Retrieval:
     """Result of a protocol. Metrics are fractions in [0, 1], means over the queries that have a match.
 
-    `ranks[i]` is the rank (from 1) of the first match of query `query_index[i]`, a row of the embeddings; 0 means no
-    match. The metrics are `recall@K` (the CMC at K in re-identification) and, except for the single-shot protocols,
+    `query_index[i]` is the row of the embeddings of query i, and `ranks[i]` is the rank (from 1) of its first match; 0
+    means no match. The metrics are `recall@K` (the CMC at K in re-identification) and, except for the single-shot
+    protocols,
 
-    - `map`: mean average precision, the mean over matches of (matches up to it) / (its rank), as in scikit-learn;
-    - `map_trapezoid`: the same with each precision averaged with the one just before the match (the trapezoid rule of
-      the Oxford buildings benchmark); its values are not comparable with `map`;
+    - `map`: mean average precision as in scikit-learn. The average precision of a query is the mean over its matches of
+      (number of matches up to this one) / (rank of this one);
+    - `map_trapezoid`: the same, but each precision is averaged with the precision at the rank just before the match
+      (the trapezoid rule of the Oxford buildings benchmark); its values are not comparable with `map`;
     - `r_precision`: the fraction of matches among the R nearest, for a query with R matches;
-    - `map@r`: the mean over the R nearest of the precision at each match (Musgrave et al. 2020).
+    - `map@r`: the sum of the precisions at the matches among the R nearest, divided by R (Musgrave et al. 2020).
     """
 
     protocol: str
@@ -58,22 +60,24 @@ def evaluate(
 
     Args:
         protocol: "all-vs-rest": every image queries all others (CUB-200-2011, Online Products).
-            "cuhk03-single-shot": the old protocol of CUHK03. For each identity, one image of the first view (the lower
-            camera) queries one image per identity of the second view: the mean over 100 drawings, and
-            `expected_recall@K`, the exact expectation.
+            "cuhk03-single-shot": the old protocol of CUHK03. In each of 100 random draws, the queries are one image
+            per identity of the first view (the lower camera), and the gallery is one image per identity of the
+            second view. The metrics are means over the draws; `expected_recall@K` is the exact expectation.
             "cuhk03-single-shot-two-way": the same, plus queries of the second view.
             "cuhk03-767-700": the new protocol of CUHK03. Images of the query's identity and camera are ignored.
-            "market1501": the same. Junk is ignored, and distractors never match.
-            "query-gallery": the same without cameras: only the query itself is ignored, if its role is both.
-            "market1501-multi-query": as market1501 for the mean of the pool images of the query's identity and camera,
-            normalised for the cosine. Metrics `max_...` are for their maximum.
+            "market1501": as "cuhk03-767-700". Images of role junk are ignored, and distractors never match.
+            "query-gallery": as "market1501", but without cameras. A query of role both is not compared with itself.
+            "market1501-multi-query": as "market1501", but a query is the mean of the pool images of its identity
+            and camera (normalised for the cosine). Metrics `max_...` use their maximum in each dimension instead.
         embeddings: floating-point (n, d).
         labels: integer identities or classes (n,).
         k: the values of K in `recall@K`.
-        metric: "cosine", or "euclidean" for the embeddings as they are.
-        cameras: integers (n,), for all protocols except all-vs-rest and query-gallery; exactly two for single-shot.
-        roles: n of query, gallery, both, junk, distractor, pool; for 767-700, Market-1501 and query-gallery.
-        seed: seed of the drawings.
+        metric: "cosine", or "euclidean" without normalisation.
+        cameras: integers (n,), for all protocols except all-vs-rest and query-gallery. The single-shot protocols need
+            exactly two different cameras.
+        roles: role of each image, n strings, for 767-700, Market-1501 and query-gallery: "query", "gallery", "both",
+            "junk" (ignored), "distractor" (in the gallery, never a match) or "pool" (used only for multiple queries).
+        seed: seed of the random draws.
 
     Raises:
         ValueError: an argument is unknown, missing or wrong, or there is no query.
@@ -130,7 +134,8 @@ def _query_gallery(rows: _Rows, with_cameras: bool) -> Retrieval:
     """Rank the gallery without images of the query's identity and camera, or without the query itself."""
     queries = rows.of_role("query", "both")
     vectors = rows.space.exact_vectors(queries)
-    one_each = torch.arange(len(rows.labels), device=rows.labels.device)  # A camera of its own for each image.
+    # Every image gets a different camera, so that only the query itself is ignored.
+    one_each = torch.arange(len(rows.labels), device=rows.labels.device)
     return _without_camera(rows, queries, vectors, rows.cameras if with_cameras else one_each)
 
 
@@ -203,13 +208,13 @@ class _SingleShot:
 
     @staticmethod
     def _sorted(rows: _Rows, view: int) -> tuple[Tensor, ...]:
-        """Return the view's images by identity, the identities, that of each image, and their numbers of images."""
+        """Return the view's images sorted by identity, the identities, the identity of each image, and their sizes."""
         images = (rows.cameras == view).nonzero().flatten()
         images = images[rows.labels[images].argsort(stable=True)]
         return images, *rows.labels[images].unique_consecutive(return_inverse=True, return_counts=True)
 
     def drawings(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the ranks of the matches, and the queries, of `DRAWS` drawings."""
+        """Return the rank of the match and the query, for each query of `DRAWS` random draws."""
         generator = torch.Generator().manual_seed(seed)
         sizes = torch.cat([self.query_size, self.gallery_size])
         uniform = torch.rand(DRAWS, len(sizes), generator=generator, dtype=torch.float64).to(sizes.device)
@@ -221,19 +226,21 @@ class _SingleShot:
         return torch.cat(ranks).flatten(), self.queries[queries].flatten()
 
     def _ranks(self, queries: Tensor, gallery: Tensor) -> Tensor:
-        """Return ranks (drawings, query identities) of the matches for one query and gallery image per identity."""
+        """Return the ranks (draws, query identities) of the matches, for the drawn images of each identity."""
         pairs = queries[:, :, None], gallery[:, None]
         edge = self.edge[pairs].masked_fill(~self.same, -torch.inf).amax(2, keepdim=True)
         rivals = ((self.similarity[pairs] >= edge) & ~self.same).sum(2)
         return torch.where(self.same.any(1), rivals + 1, 0)
 
     def expected_cmc(self, k: tuple[int, ...]) -> Tensor:
-        """Return P(rank <= K) over all drawings for each identity with a match, float64 (identities, K).
+        """Return P(rank <= K) over all draws for each identity with a match, float64 (identities, K).
 
-        Given the query and its match, each other identity precedes the match with the fraction of its images that do,
-        independently of the others. Their number is Poisson-binomial, computed by convolution up to the largest K.
+        Each query image with one of its matches is a case. In a case, every other identity has one random image in the
+        gallery. The image precedes the match with the probability p, the share of the identity's images that are at
+        least as similar. The number of preceding images is Poisson-binomial; convolution gives its probabilities up to
+        the largest K.
         """
-        cases = self.same[self.query_identity][:, self.gallery_identity].nonzero()  # Queries and matches, by query.
+        cases = self.same[self.query_identity][:, self.gallery_identity].nonzero()  # Cases, sorted by query.
         parts = []
         for query, match in (block.unbind(1) for block in cases.split(max(self.pairs // len(self.gallery), 1))):
             similarity = self.similarity[query]

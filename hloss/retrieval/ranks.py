@@ -1,8 +1,10 @@
 """Exact ranks of each query's first match (`first_match_ranks`) or all matches (`match_ranks`), and Recall@K.
 
-Ranks are those of the float64 similarities of `hloss.retrieval.similarity`. A tie counts against the query: a rival as
-similar as the match precedes it. Float32 products decide where they differ by more than their error; the few closer
-pairs are computed again in float64.
+A match of a query is another image of its class. A rival of a match is an image that does not match and is at least as
+similar to the query. The rank counts the rivals, so a tie counts against the query.
+
+Similarities are those of `hloss.retrieval.similarity`, in float64. Float32 products are used where they suffice for the
+comparison. Pairs whose similarities differ by less than the float32 error are computed again in float64.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,12 +29,12 @@ def recall_at_k(
 
     Args:
         embeddings: floating-point (n, d), n > 0.
-        labels: integer class labels (n,). Images without a match are left out of the fraction.
+        labels: integer class labels (n,). Images without a match do not count.
         k: the values of K.
-        metric: "cosine", or "euclidean" for the embeddings as they are.
+        metric: "cosine", or "euclidean" without normalisation.
 
     Raises:
-        ValueError: a shape, dtype or metric is wrong, or an embedding is NaN or infinite.
+        ValueError: a shape, dtype, metric or K is wrong, or an embedding is NaN, infinite or, for the cosine, zero.
 
     Example:
         >>> recall_at_k(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 0, 1]), k=(1, 2))
@@ -49,7 +51,7 @@ def first_match_ranks(embeddings: Tensor, labels: Tensor, metric: str = "cosine"
     Arguments as for `recall_at_k`. Memory is O(n d). The number of synchronisations with a GPU does not depend on n.
     """
     embeddings, labels = checked_set(embeddings, labels, metric)
-    labels, order = labels.sort(stable=True)  # Matches lie in one window of columns.
+    labels, order = labels.sort(stable=True)  # After sorting, the matches of a row are adjacent columns.
     space = SimilaritySpace(embeddings[order], metric)
     with exact_products(embeddings.device):
         by_strips = embeddings.device.type in STRIP_DEVICES
@@ -62,7 +64,7 @@ def first_match_ranks(embeddings: Tensor, labels: Tensor, metric: str = "cosine"
 
 
 def _strips(labels: Tensor, height: int) -> Strips:
-    """Return slices of `height` rows, each with the window of columns of its classes. Labels are sorted."""
+    """Return slices of `height` rows, each with the slice of columns that contains its classes. Labels are sorted."""
     rows = slices(len(labels), height)
     last = torch.cat([labels[height - 1 :: height], labels[-1:]])[: len(rows)]
     start = torch.searchsorted(labels, labels[::height].contiguous())
@@ -86,10 +88,13 @@ def _best_matches(space: SimilaritySpace, labels: Tensor, strips: Strips) -> Ten
 
 
 def _rivals_by_blocks(space: SimilaritySpace, labels: Tensor, edge: Tensor) -> Tensor:
-    """Count the rivals that reach each image's `edge`, by square blocks that stay in the cache."""
+    """Count the rivals of each image: the images of other classes whose similarity is at least its `edge`.
+
+    The blocks are square and stay in the cache.
+    """
     low, high = space.doubt(edge)
     rivals = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
-    similarities, reached = space.vectors.new_empty(2, BLOCK * BLOCK)  # New memory takes time.
+    similarities, reached = space.vectors.new_empty(2, BLOCK * BLOCK)  # Memory for all blocks.
     for rows, columns in combinations_with_replacement(slices(len(labels), BLOCK), 2):
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         similarity = similarities[: shape[0] * shape[1]].view(shape)
@@ -110,7 +115,10 @@ def _rivals_by_blocks(space: SimilaritySpace, labels: Tensor, edge: Tensor) -> T
 
 
 def _count_again(space: SimilaritySpace, edge: Tensor, queries: Tensor, others: slice, doubtful: Tensor) -> Tensor:
-    """Count in float64 the doubtful others, a mask (queries, others), that reach the queries' edges."""
+    """Count again, in float64, for which of the doubtful pairs the similarity is at least the query's edge.
+
+    `doubtful` is a mask (queries, others).
+    """
     columns = doubtful.any(0).nonzero().flatten()
     nearer = space.exact(queries, columns + others.start) >= edge[queries, None]
     return (nearer & doubtful[:, columns]).sum(1)
@@ -119,16 +127,23 @@ def _count_again(space: SimilaritySpace, edge: Tensor, queries: Tensor, others: 
 def match_ranks(
     similarity: Tensor, match: Tensor, ignored: Tensor, edge: Callable[[Tensor], Tensor], lanes: int = 1
 ) -> Tensor:
-    """Return the increasing ranks of each query's matches, padded with 0: int64 (queries, most matches, at least 1).
+    """Return the ranks of the matches of each query in increasing order, padded with 0.
 
-    A match's rank is its place among the matches plus the number of rivals at least as similar. `similarity` (float64),
-    `match` and `ignored` (left out of the ranking) are (queries, gallery). `edge` returns the least similarity that is
-    equal to each of those given, (queries, any). `lanes` is the most copies of each counter; several reduce collisions
-    of additions on a GPU.
+    The rank of a match is its position among the matches of the query, plus the number of its rivals.
+
+    Args:
+        similarity: float64 (queries, gallery).
+        match: mask of the matches (queries, gallery).
+        ignored: mask of the images that are not ranked (queries, gallery).
+        edge: called with similarities (queries, any); returns the smallest similarities that are a tie with them.
+        lanes: largest number of copies of each counter; several copies reduce collisions of additions on a GPU.
+
+    Returns:
+        Int64 (queries, width), where width is the largest number of matches of a query, at least 1.
     """
     n_matches = match.sum(1, keepdim=True)
     width = max(int(n_matches.max()), 1)
-    columns = match.view(torch.uint8).topk(width, sorted=False).indices  # The matches, then others.
+    columns = match.view(torch.uint8).topk(width, sorted=False).indices  # First the matches, then other images.
     there = match.gather(1, columns)
     rising = edge(similarity.gather(1, columns).masked_fill(~there, torch.inf)).sort(1).values
     at_least_as_similar = _counted_above(rising, similarity.masked_fill(match | ignored, -torch.inf), lanes)
@@ -138,7 +153,7 @@ def match_ranks(
 
 
 def _counted_above(rising: Tensor, values: Tensor, lanes: int) -> Tensor:
-    """Count the values (rows, n) that are at least each of their row's rising thresholds (rows, width), int64."""
+    """Count for each threshold (rows, width), increasing in each row, the values (rows, n) of at least this size."""
     rows, width = rising.shape
     interval = torch.searchsorted(rising, values, right=True)
     lanes = max(min(lanes, values.shape[1] // (width + 1)), 1)
@@ -150,7 +165,7 @@ def _counted_above(rising: Tensor, values: Tensor, lanes: int) -> Tensor:
 
 
 def match_scores(ranks: Tensor) -> dict[str, Tensor]:
-    """Return the first rank and the float64 scores of each query, by name, from `match_ranks`."""
+    """Return, by name, the rank of the first match and the float64 scores of each query, from `match_ranks`."""
     there = ranks > 0
     n_matches = there.sum(1).clamp(min=1)
     place = torch.arange(1, ranks.shape[1] + 1, device=ranks.device, dtype=torch.float64)
@@ -172,6 +187,6 @@ def checked_k(k: Iterable[int]) -> tuple[int, ...]:
 
 
 def recall_fractions(ranks: Tensor, k: Iterable[int]) -> dict[int, float]:
-    """Return Recall@K by K of the queries with a match, from the ranks of their first matches (0: none)."""
+    """Return Recall@K for each K, over the queries with a match. `ranks` are of the first matches, 0 for none."""
     matched = ranks[ranks > 0]
     return {at: (matched <= at).double().mean().item() for at in k}

@@ -1,6 +1,7 @@
-"""Similarity of embeddings: the cosine, or minus half the squared Euclidean distance of the embeddings as they are.
+"""Similarity of embeddings: the cosine, or minus half the squared Euclidean distance without normalisation.
 
-Similarities are compared in float64. Those within `TIE` of each other, far above their rounding error, are equal.
+Similarities are compared in float64. Two similarities are a tie, and count as equal, if they differ by at most `TIE`.
+This bound is much larger than their rounding error.
 """
 
 import math
@@ -11,11 +12,11 @@ from torch.nn import functional as F
 
 from hloss.numerics import USUAL, check_embeddings, checked_labels, one_of, refuse_not_finite, row_norms, to_normalize
 
-TIE = 1e-13  # Relative to the squared norms that a similarity is computed from (1 for cosines).
+TIE = 1e-13  # Largest difference of a tie, relative to the squared norms of the two vectors (1 for cosines).
 METRICS = ("cosine", "euclidean")
 ROWS, GPU_ROWS = 2**10, 2**14  # Rows that are converted at once.
-UNDERFLOW = 1e-35  # Above the error of a float32 product whose terms are too small for float32.
-SAMPLE = 1024  # Rows whose median replaces the mean as the centre if outliers move it.
+UNDERFLOW = 1e-35  # Bound of the error of a float32 product that terms too small for float32 cause.
+SAMPLE = 1024  # If outliers shift the mean, the centre is the median of at most this many rows.
 
 
 class SimilaritySpace:
@@ -32,7 +33,7 @@ class SimilaritySpace:
             self.vectors[rows] = exact.to(working)
             self.squares[rows] = self.squares_of(exact)
         self.half_squares = self.vectors.square().sum(1) / 2
-        # Seven standard deviations of the error of a float32 product of unit vectors; float64 products need none.
+        # Seven standard deviations of the rounding error of a float32 product of unit vectors; 0 in float64.
         rounding: float = 2 * (embeddings.shape[1] ** 0.5 + 2) * torch.finfo(torch.float32).eps
         self.rounding, self.underflow = (rounding, UNDERFLOW) if working == torch.float32 else (0.0, 0.0)
 
@@ -63,26 +64,33 @@ class SimilaritySpace:
         return vectors.square().sum(1) if self.metric == "euclidean" else vectors.new_ones(len(vectors))
 
     def edge(self, similarity: Tensor, squares: Tensor) -> Tensor:
-        """Return the least similarity that is equal to the given one up to rounding; `squares` are the queries'."""
+        """Return the smallest similarity that is a tie with the given one. `squares` are the queries' squared norms."""
         return similarity - TIE * self._scale(similarity, squares)
 
     def doubt(self, edge: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the bounds between which an approximate similarity may reach the `edge` (n,) of its row or not."""
+        """Return two thresholds (n,) for approximate similarities, given the `edge` of each row.
+
+        An approximate similarity below the first threshold means that the exact one is below the edge. At or above the
+        second, the exact similarity is at least the edge. Between them, the exact similarity decides.
+        """
         slack = self.rounding * self._scale(edge, self.squares) + self.underflow
         working = self.vectors.dtype
         return (edge - slack).to(working), (edge + slack).to(working)
 
     def _scale(self, similarity: Tensor, squares: Tensor) -> Tensor:
-        """Return a bound of the squared norms of queries and of images about as similar to them: (|q| + D)^2."""
+        """Return a bound of the squared norms of a query q and of an image with this similarity.
+
+        For the cosine it is 1. For a Euclidean distance D it is 2 |q|^2 + 2 D^2, limited to the largest squared norm.
+        """
         if self.metric == "cosine":
             return squares
         return (2 * squares - 4 * similarity).clamp(min=0).minimum(self.squares.max())
 
 
 def centre(embeddings: Tensor) -> Tensor:
-    """Return the mean (d,), float64, or the median of a sample of rows if outliers move the mean away from it.
+    """Return the mean (d,) in float64. If outliers shift it, return the median of a sample of rows instead.
 
-    Vectors from the centre have the same distances as the embeddings, and lose fewer digits.
+    Subtracting the centre does not change distances, and products of the differences have smaller rounding errors.
     """
     mean = embeddings.mean(0, dtype=torch.float64)
     sample = embeddings[:: -(-len(embeddings) // SAMPLE)].double()
@@ -92,7 +100,7 @@ def centre(embeddings: Tensor) -> Tensor:
 
 
 def checked_embeddings(name: str, embeddings: Tensor, metric: str) -> tuple[Tensor, float]:
-    """Return detached embeddings, and by what they were multiplied so that their squares are finite.
+    """Return detached embeddings, and the power of two by which they are multiplied to keep their squares finite.
 
     Raise ValueError if a shape or dtype is wrong, or a row is NaN, infinite or, for the cosine, zero.
     """
@@ -113,7 +121,7 @@ def checked_embeddings(name: str, embeddings: Tensor, metric: str) -> tuple[Tens
 
 
 def checked_set(embeddings: Tensor, labels: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Return the embeddings from `checked_embeddings`, and the labels on their device; raise ValueError likewise."""
+    """Return embeddings from `checked_embeddings`, and labels on their device; raise ValueError if one is invalid."""
     checked = checked_embeddings("embeddings", embeddings, metric)[0]
     return checked, checked_labels("labels", labels, len(embeddings)).to(embeddings.device)
 
@@ -124,8 +132,8 @@ def slices(n: int, step: int) -> list[slice]:
 
 
 def count_reaching(similarity: Tensor, threshold: Tensor, dim: int, memory: Tensor) -> Tensor:
-    """Count the similarities along `dim` that reach each query's threshold, int64. Overwrites `memory`."""
-    # Floats count exactly up to 2^24, several times as fast as booleans.
+    """Count along `dim`, as int64, the similarities that are at least the query's threshold. Overwrites `memory`."""
+    # Sums of floats are exact up to 2^24, and several times as fast as sums of booleans.
     reached = memory[: similarity.numel()].view(similarity.shape)
     torch.ge(similarity, threshold.unsqueeze(dim), out=reached)
     return reached.sum(dim, dtype=torch.float32 if memory.dtype == torch.float16 else None).long()
