@@ -105,7 +105,10 @@ class ClassSampler:
         """Continue after the batch at which `state` was saved; raise ValueError if its labels differ from these."""
         images, own = torch.as_tensor(state["images"]), torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
-            raise ValueError(f"the sampler's state is for {len(images)} other images than these {len(self.labels)}")
+            raise ValueError(
+                f"the state belongs to a sampler of other images: it has {len(images)}, this sampler {len(own)}; "
+                "use the labels with which the state was saved"
+            )
         self.generator.set_state(torch.as_tensor(state["generator"]))
         self._images = [part.tolist() for part in images.split(self.sizes)]
         self._position = list(state["position"])
@@ -158,18 +161,18 @@ class BalancedSampler(ClassSampler):
     kept_lists = ("order",)
 
     def _check_classes(self) -> None:
-        per_class = f"images_per_class {self.images_per_class}"
+        per_class = f"images_per_class={self.images_per_class}"
         self.classes_per_batch, rest = divmod(self.batch_size, self.images_per_class)
         if rest:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of {per_class}")
+            raise ValueError(f"batch_size must be a multiple of {per_class}: got {self.batch_size}")
         if self.classes_per_batch > len(self.sizes):
-            needed = f"batch_size {self.batch_size} with {per_class} needs {self.classes_per_batch} classes"
-            raise ValueError(f"{needed}: got {len(self.sizes)}")
+            needed = f"batch_size={self.batch_size} with {per_class} needs {self.classes_per_batch} classes"
+            raise ValueError(f"{needed}: got {len(self.sizes)}; lower batch_size")
         small = sum(size < self.images_per_class for size in self.sizes)
         if small:
             raise ValueError(
-                f"{small} of {len(self.sizes)} classes have fewer than {per_class} images "
-                f"(the smallest {min(self.sizes)}); lower images_per_class, or use another sampler"
+                f"each class needs at least {per_class} images: got {small} of {len(self.sizes)} classes with "
+                f"fewer, the smallest with {min(self.sizes)}; lower images_per_class, or use another sampler"
             )
 
     def _draw_batch(self) -> list[int]:
@@ -208,7 +211,7 @@ class RandomClassSampler(ClassSampler):
     def _check_classes(self) -> None:
         least, most = self.min_images_per_class, self.images_per_class
         if least > most:
-            raise ValueError(f"min_images_per_class {least} is above images_per_class {most}")
+            raise ValueError(f"min_images_per_class must be at most images_per_class={most}: got {least}")
         self._check_filled("min_images_per_class", least)
 
     def _draw_batch(self) -> list[int]:

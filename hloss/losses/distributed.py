@@ -6,6 +6,8 @@ from torch import distributed as dist
 
 from hloss.numerics import checked_labels
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def global_batch(loss: nn.Module) -> nn.Module:
     """Wrap a loss so that it uses the embeddings and labels of all processes of `torch.distributed`.
@@ -20,7 +22,7 @@ def global_batch(loss: nn.Module) -> nn.Module:
     Returns:
         A module called in the same way. Without `torch.distributed`, or with one process, its result is that of `loss`.
         With several processes, reference embeddings, a matrix of pairs, and parts whose embeddings differ in width or
-        item size raise ValueError.
+        dtype raise ValueError.
 
     Example:
         >>> criterion = global_batch(nn.CrossEntropyLoss())
@@ -39,7 +41,10 @@ class _GlobalBatch(nn.Module):
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return self.loss(embeddings, labels, *references)
         if any(reference is not None for reference in references):
-            raise ValueError("reference embeddings need one process: gather them before the loss")
+            raise ValueError(
+                f"reference embeddings must be None with several processes: got {dist.get_world_size()} processes; "
+                "gather embeddings and references, and call the loss without global_batch"
+            )
         labels = checked_labels("labels", labels, len(embeddings))
         sizes = _shares(embeddings)
         start = sum(sizes[: dist.get_rank()])
@@ -52,11 +57,13 @@ class _GlobalBatch(nn.Module):
 
 
 def _shares(embeddings: Tensor) -> list[int]:
-    """Return the number of embeddings of each process; raise ValueError if widths or item sizes differ."""
-    own = torch.tensor([[*embeddings.shape, embeddings.element_size()]], device=embeddings.device)
-    sizes, widths, bytes_ = _gathered(own, [1] * dist.get_world_size()).T.tolist()
-    if len(set(widths)) > 1 or len(set(bytes_)) > 1:
-        raise ValueError(f"embeddings must have one width and dtype: got widths {widths} and item sizes {bytes_}")
+    """Return the number of embeddings of each process; raise ValueError if widths or dtypes differ."""
+    dtype = DTYPES.index(embeddings.dtype) if embeddings.dtype in DTYPES else -1  # others are refused by the loss
+    own = torch.tensor([[*embeddings.shape, dtype]], device=embeddings.device)
+    sizes, widths, dtypes = _gathered(own, [1] * dist.get_world_size()).T.tolist()
+    if len(set(widths)) > 1 or len(set(dtypes)) > 1:
+        got = [f"{width} columns of {DTYPES[dtype]}" for width, dtype in zip(widths, dtypes, strict=True)]
+        raise ValueError(f"embeddings must have the same width and dtype in all processes: got {', '.join(got)}")
     return sizes
 
 

@@ -25,7 +25,7 @@ from hloss.losses.settings import LossSettings, missing_pairs
 from hloss.losses.streaming import checked_pairs
 from hloss.numerics import LONGEST
 
-KEPT_PAIRS = 2**22  # most pairs whose places are stored for the backward pass: 8 MiB of int16, before padding
+KEPT_PAIRS = 2**22  # most places that are stored for the backward pass, padding included: 8 MiB of int16
 BLOCK_ROWS = 2**13  # most rows of a block of slopes; within one batch, blocks are square
 BLOCK_PAIRS = 2**26  # most slopes in a block: 256 MiB
 PROGRAMS_PER_PROCESSOR = 4
@@ -445,8 +445,8 @@ def is_copied(dtype: torch.dtype, normalize: bool) -> bool:
 
 
 def places_shape(n: int, m: int) -> tuple[int, int] | None:
-    """Return the shape of the stored places, padded to whole tiles; None if there are too many pairs to store."""
-    return (_filled(n), _filled(m)) if n * m <= KEPT_PAIRS else None
+    """Return the shape of the stored places, padded to whole tiles; None if there are too many to store."""
+    return (_filled(n), _filled(m)) if _filled(n) * _filled(m) <= KEPT_PAIRS else None
 
 
 def places_dtype(nodes: int) -> torch.dtype:

@@ -51,7 +51,8 @@ def neighbors(
     queries, gallery, scale = _vectors(queries, gallery, metric)
     most = len(gallery) - (own is not None)
     if whole_number("k", k, 1) > most:
-        raise ValueError(f"k must be between 1 and {most}, the number of images: got {k!r}")
+        others = "other " if own is not None else ""
+        raise ValueError(f"k must be between 1 and {most}, the number of {others}images in the gallery: got {k!r}")
     propose = _proposed_by_faiss if backend == "faiss" else _proposed_by_torch
     candidates = propose(queries.float(), gallery.float(), min(k + SPARE, len(gallery)), metric).sort(1).values
     similarity = _exact_similarity(queries, gallery, candidates, metric)

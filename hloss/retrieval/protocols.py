@@ -118,8 +118,8 @@ class _Rows:
         if given is None:
             raise ValueError(f"roles must be given for protocol {self.protocol!r}: got None")
         if len(given) != len(self.labels) or not set(given) <= set(ROLES):
-            got = f"{len(given)} of {', '.join(sorted(set(given)))}"
-            raise ValueError(f"roles must be {len(self.labels)} of {', '.join(ROLES)}: got {got}")
+            allowed = f"one of {', '.join(ROLES)} for each of {len(self.labels)} rows"
+            raise ValueError(f"roles must be {allowed}: got {len(given)} roles, {', '.join(sorted(set(given)))}")
         found = torch.tensor([role in roles for role in given]).nonzero().flatten()
         if not len(found):
             raise ValueError(f"protocol {self.protocol!r} needs rows of role {' or '.join(roles)}: got none")

@@ -1,7 +1,5 @@
 """Several processes with a share of the batch each equal one process with the whole batch: loss and gradients."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import distributed as dist
@@ -54,14 +52,18 @@ def work(rank, folder, world):
             found[name, tuple(shares)] = gradients(global_batch(loss), net, images[own], labels[own])
     loss = global_batch(HistogramLoss())
     messages = []
+    half = torch.float16 if rank else torch.bfloat16
     for arguments in (
         (images, labels, images, labels),
         (images, labels[:, None] - labels),
         (images[:, : 7 - rank], labels),
+        (images.to(half), labels),
     ):
-        with contextlib.suppress(ValueError):
+        try:
             loss(*arguments)
             messages.append("not refused")
+        except ValueError as error:
+            messages.append(str(error))
     torch.save({"found": found, "messages": messages}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -72,7 +74,11 @@ def test_shares_of_a_batch_equal_the_whole(world, tmp_path):
     multiprocessing.spawn(work, (tmp_path, world), nprocs=world)
     for rank in range(world):
         answer = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert answer["messages"] == []
+        references, matrix, widths, dtypes = answer["messages"]
+        assert references.startswith(f"reference embeddings must be None with several processes: got {world} processes")
+        assert matrix.startswith("labels must be")
+        assert "all processes: got 7 columns of torch.float64, 6 columns of torch.float64" in widths
+        assert "all processes: got 7 columns of torch.bfloat16, 7 columns of torch.float16" in dtypes
         for (name, _), (value, gradient) in answer["found"].items():
             expected_value, expected = gradients(LOSSES[name], network(), *batch())
             assert value.item() == pytest.approx(expected_value.item(), rel=1e-10), name

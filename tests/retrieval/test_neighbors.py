@@ -36,8 +36,10 @@ def test_the_backends_give_the_same(metric):
 
 def test_neighbors_refuse_what_they_cannot_find():
     gallery = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="k must be between 1 and 4, the number of images: got 5"):
+    with pytest.raises(ValueError, match="k must be between 1 and 4, the number of other images in the gallery: got 5"):
         neighbors(gallery, gallery, 5, own=torch.arange(5))
+    with pytest.raises(ValueError, match="k must be between 1 and 5, the number of images in the gallery: got 6"):
+        neighbors(gallery, gallery, 6)
     with pytest.raises(ValueError, match="backend must be one of faiss, torch: got 'annoy'"):
         neighbors(gallery, gallery, 1, backend="annoy")
     with pytest.raises(ValueError, match="metric must be one of cosine, euclidean: got 'dot'"):

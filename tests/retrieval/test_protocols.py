@@ -229,7 +229,7 @@ def test_unusable_input_is_refused_by_name():
         evaluate("cuhk03-single-shot", embeddings, labels, cameras=torch.ones(9).long())
     with pytest.raises(ValueError, match="roles must be given for protocol 'market1501'"):
         evaluate("market1501", embeddings, labels, cameras=torch.arange(10))
-    with pytest.raises(ValueError, match=r"roles must be 10 of both, query, .*: got 10 of probe"):
+    with pytest.raises(ValueError, match=r"one of both, query, .* for each of 10 rows: got 10 roles, probe"):
         evaluate("market1501", embeddings, labels, cameras=torch.arange(10), roles=["probe"] * 10)
     with pytest.raises(ValueError, match="needs rows of role query or both: got none"):
         evaluate("market1501", embeddings, labels, cameras=torch.arange(10), roles=["junk"] * 10)

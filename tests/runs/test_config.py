@@ -216,7 +216,9 @@ def test_refuses_wrong_settings_of_losses_and_samplers(wrong, message):
 
 
 def test_refuses_batches_that_the_dataset_cannot_fill(settings):
-    with pytest.raises(ConfigError, match="sampler='balanced': 16 of 16 classes have fewer than images_per_class 8"):
+    with pytest.raises(
+        ConfigError, match="sampler='balanced': each class needs at least images_per_class=8 images: got 16 of 16"
+    ):
         run(parse_config({**settings, "sampler": "balanced", "images_per_class": 8}), quiet)
 
 
