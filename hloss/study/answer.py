@@ -258,8 +258,8 @@ def after_holm(board: pd.DataFrame) -> str:
     if not decided:
         return "No verdict is decided by a statistical test."
     stay = sum(row["holm"] == row["verdict"] for row in decided)
-    of = f"{stay} of the {len(decided)} verdicts that a test decided"
-    return f"{of} remain after Holm's correction for the number of tests."
+    of = f"Statistical tests decide {len(decided)} of the verdicts"
+    return f"{of}; {stay} of these remain after Holm's correction for the number of tests."
 
 
 def _kind(name: str, n: int) -> str:

@@ -127,12 +127,13 @@ def _numbers(rows: pd.DataFrame) -> str:
 
 
 def compared(row: Mapping[Any, Any] | pd.Series) -> str:
-    """The compared pair of the part that decides a verdict, as in "histogram minus triplet".
+    """The compared pair of the part that decides a verdict, as in "n_bins 200 minus 25 at batch_size 512".
 
     Args:
         row: a row of the table of `hloss.study.claims.judge`.
     """
-    return str(row["decisive"]).rpartition(": ")[0] or "growth of the time with the batch size"
+    place, _, pair = str(row["decisive"]).rpartition(": ")[0].rpartition(": ")
+    return f"{pair}{f' at {place}' * bool(place)}" or "the time grows as a power of the batch size"
 
 
 def _description(rows: pd.DataFrame) -> str:

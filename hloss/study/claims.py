@@ -555,7 +555,7 @@ def _compare_budgets(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, li
     for settings in (claim.method, *(claim.rivals or [])):
         grid = _complete_runs(runs, settings)
         missed, k = missed_by_budget(grid["validation_recall@1"].to_numpy())
-        label = f"{settings['loss']}, {k} of {len(grid)} settings minus the best of all, on validation classes"
+        label = f"{settings['loss']}, best of {k} random settings minus best of all {len(grid)}, on validation classes"
         holds = (missed < claim.margin) == (settings is claim.method)
         note = " (expected value over draws of the settings, no test)"
         unknown = Estimate(-missed, math.nan, 1)

@@ -24,10 +24,11 @@ TITLES = {  # outcome -> title of its group, in the order of the groups
 SETTINGS = dict(zip(LOSS_COMPARISONS, ("fixed setting", "tuned"), strict=True))
 SHORT = 6  # a longer group is closed on the page
 ESTIMATE = (
-    "The number of seeds is an estimate from these results. It is the smallest that decides if mean and spread stay as "
-    "they are; the seeds' part of an interval shrinks with 1/√n. A new mean differs, so up to half of such studies "
-    "would still leave the claim open: plan for more. The shown intervals are not corrected for the number of parts of "
-    "a claim. So an open claim can have an interval that excludes the bound."
+    "The number of seeds is an estimate. It assumes that the mean and the spread over seeds stay as they are, and that "
+    "the part of the interval that comes from the seeds shrinks with 1/√n. With more seeds the mean also changes, so "
+    "up to half of the studies with this number of seeds would leave the claim undecided again. Plan for more seeds. "
+    "A verdict on a claim with several parts is corrected for their number, but the shown intervals are not. Therefore "
+    "a claim can be undecided although its interval does not contain the limit for its verdict."
 )
 
 
@@ -85,7 +86,7 @@ def _told(rows: pd.DataFrame) -> str:
     last = rows.iloc[-1]
     verdicts = f"{_verdicts(rows)}. At the longest length " if outcome(rows) == DEPENDS else ""
     equivalent = ", equivalent" * str(last["decisive"]).endswith(", equivalent)")
-    take = f"; it would take {last['needed']}" * bool(last["needed"])
+    take = f"; needed to decide it: {last['needed']}" * bool(last["needed"])
     return f"{verdicts}{compared(last)}: {shown_difference(last)}{equivalent}{take}"
 
 
@@ -105,6 +106,8 @@ def heading(name: str, group: list[Finding]) -> str:
         group: its verdicts.
     """
     number = f"{len(group) or 'no'} verdict{'s' * (len(group) != 1)}"
+    claims = len({found.claim for found in group})
+    number += f" on {claims} claim{'s' * (claims != 1)}" * (claims != len(group))
     each = ", each" * (len(group) > 1)
     return f"{TITLES[name]}: {number}{f'{each} with runs that are still improving' * _all_improving(group)}"
 
@@ -132,9 +135,9 @@ def lines(group: list[Finding]) -> list[tuple[int, str, list[str]]]:
 
 
 def _part(found: Finding, is_said: bool) -> str:
-    """A verdict in words, with its name and, unless the heading of the group says it, "still improving"."""
+    """A verdict in words, with its name, and whether runs are still improving if the group's heading does not say it."""
     name = f"{found.name}: " * bool(found.name)
-    return f"{name}{found.told}{', still improving' * (found.is_improving and not is_said)}"
+    return f"{name}{found.told}{' (runs are still improving)' * (found.is_improving and not is_said)}"
 
 
 def note(name: str, board: pd.DataFrame) -> str:

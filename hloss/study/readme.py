@@ -132,10 +132,10 @@ def _range(numbers: pd.Series) -> str:
 
 def _reading(board: pd.DataFrame) -> str:
     return fill(
-        "The claims of the paper (in italics) are judged at the longest training length. Each has the difference that "
-        "decides it, in points of test Recall@1 with its confidence interval (CI). All were measured on glyphs, also "
-        f"where a claim names another dataset. Equivalent: the 90 % CI lies within {MARGIN}; neither loss then counts "
-        "as above the other. "
+        "Each line below has a claim of the paper (in italics) and the difference that decides its verdict after the "
+        "longest training. Differences are in points of test Recall@1, with their confidence interval (CI). All runs "
+        "are on glyphs, even if the claim names another dataset. Two losses are equivalent if the 90 % CI of their "
+        f"difference lies within {MARGIN}; neither then counts as better. "
         f"{after_holm(board)} [docs/results.md](docs/results.md) has the table of all verdicts; the report, "
         "`reports/sample/report.html`, has the criteria and all runs.",
         width=120,
@@ -161,7 +161,7 @@ def _means(results: pd.DataFrame) -> list[str]:
     """Title, table and note of the means of the losses at each length."""
     losses = results[results["comparison"].isin(LOSS_COMPARISONS)]
     varies = mean_over_runs(losses[losses["method"] == losses["method"].iloc[0]].drop_duplicates("seed")).varies
-    title = f"Mean test Recall@1 in % (95 % CI over {varies}), the highest at the longest training length first:"
+    title = f"Mean test Recall@1 in % (95 % CI over {varies}), sorted by the value after the longest training:"
     return [title, _means_table(losses), _edges(results)]
 
 
@@ -200,11 +200,11 @@ def _edges(results: pd.DataFrame) -> str:
 
 def _table_reading() -> str:
     return fill(
-        "Each cell gives a verdict and the difference that decides it, in points of test Recall@1. All were measured "
-        "on glyphs, also where a claim names another dataset. Equivalent: the 90 % confidence interval (CI) lies "
-        f'within {MARGIN}. "A above B" is not reproduced if A and B are equivalent. Holm: the verdict after correction '
-        "for the number of tests, where it differs. The [criteria](claims.md) are those of `reports/claims.yaml`. The "
-        "report has all runs: `reports/sample/report.html`.",
+        "Each cell gives a verdict and the difference that decides it, in points of test Recall@1. All runs are on "
+        "glyphs, even if the claim names another dataset. Two losses are equivalent if the 90 % confidence interval "
+        f'(CI) of their difference lies within {MARGIN}; "A above B" is then not reproduced. Holm: the verdict after '
+        "correction for the number of tests, if it differs. The [criteria](claims.md) are those of "
+        "`reports/claims.yaml`. The report has all runs: `reports/sample/report.html`.",
         width=120,
     )
 

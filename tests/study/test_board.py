@@ -114,10 +114,9 @@ def test_differences_have_their_unit(row, shown):
 
 
 def test_what_is_compared_may_have_colons():
-    assert (
-        compared({"decisive": "batch_size 9: n_bins 200 minus 25: +0.0 (n = 5)"}) == "batch_size 9: n_bins 200 minus 25"
-    )
-    assert compared({"decisive": "exponent 1.84"}) == "growth of the time with the batch size"
+    at_batch = "batch_size 9: n_bins 200 minus 25: +0.0 (n = 5)"
+    assert compared({"decisive": at_batch}) == "n_bins 200 minus 25 at batch_size 9"
+    assert compared({"decisive": "exponent 1.84"}) == "the time grows as a power of the batch size"
 
 
 @pytest.mark.parametrize(

@@ -515,7 +515,7 @@ def test_little_tuning_compares_a_quarter_of_the_grid_with_its_best(ours, rival,
     asked = claim("budget", method={"loss": "histogram"}, rivals=[{"loss": "binomial"}])
     (row,) = judge(pd.concat(grids, ignore_index=True), claims=[asked]).to_dict("records")
     assert row["verdict"] == row["holm"] == expected
-    assert "2 of 8 settings minus the best of all" in row["evidence"]
+    assert "best of 2 random settings minus best of all 8" in row["evidence"]
 
 
 def test_missed_by_budget_equals_the_mean_over_all_draws():

@@ -176,7 +176,7 @@ def test_a_verdict_that_depends_on_the_length_names_its_lengths(three_lengths):
     assert text == "Claim contrastive"
     assert fixed.startswith("fixed setting: reproduced after 20 and 60 iterations, not reproduced after 200. At the "
                             "longest length histogram minus contrastive: −3.")  # fmt: skip
-    assert fixed.endswith("still improving")
+    assert fixed.endswith("(runs are still improving)")
     assert tuned.startswith("tuned: reproduced after 20 and 60 iterations")
     assert "still improving" not in tuned
 
@@ -184,7 +184,7 @@ def test_a_verdict_that_depends_on_the_length_names_its_lengths(three_lengths):
 def test_an_open_verdict_says_what_it_would_take(three_lengths):
     ((number, _, (told,)),) = lines(findings(three_lengths)["inconclusive"])
     row = groups(three_lengths)[number - 1].iloc[-1]
-    assert f"(95 % CI −{-row['low']:.1f} to +{row['high']:.1f}); it would take {row['needed']}" in told
+    assert f"(95 % CI −{-row['low']:.1f} to +{row['high']:.1f}); needed to decide it: {row['needed']}" in told
     assert row["needed"]
     assert note("inconclusive", three_lengths) == ESTIMATE
     assert note("reproduced", three_lengths) == ""

@@ -149,7 +149,7 @@ def test_the_answer_has_the_numbers_of_the_tables(page, means, judged, runs):
     last = pd.DataFrame([rows.iloc[-1] for rows in judged])
     decided = last[last["p holds"].notna() & (last["verdict"] != "inconclusive")]
     stay = (decided["holm"] == decided["verdict"]).sum()
-    assert f"{stay} of the {len(decided)} verdicts that a test decided remain after Holm's correction" in text
+    assert f"tests decide {len(decided)} of the verdicts; {stay} of these remain after Holm's correction" in text
     improving = int(losses["still improving"].sum())
     assert f"{improving} of the {losses['n'].sum()} runs of these losses are still improving" in text
     used = {run_id for rows in judged for ids in rows["run_ids"] for run_id in str(ids).split(", ")}
