@@ -134,8 +134,8 @@ def _opened_log(log: Path, devices: int) -> Iterator[IO[str]]:
 def stop_with_starter() -> None:
     """Send SIGTERM to this process as soon as the process that started torchrun ends.
 
-    That process has the other end of this process's standard input. When that process ends, the input is closed; a
-    background thread waits for this and sends the signal.
+    The other end of this process's standard input belongs to that process. When that process ends, the input is closed,
+    and a background thread sends the signal.
     """
 
     def watch() -> None:

@@ -45,10 +45,10 @@ class LoadedRun:
 
         Args:
             images: pixels or files. Pixels are uint8 (n, h, w, c), with the size and channels of the run's dataset.
-                Files are one path or several, of images of any size.
-                Files are decoded and resized like the files of the dataset. For a dataset without image files (glyphs),
-                they are stretched to the dataset's image size; for a grey dataset, they are converted to grey. Both
-                pixels and files are cropped at the centre as in the run.
+                Files are one path or several, of images of any size. Files are decoded and resized like the files of
+                the dataset. For a dataset without image files (glyphs), they are stretched to the dataset's image size;
+                for a grey dataset, they are converted to grey. Pixels and files are cropped at the centre as in the
+                run.
 
         Returns:
             Embeddings, float32 (n, d) on the CPU.

@@ -28,7 +28,7 @@ from hloss.runs.resident import ResidentDataset
 from hloss.runs.step import Batches, build_optimizer, check_loss, gradient, seed_of, set_learning_rates
 from hloss.runs.unread import UnreadLoss, UnreadLosses
 
-# Stages. CHOOSE trains on the training classes with validation, REFIT on training and validation classes.
+# Stages. CHOOSE trains on the training classes with validation, REFIT on training and validation classes without it.
 CHOOSE, REFIT = "choose", "refit"
 READ_EVERY = 10  # on a GPU, losses of this many iterations are read together
 
@@ -119,7 +119,10 @@ class Loop:
         context.stop.outside_loop()
 
     def step(self) -> None:
-        """Execute one iteration: fetch a batch, compute its gradient, update the weights."""
+        """Execute one iteration: fetch a batch, compute its gradient, update the weights.
+
+        On a GPU, the loss may be read after a later iteration.
+        """
         context, progress = self.context, self.context.progress
         config, fabric = context.config, context.fabric
         iteration = progress["iteration"] + 1

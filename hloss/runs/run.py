@@ -1,7 +1,8 @@
 """Execute a run: train a network, choose the iteration on validation classes, evaluate on test classes.
 
-The notebook, `python -m hloss.runs CONFIG.json` and studies call `run(config)`. A killed run continues from its last
-checkpoint and gives the same numbers. If a complete run of the same code and data exists, its result is returned.
+The notebook, `python -m hloss.runs CONFIG.json` and studies call `run(config)`. When a killed run is started again, it
+continues from its last checkpoint and gives the same numbers. If a complete run of the same code and data exists, its
+result is returned.
 
 With several devices, `run` starts one process per device with torchrun and forwards their progress reports. Each
 process embeds its share of every batch; the loss is that of the whole batch.
@@ -118,7 +119,7 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
 
 
 def _record_refusal(folder: Path, error: Exception) -> None:
-    """Write to `status.json` that a run was refused before its folder was locked.
+    """Write the error of a run that did not start to `status.json`.
 
     Does nothing in three cases: the folder does not exist (a mistyped setting must not create a folder), another
     process has locked it, or it contains a result. A result stays valid if its dataset is removed.

@@ -1,9 +1,9 @@
 """One step of training: the optimiser and its learning rates, the batches, the gradient of a batch.
 
 Random numbers of a step do not depend on earlier steps. Dropout is seeded by the run's seed, the iteration, the process
-and the slice (`seed_of`); crops and horizontal flips by seed and iteration. A resumed run therefore needs only the
-state of the sampler, and a slice that is embedded twice gets the same dropout. Some losses also draw random numbers
-(triplets, for example): all processes seed the loss alike and so differentiate the same loss.
+and the slice (`seed_of`). Crops and horizontal flips are seeded by the run's seed and the iteration. A resumed run
+therefore needs only the state of the sampler, and a slice that is embedded twice gets the same dropout. Some losses
+also draw random numbers (triplets, for example): all processes seed the loss alike and so differentiate the same loss.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, An
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, iteration: int) -> None:
-    """Set the learning rates of an iteration, from 1; lr_step_factor multiplies them every lr_step iterations."""
+    """Set the learning rates for iteration 1, 2, ...; lr_step_factor multiplies them every lr_step iterations."""
     steps = (iteration - 1) // config.lr_step if config.lr_step else 0
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * config.lr_step_factor**steps
@@ -200,8 +200,8 @@ def gradient(
     slice is then embedded again to propagate its part of the gradient to the weights. This takes one additional forward
     pass.
 
-    With batchnorm="slices" both passes normalise a slice by its own statistics, and the running statistics are updated
-    once. (A run refuses "live" with slices.)
+    With batchnorm="slices", both passes normalise a slice by its own statistics, and the running statistics are updated
+    once. A run with batchnorm="live" and slices raises ConfigError.
 
     Args:
         fabric: as `build_fabric` returns it.
