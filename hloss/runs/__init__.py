@@ -1,4 +1,4 @@
-"""One run: train, choose the iteration on validation classes, test once per training length, write the run's folder.
+"""Runs: train a network, choose the iteration on validation classes, evaluate on test classes, write files.
 
 `hloss.runs.run.run` executes a run; `load_run(folder)` loads a complete run with its trained network.
 """

@@ -58,7 +58,7 @@ def run_file(file: Path) -> None:
         result = run(config)
     except (ConfigError, DatasetError, RunError, OSError) as error:
         sys.exit(f"hloss.runs: {error}")
-    if dist.is_initialized():  # Not after an error: NCCL would then wait for processes that wait for this one.
+    if dist.is_initialized():  # After an error, NCCL would wait for processes that wait for this one.
         dist.destroy_process_group()
     if result and "HLOSS_STDIN" not in os.environ:
         print(config.folder / "result.json")

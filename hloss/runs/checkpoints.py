@@ -1,11 +1,11 @@
 """Status and progress files, checkpoints and signal handling of a run.
 
-`status.json` gives other processes the state of a run, which papermill's exit code does not.
-`progress.json` has the numbers that a run prints.
+Other processes read the state of a run in `status.json`, because papermill's exit code does not tell it.
+`progress.json` contains the numbers that a run prints.
 
-A new checkpoint is written to a separate file and then renamed, and the previous one is kept. So a complete checkpoint
-exists at all times. Checkpoints that cannot be read, or belong to other settings, code or data, are skipped and
-reported.
+A new checkpoint is written to a separate file and then renamed; the previous one is kept. A complete checkpoint
+therefore exists at all times. Checkpoints that cannot be read, or belong to other settings, code or data, are skipped
+and reported.
 """
 
 import json
@@ -29,7 +29,7 @@ CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def write_status(folder: Path, state: str, iteration: int, message: str = "", retry: bool = False) -> None:
-    """Write `status.json`; a full disk is ignored.
+    """Write `status.json`; errors of the file system are ignored.
 
     Args:
         folder: the run's folder.
@@ -49,7 +49,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def write_progress(folder: Path, **numbers: Any) -> None:
-    """Write `progress.json`, what a study's index page shows of a run; a full disk is ignored.
+    """Write `progress.json`, which the index page of a study shows; errors of the file system are ignored.
 
     Args:
         folder: the run's folder.
@@ -124,7 +124,7 @@ def remove_checkpoints(folder: Path) -> None:
 def clean_up_complete_run(folder: Path) -> None:
     """Remove checkpoints of a complete run and set its status to complete.
 
-    They are left over if the process was killed after it wrote the result and before it ended.
+    Checkpoints remain if the process was killed after it wrote the result and before it removed them.
     """
     status = read_status(folder) or {"state": "running", "iteration": 0}
     if status["state"] != "complete":

@@ -44,11 +44,11 @@ BEST, LAST = CHOICES = ("best", "last")
 OLD_NAMES = {
     "fewest_images": "min_images_per_class",
     "mirror": "horizontal_flip",
-}  # old name: new name, which the error message gives
+}  # Old name: new name. The error message gives the new name.
 
 
 def _in_group(group: str) -> Callable[..., Any]:
-    """`pydantic.Field` with a group name, by which `setting_names` selects the settings."""
+    """Return `pydantic.Field` with a group name; `setting_names` selects settings by this name."""
     return functools.partial(Field, json_schema_extra={"group": group})
 
 
@@ -59,7 +59,7 @@ ExecutionField = _in_group("execution")  # settings that do not affect the resul
 
 
 class RunConfig(BaseModel):
-    """Settings of one run; the defaults describe a smoke run, which takes seconds on a CPU.
+    """Settings of one run; the defaults describe a short test run that takes seconds on a CPU.
 
     The description of each field states its meaning, unit and allowed values. "None: the default" refers to the default
     of the loss, the network (`hloss.runs.models.network_defaults`) or the sampler. A name in parentheses, such as
@@ -303,7 +303,7 @@ class RunConfig(BaseModel):
         return self
 
     def _check_report_at(self) -> None:
-        """Refuse lengths at which the result could differ from that of a run of so many iterations."""
+        """Raise ValueError if the result at a length could differ from that of a run with so many iterations."""
         given = self.report_at
         if given is None:
             return
@@ -369,7 +369,7 @@ class RunConfig(BaseModel):
             Arguments of the loss class by name; empty for loss "none".
 
         Raises:
-            ValueError: a setting is given that the loss does not have.
+            ValueError: the loss does not have a setting that is given.
         """
         pml = self.loss.startswith(PREFIX)
         given = {name: getattr(self, name) for name in LOSS_SETTINGS + PML_SETTINGS if getattr(self, name) is not None}
@@ -421,9 +421,9 @@ class RunConfig(BaseModel):
 
     @property
     def trained_metric(self) -> str:
-        """Metric that the loss trains: "euclidean" for a loss on embeddings without normalisation, else "cosine".
+        """Metric in which the loss compares embeddings, the metric that it trains: "euclidean" or "cosine".
 
-        It equals the attribute `metric` of the built loss, but no loss is built.
+        "euclidean" stands for a loss on embeddings without normalisation. The property builds no loss.
         """
         if self.loss.startswith(PREFIX):
             return pml_metric(self.loss_options)
@@ -437,7 +437,7 @@ class RunConfig(BaseModel):
             Arguments of the sampler class besides labels, batch size, images per class and generator.
 
         Raises:
-            ValueError: a setting is given that the sampler does not have, or the batch size does not fit the sampler.
+            ValueError: the sampler does not have a setting that is given, or the batch size does not fit the sampler.
         """
         defaults = _defaults(SAMPLERS[self.sampler], SAMPLER_SETTINGS)
         for name in SAMPLER_SETTINGS:
@@ -482,9 +482,9 @@ class RunConfig(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """All settings that affect the result, with None replaced by the defaults; execution settings are left out.
 
-        The defaults of `tf32` and `choose` are left out, too: the runs of earlier versions had them. So are the
-        settings of the memory of earlier batches without a memory.
-        `report_at` has all lengths, and is left out if `iterations` is the only one.
+        `tf32` and `choose` are left out if they have their defaults, so that run ids of earlier versions stay valid.
+        `memory_batches` and `memory_start` are left out if `memory_batches` is 0. `report_at` contains all training
+        lengths; it is left out if `iterations` is the only one.
         """
         general = {k: v for k, v in self.model_dump().items() if k not in EXECUTION + LOSS_SETTINGS + PML_SETTINGS}
         general["report_at"] = list(self.lengths)
@@ -505,7 +505,7 @@ class RunConfig(BaseModel):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Iterations at which the test is reported: those of `report_at`, and `iterations`."""
+        """Training lengths in iterations that are evaluated on the test set: `report_at` and `iterations`."""
         return tuple(sorted({*(self.report_at or ()), self.iterations}))
 
     @property

@@ -128,9 +128,9 @@ def index_sha256(index: pd.DataFrame) -> str:
 
 
 def query_counts(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Count the matches and the rivals of each query.
+    """Count the matches and the non-matches (rivals) of each query.
 
-    A match is a gallery image that the protocol counts as correct, a rival is one that it counts as wrong. With the
+    A match is a gallery image that the protocol counts as correct; a rival is one that it counts as wrong. In the
     single-shot protocols, a query is an identity in one view, and matches and rivals are identities.
 
     Args:
@@ -142,7 +142,7 @@ def query_counts(index: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """
     if "single-shot" in protocol:
         return _single_shot_counts(index, both_ways=protocol.endswith("two-way"))
-    if protocol == "query-gallery":  # Only the query itself is ignored, as if every image had a camera of its own.
+    if protocol == "query-gallery":  # The protocol ignores only the query itself. A camera per image has this effect.
         index = index.assign(camera=range(len(index)))
     all_vs_rest = protocol == "all-vs-rest"
     queries = index if all_vs_rest else index[index.role.isin(["query", "both"])]

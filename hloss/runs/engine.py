@@ -1,7 +1,7 @@
-"""Lightning Fabric, imported without torch's compiler: no run uses it, and its import takes a second.
+"""Lightning Fabric, imported without torch's compiler: no run compiles, and importing the compiler takes a second.
 
-Fabric needs one type of the compiler, and torch's optimisers two functions. A module with these three stands for
-`torch._dynamo` until something uses more of it; then the compiler is imported, and all works as without this module.
+Fabric uses one type of `torch._dynamo`, and torch's optimisers use two functions. `PostponedCompiler` replaces the
+module and provides these three. If any other attribute is used, the compiler itself is imported and replaces it.
 """
 
 import sys
@@ -15,21 +15,21 @@ COMPILER = "torch._dynamo"
 
 
 class PostponedCompiler(ModuleType):
-    """Stands for torch's compiler until it is used."""
+    """Replacement for torch's compiler; the compiler is imported when another attribute is used."""
 
-    is_closed = False  # while Fabric is imported, which would otherwise look for submodules
+    is_closed = False  # True during the import of Fabric, which would otherwise search for submodules
 
     class OptimizedModule:
-        """The type of compiled modules, of which there are none yet."""
+        """Type of compiled modules; no module has this type before the compiler is imported."""
 
     @staticmethod
     def disable(function: Any, *arguments: Any, **options: Any) -> Any:
-        """Keep a function from being compiled."""
+        """Return the function unchanged, because nothing is compiled."""
         return function
 
     @staticmethod
     def graph_break(*arguments: Any) -> None:
-        """Let a compiled function end here."""
+        """Do nothing, because nothing is compiled."""
 
     def __getattr__(self, name: str) -> Any:
         if self.is_closed or (name.startswith("__") and name != "__path__"):
@@ -37,7 +37,7 @@ class PostponedCompiler(ModuleType):
         if sys.modules.get(COMPILER) is self:
             del sys.modules[COMPILER]
         compiler = import_module(COMPILER)
-        vars(self).update(vars(compiler))  # for those who have imported this module
+        vars(self).update(vars(compiler))  # Other modules may have imported this object.
         return getattr(compiler, name)
 
 

@@ -1,4 +1,4 @@
-"""Exceptions of runs, and words of their messages. Each names the setting, file or row first, and then the remedy."""
+"""Exceptions of runs, and texts for their messages. A message names the setting, file or row, and then the remedy."""
 
 from pydantic_core import ErrorDetails
 
@@ -36,7 +36,7 @@ class LockedError(RunError):
 
 
 class GPUMemoryError(RunError):
-    """The memory of a GPU does not suffice for a run; the message names the settings that need less."""
+    """A GPU has too little memory for a run; the message names the settings that reduce the memory."""
 
 
 class NetworkError(RunError):
@@ -48,7 +48,7 @@ class DamagedError(RunError):
 
 
 def allowed_by(error: ErrorDetails) -> str:
-    """Say which values a setting of the wrong type or range may have.
+    """Describe the allowed values of a setting that has a wrong type or value.
 
     Args:
         error: one error of a pydantic model.

@@ -23,7 +23,7 @@ from hloss.runs.pair_record import separation, slope_record
 
 PANEL_QUERIES, PANEL_NEIGHBORS = 6, 8
 SIMILARITY_BINS = 100
-PAIR_ROWS = 256  # rows of the matrix of distances that are computed at once
+PAIR_ROWS = 256  # rows of the distance matrix computed at a time
 
 
 def split_embeddings(
@@ -47,13 +47,13 @@ def split_embeddings(
 def embedded_rows(
     network: nn.Module, dataset: Dataset, rows: np.ndarray, config: RunConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`split_embeddings` of these rows of the dataset's index."""
+    """Embed the images of the given rows of the dataset's index, as `split_embeddings` does for a split."""
     found = embed(network, lambda part: center_crop(dataset.pixels(rows[part]), config.crop).to(device), len(rows))
     return found, dataset.labels(rows).to(device)
 
 
 def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
-    """Measure Recall@1 on the validation classes, by which the iteration is chosen.
+    """Measure Recall@1 on the validation classes; the iteration with the highest value is chosen.
 
     Args:
         network: the network, on `device`.
@@ -72,22 +72,22 @@ def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, d
 def pair_record(
     network: nn.Module, dataset: Dataset, rows: np.ndarray, config: RunConfig, device: torch.device
 ) -> dict[str, float]:
-    """Record slopes and separation of the pairs of a training batch, and the separation of the validation classes.
+    """Measure slopes and separation of pairs for a training batch, and separation for the validation classes.
 
-    The batch is embedded again, in evaluation mode and without augmentation. Neither the network nor a random generator
-    changes.
+    `slope_record` and `separation` define the values. The batch is embedded again, in evaluation mode and without
+    augmentation. Neither the network nor a random generator changes.
 
     Args:
         network: the network, on `device`.
         dataset: the prepared dataset.
-        rows: of the dataset's index, the images of the batch.
+        rows: row numbers of the batch's images in the dataset's index.
         config: the settings of the run.
         device: the device that embeds.
 
     Returns:
-        The values of `slope_record`, and `batch_overlap`, `batch_reverse`, `validation_overlap` and
-        `validation_reverse` of `separation` in the metric that the loss trains; the last two only with validation
-        images.
+        The values of `slope_record`; `batch_overlap` and `batch_reverse`; with validation images also
+        `validation_overlap` and `validation_reverse`. The last four are values of `separation` in the metric that the
+        loss trains.
     """
     loss = config.build_loss(len(dataset.labels(rows).unique()))
     assert loss is not None
@@ -155,7 +155,7 @@ def similarity_density(dataset: Dataset, embeddings: Tensor, labels: Tensor) -> 
 def trained_overlap(
     dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str, density: dict[str, list[float]]
 ) -> float:
-    """Measure how much the densities of positive and negative pairs of test images overlap in the trained distance.
+    """Measure the overlap of the densities of positive and negative test pairs, in the metric that the loss trains.
 
     Args:
         dataset: the prepared dataset.
@@ -175,10 +175,10 @@ def trained_overlap(
 
 
 def _distance_counts(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Counts of Euclidean distances of negative and positive pairs, float64 (2, 2 SIMILARITY_BINS)."""
+    """Histograms of Euclidean distances, float64 (2, 2 SIMILARITY_BINS): row 0 negative, row 1 positive pairs."""
     centred = embeddings.double() - embeddings.mean(0, dtype=torch.float64)
-    bins, most = 2 * SIMILARITY_BINS, 2 * centred.norm(dim=1).max()  # no distance is above the doubled largest norm
-    most = most.clamp_min(torch.finfo(most.dtype).tiny)  # equal embeddings
+    bins, most = 2 * SIMILARITY_BINS, 2 * centred.norm(dim=1).max()  # no distance exceeds twice the largest norm
+    most = most.clamp_min(torch.finfo(most.dtype).tiny)  # for equal embeddings, whose largest distance is 0
     counts = torch.zeros(2 * bins, dtype=torch.float64, device=centred.device)
     for rows in torch.arange(len(centred), device=centred.device).split(PAIR_ROWS):
         places = (torch.cdist(centred[rows], centred) / most * bins).long().clamp(max=bins - 1)
@@ -189,7 +189,7 @@ def _distance_counts(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 
 def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, list]:
-    """Find the nearest images of a few test queries, which are the same in all runs on a dataset.
+    """Find the nearest images of a few test queries; all runs on a dataset have the same queries.
 
     Args:
         dataset: the prepared dataset.
@@ -198,8 +198,9 @@ def retrieval_panel(dataset: Dataset, embeddings: Tensor, labels: Tensor, metric
         metric: "cosine" or "euclidean".
 
     Returns:
-        `queries`, PANEL_QUERIES rows of the dataset's index; `neighbors`, the rows of the nearest images of each query,
-        at most PANEL_NEIGHBORS; `hits`, whether these images have the class of the query.
+        `queries`, `neighbors` and `hits`. `queries` are row numbers of PANEL_QUERIES images in the dataset's index.
+        `neighbors` are row numbers of the nearest images of each query, at most PANEL_NEIGHBORS. `hits` says whether
+        these images have the class of the query.
     """
     known = torch.from_numpy(identified_rows(dataset))
     rows, embeddings, labels = dataset.rows("test")[known.numpy()], embeddings[known], labels[known].cpu()
@@ -240,8 +241,9 @@ def history_table(progress: dict[str, Any]) -> pd.DataFrame:
         progress: the progress of the run, with `losses` by stage and `validations`.
 
     Returns:
-        One row per iteration: iteration, loss, validation_recall@1 (NaN without a validation) and, with `refit`,
-        refit_loss; with `record_pairs`, the values of `pair_record` (NaN without a validation). Empty without training.
+        One row per iteration, with the columns iteration, loss and validation_recall@1 (NaN without a validation). With
+        `refit` there is the column refit_loss, with `record_pairs` the values of `pair_record` (NaN without a
+        validation). The table is empty without training.
     """
     if not progress["losses"]["choose"]:
         return pd.DataFrame()
@@ -267,13 +269,13 @@ def write_run_files(
 ) -> None:
     """Write the files of a complete run.
 
-    `result.json` is written last, so that all other files are complete if it exists.
+    `result.json` is written last, so that all other files are complete if `result.json` exists.
 
     Args:
         folder: the run's folder.
         result: content of `result.json`; all numbers are finite.
         history: content of `history.parquet`.
-        ranks: content of `ranks.npy`, int32 (lengths, q): the rank of each query's first match at each length.
+        ranks: content of `ranks.npy`, int32 (lengths, q): the rank of each query's first match at each training length.
         queries: content of `queries.npy`, int32 (q,): positions of the queries among the test images.
         embeddings: content of `embeddings.npy`, float32 (n, d), one row per test image.
         network: its state dict is written to `network.pt`; None to write no network.

@@ -43,7 +43,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """Content of `result.json` in a run's folder; None if the file does not exist.
 
     Raises:
-        DamagedError: the file is no result.
+        DamagedError: the file is not the result of a run.
     """
     file = Path(folder) / "result.json"
     if not file.exists():
@@ -57,13 +57,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def reading_of_run(file: Path) -> Iterator[None]:
-    """Name a file of a complete run, and the remedy, in errors of the `with` block that reads it.
+    """Raise DamagedError, with the file and the remedy, if reading a file of a complete run fails in a `with` block.
 
     Args:
         file: a file in the run's folder.
 
     Raises:
-        DamagedError: the block raised an error of a missing or damaged file.
+        DamagedError: the file is missing or damaged.
     """
     try:
         yield
@@ -100,8 +100,8 @@ def atomic_write(file: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         file: the file to write or replace.
-        write: called with a temporary path in the same folder, which it must write. The path is then renamed to `file`.
-            If it raises, the temporary file is removed and `file` stays unchanged.
+        write: function that writes a file; called with a temporary path in the same folder, which is then renamed to
+            `file`. If the function raises an error, the temporary file is removed and `file` stays unchanged.
     """
     part = file.with_name(f".{file.name}.part")
     try:

@@ -4,12 +4,12 @@
 decoded to 8-bit RGB:
 
 - Grey images have three equal channels. Black-and-white images have the values 0 and 255.
-- Of 16-bit values the high byte is used. (A plain conversion clips all values above 255 to white.)
+- 16-bit values are reduced to their high byte. (A plain conversion clips all values above 255 to white.)
 - Palette images have the colours of their palette. Transparent pixels are composed on white.
-- CMYK is converted by R = (255 - C) (255 - K) / 255, and likewise G and B, without colour profiles.
+- CMYK images are converted without colour profiles: R = (255 - C) (255 - K) / 255; G and B likewise.
 - Other colour spaces (YCbCr, Lab, HSV) are converted by Pillow.
 - Images that EXIF marks as rotated or mirrored are turned upright.
-- Of several pages or frames the first is used.
+- The first page or frame of a file is used.
 - Truncated, empty and unknown files, floating-point pixels and more than MAX_PIXELS pixels raise `BadImage`.
 """
 
@@ -40,7 +40,7 @@ STRIPE_ROWS, STRIPE_STARTS = 60, (0, 50, 100)  # for images with 160 rows
 
 
 class BadImage(ValueError):
-    """The bytes are not an image, or an image that is not supported; the message gives the reason."""
+    """The bytes are not an image of a supported kind; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ImageSettings:
         width: width of the result in pixels.
         fit: "pad" keeps the aspect ratio: the image is scaled to fit height x width (bicubic) and centred on white.
             "stretch" changes the aspect ratio (bilinear). Both use an antialiasing filter when they shrink.
-        crop: None, or "bbox250", which first removes the white border as Song et al. (2016) do: the crop is the
-            bounding box of all pixels with a grey value below 250, extended by 15 pixels on each side.
+        crop: None, or "bbox250", which removes the white border before resizing, as Song et al. (2016) do. The crop is
+            the bounding box of all pixels with a grey value below 250, extended by 15 pixels on each side.
     """
 
     height: int
@@ -95,7 +95,7 @@ def decode(data: bytes) -> Image.Image:
         An upright image in mode "RGB".
 
     Raises:
-        BadImage: the bytes are not an image, or an image that is not supported.
+        BadImage: the bytes are not an image of a supported kind.
     """
     if not data:
         raise BadImage("empty file (0 bytes)")
@@ -134,7 +134,7 @@ def _high_byte(values: np.ndarray) -> np.ndarray:
 
 
 def crop_white(image: Image.Image) -> Image.Image:
-    """Remove the white border of an image, as `crop="bbox250"` of `ImageSettings`.
+    """Remove the white border of an image, as `ImageSettings` with `crop="bbox250"` does.
 
     Args:
         image: an RGB image.
@@ -192,10 +192,10 @@ def augment(images: Tensor, crop: int | None, horizontal_flip: bool, generator: 
         images: uint8 (n, c, h, w).
         crop: side of the square crop in pixels; None for the whole image.
         horizontal_flip: whether to flip each image left to right with probability 1/2.
-        generator: random generator on the CPU; 3 n numbers are drawn from it with all settings.
+        generator: random generator on the CPU. All settings draw 3 n numbers from it.
 
     Returns:
-        uint8 (n, c, crop, crop), contiguous.
+        uint8 (n, c, crop, crop), or (n, c, h, w) without a crop; contiguous.
 
     Raises:
         ValueError: the crop is larger than the images or smaller than 1.
@@ -241,7 +241,7 @@ def draw_views(
         size: their height and width in pixels.
         crop: side of the square crop in pixels; None for the whole image.
         horizontal_flip: flip each image with probability 1/2.
-        generator: advanced by 3 n draws, also if nothing is cropped or flipped.
+        generator: random generator on the CPU. All settings draw 3 n numbers from it.
 
     Returns:
         The crops and flips, on the CPU.
@@ -259,7 +259,7 @@ def draw_views(
 def channels_last(images: Tensor) -> Tensor:
     """Copy images to torch's channels-last memory layout.
 
-    Unlike `Tensor.contiguous`, this gives images of one channel the strides of the layout, too.
+    `Tensor.contiguous` does not change the strides of images with one channel; this function does.
 
     Args:
         images: (n, c, h, w).
@@ -279,7 +279,7 @@ def center_crop(images: Tensor, crop: int | None) -> Tensor:
         crop: side of the square crop in pixels; None for the whole image.
 
     Returns:
-        uint8 (n, c, crop, crop).
+        uint8 (n, c, crop, crop), or (n, c, h, w) without a crop.
 
     Raises:
         ValueError: the crop is larger than the images or smaller than 1.

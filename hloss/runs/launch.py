@@ -59,7 +59,7 @@ def build_fabric(config: RunConfig) -> Fabric:
 
 
 def check_devices(config: RunConfig) -> None:
-    """Refuse a run with more processes than GPUs; each process needs its own.
+    """Check that torch finds one GPU per process.
 
     Args:
         config: the settings of the run.
@@ -134,7 +134,8 @@ def _opened_log(log: Path, devices: int) -> Iterator[IO[str]]:
 def stop_with_starter() -> None:
     """Send SIGTERM to this process as soon as the process that started torchrun ends.
 
-    The end of that process closes this process's standard input, which a background thread waits for.
+    The other end of this process's standard input belongs to that process. When that process ends, the input is closed,
+    and a background thread sends the signal.
     """
 
     def watch() -> None:

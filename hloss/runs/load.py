@@ -31,7 +31,7 @@ class LoadedRun:
         result: the content of the run's `result.json`.
         card: the card of the run's dataset.
         network: the trained network, on `device`.
-        device: the device that embeds.
+        device: the device of the network.
     """
 
     config: RunConfig
@@ -44,10 +44,11 @@ class LoadedRun:
         """Embed images as the run embedded its test images.
 
         Args:
-            images: pixels, uint8 (n, h, w, c), with the size and the channels of the run's dataset, or the paths of one
-                or several image files of any size. Files are decoded and resized like the files of the dataset. For a
-                dataset without image files (glyphs) they are stretched to its image size. For a grey dataset they are
-                converted to grey. The central crop of the run is applied in all cases.
+            images: pixels or files. Pixels are uint8 (n, h, w, c), with the size and channels of the run's dataset.
+                Files are one path or several, of images of any size. Files are decoded and resized like the files of
+                the dataset. For a dataset without image files (glyphs), they are stretched to the dataset's image size;
+                for a grey dataset, they are converted to grey. Pixels and files are cropped at the centre as in the
+                run.
 
         Returns:
             Embeddings, float32 (n, d) on the CPU.
@@ -111,7 +112,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> LoadedRun:
             of the run bit for bit.
 
     Returns:
-        The run; its `embed` embeds images.
+        The run with its network; the method `embed` embeds images.
 
     Raises:
         NetworkError: the run is not complete, or `network.pt` is missing or is not the network of the run.
@@ -132,7 +133,8 @@ def _config_of(result: dict[str, Any]) -> RunConfig:
     """Settings of a result, with the defaults for execution settings except study and threads."""
     settings = dict(result["config"])
     if not has_pretrained_part(settings["network"]):
-        del settings["pretrained_lr_factor"]  # Such a network refuses the setting, even with its default.
+        # A network without pretrained weights accepts no value, not even the default.
+        del settings["pretrained_lr_factor"]
     return parse_config({**settings, "study": result["study"], "threads": result["provenance"]["threads"]})
 
 

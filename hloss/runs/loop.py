@@ -28,13 +28,17 @@ from hloss.runs.resident import ResidentDataset
 from hloss.runs.step import Batches, build_optimizer, check_loss, gradient, seed_of, set_learning_rates
 from hloss.runs.unread import UnreadLoss, UnreadLosses
 
-CHOOSE, REFIT = "choose", "refit"  # the stages: a training with validation, and one on all classes without it
-READ_EVERY = 10  # iterations on a GPU whose losses are read together
+# Stages. CHOOSE trains on the training classes with validation, REFIT on training and validation classes without it.
+CHOOSE, REFIT = "choose", "refit"
+READ_EVERY = 10  # on a GPU, losses of this many iterations are read together
 
 
 @dataclass
 class RunContext:
-    """What the parts of a run share; `progress` is saved in checkpoints beside weights, optimiser and batches."""
+    """Objects that the parts of a run share.
+
+    Checkpoints contain `progress`, and the states of the network, the loss, the optimiser and the batches.
+    """
 
     config: RunConfig
     dataset: Dataset
@@ -72,7 +76,7 @@ class Loop:
         self.context, self.network, self.until = context, network, until
         share = (fabric.global_rank, fabric.world_size)
         on_gpu = fabric.device.type == "cuda"
-        self.on_host = on_gpu and not isinstance(context.dataset, ResidentDataset)  # the images
+        self.on_host = on_gpu and not isinstance(context.dataset, ResidentDataset)  # whether images are on the host
         interval = reading_interval(fabric.device)
         self.batches = Batches(context.dataset, rows, config, share, ahead=self.on_host, at_once=interval)
         self.unread, self.checks = UnreadLosses(interval), DeferredChecks(sys.maxsize)
@@ -89,7 +93,7 @@ class Loop:
         self.saved_at = time.monotonic()
 
     def train(self) -> None:
-        """Step, validate and save until the last iteration. After a signal: save, and raise RunStopped."""
+        """Train until the last iteration, validate and save. After a signal, save and raise RunStopped."""
         context, progress = self.context, self.context.progress
         started = time.perf_counter() - progress["seconds"]
         with closing(self.batches), self._progress_bar() as bar, deferred_checks(sys.maxsize) as self.checks:
@@ -115,11 +119,14 @@ class Loop:
         context.stop.outside_loop()
 
     def step(self) -> None:
-        """One iteration: fetch a batch, add its gradient, update the weights. On a GPU its loss may be read later."""
+        """Execute one iteration: fetch a batch, compute its gradient, update the weights.
+
+        On a GPU, the loss may be read after a later iteration.
+        """
         context, progress = self.context, self.context.progress
         config, fabric = context.config, context.fabric
         iteration = progress["iteration"] + 1
-        # The same in all processes; with a third number, because seed and iteration alone draw the crops.
+        # All processes seed the loss alike. The third number distinguishes this seed from the seed of the crops.
         loss_seed = seed_of(config.seed, iteration, fabric.world_size) if fabric.world_size > 1 else None
         images, labels = next(self.batches)
         if self.on_host:
@@ -150,7 +157,7 @@ class Loop:
             self._read_losses()
 
     def _read_losses(self) -> None:
-        """Append the losses since the last reading to the progress; end the run at the first that is not finite."""
+        """Append the unread losses to the progress; raise RunError at a non-finite loss or failed check."""
         progress = self.context.progress
         for unread, value, numbers in self.unread.read():
             try:
@@ -164,18 +171,18 @@ class Loop:
             progress["losses"][progress["stage"]].append(value)
 
     def _fail(self, why: str, error: Exception, batch: list[int]) -> NoReturn:
-        """Save the state that failed for inspection, and raise RunError. The last checkpoint stays as it is.
+        """Save the failed state for inspection, and raise RunError. The last checkpoint does not change.
 
-        `failed.pt` is a checkpoint with one more key, `batch`: the dataset's rows of the batch on which the loss
-        failed. If a validation failed, it is the last batch of the training. On a GPU the weights may be those of a
-        later iteration, `progress["iteration"]`, as losses are read every READ_EVERY iterations.
+        `failed.pt` is a checkpoint with the additional key `batch`: row numbers, in the dataset's index, of the batch
+        with the invalid loss. If a validation failed, `batch` is the last training batch. On a GPU, losses are read
+        every READ_EVERY iterations, so the weights may be those of a later iteration, `progress["iteration"]`.
         """
         file = self.context.config.folder / "failed.pt"
         left = f"Weights and batch are in {file}"
         if self.context.fabric.is_global_zero:
             try:
                 atomic_save(file, {**self._state(), "batch": self.batches.rows[batch].tolist()})
-            except OSError as full:  # a full disk must not hide the cause, nor make the run retry
+            except OSError as full:  # A full disk must neither hide the cause nor cause a retry.
                 left = f"Weights and batch are lost: {full}"
         advice = "; try a lower learning_rate" if isinstance(error, NotFiniteError) else ""
         raise RunError(f"{why}{advice}. {left}") from error
@@ -184,9 +191,9 @@ class Loop:
         return self.context.progress["iteration"] % every == 0 or self.context.progress["iteration"] == self.until
 
     def _validate(self) -> None:
-        """Add the validation Recall@1 of this iteration; keep the network if it is better than all before.
+        """Measure validation Recall@1; keep the network if its Recall@1 is higher than at all earlier validations.
 
-        With `choose` "last" there is no validation: the network of each such iteration replaces the one before.
+        With `choose="last"` there is no validation: the current network replaces the kept one.
         """
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
@@ -248,9 +255,9 @@ class Loop:
         return self.context.progress["iteration"] * self.context.config.batch_size / max(self._seconds(), 1e-9)
 
     def _stop_signal(self) -> str | None:
-        """The signal to stop, if any; a signal to one process stops all, at the same iteration.
+        """Return the signal that stops the run, or None. A signal to one process stops all at the same iteration.
 
-        Several processes exchange it when losses are read, because the exchange waits for the GPUs.
+        Several processes exchange signals only when losses are read, because the exchange waits for the GPUs.
         """
         received = self.context.stop.received
         if self.context.fabric.world_size == 1:
@@ -286,8 +293,8 @@ class Loop:
         write_status(context.config.folder, "running", context.progress["iteration"])
 
     def _progress_bar(self) -> Any:
-        """A progress bar in a terminal or a notebook; a log has the lines of the validations."""
-        from tqdm.auto import tqdm  # imported here because the import decides for a terminal or a notebook
+        """Create a progress bar, visible in a terminal or a notebook but not in a log."""
+        from tqdm.auto import tqdm  # The import selects a bar for a terminal or a notebook.
 
         shell = sys.modules.get("IPython")
         interactive = sys.stderr.isatty() or (shell is not None and shell.get_ipython() is not None)

@@ -7,24 +7,23 @@ from torch import Tensor, nn
 
 
 class MemoryLoss(nn.Module):
-    """A loss over the pairs of a batch and the pairs of the batch with the embeddings of earlier batches.
+    """A loss over the pairs within a batch, and the pairs of the batch with the embeddings of earlier batches.
 
-    Each pair counts once, as it would in one large batch of them all; pairs of two earlier embeddings are left out. For
-    losses with anchors (triplets, lifted structure) the anchors are the embeddings of the batch.
-    Earlier embeddings are kept as they were and get no gradient. `state_dict()` has them, so a resumed run continues
-    with the same memory.
+    Pairs of two earlier embeddings are left out; every other pair counts once. For losses with anchors (triplets,
+    lifted structure), the anchors are the embeddings of the batch. Earlier embeddings are stored as constants and get
+    no gradient. `state_dict()` contains them, so a resumed run continues with the same memory.
 
     Args:
         loss: called as `loss(embeddings, matrix of pairs, reference embeddings)`, and without a memory as
             `loss(embeddings, labels)`.
         batches: number of earlier batches kept, at least 1.
-        start: number of first batches whose loss has no memory, at least 0. They are kept, too.
+        start: number of batches at the start whose loss uses no memory, at least 0. Their embeddings are stored, too.
     """
 
     def __init__(self, loss: nn.Module, batches: int, start: int) -> None:
         super().__init__()
         self.loss, self.batches, self.start = loss, batches, start
-        self.seen = 0  # batches
+        self.seen = 0  # number of batches so far
         self.embeddings: list[Tensor] = []  # of the earlier batches, the oldest first
         self.labels: list[Tensor] = []
 
@@ -59,15 +58,15 @@ class MemoryLoss(nn.Module):
 
 
 def pairs_of_batch(labels: Tensor, column_labels: Tensor, both_orders: bool) -> Tensor:
-    """Return the int8 matrix of pairs of a batch with columns that begin with the batch itself.
+    """Return the pairs of a batch (rows) with the batch and earlier embeddings (columns), as an int8 matrix.
 
     Args:
         labels: integer labels of the batch (n,).
-        column_labels: integer labels of the columns (m,), the first n those of the batch.
-        both_orders: keep (i, j) and (j, i) of the batch; otherwise the second is left out.
+        column_labels: integer labels of the columns (m,); the first n are `labels`.
+        both_orders: whether to keep both (i, j) and (j, i) of the batch; if False, only (i, j) with i < j is kept.
 
     Returns:
-        (n, m): +1 for equal labels, -1 for others, 0 for what is left out, such as an embedding with itself.
+        (n, m): +1 for equal labels, -1 for different labels, 0 for pairs that are left out, such as (i, i).
     """
     matrix = torch.where(labels[:, None] == column_labels, 1, -1).to(torch.int8)
     return matrix.fill_diagonal_(0) if both_orders else matrix.triu(1)

@@ -1,18 +1,18 @@
 """Networks that map uint8 images (n, channels, height, width) to embeddings (n, d).
 
-A network scales its input, RGB or grey, and L2-normalises its output unless it is built with `normalize=False` (lifted
-structure is defined on embeddings without normalisation). It consists of `scale`, `backbone`, `dropout` and
-`embedding`. Only the backbone can have pretrained weights.
+A network scales its RGB or grey input and L2-normalises its output. With `normalize=False` it does not normalise;
+lifted structure is defined on such embeddings. A network consists of `scale`, `backbone`, `dropout` and `embedding`.
+Only the backbone can have pretrained weights.
 
 The networks of the paper have no BatchNorm. GoogLeNet of torchvision has a BatchNorm layer after every convolution, and
-the glyph network has four. The setting `batchnorm` selects their statistics in training (`BATCHNORMS`):
+the glyph network has four. The setting `batchnorm` selects the statistics that they use in training (`BATCHNORMS`):
 
-- live: statistics of the whole batch, synchronised over devices. Not available for a batch that is embedded in slices.
-- frozen: running statistics of the weights; scale and shift are trained. The embedding of an image does not depend on
-  other images, so slices and devices do not change it. This is the default with pretrained weights, because batches
-  of few classes differ from the ImageNet statistics that the weights were trained with.
-- slices: statistics of each slice of a micro-batch, and of each device's share. The result differs from live. The
-  gradient is exact for the loss that was computed.
+- live: statistics of the whole batch, synchronised over devices. A batch cannot be embedded in slices.
+- frozen: running statistics of the initial weights; scale and shift are trained. The embedding of an image does not
+  depend on other images, so slices and devices do not change it. This is the default with pretrained weights: batches
+  of few classes have other statistics than ImageNet, with which the weights were trained.
+- slices: statistics of each slice (of `micro_batch` images), or of each device's share without slices. The result
+  differs from live. The gradient is exact for the loss that was computed.
 """
 
 from collections.abc import Callable
@@ -152,7 +152,7 @@ def _relu_pool(features: Tensor) -> Tensor:
 
 
 def _gaussian(layer: nn.Conv2d | nn.Linear, std: float) -> None:
-    """Draw weights and biases from a normal distribution with mean 0, as the released network does for both."""
+    """Draw weights and biases from a normal distribution with mean 0, as in the released network."""
     nn.init.normal_(layer.weight, std=std)
     assert layer.bias is not None
     nn.init.normal_(layer.bias, std=std)
@@ -200,7 +200,7 @@ def is_known_network(name: str) -> bool:
 
 def torchvision_names() -> list[str]:
     """Names of the classification models in the installed torchvision."""
-    from torchvision import models  # Imported here because the import takes a second, which most runs can save.
+    from torchvision import models  # Imported here because the import takes a second and most runs do not need it.
 
     return models.list_models(module=models)
 
@@ -269,7 +269,7 @@ def build_network(
     network = Embedder(scale, backbone, features.shape[1], embedding_dim, dropout, normalize)
     if name == "parts":
         _gaussian(network.embedding, 0.001)
-    # This saves a third of the time for convolutions and pooling on a CPU; torch 2.6 does not declare the argument.
+    # Channels last saves a third of the time of convolutions and pooling on a CPU; torch 2.6 does not declare it.
     layout: dict[str, Any] = {"memory_format": torch.channels_last}
     network.to(**layout)
     return network.train()
@@ -293,7 +293,7 @@ def torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, nn.Module]
     """Build the input scaling and the backbone from a torchvision model.
 
     The last linear layer, the dropout layers directly before it and the auxiliary classifiers are removed. The input is
-    scaled as the model's ImageNet weights require, with random weights as well.
+    scaled as the model's ImageNet weights require, also if the weights are random.
 
     Args:
         name: name of a classification model of torchvision.
@@ -363,7 +363,7 @@ def load_weights(name: str, weights: str) -> dict[str, Tensor]:
 
 
 def _load_backbone(backbone: nn.Module, given: dict[str, Tensor], head: str, weights: str) -> None:
-    """Load all tensors of the backbone; the only other tensors may be those of the classifiers."""
+    """Load all tensors of the backbone; `given` may contain other tensors only of classifiers."""
     own = backbone.state_dict()
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
     unknown = [k for k in given if k not in own and not k.startswith((f"{head}.", "aux", "AuxLogits"))]
@@ -400,7 +400,7 @@ def training_mode(network: nn.Module, batchnorm: str) -> None:
 
 
 def _for_gpu(images: Tensor) -> Tensor:
-    """Copy images on a GPU to one memory layout, by which cuDNN chooses its algorithms; a CPU's are returned as is."""
+    """Copy GPU images to channels last, because cuDNN chooses algorithms by memory layout; return CPU images as is."""
     return channels_last(images) if images.is_cuda else images
 
 

@@ -1,8 +1,10 @@
-"""Record of the pairs during training: which pairs of a batch have a slope, and how far both groups are separated.
+"""Slopes and separation of pairs during training.
 
-The slope of a pair is dL/ds, the derivative of the loss by the pair's similarity s: the cosine similarity, or 1 - D^2/2
-for a loss on Euclidean distances D (for unit vectors both are the same). A pair without a slope does not change the
-network. The losses are written here once more, as functions of the matrix of similarities, from their equations.
+The slope of a pair is dL/ds, the derivative of the loss with respect to the similarity s of the pair. The similarity is
+the cosine, or 1 - D^2/2 for a loss on Euclidean distances D; for unit vectors both are equal. A pair whose slope is 0
+does not change the network. The separation of positive and negative pairs is measured by the overlap of their densities
+and by the probability of reverse. This module implements the losses a second time, from their equations, as functions
+of the similarity matrix.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 from hloss.losses import baselines
 from hloss.losses.histogram import HistogramLoss, pair_slopes
 
-LEAST_SLOPE = 1e-6  # of a loss that is a mean over the pairs of each group; smaller slopes count as none
+LEAST_SLOPE = 1e-6  # absolute slope times the number of pairs of the group; smaller values count as 0
 BINS = 100  # intervals of the densities whose overlap is measured
 
 
@@ -23,14 +25,14 @@ def slope_record(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> dict[st
     """Measure the slopes of the pairs of a batch.
 
     Args:
-        loss: a loss of hloss on pairs; others have no record.
+        loss: a loss of hloss on pairs; the result for any other loss is empty.
         embeddings: floating-point (n, d).
         labels: int64 (n,).
 
     Returns:
-        `pairs_with_slope`, the share of pairs whose slope times the number of pairs of their group exceeds
-        `LEAST_SLOPE`; `positive_slope` and `negative_slope`, the mean slope of a group times its number of pairs. Empty
-        for other losses, and for a batch without positive or without negative pairs.
+        `pairs_with_slope`, the share of pairs whose absolute slope, times the number of pairs of their group, exceeds
+        `LEAST_SLOPE`. `positive_slope` and `negative_slope`, the sum of the slopes of each group. The dict is empty for
+        other losses, and for a batch without positive or without negative pairs.
     """
     upper = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu(1)
     same = labels[:, None] == labels
@@ -94,10 +96,10 @@ def separation(embeddings: Tensor, labels: Tensor, metric: str) -> dict[str, flo
         metric: "cosine" or "euclidean".
 
     Returns:
-        `overlap`, the mass that the densities of both groups share, sum of min(h+, h-) over `BINS` intervals, and
-        `reverse`, the probability that a negative pair is more similar than a positive pair, equal ones counting half.
-        Both lie in [0, 1]. Similarities are cosines in [-1, 1], or negative distances between the largest distance and
-        0. Empty without a positive or without a negative pair.
+        `overlap`, the common mass of both densities: the sum of min(h+, h-) over BINS + 1 nodes. `reverse`, the
+        probability that a negative pair is more similar than a positive pair; ties count half. Both lie in [0, 1].
+        Similarities are cosines in [-1, 1], or negative distances in [-largest distance, 0]. The dict is empty without
+        positive or without negative pairs.
     """
     similarity = similarities(embeddings, metric)
     low, high = -1.0, 1.0
@@ -129,7 +131,7 @@ def _reverse(positive: Tensor, negative: Tensor) -> float:
 
 
 def _histogram_slopes(loss: HistogramLoss, embeddings: Tensor, labels: Tensor, similarity: Tensor) -> Tensor:
-    """Slopes of the intervals, at the similarities of the pairs; those of the Beta density at the middle."""
+    """Slope of each pair, by the interval of its similarity; for the Beta density, at the interval's centre."""
     s = loss.settings
     settings = {name: getattr(s, name) for name in SETTINGS}
     found = pair_slopes(embeddings, labels, **settings)
@@ -183,7 +185,7 @@ def _quadruplet(loss: Any, s: Tensor, positive: Tensor, negative: Tensor) -> Ten
 
 
 def _distances(s: Tensor) -> Tensor:
-    """Euclidean distances for 1 - D^2/2; the gradient at 0, where none exists, is 0."""
+    """Euclidean distances D of similarities 1 - D^2/2; the gradient at D = 0, which does not exist, is set to 0."""
     return (2 - 2 * s).clamp(min=1e-24).sqrt()
 
 

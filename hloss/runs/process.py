@@ -37,7 +37,7 @@ def default_dtype(precision: str) -> Iterator[None]:
 
 @contextmanager
 def gpu_arithmetic(device: torch.device, tf32: str) -> Iterator[None]:
-    """Set how a GPU computes a float32 network, within a context. A CPU's arithmetic does not change.
+    """Set how a GPU computes a float32 network within a `with` block; nothing changes on a CPU.
 
     TensorFloat-32 rounds the factors of float32 products to 10 bits of fraction and is several times faster. Losses and
     retrieval never use it. cuDNN is limited to algorithms that return the same bits every time.

@@ -24,19 +24,20 @@ from hloss.runs.models import has_pretrained_part
 PACKAGE = Path(__file__).parents[1]
 FAISS = ("faiss", "faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")  # packages of the module faiss
 NAMED_PACKAGES = ("torchvision", "pytorch-metric-learning")  # settings can select their networks and losses
-IGNORED_FIELDS = ("ctx", "kind", "type_comment")  # of syntax trees: spelling, or determined by other fields
+# fields of syntax trees that depend on spelling only, or follow from other fields
+IGNORED_FIELDS = ("ctx", "kind", "type_comment")
 
 
 def fingerprint(config: RunConfig, card_sha256: str) -> dict[str, str]:
-    """Hashes and versions on which a result depends besides its settings.
+    """Hashes and versions on which a result depends, in addition to its settings.
 
     Args:
         config: the settings of the run.
         card_sha256: SHA-256 hash of the dataset's card.
 
     Returns:
-        `code_sha256`, `card_sha256`, and the versions of torchvision and pytorch-metric-learning if the settings select
-        a network or a loss of theirs.
+        `code_sha256` and `card_sha256`; also the versions of torchvision and pytorch-metric-learning if the settings
+        select a network or a loss of these packages.
     """
     is_named = (has_pretrained_part(config.network), config.loss.startswith(PREFIX))
     versions = {name: found for name in compress(NAMED_PACKAGES, is_named) if (found := _version(name))}
@@ -115,7 +116,7 @@ def _parts(tree: ast.AST) -> list[str]:
 
 
 def _is_text(statement: object) -> bool:
-    """Whether a statement consists of a string only, as a docstring does; it has no effect."""
+    """Whether a statement is only a string, such as a docstring. Such a statement has no effect."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)
@@ -124,7 +125,7 @@ def _is_text(statement: object) -> bool:
 
 
 def provenance(device: torch.device, threads: int) -> dict[str, Any]:
-    """Describe how a result was made; for information only, no code depends on it.
+    """Describe the software and hardware of a run; the description does not decide whether a result is up to date.
 
     Args:
         device: the device of the run.
@@ -147,7 +148,7 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Name and number of cores of the CPU; the architecture replaces the name where Linux does not give it."""
+    """Name and number of cores of the CPU; the architecture instead of the name if Linux does not report a name."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
@@ -162,7 +163,8 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the project's root; None if the root is not the root of a repository."""
-    if not (PACKAGE.parent / ".git").exists():  # In a worktree .git is a file. Git would search parent folders.
+    # Without this test, git would search parent folders. In a worktree, .git is a file.
+    if not (PACKAGE.parent / ".git").exists():
         return None
     try:
         answer = subprocess.run(

@@ -45,7 +45,8 @@ class ResidentDataset(Dataset):
         `hloss.runs.images.augment` with the same draws.
 
         Args:
-            chosen: rows, labels and views of each batch, all with views or none.
+            chosen: rows, labels, and crops and flips of each batch; either all batches have crops and flips or none
+                has.
 
         Yields:
             Images, uint8 (n, channels, height, width) of the crops, channels last, and labels, int64 (n,), on the
@@ -68,7 +69,7 @@ class ResidentDataset(Dataset):
 
 
 def _numbers_of(rows: np.ndarray, labels: np.ndarray, views: Views | None) -> np.ndarray:
-    """What the device needs to cut a batch: rows and labels, and of views the first row, first column and direction."""
+    """Numbers with which the device cuts a batch: rows and labels; with views also first row, first column and step."""
     if views is None:
         return np.stack([rows, labels])
     tops, lefts, flips = (part.numpy() for part in views[:3])

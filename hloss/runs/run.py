@@ -1,9 +1,11 @@
-"""One run: train, choose the iteration on validation classes, test once per training length, write the run's folder.
+"""Execute a run: train a network, choose the iteration on validation classes, evaluate on test classes.
 
-`run(config)` is what the notebook, `python -m hloss.runs CONFIG.json` and a study call. A run that was killed continues
-from its checkpoint to the same numbers. A complete run of the same code and data is returned as it is. With several
-devices `run` starts the command under torchrun, one process per device, and passes on what they report; each process
-then embeds its share of every batch, and the loss is that of the whole batch.
+The notebook, `python -m hloss.runs CONFIG.json` and studies call `run(config)`. When a killed run is started again, it
+continues from its last checkpoint and gives the same numbers. If a complete run of the same code and data exists, its
+result is returned.
+
+With several devices, `run` starts one process per device with torchrun and forwards their progress reports. Each
+process embeds its share of every batch; the loss is that of the whole batch.
 """
 
 import hashlib
@@ -60,8 +62,9 @@ def _print(line: str) -> None:
 def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, Any]:
     """Carry out a run, or return its result if it is complete.
 
-    Under torchrun every process calls this; all but the first report nothing and return an empty dict. `status.json` in
-    the run's folder tells other processes how the run ended.
+    Under torchrun, every process calls this function. The first process reports progress and returns the result. The
+    others report nothing and return an empty dict after training. Other processes can read in `status.json` of the
+    run's folder how the run ended.
 
     Args:
         config: the settings of the run.
@@ -72,9 +75,10 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
 
     Raises:
         ConfigError, DatasetError: before any training, if settings and data do not fit.
-        RunError: another process has locked the run's folder, or the loss or a number of the result is not finite.
-        GPUMemoryError: the memory of the GPU does not suffice; started again, the run continues.
-        RunStopped: after SIGTERM or SIGINT, with everything saved.
+        RunError: another process has locked the run's folder, or the loss or a number in the result is not finite.
+        GPUMemoryError: the GPU has too little memory. The run continues from its last checkpoint when it is started
+            again.
+        RunStopped: the process received SIGTERM or SIGINT; the state of the run is saved.
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
     try:
@@ -94,8 +98,8 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
             raise
         return run_on_devices(config, report)
     lock = run_lock(config.folder) if is_first else nullcontext()
-    # The caller's generator on the CPU is restored. A GPU's is seeded anew in every step; asked for all GPUs, torch
-    # warns where there are several, and initialises each.
+    # Restore the caller's CPU generator afterwards. GPU generators need no restoring: every step seeds them. Without
+    # devices=[], torch would initialise all GPUs and warn if there are several.
     generator = torch.random.fork_rng(devices=[])
     with lock, StopSignals(is_first) as stop, generator, default_dtype(config.precision):
         result = _matching_result(config, identity)
@@ -115,10 +119,10 @@ def run(config: RunConfig, report: Callable[[str], None] = _print) -> dict[str, 
 
 
 def _record_refusal(folder: Path, error: Exception) -> None:
-    """Write to `status.json` that a run was refused before its folder was locked.
+    """Write the error of a run that did not start to `status.json`.
 
-    Does nothing if the folder does not exist (a mistyped setting must not create one), if another process has locked
-    it, or if it holds a result, which stays valid without its data.
+    Does nothing in three cases: the folder does not exist (a mistyped setting must not create a folder), another
+    process has locked it, or it contains a result. A result stays valid if its dataset is removed.
     """
     if folder.is_dir() and read_result(folder) is None:
         with suppress(RunError, OSError), run_lock(folder, patience_seconds=0.0):
@@ -126,12 +130,13 @@ def _record_refusal(folder: Path, error: Exception) -> None:
 
 
 def _write_refused_status(folder: Path, error: Exception) -> None:
-    iteration = (read_status(folder) or {"iteration": 0})["iteration"]  # that of a checkpoint that stays usable
+    # the iteration of the last checkpoint, which stays usable
+    iteration = (read_status(folder) or {"iteration": 0})["iteration"]
     write_status(folder, "failed", iteration, f"{type(error).__name__}: {error}")
 
 
 def _identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Settings, fingerprint and pretrained weights of this run. Its result and checkpoint must have the same."""
+    """Settings and hashes of this run; its result and its checkpoint must have the same values."""
     weights = config.weights_file
     if weights and not weights.is_file():
         raise ConfigError(f'weights={config.weights!r} is neither "none" nor "imagenet" nor a file that exists')
@@ -141,7 +146,7 @@ def _identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def _matching_result(config: RunConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The result in the run's folder, if it was made by this code, data and pretrained weights."""
+    """The result in the run's folder; None if its code, data or pretrained weights differ from this run's."""
     result = read_result(config.folder)
     same = result and all(result.get(key) == identity[key] for key in ("fingerprint", "pretrained_sha256"))
     return result if same else None
@@ -159,11 +164,11 @@ def _run_with_status(context: RunContext) -> dict[str, Any]:
     except (RunStopped, KeyboardInterrupt) as error:
         write("stopped", str(error) or "interrupted", retry=True)
         raise
-    except OSError as error:  # a full disk or a lost file system: the same run may succeed later
+    except OSError as error:  # For example a full disk or a lost file system; a new attempt may succeed.
         write("failed", str(error), retry=True)
         raise
     except BaseException as error:
-        # torch raises RuntimeError if memory, a device or another process is lost: another attempt may succeed.
+        # torch raises RuntimeError if memory is exhausted, or a device or process fails: a new attempt may succeed.
         lasting = isinstance(error, RunError) and not isinstance(error, GPUMemoryError)
         passing = isinstance(error, (RuntimeError, MemoryError)) and not lasting
         write("failed", f"{type(error).__name__}: {error}", retry=passing)
@@ -183,7 +188,7 @@ def _train_and_evaluate(context: RunContext) -> dict[str, Any]:
 
 
 def _memory_advice(context: RunContext, error: RuntimeError) -> str:
-    """Message on a full GPU: its memory in use, and settings that need less."""
+    """Build the message for a full GPU: settings that need less memory, and the first line of torch's error."""
     config = context.config
     at_once = config.slice_size or -(-config.batch_size // config.devices)
     images = ""
@@ -201,7 +206,7 @@ def _carry_out(context: RunContext) -> dict[str, Any]:
     network = new_network(context)
     _check_data_and_devices(context, network)
     context.dataset = place_images(context.dataset, config.images, fabric.device)
-    for name in ("result.json", NETWORK_FILE, PROGRESS):  # made by other code or data: the folder is written anew
+    for name in ("result.json", NETWORK_FILE, PROGRESS):  # These files are of other code or data.
         (config.folder / name).unlink(missing_ok=True)
     saved = load_checkpoint(config.folder, context.identity, context.report)
     if saved:
@@ -212,7 +217,7 @@ def _carry_out(context: RunContext) -> dict[str, Any]:
     else:
         losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
         context.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
-        context.progress["shorter"] = []  # the choice at each length of `report_at` before the last iteration
+        context.progress["shorter"] = []  # the best network at each training length before the last
         context.progress["pairs"] = []  # with `record_pairs`, one record per validation
         context.progress["seconds_before_stage"] = 0.0
         if fabric.is_global_zero:
@@ -233,7 +238,7 @@ def new_network(context: RunContext) -> nn.Module:
 
 
 def network_for(config: RunConfig, image_shape: tuple[int, int, int], weights: str) -> nn.Module:
-    """The network that a run's settings describe, initialised from torch's generator.
+    """Build the network that the settings of a run describe; torch's global generator initialises it.
 
     Args:
         config: the settings of the run.
@@ -241,7 +246,7 @@ def network_for(config: RunConfig, image_shape: tuple[int, int, int], weights: s
         weights: initial weights of the backbone: none, imagenet, or the path of a file.
 
     Raises:
-        ConfigError: the images are smaller than the crop, or the network cannot take them or the weights.
+        ConfigError: the images are smaller than the crop, or the network does not accept the images or the weights.
     """
     height, width, channels = image_shape
     if config.crop is not None and config.crop > min(height, width):
@@ -259,7 +264,7 @@ def network_for(config: RunConfig, image_shape: tuple[int, int, int], weights: s
 
 
 def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
-    """Refuse settings that do not fit the dataset or the devices."""
+    """Raise ConfigError if the settings do not fit the dataset or the devices."""
     config, card = context.config, context.dataset.card
     if config.choose == BEST:
         _check_queries(
@@ -285,7 +290,7 @@ def _check_data_and_devices(context: RunContext, network: nn.Module) -> None:
 
 
 def _check_queries(context: RunContext, split: str, protocol: str, remedy: str) -> None:
-    """Refuse a split in which no query has both a match and an image that is none."""
+    """Raise ConfigError if no query of a split has both a match and a non-match."""
     dataset = context.dataset
     queries = query_counts(dataset.index.iloc[dataset.rows(split)], protocol)
     if ((queries.matches > 0) & (queries.rivals > 0)).any():
@@ -298,7 +303,10 @@ def _check_queries(context: RunContext, split: str, protocol: str, remedy: str) 
 
 
 def _train_network(context: RunContext, network: nn.Module, saved: dict[str, Any] | None) -> nn.Module:
-    """The network at the iteration that validation chose; with `refit`, that of a second training on all classes."""
+    """Train the network and return it with the chosen weights.
+
+    With `refit`, train a new network on training and validation classes and return that one.
+    """
     config, progress = context.config, context.progress
     if progress["stage"] == CHOOSE:
         Loop(context, network, context.dataset.rows("train"), config.iterations, saved).train()
@@ -328,7 +336,7 @@ def _report_tie(context: RunContext) -> None:
 
 
 def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, Any]:
-    """Evaluate on the test set, once per length, and write the files of the complete run."""
+    """Evaluate on the test set, once per training length, and write the files of the complete run."""
     config, dataset, progress, device = context.config, context.dataset, context.progress, context.fabric.device
     ranks, lengths = [], []
     for shorter in progress["shorter"]:
@@ -377,17 +385,17 @@ def _evaluate_and_write(context: RunContext, network: nn.Module) -> dict[str, An
 def _test_at_length(
     context: RunContext, network: nn.Module, iterations: int, seconds: float, best: dict[str, Any] | None
 ) -> tuple[dict[str, Any], Retrieval, Tensor]:
-    """Evaluate the network that was chosen up to a length on the test set.
+    """Evaluate on the test set the network that was chosen up to a training length.
 
     Args:
         context: the run.
-        network: with the chosen weights.
-        iterations: the length.
-        seconds: of training up to the length.
+        network: the network with the chosen weights.
+        iterations: the training length.
+        seconds: training time up to this length.
         best: iteration and validation Recall@1 of the chosen network; None without training.
 
     Returns:
-        The entry of the length in `result.json`, the retrieval, and the embeddings of the test images.
+        The entry of this training length in `result.json`, the retrieval, and the embeddings of the test images.
     """
     config, dataset, device = context.config, context.dataset, context.fabric.device
     embeddings, labels = split_embeddings(network, dataset, "test", config, device)

@@ -1,9 +1,9 @@
 """One step of training: the optimiser and its learning rates, the batches, the gradient of a batch.
 
-Random numbers of a step do not depend on the steps before. Dropout is seeded by the run's seed, the iteration, the
-process and the slice (`seed_of`); crops and horizontal flips by seed and iteration. So a resumed run draws the same
-numbers with the sampler's state alone, and a slice that is embedded twice gets the same dropout. A loss may draw random
-numbers too (triplets, for example): all processes seed it alike, so that they differentiate the same loss.
+Random numbers of a step do not depend on earlier steps. Dropout is seeded by the run's seed, the iteration, the process
+and the slice (`seed_of`). Crops and horizontal flips are seeded by the run's seed and the iteration. A resumed run
+therefore needs only the state of the sampler, and a slice that is embedded twice gets the same dropout. Some losses
+also draw random numbers (triplets, for example): all processes seed the loss alike and so differentiate the same loss.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def build_optimizer(network: nn.Module, config: RunConfig, loss: nn.Module | None = None) -> torch.optim.Adam:
-    """Adam on `parameter_groups`; weight decay is added to the gradient, as in the authors' solver.
+    """Build Adam with `parameter_groups`; weight decay is added to the gradient, as in the authors' solver.
 
     Weights of the loss itself (class weights, proxies) have the learning rate of the embedding and no weight decay.
     """
@@ -64,7 +64,7 @@ def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, An
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, iteration: int) -> None:
-    """Set the learning rates for an iteration, counted from 1: times lr_step_factor after every lr_step iterations."""
+    """Set the learning rates for iteration 1, 2, ...; lr_step_factor multiplies them every lr_step iterations."""
     steps = (iteration - 1) // config.lr_step if config.lr_step else 0
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * config.lr_step_factor**steps
@@ -73,8 +73,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, iter
 class Batches(Iterator[tuple[Tensor, Tensor]]):
     """An endless iterator over the batches of a run.
 
-    Gives this process's share of the images, uint8 (n, c, h, w), and their labels, int64 (n,), counted from 0. Every
-    process draws the same whole batch and takes its share of it. Both are on the device of a ResidentDataset's images,
+    Returns this process's share of the images, uint8 (n, c, h, w), and their labels, int64 (n,), counted from 0. Every
+    process draws the same whole batch and takes its share. Images and labels are on the device for a ResidentDataset,
     else on the CPU. `state_dict()` is the state after the last batch that was returned.
 
     Args:
@@ -82,8 +82,8 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         rows: row numbers of the images to draw from, in the dataset's index.
         config: the settings of the run.
         share: this process's number, from 0, and the number of processes.
-        ahead: fetch the next batch in a thread, so that a GPU need not wait for it. On a CPU, and if the images are
-            on the device, this saves no time.
+        ahead: whether a thread fetches the next batch while a GPU computes. This saves no time on a CPU, or if the
+            images are on the device.
         at_once: number of batches drawn together if the images are on the device, to send their indices in one copy.
     """
 
@@ -103,7 +103,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         self.sampler = config.build_sampler(self.labels, torch.Generator().manual_seed(config.seed))
         self.iteration = 0  # of the last batch returned
         self.current: list[int] = []  # all images of that batch, as indices into `rows`
-        self._drawn: list[list[int]] = []  # those of the next batches that are drawn
+        self._drawn: list[list[int]] = []  # images of the next batches, already drawn
         self._sent: Iterator[tuple[Tensor, Tensor]] = iter(())  # the next batches whose indices are on the device
         self._stream = iter(self.sampler)
         self._fetched: Future[tuple[Tensor, Tensor]] | None = None
@@ -152,7 +152,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         return start, start + size + (number < longer)
 
     def _generator(self, iteration: int) -> torch.Generator | None:
-        """The generator of crops and flips, for the whole batch, whatever the shares; None without them."""
+        """Generator of the crops and flips of the whole batch, equal for all shares; None without crops and flips."""
         if not (self.config.crop or self.config.horizontal_flip):
             return None
         return torch.Generator().manual_seed(seed_of(self.config.seed, iteration))
@@ -171,7 +171,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         return {"sampler": self.sampler.state_dict(), "drawn": list(self._drawn), "iteration": self.iteration}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the last batch before `state` was saved."""
+        """Continue with the batch that follows the saved state."""
         self.sampler.load_state_dict(state["sampler"])
         self._stream = iter(self.sampler)
         self._drawn, self.iteration = list(state["drawn"]), state["iteration"]
@@ -195,12 +195,13 @@ def gradient(
 ) -> Tensor:
     """Add the gradient of the loss to the network's parameters, and return the loss, a scalar on its device.
 
-    With `micro_batch` the gradient is exactly that of the whole batch, at the memory of one slice. All slices are
-    embedded without a graph, the loss is differentiated with respect to the embeddings, and each slice is embedded
-    again to propagate its part of that gradient to the weights. The price is one more forward pass.
+    With `micro_batch` the gradient equals that of the whole batch, and only one slice at a time needs memory for its
+    graph. All slices are embedded without a graph, and the loss is differentiated with respect to the embeddings. Each
+    slice is then embedded again to propagate its part of the gradient to the weights. This takes one additional forward
+    pass.
 
-    With batchnorm="slices" both passes normalise a slice by its own statistics, and the running statistics are updated
-    once. (A run refuses "live" with slices.)
+    With batchnorm="slices", both passes normalise a slice by its own statistics, and the running statistics are updated
+    once. A run with batchnorm="live" and slices raises ConfigError.
 
     Args:
         fabric: as `build_fabric` returns it.
@@ -208,17 +209,17 @@ def gradient(
         criterion: the loss of embeddings and labels.
         images: this process's share of the batch, uint8 (n, c, h, w).
         labels: int64 (n,).
-        micro_batch: images per slice; None for no slices. It decides the order in which processes exchange embeddings
-            and gradients, so either all processes have it or none.
+        micro_batch: images per slice; None for no slices. All processes must have the same choice, because slices
+            change the order in which processes exchange embeddings and gradients.
         seed: function of a slice's number that returns the seed of its dropout.
-        loss_seed: the seed of the loss, the same in all processes; None for one process: the loss then draws from
-            the generator of dropout.
-        check: refuse a loss that is not finite before its gradient is computed; the host waits for a GPU then. If
-            False, the caller checks the returned loss.
+        loss_seed: seed of the loss, the same in all processes. None for one process: the loss then continues the
+            generator that dropout uses.
+        check: whether to raise NotFiniteError for a non-finite loss before its gradient is computed; on a GPU, the host
+            then waits. If False, the caller must check the returned loss.
 
     Raises:
         NotFiniteError: the loss is not finite and `check` is true; no parameter's gradient has changed.
-        ValueError: the loss refuses the embeddings; no parameter's gradient has changed.
+        ValueError: the loss does not accept the embeddings; no parameter's gradient has changed.
     """
     if micro_batch is None:
         _seed(images.device, seed(0))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Check = tuple[Tensor, Callable[[list[int]], None]]  # numbers on the device, and a function that refuses bad ones
+# numbers on the device, and a function that raises an error for invalid ones
+Check = tuple[Tensor, Callable[[list[int]], None]]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class UnreadLoss:
         iteration: the number of the iteration, from 1.
         batch: the images of the batch, as in `Batches.current`.
         loss: a scalar on the device.
-        checks: the checks of the embeddings that the loss postponed.
+        checks: the postponed checks of the embeddings.
     """
 
     iteration: int
@@ -54,7 +55,7 @@ class UnreadLosses:
         """Read all unread losses, in the order of their iterations.
 
         Yields:
-            The loss, its value, and for each of its checks the numbers that decide it.
+            The loss, its value, and the numbers of each of its checks.
         """
         unread, self._unread = self._unread, []
         values = _read([loss.loss for loss in unread])
