@@ -111,7 +111,9 @@ def show_networks(arguments: Sequence[str]) -> None:
         total += size
         if options.delete:
             file.unlink()
-    print(f"{len(files)} networks, {total / 2**20:.1f} MiB{', deleted' if options.delete else ''}")
+    print(
+        f"{len(files)} network{'s' * (len(files) != 1)}, {total / 2**20:.1f} MiB{', deleted' if options.delete else ''}"
+    )
 
 
 def _network_line(file: Path, size: int) -> str:

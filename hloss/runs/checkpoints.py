@@ -26,6 +26,7 @@ from hloss.runs.files import atomic_save, atomic_write
 STATES = ("running", "stopped", "failed", "complete")
 PROGRESS = "progress.json"
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+WORDS = {"config": "settings", "fingerprint": "code or data", "pretrained_sha256": "pretrained weights"}  # in messages
 
 
 def write_status(folder: Path, state: str, iteration: int, message: str = "", retry: bool = False) -> None:
@@ -107,7 +108,7 @@ def load_checkpoint(folder: Path, identity: dict[str, Any], report: Callable[[st
         if not isinstance(checkpoint, dict):
             report(f"{file.name} is skipped: it is not a checkpoint of a run")
         elif other := [key for key, value in identity.items() if checkpoint.get(key) != value]:
-            report(f"{file.name} is skipped: it belongs to another run (different {', '.join(other)})")
+            report(f"{file.name} is skipped: it was saved with other {', '.join(WORDS.get(key, key) for key in other)}")
         else:
             return checkpoint
     if files:

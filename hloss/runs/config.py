@@ -170,7 +170,9 @@ class RunConfig(BaseModel):
         description="earlier batches whose embeddings form pairs with the batch, for losses with references; 0: none",
     )
     memory_start: int = Field(
-        0, ge=0, description="first iterations without the memory of earlier batches, at least 0 (memory_batches)"
+        0,
+        ge=0,
+        description="number of iterations at the start without memory of earlier batches, at least 0 (memory_batches)",
     )
     devices: int = Field(1, ge=1, description="number of processes, one per GPU, that share each batch")
     iterations: int = Field(60, ge=0, description="training iterations, one batch each; 0 requires loss=none")
@@ -178,8 +180,8 @@ class RunConfig(BaseModel):
     report_at: list[int] | None = Field(
         None,
         description=(
-            "training lengths in iterations at which the test is reported, increasing, at most iterations, which is "
-            "always reported; None: iterations alone"
+            "training lengths in iterations, increasing, at most iterations; the test set is evaluated after each and "
+            "after iterations; None: after iterations alone"
         ),
     )
     learning_rate: float = Field(1e-3, gt=0, description="initial learning rate of Adam, above 0")
@@ -234,8 +236,8 @@ class RunConfig(BaseModel):
     images: str = ExecutionField(
         "auto",
         description=(
-            "where images are kept: device (all in its memory), host (read batch by batch), or auto (device if it is a "
-            "GPU and they take at most half of its free memory)"
+            "where images are stored: device (all in its memory), host (read batch by batch), or auto (device, if it "
+            "is a GPU and the images take at most half of its free memory)"
         ),
     )
     threads: int = ExecutionField(1, ge=1, description="CPU threads of torch per process, at least 1")
@@ -249,7 +251,7 @@ class RunConfig(BaseModel):
         False,
         description=(
             "record slopes of the batch's pairs, overlap and probability of reverse at each validation, in "
-            "history.parquet; a complete run is not repeated for it"
+            "history.parquet; this setting does not repeat a complete run"
         ),
     )
 
@@ -320,8 +322,8 @@ class RunConfig(BaseModel):
         for name, value, unset in (("refit", self.refit, False), ("lr_step", self.lr_step, None)):
             if value != unset and len(self.lengths) > 1:
                 raise ValueError(
-                    f"report_at={given} does not fit {name}={value}: with {name} the result at a length is not that of "
-                    f"a shorter run; leave {name} at {unset}, or make one run per length"
+                    f"report_at={given} does not fit {name}={value}: with {name} the result at a length differs from "
+                    f"that of a run of this length; leave {name} at {unset}, or make one run per length"
                 )
 
     def _check_memory(self, loss: nn.Module | None) -> None:

@@ -216,14 +216,19 @@ def _read_index(file: Path, card: dict) -> pd.DataFrame:
         index = pd.read_parquet(file)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{file} cannot be read ({error}); {REMEDY}") from error
+    if tuple(index.columns) != COLUMNS:
+        got = ", ".join(map(str, index.columns))
+        raise DatasetError(f"{file} must have the columns {', '.join(COLUMNS)}: got {got}; {REMEDY}")
     if index_sha256(index) != card["index_sha256"]:
         raise DatasetError(f"{file}: its hash differs from the one in {file.with_name('card.json')}; {REMEDY}")
     roles = index.role.value_counts()
     classes = index[index.label >= 0].groupby("split").label.nunique()
     counted = card["images"], dict(card["roles"]), dict(card["classes"])
     found = len(index), {r: int(roles.get(r, 0)) for r in counted[1]}, {s: int(classes.get(s, 0)) for s in counted[2]}
-    if tuple(index.columns) != COLUMNS or found != counted:
-        raise DatasetError(f"{file} has the counts {found}, but its card has {counted}; {REMEDY}")
+    if found != counted:
+        names = ("images", "images by role", "classes by split")
+        had, named = (", ".join(f"{name} {n}" for name, n in zip(names, of, strict=True)) for of in (found, counted))
+        raise DatasetError(f"{file} must have the numbers in card.json ({named}): got {had}; {REMEDY}")
     return index
 
 

@@ -285,7 +285,7 @@ def write_run_files(
         OSError: a file cannot be written.
     """
     if wrong := non_finite(result):
-        raise RunError(f"result.json cannot have a number that is not finite: got {wrong}; check dataset and settings")
+        raise RunError(f"all numbers of result.json must be finite: got {wrong}; check dataset and settings")
     atomic_write(folder / "history.parquet", lambda part: history.to_parquet(part, index=False))
     arrays = {"ranks": ranks.to(torch.int32), "queries": queries.to(torch.int32)}
     for name, array in (arrays | {"embeddings": embeddings}).items():

@@ -73,7 +73,7 @@ def reading_of_run(file: Path) -> Iterator[None]:
         else:
             fault = f"damaged ({' '.join(str(error).split()) or type(error).__name__})"
         raise DamagedError(
-            f"{file} is {fault}; delete the folder {file.parent} and start its study again, which repeats this run"
+            f"{file} is {fault}; delete the folder {file.parent} and start the run, or its study, again"
         ) from None
 
 

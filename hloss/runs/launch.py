@@ -39,8 +39,8 @@ def build_fabric(config: RunConfig) -> Fabric:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != config.devices:
         raise ConfigError(
-            f"devices={config.devices} differs from the number of processes: got {processes}; "
-            "start one process per device"
+            f"devices={config.devices} needs as many processes: got {processes}; `python -m hloss.runs` starts one "
+            "process per device"
         )
     check_devices(config)
     # Processes may have different numbers of slices, so a forward pass must not communicate.
@@ -70,8 +70,8 @@ def check_devices(config: RunConfig) -> None:
     found = torch.cuda.device_count()
     if found < config.devices and (config.device == "cuda" or (config.device == "auto" and found)):
         raise ConfigError(
-            f'device="{config.device}" with devices={config.devices}: torch finds too few CUDA devices: got {found}; '
-            'lower devices or set device to "cpu"'
+            f'device="{config.device}" with devices={config.devices} needs as many GPUs: got {found} that torch '
+            'finds; lower devices or set device to "cpu"'
         )
 
 

@@ -166,7 +166,7 @@ class Loop:
                 check_loss(value)
             except ValueError as error:
                 began, seen = unread.iteration, progress["iteration"]
-                later = f" (read after iteration {seen})" if seen > began else ""
+                later = f" (detected after iteration {seen})" if seen > began else ""
                 self._fail(f"{error} at iteration {began}{later}", error, unread.batch)
             progress["losses"][progress["stage"]].append(value)
 
@@ -289,7 +289,8 @@ class Loop:
         try:
             save_checkpoint(context.config.folder, self._state())
         except OSError as error:
-            context.report(f"iteration {context.progress['iteration']}: no checkpoint, the one before stays: {error}")
+            iteration = context.progress["iteration"]
+            context.report(f"iteration {iteration}: cannot write a checkpoint ({error}); the previous one is kept")
         write_status(context.config.folder, "running", context.progress["iteration"])
 
     def _progress_bar(self) -> Any:

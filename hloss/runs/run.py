@@ -330,8 +330,8 @@ def _report_tie(context: RunContext) -> None:
     recalls = [recall for _, recall in context.progress["validations"]]
     if len(recalls) > 1 and len(set(recalls)) == 1:
         context.report(
-            f"all {len(recalls)} validations have Recall@1 {100 * recalls[0]:.1f} %, so the first is chosen: the "
-            "validation classes are too few or too easy to choose an iteration"
+            f"all {len(recalls)} validations have Recall@1 {100 * recalls[0]:.1f} %, so the first is chosen; use more "
+            "validation classes or more iterations"
         )
 
 

@@ -151,8 +151,8 @@ BROKEN = {
     "empty": (lambda file: os.truncate(file, 0), "is skipped: it cannot be read"),
     "no archive": (lambda file: file.write_bytes(b"\x80\x02}q\x00."), "is skipped"),
     "another object": (lambda file: torch.save([1, 2], file), "is skipped: it is not a checkpoint of a run"),
-    "another run": (foreign, "is skipped: it belongs to another run (different config)"),
-    "other code": (of_other_code, "is skipped: it belongs to another run (different fingerprint)"),
+    "another run": (foreign, "is skipped: it was saved with other settings"),
+    "other code": (of_other_code, "is skipped: it was saved with other code or data"),
 }
 
 
@@ -201,7 +201,7 @@ def test_full_disk_keeps_the_previous_checkpoint(settings, uninterrupted, tmp_pa
     file.write_text(json.dumps(settings))
     answer = subprocess.run([sys.executable, "-c", STARVED, str(file)], capture_output=True, text=True)
     assert answer.returncode == 1
-    assert "no checkpoint, the one before stays" in answer.stdout
+    assert "cannot write a checkpoint (" in answer.stdout
     assert "OSError" in answer.stderr or "File too large" in answer.stderr
     assert (config.folder / "checkpoint.pt").read_bytes() == kept
     assert not list(config.folder.glob(".*.part"))

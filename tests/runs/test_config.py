@@ -292,7 +292,7 @@ def test_report_at_changes_a_run_id_if_it_adds_a_length():
         ({"report_at": [20, 20]}, "the lengths must increase"),
         ({"report_at": [80]}, "allowed are 1 to iterations=60"),
         ({"report_at": [30]}, "no validation takes place after 30 iterations; allowed are multiples of validate_every"),
-        ({"report_at": [20], "refit": True}, "does not fit refit=True: .* not that of a shorter run"),
+        ({"report_at": [20], "refit": True}, "does not fit refit=True: .* differs from that of a run of this length"),
         ({"report_at": [20], "lr_step": 10}, "does not fit lr_step=10"),
         ({"report_at": [20], "iterations": 0, "loss": "none"}, "allowed are 1 to iterations=0"),
         ({"report_at": 20}, "report_at=20"),

@@ -110,9 +110,9 @@ def test_query_counts_equal_the_ranks_of_the_protocol(protocol, images):
     [
         ({"format": 2}, "has format 2, but this version reads format 1"),
         ({"protocol": None}, r"card\.json has no protocol; prepare the dataset again"),
-        ({"images": 7}, r"has the counts .*180.* card has \(7"),
-        ({"classes": {"train": 17, "val": 6, "test": 8}}, r"'train': 16.* card has .*'train': 17"),
-        ({"roles": {"both": 179}}, r"'both': 180.* card has .*'both': 179"),
+        ({"images": 7}, r"the numbers in card\.json \(images 7, .*\): got images 180, "),
+        ({"classes": {"train": 17, "val": 6, "test": 8}}, r"'train': 17.*: got .*'train': 16"),
+        ({"roles": {"both": 179}}, r"'both': 179.*: got .*'both': 180"),
         (
             {"image_shape": [16, 16, 3]},
             r"images\.npy is uint8 \(180, 16, 16, 1\), .* requires uint8 \(180, 16, 16, 3\)",
@@ -141,6 +141,13 @@ def test_refuses_missing_and_broken_files(folder, name, content, match):
     if content:
         (folder / name).write_bytes(content)
     with pytest.raises(DatasetError, match=match):
+        open_dataset(folder)
+
+
+def test_refuses_an_index_with_other_columns(folder):
+    index = pd.read_parquet(folder / "index.parquet")
+    index.rename(columns={"role": "part"}).to_parquet(folder / "index.parquet")
+    with pytest.raises(DatasetError, match=r"index\.parquet must have the columns .*role.*: got .*part"):
         open_dataset(folder)
 
 

@@ -141,7 +141,7 @@ def test_a_loss_read_later_ends_the_run_with_the_iteration_at_which_it_began(
         next(batches)
     batches.close()
     monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: BadAt(bad))
-    message += rf" at iteration 17 \(read after iteration {read}\); try a lower learning_rate"
+    message += rf" at iteration 17 \(detected after iteration {read}\); try a lower learning_rate"
     with pytest.raises(RunError, match=message):
         run(config, quiet)
     failed = torch.load(config.folder / "failed.pt", weights_only=True)

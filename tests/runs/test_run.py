@@ -183,7 +183,7 @@ def test_a_refusal_is_noted_in_a_folder_that_exists_and_makes_none(settings, tmp
 def test_devices_that_are_not_there_are_noted_too(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     config = parse_config({**settings, "device": "cuda"})
-    with pytest.raises(ConfigError, match="torch finds too few CUDA devices: got 0"):
+    with pytest.raises(ConfigError, match="needs as many GPUs: got 0 that torch finds"):
         run(config, quiet)
     assert read_status(config.folder)["state"] == "failed"
     assert read_status(config.folder)["retry"] is False
@@ -529,7 +529,7 @@ def test_a_result_with_a_number_that_is_not_finite_is_not_written(settings, monk
 
     monkeypatch.setattr("hloss.runs.run.evaluate_test", evaluated)
     config = parse_config(settings)
-    with pytest.raises(RunError, match=r"a number that is not finite: got metrics\.map=nan"):
+    with pytest.raises(RunError, match=r"numbers of result.json must be finite: got metrics\.map=nan"):
         run(config, quiet)
     assert not (config.folder / "result.json").exists()
     assert read_status(config.folder)["retry"] is False
