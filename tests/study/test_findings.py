@@ -202,7 +202,7 @@ def test_what_all_of_a_group_share_stands_in_its_title():
                   claims=[claim(), claim(name="b", rivals=["lifted"])])  # fmt: skip
     found = findings(board)
     assert heading("reproduced", found["reproduced"]) == "Holds: 1 verdict with runs that are still improving"
-    assert heading("reproduced", found["reproduced"] * 2).startswith("Holds: 2 verdicts, each with runs that are still")
+    assert heading("reproduced", found["reproduced"] * 2).startswith("Holds: 2 verdicts on 1 claim, each with runs")
     assert "still improving" not in lines(found["reproduced"])[0][2][0]
     assert heading("inconclusive", []) == "Undecided: no verdicts"
 
