@@ -109,9 +109,9 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
     last, before = of_lengths[-1], of_lengths[:-1]
     setting = "settings tuned for each loss on validation classes" if last.comparison == TUNED else "one fixed setting"
     text = (
-        f"Test Recall@1 of the losses on {last.dataset} after {last.length:,} iterations, {setting}: mean over seeds "
+        f"Test Recall@1 (%) of the losses on {last.dataset} after {last.length:,} iterations, {setting}: mean over "
+        "seeds with its 95 % confidence interval."
     )
-    text += "with its 95 % confidence interval."
     if before:
         lengths = listed([f"{ranking.length:,}" for ranking in before])
         text += f" Small grey points: after {lengths} iterations, the shortest the lightest."

@@ -1,9 +1,11 @@
 """The report and the notebooks as pages: scripts run, figures show something, links lead somewhere."""
 
+import re
 import shutil
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -78,6 +80,26 @@ def test_the_report_is_a_page_that_works_and_loads_nothing(report, visit):
     runs = {link for link in page.evaluate(LINKS) if link.endswith("/run.ipynb")}
     assert len(runs) == 3
     assert page.locator("table").count() > 0
+
+
+def texts(elements):
+    """Texts of elements of a figure; matplotlib draws text as paths and writes it into a comment."""
+    return [part.text.strip() for element in elements for part in element.iter() if part.tag is ElementTree.Comment]
+
+
+def test_axes_with_numbers_have_a_label_and_recall_its_unit(report):
+    labels = []
+    for file in report.glob("*.svg"):
+        reader = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+        groups = ElementTree.parse(file, reader).getroot().iter("{http://www.w3.org/2000/svg}g")
+        for axis in (group for group in groups if str(group.get("id")).startswith("matplotlib.axis_")):
+            ticks = texts(part for part in axis if str(part.get("id"))[1:5] == "tick")
+            label = texts(part for part in axis if str(part.get("id")).startswith("text"))
+            if any(re.fullmatch(r"[−\d.,]+", tick) for tick in ticks):
+                assert label, (file.name, ticks)
+                labels += label
+    assert len(labels) > 20
+    assert all("(%)" in label for label in labels if "Recall" in label)
 
 
 def test_a_report_mailed_alone_works_as_well(report, tmp_path, visit):

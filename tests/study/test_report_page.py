@@ -129,6 +129,13 @@ def test_a_page_is_complete_in_itself(small, page):
     assert len(page.select("table.sortable")) > 10
 
 
+def test_captions_of_figures_name_the_unit(page):
+    captions = [caption.text for caption in page.select('figcaption[id^="figure-"]')]
+    numbers = [text for text in captions if not re.match(r"Figure \d+\. Test queries", text)]  # pictures
+    assert len(numbers) >= len(captions) - 1
+    assert all(re.match(r"Figure \d+\. (Test )?Recall@[\dK]+ \(%\)|Figure \d+\. Densities \(per ", t) for t in numbers)
+
+
 def number(value, decimals=1, plus=False):
     text = f"{value:+.{decimals}f}" if plus else f"{value:.{decimals}f}"
     return text.replace("-", "−")
