@@ -52,25 +52,29 @@ def embedded_rows(
     return found, dataset.labels(rows).to(device)
 
 
-def validation_recall(network: nn.Module, dataset: Dataset, config: RunConfig, device: torch.device) -> float:
+def validation_recall(dataset: Dataset, config: RunConfig, embeddings: Tensor, labels: Tensor) -> float:
     """Measure Recall@1 on the validation classes; the iteration with the highest value is chosen.
 
     Args:
-        network: the network, on `device`.
         dataset: the prepared dataset.
         config: the settings of the run.
-        device: the device that embeds.
+        embeddings: floating-point (n, d), one row per validation image.
+        labels: int64 (n,).
 
     Returns:
         Recall@1 by `validation_protocol`, a fraction in [0, 1].
     """
-    found = split_embeddings(network, dataset, "val", config, device)
-    metric = config.metric or config.trained_metric
-    return _evaluate_split(dataset, "val", validation_protocol(dataset), (1,), *found, metric).metrics["recall@1"]
+    protocol, metric = validation_protocol(dataset), config.metric or config.trained_metric
+    return _evaluate_split(dataset, "val", protocol, (1,), embeddings, labels, metric).metrics["recall@1"]
 
 
 def pair_record(
-    network: nn.Module, dataset: Dataset, rows: np.ndarray, config: RunConfig, device: torch.device
+    network: nn.Module,
+    dataset: Dataset,
+    rows: np.ndarray,
+    validation: tuple[Tensor, Tensor] | None,
+    config: RunConfig,
+    device: torch.device,
 ) -> dict[str, float]:
     """Measure slopes and separation of pairs for a training batch, and separation for the validation classes.
 
@@ -81,6 +85,7 @@ def pair_record(
         network: the network, on `device`.
         dataset: the prepared dataset.
         rows: row numbers of the batch's images in the dataset's index.
+        validation: the result of `split_embeddings` for the validation images, None if there are none.
         config: the settings of the run.
         device: the device that embeds.
 
@@ -93,9 +98,7 @@ def pair_record(
     assert loss is not None
     batch = embedded_rows(network, dataset, rows, config, device)
     record = slope_record(loss, *batch)
-    parts = {"batch": batch}
-    if len(dataset.rows("val")):
-        parts["validation"] = split_embeddings(network, dataset, "val", config, device)
+    parts = {"batch": batch} | ({"validation": validation} if validation else {})
     for name, pairs in parts.items():
         found = separation(*pairs, config.trained_metric)
         record |= {f"{name}_{value}": number for value, number in found.items()}

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from hloss.losses.checks import DeferredChecks, deferred_checks
 from hloss.losses.distributed import global_batch
@@ -20,7 +20,7 @@ from hloss.runs.config import LAST, RunConfig
 from hloss.runs.datasets import Dataset
 from hloss.runs.engine import Fabric
 from hloss.runs.errors import RunError, RunStopped
-from hloss.runs.evaluation import pair_record, validation_recall
+from hloss.runs.evaluation import pair_record, split_embeddings, validation_recall
 from hloss.runs.files import atomic_save
 from hloss.runs.images import channels_last
 from hloss.runs.models import training_mode
@@ -198,24 +198,27 @@ class Loop:
         context, progress = self.context, self.context.progress
         if not context.fabric.is_global_zero:
             return
-        recall = None if context.config.choose == LAST else self._validation_recall()
+        config, execution = context.config, (context.config, context.fabric.device)
+        is_embedded = config.choose != LAST or (config.record_pairs and len(context.dataset.rows("val")))
+        validation = split_embeddings(self.network, context.dataset, "val", *execution) if is_embedded else None
+        recall = self._validation_recall(*validation) if validation and config.choose != LAST else None
         if recall is not None:
             progress["validations"].append([progress["iteration"], recall])
         if recall is None or progress["best"] is None or recall > progress["best"]["recall"]:
             kept = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
             progress["best"] = {"iteration": progress["iteration"], "recall": recall, "network": kept}
-        if progress["iteration"] in context.config.lengths[:-1]:
+        if progress["iteration"] in config.lengths[:-1]:
             at_length = {"iterations": progress["iteration"], "seconds": progress["seconds"], "best": progress["best"]}
             progress["shorter"].append(at_length)
-        if context.config.record_pairs:
+        if config.record_pairs:
             rows = self.batches.rows[self.batches.current]
-            record = pair_record(self.network, context.dataset, rows, context.config, context.fabric.device)
+            record = pair_record(self.network, context.dataset, rows, validation, *execution)
             progress["pairs"].append({"iteration": progress["iteration"], **record})
 
-    def _validation_recall(self) -> float:
+    def _validation_recall(self, embeddings: Tensor, labels: Tensor) -> float:
         context = self.context
         try:
-            return validation_recall(self.network, context.dataset, context.config, context.fabric.device)
+            return validation_recall(context.dataset, context.config, embeddings, labels)
         except NotFiniteError as error:
             iteration = context.progress["iteration"]
             self._fail(f"validation: {error} after iteration {iteration}", error, self.batches.current)

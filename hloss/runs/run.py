@@ -422,7 +422,8 @@ def _test_at_length(
 def _validation_without_training(context: RunContext, network: nn.Module) -> float | None:
     if context.config.choose == LAST:
         return None
-    return validation_recall(network, context.dataset, context.config, context.fabric.device)
+    validation = split_embeddings(network, context.dataset, "val", context.config, context.fabric.device)
+    return validation_recall(context.dataset, context.config, *validation)
 
 
 def _how_chosen(config: RunConfig) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hloss
+from hloss.runs.provenance import code_sha256
 from hloss.study.processes import prepare
 
 ADDRESS = "HLOSS_STARTER"  # variable of the environment that holds the path of the socket
@@ -65,6 +66,7 @@ def main(number: int, started: float) -> None:
     """
     for module in MODULES:
         import_module(module)
+    code_sha256()  # is cached; each run records it
     gc.freeze()  # the garbage collector of forked processes does not write to the memory of these modules
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the processes that attend to clients
     with socket.socket(fileno=number) as listener:

@@ -516,9 +516,7 @@ def test_validations_that_are_all_equal_are_reported(settings, monkeypatch):
     monkeypatch.setattr("hloss.runs.loop.validation_recall", lambda *given: 1.0)
     lines = []
     assert run(parse_config(settings), lines.append)["chosen"]["iteration"] == 4
-    assert lines[-2].startswith(
-        "all 3 validations have Recall@1 100.0 %, so the first is chosen: the validation classes"
-    )
+    assert lines[-2].startswith("all 3 validations have Recall@1 100.0 %, so the first is chosen; use more")
 
 
 def test_a_result_with_a_number_that_is_not_finite_is_not_written(settings, monkeypatch):
