@@ -42,7 +42,9 @@ class ClassSampler:
         self.labels = labels
         counts = labels.unique(return_counts=True)[1]
         if counts.max() < 2:
-            raise ValueError(f"none of the {len(counts)} classes has two images: no batch can have a positive pair")
+            raise ValueError(
+                f"labels must have a class with at least two images: got {len(counts)} classes with one image each"
+            )
         self.sizes: list[int] = counts.tolist()
         self._classes = range(len(self.sizes))
         by_class = labels.argsort(stable=True).split(self.sizes)
@@ -106,7 +108,7 @@ class ClassSampler:
         images, own = torch.as_tensor(state["images"]), torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
             raise ValueError(
-                f"the state belongs to a sampler of other images: it has {len(images)}, this sampler {len(own)}; "
+                f"the state belongs to other labels: it has {len(images)} images, this sampler has {len(own)}; "
                 "use the labels with which the state was saved"
             )
         self.generator.set_state(torch.as_tensor(state["generator"]))

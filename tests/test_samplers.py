@@ -111,7 +111,7 @@ def test_class_shuffle_lets_a_class_straddle_two_batches():
     ("sizes", "options", "message"),
     [
         ((5, 5), {"batch_size": 20}, "batch_size must be at most 10 for 2 classes with images_per_class=10: got 20"),
-        ((1,) * 40, {}, "none of the 40 classes has two images"),
+        ((1,) * 40, {}, "class with at least two images: got 40 classes with one"),
         (SIZES, {"batch_size": 1}, "batch_size must be a whole number of at least 2: got 1"),
         (SIZES, {"images_per_class": 1}, "images_per_class must be a whole number of at least 2: got 1"),
         (SIZES, {"images_per_class": 2.5}, "images_per_class must be a whole number of at least 2: got 2.5"),
@@ -166,7 +166,7 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
             {"images_per_class": 4},
             "images_per_class=4 images: got 2 of 10 classes with fewer, the smallest with 2",
         ),
-        ("balanced", (1,) * 20, {}, "none of the 20 classes has two images"),
+        ("balanced", (1,) * 20, {}, "class with at least two images: got 20 classes with one"),
         ("balanced", (1, *SIZES), {}, "at least images_per_class=2 images: got 1 of 11 classes"),
         (
             "random-class",
@@ -186,7 +186,7 @@ def test_random_classes_give_between_the_fewest_and_the_most_images():
             {"min_images_per_class": 1},
             "min_images_per_class must be a whole number of at least 2: got 1",
         ),
-        ("random-class", (1,) * 40, {}, "none of the 40 classes has two images"),
+        ("random-class", (1,) * 40, {}, "class with at least two images: got 40 classes with one"),
     ],
 )
 def test_the_other_samplers_refuse_what_cannot_make_batches(name, sizes, options, message):

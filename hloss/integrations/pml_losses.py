@@ -56,7 +56,7 @@ class PMLLoss(nn.Module):
         if find_spec("pytorch_metric_learning") is None:
             raise ImportError(f"loss {PREFIX}{name} needs pytorch-metric-learning: pip install 'hloss[pml]'")
         if miner_options and miner is None:
-            raise ValueError(f"miner_options={dict(miner_options)!r} without a miner; set miner")
+            raise ValueError(f"miner_options={dict(miner_options)!r}: there is no miner; give a miner's class name")
         provided = {"num_classes": n_classes, "embedding_size": embedding_dim, "descriptors_dim": embedding_dim}
         self.loss = _built("losses", name, options or {}, provided)
         self.miner = None if miner is None else _built("miners", miner, miner_options or {}, {})
@@ -112,7 +112,9 @@ def _part(module: str, value: str | Mapping[str, Any]) -> nn.Module:
     """Build a distance, reducer or regulariser from its name or `{name: options}`."""
     named = {value: {}} if isinstance(value, str) else value
     if not isinstance(named, Mapping) or len(named) != 1:
-        raise ValueError(f"one of pytorch_metric_learning.{module} must be a name or {{name: options}}: got {value!r}")
+        raise ValueError(
+            f"an option from pytorch_metric_learning.{module} must be a name or {{name: options}}: got {value!r}"
+        )
     ((name, options),) = named.items()
     return _built(module, name, options or {}, {})
 

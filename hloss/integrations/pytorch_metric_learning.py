@@ -148,5 +148,5 @@ def matrix_of_pairs(pairs: Indices, n: int, m: int, within: bool) -> Tensor:
     positive, negative = kinds
     both = (positive & negative).nonzero()
     if len(both):
-        raise ValueError(f"pair {tuple(both[0].tolist())} of indices_tuple is both positive and negative")
+        raise ValueError(f"indices_tuple has pair {tuple(both[0].tolist())} as positive and as negative; list it once")
     return positive.to(torch.int8) - negative.to(torch.int8)

@@ -42,8 +42,9 @@ class _GlobalBatch(nn.Module):
             return self.loss(embeddings, labels, *references)
         if any(reference is not None for reference in references):
             raise ValueError(
-                f"reference embeddings must be None with several processes: got {dist.get_world_size()} processes; "
-                "gather embeddings and references, and call the loss without global_batch"
+                "global_batch does not accept reference embeddings with several processes: got "
+                f"{dist.get_world_size()} processes; gather embeddings and references, and call the loss "
+                "without global_batch"
             )
         labels = checked_labels("labels", labels, len(embeddings))
         sizes = _shares(embeddings)

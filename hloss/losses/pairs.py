@@ -109,9 +109,9 @@ def pair_matrix(multi_hot: Tensor, at_least: int = 1) -> Tensor:
     whole_number("at_least", at_least, 1)
     multi_hot = torch.as_tensor(multi_hot)
     if multi_hot.ndim != 2:
-        raise ValueError(f"multi_hot must be 0 and 1 of shape (n, labels): got {tuple(multi_hot.shape)}")
+        raise ValueError(f"multi_hot must have shape (n, labels): got {tuple(multi_hot.shape)}")
     wrong = ((multi_hot != 0) & (multi_hot != 1)).any(1)
-    refuse_rows("multi_hot must be 0 and 1 of shape (n, labels);", wrong, "hold other numbers")
+    refuse_rows("multi_hot must contain only 0 and 1:", wrong, "contain other numbers")
     with exact_products(multi_hot.device):
         common = multi_hot.float() @ multi_hot.float().T
     return torch.where(common >= at_least, 1, -1).to(torch.int8)

@@ -31,12 +31,13 @@ class LossSettings:
         object.__setattr__(self, "alpha", number("alpha", self.alpha, above=0))
         switch("normalize", self.normalize)
         if self.alpha != 1 and self.order_cost != "softplus":
-            raise ValueError(f'alpha is only for order_cost "softplus": got {self.alpha!r} with {self.order_cost!r}')
+            got = f"{self.alpha!r} with order_cost {self.order_cost!r}"
+            raise ValueError(f'alpha is only for order_cost "softplus": got {got}')
         if self.order_cost == "step" and abs(self.margin / self.delta - self.margin_nodes) > 1e-6:
             width = f"the bin width {self.delta:g} (n_bins={self.n_bins})"
             raise ValueError(f"margin of the step cost must be a multiple of {width}: got {self.margin!r}")
         if self.density == "beta" and self.kernel != "triangular":
-            raise ValueError(f"kernel is only for the histogram density: got {self.kernel!r} with the beta density")
+            raise ValueError(f'kernel must be "triangular" with density "beta": got {self.kernel!r}')
         if self.kernel != "triangular":
             name = f"bandwidth of the {self.kernel} kernel (standard deviation in nodes)"
             object.__setattr__(self, "bandwidth", number(name, self.bandwidth, above=0))

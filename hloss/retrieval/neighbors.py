@@ -72,7 +72,7 @@ def _vectors(queries: Tensor, gallery: Tensor, metric: str) -> tuple[Tensor, Ten
     queries, a = checked_embeddings("queries", queries, metric)
     gallery, b = checked_embeddings("gallery", gallery, metric)
     if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries must be (q, {gallery.shape[1]}) as the gallery: got {tuple(queries.shape)}")
+        raise ValueError(f"queries must have shape (q, {gallery.shape[1]}), like gallery: got {tuple(queries.shape)}")
     if metric == "cosine":
         return F.normalize(queries.double()), F.normalize(gallery.double()), 1.0
     scale = min(a, b)  # One factor for both, so that all squares are finite.

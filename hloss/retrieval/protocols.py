@@ -146,7 +146,7 @@ def _multi_query(rows: _Rows) -> Retrieval:
     pooled = (rows.labels[queries, None] == rows.labels[pool]) & (cameras[queries, None] == cameras[pool])
     if without := (~pooled.any(1)).sum().item():
         raise ValueError(
-            f"{without} of {len(queries)} queries have no image of role pool of their identity and camera; "
+            f"roles: {without} of {len(queries)} queries have no pool image with the same identity and camera; "
             "prepare the dataset with its images for multiple queries (Market-1501: gt_bbox)"
         )
     members, sizes = vectors[pooled.nonzero()[:, 1]], pooled.sum(1)  # Grouped by query.
@@ -186,7 +186,7 @@ def _measured(rows: _Rows, queries: Tensor, scores: dict[str, Tensor]) -> Retrie
 def _cuhk03_single_shot(rows: _Rows, both_ways: bool) -> Retrieval:
     views = rows.cameras.unique().tolist()
     if len(views) != 2:
-        raise ValueError(f"protocol {rows.protocol!r} needs cameras of exactly two views: got {views}")
+        raise ValueError(f"cameras must have exactly two different values for protocol {rows.protocol!r}: got {views}")
     shots = [_SingleShot(rows, a, b) for a, b in ([views, views[::-1]] if both_ways else [views])]
     ranks, query_index = zip(*(shot.drawings(rows.seed) for shot in shots), strict=True)
     measured = _measured(rows, torch.cat(query_index), {"first": torch.cat(ranks).cpu()})

@@ -1,6 +1,6 @@
 """Status and progress files, checkpoints and signal handling of a run.
 
-Other processes read the state of a run in `status.json`, because papermill's exit code does not tell it.
+Other processes read the state of a run in `status.json`, because papermill's exit code does not show it.
 `progress.json` contains the numbers that a run prints.
 
 A new checkpoint is written to a separate file and then renamed; the previous one is kept. A complete checkpoint
@@ -34,7 +34,7 @@ def write_status(folder: Path, state: str, iteration: int, message: str = "", re
 
     Args:
         folder: the run's folder.
-        state: one of STATES. "running" in a folder that no process has locked means that the process was killed.
+        state: one of STATES. If the state is "running" and no process has locked the folder, the run was killed.
         iteration: the last complete iteration, counted from 1; 0 before the first.
         message: why the run stopped or failed.
         retry: whether a new start may succeed.
@@ -54,8 +54,8 @@ def write_progress(folder: Path, **numbers: Any) -> None:
 
     Args:
         folder: the run's folder.
-        **numbers: iteration, iterations, loss, images_per_second, seconds_left and validations, a list of
-            (iteration, Recall@1).
+        **numbers: iteration (the last complete one), iterations (their total number), loss, images_per_second,
+            seconds_left, and validations, a list of (iteration, Recall@1).
     """
     with suppress(OSError):
         atomic_write(folder / PROGRESS, lambda part: part.write_text(json.dumps(numbers) + "\n"))

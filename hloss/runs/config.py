@@ -311,7 +311,8 @@ class RunConfig(BaseModel):
             return
         if not given or given[0] < 1 or given != sorted(set(given)) or given[-1] > self.iterations:
             raise ValueError(
-                f"report_at={given}: the lengths must increase; allowed are 1 to iterations={self.iterations}"
+                f"report_at={given} must be at least one length, in increasing order; allowed are 1 to "
+                f"iterations={self.iterations}"
             )
         for length in given:
             if length % self.validate_every and length != self.iterations:
@@ -425,7 +426,8 @@ class RunConfig(BaseModel):
     def trained_metric(self) -> str:
         """Metric in which the loss compares embeddings, the metric that it trains: "euclidean" or "cosine".
 
-        "euclidean" stands for a loss on embeddings without normalisation. The property builds no loss.
+        "euclidean" means Euclidean distances between embeddings that the loss does not normalise. Reading this property
+        does not build the loss.
         """
         if self.loss.startswith(PREFIX):
             return pml_metric(self.loss_options)
@@ -512,9 +514,9 @@ class RunConfig(BaseModel):
 
     @property
     def slice_size(self) -> int | None:
-        """Images per slice if the share of any process is larger than `micro_batch`, else None (no slices).
+        """Images per slice; None (no slices) if no process has more than `micro_batch` images of a batch.
 
-        Either all processes embed in slices or none does.
+        Either all processes embed in slices, or no process does.
         """
         in_slices = self.micro_batch is not None and self.micro_batch * self.devices < self.batch_size
         return self.micro_batch if in_slices else None

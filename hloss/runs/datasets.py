@@ -59,7 +59,7 @@ class Dataset:
         return torch.tensor(self.index.camera.to_numpy()[rows])
 
     def roles(self, rows: np.ndarray) -> list[str]:
-        """Roles of the given rows in retrieval, n of ROLES."""
+        """Roles of the given rows in retrieval: n strings, each one of ROLES."""
         return self.index.role.to_numpy()[rows].tolist()
 
     def pixels(self, rows: np.ndarray) -> Tensor:
@@ -77,7 +77,8 @@ class Dataset:
         """Count images, classes, images per class and cameras.
 
         Returns:
-            One row per split. Images without a class count for "images" and "cameras" only.
+            One row per split and one column per count. Images without a class are counted in the columns "images" and
+            "cameras" only.
         """
         known = self.index[self.index.label >= 0]
         sizes = known.groupby(["split", "label"]).size().groupby("split")
@@ -205,7 +206,7 @@ def _read_card(file: Path, raw: bytes) -> dict:
         raise DatasetError(f"{file} is not JSON ({error}); {REMEDY}") from error
     missing = [key for key in CARD_KEYS if key not in card]
     if missing:
-        raise DatasetError(f"{file} has no {', '.join(missing)}; {REMEDY}")
+        raise DatasetError(f"{file} lacks the keys {', '.join(missing)}; {REMEDY}")
     if card["format"] != FORMAT:
         raise DatasetError(f"{file} has format {card['format']}, but this version reads format {FORMAT}; {REMEDY}")
     return card
@@ -228,7 +229,7 @@ def _read_index(file: Path, card: dict) -> pd.DataFrame:
     if found != counted:
         names = ("images", "images by role", "classes by split")
         had, named = (", ".join(f"{name} {n}" for name, n in zip(names, of, strict=True)) for of in (found, counted))
-        raise DatasetError(f"{file} must have the numbers in card.json ({named}): got {had}; {REMEDY}")
+        raise DatasetError(f"{file} must match the counts in card.json ({named}): got {had}; {REMEDY}")
     return index
 
 

@@ -106,7 +106,10 @@ def pair_record(
 
 
 def validation_protocol(dataset: Dataset) -> str:
-    """Protocol of the test set, but with single queries, because no validation image has the role "pool"."""
+    """Protocol of the validation classes: that of the test set, but with one image per query.
+
+    No validation image has the role "pool", so a query cannot consist of several images.
+    """
     return str(dataset.card["protocol"]).removesuffix("-multi-query")
 
 
@@ -230,7 +233,7 @@ def is_still_improving(validations: list[tuple[int, float]], length: int) -> boo
         length: number of iterations of the training; later validations are left out.
 
     Returns:
-        True if the first of the best validations came after 9/10 of `length`; False without a validation.
+        True if the highest Recall@1 was first reached after 9/10 of `length`; False without a validation.
     """
     until = [(iteration, recall) for iteration, recall in validations if iteration <= length]
     best = max(until, key=lambda validation: validation[1], default=(0, 0.0))  # the first of equal ones

@@ -21,7 +21,8 @@ NETWORK_FILE = "network.pt"  # in the run's folder: the state dict of the traine
 def project_path(folder: str) -> Path:
     """Resolve a path relative to the project's root.
 
-    The root is the working directory, or its parent if the working directory is `notebooks/` (of a Jupyter kernel).
+    The root is the working directory, or its parent if the working directory is `notebooks/`, as in a
+    Jupyter kernel.
 
     Args:
         folder: a relative or absolute path.
@@ -128,7 +129,7 @@ def atomic_save(file: Path, state: dict[str, Any]) -> None:
         atomic_write(file, lambda part: torch.save(state, part))
     except RuntimeError as error:  # torch.save raises it on a full disk.
         raise OSError(
-            f"{file} could not be written: {error}; free space on the disk or check its permissions"
+            f"{file} cannot be written: {error}; check the free disk space and the permissions of the folder"
         ) from error
 
 

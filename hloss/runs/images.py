@@ -51,7 +51,8 @@ class ImageSettings:
         height: height of the result in pixels.
         width: width of the result in pixels.
         fit: "pad" keeps the aspect ratio: the image is scaled to fit height x width (bicubic) and centred on white.
-            "stretch" changes the aspect ratio (bilinear). Both use an antialiasing filter when they shrink.
+            "stretch" changes the aspect ratio (bilinear). Both use an antialiasing filter when they shrink
+            the image.
         crop: None, or "bbox250", which removes the white border before resizing, as Song et al. (2016) do. The crop is
             the bounding box of all pixels with a grey value below 250, extended by 15 pixels on each side.
     """
@@ -129,7 +130,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _high_byte(values: np.ndarray) -> np.ndarray:
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise BadImage(f"pixels are out of range: got {values.min()} to {values.max()}; at most 16 bits are read")
+        raise BadImage(f"pixels are out of range: got {values.min()} to {values.max()}; allowed are 0 to {0xFFFF}")
     return (values >> 8).astype(np.uint8)
 
 
@@ -140,7 +141,7 @@ def crop_white(image: Image.Image) -> Image.Image:
         image: an RGB image.
 
     Returns:
-        The cropped image; an image without any pixel of grey below 250 is returned unchanged.
+        The cropped image. If all grey values are 250 or more, the image is returned unchanged.
     """
     dark = image.convert("L").point(lambda grey: 255 * (grey < BBOX250["below_grey"]))
     box = dark.getbbox()
@@ -192,7 +193,7 @@ def augment(images: Tensor, crop: int | None, horizontal_flip: bool, generator: 
         images: uint8 (n, c, h, w).
         crop: side of the square crop in pixels; None for the whole image.
         horizontal_flip: whether to flip each image left to right with probability 1/2.
-        generator: random generator on the CPU. All settings draw 3 n numbers from it.
+        generator: random generator on the CPU. Each call draws 3 n numbers from it, whatever the other arguments are.
 
     Returns:
         uint8 (n, c, crop, crop), or (n, c, h, w) without a crop; contiguous.
@@ -241,7 +242,7 @@ def draw_views(
         size: their height and width in pixels.
         crop: side of the square crop in pixels; None for the whole image.
         horizontal_flip: flip each image with probability 1/2.
-        generator: random generator on the CPU. All settings draw 3 n numbers from it.
+        generator: random generator on the CPU. Each call draws 3 n numbers from it, whatever the other arguments are.
 
     Returns:
         The crops and flips, on the CPU.

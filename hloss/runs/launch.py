@@ -39,8 +39,8 @@ def build_fabric(config: RunConfig) -> Fabric:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != config.devices:
         raise ConfigError(
-            f"devices={config.devices} needs as many processes: got {processes}; `python -m hloss.runs` starts one "
-            "process per device"
+            f"devices={config.devices} requires one process per device: got {processes}; `python -m hloss.runs` starts "
+            "these processes"
         )
     check_devices(config)
     # Processes may have different numbers of slices, so a forward pass must not communicate.
@@ -70,8 +70,8 @@ def check_devices(config: RunConfig) -> None:
     found = torch.cuda.device_count()
     if found < config.devices and (config.device == "cuda" or (config.device == "auto" and found)):
         raise ConfigError(
-            f'device="{config.device}" with devices={config.devices} needs as many GPUs: got {found} that torch '
-            'finds; lower devices or set device to "cpu"'
+            f'device="{config.device}" with devices={config.devices} requires one GPU per process: torch finds '
+            f'{found}; lower devices or set device to "cpu"'
         )
 
 
@@ -134,8 +134,8 @@ def _opened_log(log: Path, devices: int) -> Iterator[IO[str]]:
 def stop_with_starter() -> None:
     """Send SIGTERM to this process as soon as the process that started torchrun ends.
 
-    The other end of this process's standard input belongs to that process. When that process ends, the input is closed,
-    and a background thread sends the signal.
+    The standard input of this process is a pipe from the process that started torchrun. When that process ends, the
+    pipe closes, and a background thread sends the signal.
     """
 
     def watch() -> None:

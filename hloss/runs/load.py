@@ -19,7 +19,7 @@ from hloss.runs.models import NO_WEIGHTS, embed, has_pretrained_part
 from hloss.runs.process import default_dtype, gpu_arithmetic, torch_threads
 from hloss.runs.run import network_for
 
-REMEDY = "delete the run's folder and run it again with keep_network=True"
+REMEDY = "delete the run's folder and start the run again with keep_network=True"
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class LoadedRun:
 
         Args:
             images: pixels or files. Pixels are uint8 (n, h, w, c), with the size and channels of the run's dataset.
-                Files are one path or several, of images of any size. Files are decoded and resized like the files of
-                the dataset. For a dataset without image files (glyphs), they are stretched to the dataset's image size;
-                for a grey dataset, they are converted to grey. Pixels and files are cropped at the centre as in the
-                run.
+                Files are one path or a list of paths, of images of any size. They are decoded and resized like the
+                files of the dataset. For a dataset without image files (glyphs), they are stretched to the dataset's
+                image size; for a grey dataset, they are converted to grey. Pixels and files are cropped at the centre
+                as in the run.
 
         Returns:
             Embeddings, float32 (n, d) on the CPU.

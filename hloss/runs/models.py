@@ -11,8 +11,8 @@ the glyph network has four. The setting `batchnorm` selects the statistics that 
 - frozen: running statistics of the initial weights; scale and shift are trained. The embedding of an image does not
   depend on other images, so slices and devices do not change it. This is the default with pretrained weights: batches
   of few classes have other statistics than ImageNet, with which the weights were trained.
-- slices: statistics of each slice (of `micro_batch` images), or of each device's share without slices. The result
-  differs from live. The gradient is exact for the loss that was computed.
+- slices: statistics of each slice of `micro_batch` images; without slices, of each device's share of the batch. The
+  result differs from live. The gradient is exact for the loss that was computed.
 """
 
 from collections.abc import Callable

@@ -31,9 +31,10 @@ def slope_record(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> dict[st
         labels: int64 (n,).
 
     Returns:
-        `pairs_with_slope`, the share of pairs whose absolute slope, times the number of pairs of their group, exceeds
-        `LEAST_SLOPE`. `positive_slope` and `negative_slope`, the sum of the slopes of each group. The dict is empty for
-        other losses, and for a batch without positive or without negative pairs.
+        `positive_slope` and `negative_slope` are the sums of the slopes of the positive and of the negative pairs.
+        `pairs_with_slope` is the share of pairs with N |slope| > `LEAST_SLOPE`. N is the number of positive pairs for a
+        positive pair, and the number of negative pairs for a negative pair. The dict is empty for other losses, and for
+        a batch without positive or without negative pairs.
     """
     upper = torch.ones(len(labels), len(labels), dtype=torch.bool, device=labels.device).triu(1)
     same = labels[:, None] == labels

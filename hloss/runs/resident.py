@@ -101,7 +101,7 @@ def place_images(dataset: Dataset, where: str, device: torch.device) -> Dataset:
 
     Args:
         dataset: the prepared dataset.
-        where: "device"; "host"; or "auto", which is "device" if `fits`, else "host".
+        where: "device"; "host"; or "auto", which means "device" if `fits` returns True, else "host".
         device: the device of the run.
 
     Returns:

@@ -193,10 +193,11 @@ def _memory_advice(context: RunContext, error: RuntimeError) -> str:
     at_once = config.slice_size or -(-config.batch_size // config.devices)
     images = ""
     if isinstance(context.dataset, ResidentDataset):
-        images = f', or images="host", which frees {context.dataset.resident.nbytes / 2**30:.1f} GiB'
+        images = f', or set images="host", which frees {context.dataset.resident.nbytes / 2**30:.1f} GiB'
     return (
-        f"CUDA out of memory with {at_once} images embedded at once: set micro_batch to fewer (with the gradient of "
-        f"the whole batch), or let fewer runs share the GPU{images}. {str(error).partition(chr(10))[0]}"
+        f"CUDA out of memory with {at_once} images embedded at once: set micro_batch to fewer (this keeps the "
+        "gradient of the whole batch), or let fewer runs share the "
+        f"GPU{images}. {str(error).partition(chr(10))[0]}"
     )
 
 
@@ -213,7 +214,7 @@ def _carry_out(context: RunContext) -> dict[str, Any]:
         context.progress.update(saved["progress"])
         if fabric.is_global_zero:
             write_status(config.folder, "running", context.progress["iteration"])
-        context.report(f"continued from iteration {context.progress['iteration']} ({context.progress['stage']})")
+        context.report(f"continued from iteration {context.progress['iteration']} (stage {context.progress['stage']})")
     else:
         losses: dict[str, list[float]] = {CHOOSE: [], REFIT: []}
         context.progress.update(stage=CHOOSE, iteration=0, seconds=0.0, losses=losses, validations=[], best=None)
@@ -296,9 +297,10 @@ def _check_queries(context: RunContext, split: str, protocol: str, remedy: str) 
     if ((queries.matches > 0) & (queries.rivals > 0)).any():
         return
     raise ConfigError(
-        f"dataset {context.config.dataset!r}: split {split} cannot be evaluated by protocol {protocol!r}: got "
-        f"{len(queries)} queries, of which {(queries.matches > 0).sum()} have a match and {(queries.rivals > 0).sum()} "
-        f"a non-match; prepare the dataset with more images or classes (`python -m data_prep check` shows them){remedy}"
+        f"dataset {context.config.dataset!r}: no query of split {split} has both a match and a non-match by protocol "
+        f"{protocol!r}: got {len(queries)} queries, of which {(queries.matches > 0).sum()} have a match and "
+        f"{(queries.rivals > 0).sum()} a non-match; prepare the dataset with more images or classes "
+        f"(`python -m data_prep check` shows their numbers){remedy}"
     )
 
 

@@ -64,7 +64,10 @@ def parameter_groups(network: nn.Module, config: RunConfig) -> list[dict[str, An
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, iteration: int) -> None:
-    """Set the learning rates for iteration 1, 2, ...; lr_step_factor multiplies them every lr_step iterations."""
+    """Set the learning rates of an iteration, counted from 1.
+
+    Every `lr_step` iterations, the learning rates are multiplied by `lr_step_factor`.
+    """
     steps = (iteration - 1) // config.lr_step if config.lr_step else 0
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * config.lr_step_factor**steps
@@ -73,7 +76,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: RunConfig, iter
 class Batches(Iterator[tuple[Tensor, Tensor]]):
     """An endless iterator over the batches of a run.
 
-    Returns this process's share of the images, uint8 (n, c, h, w), and their labels, int64 (n,), counted from 0. Every
+    Each item is this process's share of a batch: images, uint8 (n, c, h, w), and labels, int64 (n,), from 0. Every
     process draws the same whole batch and takes its share. Images and labels are on the device for a ResidentDataset,
     else on the CPU. `state_dict()` is the state after the last batch that was returned.
 
@@ -212,7 +215,7 @@ def gradient(
         micro_batch: images per slice; None for no slices. All processes must have the same choice, because slices
             change the order in which processes exchange embeddings and gradients.
         seed: function of a slice's number that returns the seed of its dropout.
-        loss_seed: seed of the loss, the same in all processes. None for one process: the loss then continues the
+        loss_seed: seed of the loss, the same in all processes. None for one process: the loss then draws from the
             generator that dropout uses.
         check: whether to raise NotFiniteError for a non-finite loss before its gradient is computed; on a GPU, the host
             then waits. If False, the caller must check the returned loss.
@@ -264,7 +267,7 @@ def _seed(device: torch.device, seed: int) -> None:
 
 
 def check_loss(value: float) -> None:
-    """NotFiniteError if a loss is NaN or infinite."""
+    """Raise NotFiniteError if a loss is NaN or infinite."""
     if not math.isfinite(value):
         raise NotFiniteError(f"the loss is {value}")
 

@@ -16,7 +16,7 @@ class UnreadLoss:
 
     Attributes:
         iteration: the number of the iteration, from 1.
-        batch: the images of the batch, as in `Batches.current`.
+        batch: indices of the images of the batch, as in `Batches.current`.
         loss: a scalar on the device.
         checks: the postponed checks of the embeddings.
     """

@@ -134,7 +134,7 @@ def test_failed_jobs_are_retried_to_the_report_of_this_machine(slurm, jobs, new_
         assert continued(run) == (run in hit)
     assert [limits for _, *limits in attempts[killed]] == [["30:00", "4G"], ["1:00:00", "8G"]]
     assert saved_at["before"] < saved_at["last"] == saved_at["status"]
-    assert f"continued from iteration {saved_at['last']} (choose)" in (warned / "run.log").read_text()
+    assert f"continued from iteration {saved_at['last']} (stage choose)" in (warned / "run.log").read_text()
     assert there.results() == here.results()
     assert_frame_equal(there.summary(), here.summary())
     assert_frame_equal(there.claims(), here.claims())

@@ -227,7 +227,7 @@ def test_references_are_accepted_where_theirs_refuses_them():
 def test_a_pair_that_is_positive_and_negative_is_refused():
     embeddings, labels = batch()
     indices = tuple(torch.tensor(x) for x in ([3, 0], [1, 2], [1], [3]))
-    with pytest.raises(ValueError, match=r"pair \(1, 3\) of indices_tuple is both positive and negative"):
+    with pytest.raises(ValueError, match=r"indices_tuple has pair \(1, 3\) as positive and as negative; list it once"):
         HistogramLoss()(embeddings, labels, indices)
     with pytest.raises(ValueError, match="labels and indices_tuple are both None"):
         HistogramLoss()(embeddings)

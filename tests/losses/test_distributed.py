@@ -75,7 +75,8 @@ def test_shares_of_a_batch_equal_the_whole(world, tmp_path):
     for rank in range(world):
         answer = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         references, matrix, widths, dtypes = answer["messages"]
-        assert references.startswith(f"reference embeddings must be None with several processes: got {world} processes")
+        assert references.startswith("global_batch does not accept reference embeddings with several processes")
+        assert f": got {world} processes; gather embeddings and references" in references
         assert matrix.startswith("labels must be")
         assert "all processes: got 7 columns of torch.float64, 6 columns of torch.float64" in widths
         assert "all processes: got 7 columns of torch.bfloat16, 7 columns of torch.float16" in dtypes

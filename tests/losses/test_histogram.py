@@ -254,10 +254,10 @@ def test_unusable_input_is_refused_by_row(spoil, options, message):
         ({"bandwidth": 1.0}, "bandwidth of the triangular kernel must be None: got 1.0"),
         ({"margin": 0.015}, "a multiple of the bin width 0.01 .*got 0.015"),
         ({"margin": -0.1}, "margin must be a finite number of at least 0"),
-        ({"alpha": 2.0}, "alpha is only for order_cost .softplus.: got 2.0 with 'step'"),
+        ({"alpha": 2.0}, "alpha is only for order_cost .softplus.: got 2.0 with order_cost 'step'"),
         (
             {"density": "beta", "kernel": "uniform", "bandwidth": 1.0},
-            "kernel is only for the histogram density: got 'uniform'",
+            "kernel must be .triangular. with density .beta.: got 'uniform'",
         ),
         ({"on_degenerate": "ignore"}, "on_degenerate must be one of raise, zero"),
     ],

@@ -103,7 +103,7 @@ def test_signal_in_the_loop_saves_after_the_iteration(number, settings, uninterr
     assert number.name in status["message"]
     lines = []
     run(config, lines.append)
-    assert lines[0] == "continued from iteration 30 (choose)"
+    assert lines[0] == "continued from iteration 30 (stage choose)"
     assert read_status(config.folder)["state"] == "complete"
     assert_same_outcome(config.folder, uninterrupted)
 
@@ -166,7 +166,7 @@ def test_broken_checkpoint_is_reported_and_the_previous_one_used(kind, settings,
     run(config, lines.append)
     assert lines[0].startswith("checkpoint.pt ")
     assert message in lines[0]
-    assert lines[1] == "continued from iteration 28 (choose)"
+    assert lines[1] == "continued from iteration 28 (stage choose)"
     assert_same_outcome(config.folder, uninterrupted)
 
 
@@ -209,7 +209,7 @@ def test_full_disk_keeps_the_previous_checkpoint(settings, uninterrupted, tmp_pa
     assert (status["state"], status["retry"]) == ("failed", True)
     lines = []
     run(config, lines.append)
-    assert lines[0] == "continued from iteration 29 (choose)"
+    assert lines[0] == "continued from iteration 29 (stage choose)"
     assert_same_outcome(config.folder, uninterrupted)
 
 
@@ -223,7 +223,7 @@ def test_failed_save_keeps_the_checkpoints(tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(OSError, match="cannot be written"):
         save_checkpoint(tmp_path, {"a": 3})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert load_checkpoint(tmp_path, {"a": 2}, print) == {"a": 2}

@@ -286,10 +286,10 @@ def test_report_at_changes_a_run_id_if_it_adds_a_length():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"report_at": []}, "the lengths must increase; allowed are 1 to iterations=60"),
-        ({"report_at": [0]}, "the lengths must increase"),
-        ({"report_at": [40, 20]}, "the lengths must increase"),
-        ({"report_at": [20, 20]}, "the lengths must increase"),
+        ({"report_at": []}, "must be at least one length, in increasing order; allowed are 1 to iterations=60"),
+        ({"report_at": [0]}, "must be at least one length, in increasing order"),
+        ({"report_at": [40, 20]}, "must be at least one length, in increasing order"),
+        ({"report_at": [20, 20]}, "must be at least one length, in increasing order"),
         ({"report_at": [80]}, "allowed are 1 to iterations=60"),
         ({"report_at": [30]}, "no validation takes place after 30 iterations; allowed are multiples of validate_every"),
         ({"report_at": [20], "refit": True}, "does not fit refit=True: .* differs from that of a run of this length"),

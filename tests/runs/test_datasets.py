@@ -109,8 +109,8 @@ def test_query_counts_equal_the_ranks_of_the_protocol(protocol, images):
     ("values", "match"),
     [
         ({"format": 2}, "has format 2, but this version reads format 1"),
-        ({"protocol": None}, r"card\.json has no protocol; prepare the dataset again"),
-        ({"images": 7}, r"the numbers in card\.json \(images 7, .*\): got images 180, "),
+        ({"protocol": None}, r"card\.json lacks the keys protocol; prepare the dataset again"),
+        ({"images": 7}, r"must match the counts in card\.json \(images 7, .*\): got images 180, "),
         ({"classes": {"train": 17, "val": 6, "test": 8}}, r"'train': 17.*: got .*'train': 16"),
         ({"roles": {"both": 179}}, r"'both': 179.*: got .*'both': 180"),
         (

@@ -203,7 +203,7 @@ def test_processes_stopped_in_both_stages_continue_to_the_same_weights(settings,
         status = read_status(parse_config(given).folder)
         expected = ("stopped", int(stop.split()[1])) if stop else ("complete", status["iteration"])
         assert (status["state"], status["iteration"]) == expected
-    assert "continued from iteration 1 (refit)" in answer.stdout
+    assert "continued from iteration 1 (stage refit)" in answer.stdout
     one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
     for key in ("network_sha256", "metrics", "chosen", "validation_recall@1"):
         assert one[key] == other[key]
@@ -291,7 +291,7 @@ def test_processes_end_with_their_parent(settings, tmp_path):
         ),
         (
             {"devices": 2, "device": "cuda"},
-            'device="cuda" with devices=2 needs as many GPUs: got 0 that torch finds; lower devices',
+            'device="cuda" with devices=2 requires one GPU per process: torch finds 0; lower devices',
         ),
         ({"batchnorm": "live", "micro_batch": 2}, "cannot use statistics of the whole batch in slices"),
     ],
@@ -320,7 +320,7 @@ def test_refuses_live_batchnorm_over_several_cpu_processes(settings):
 def test_refuses_another_number_of_processes(settings, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="devices=1 needs as many processes: got 2"):
+    with pytest.raises(ConfigError, match="devices=1 requires one process per device: got 2"):
         run(parse_config(settings), print)
 
 
@@ -329,7 +329,7 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(device, gpus, se
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: pytest.fail("a process was started"))
     config = parse_config({**settings, "devices": 2, "device": device})
-    with pytest.raises(ConfigError, match=f"devices=2 needs as many GPUs: got {gpus} that torch finds; lower devices"):
+    with pytest.raises(ConfigError, match=f"devices=2 requires one GPU per process: torch finds {gpus}; lower devices"):
         run(config)
     status = read_status(config.folder)
     assert (status["state"], status["retry"]) == ("failed", False)

@@ -195,7 +195,7 @@ def without_card(folder):
     (folder / "result.json").write_text(json.dumps(result))
 
 
-REMEDY = "; delete the run's folder and run it again with keep_network=True"
+REMEDY = "; delete the run's folder and start the run again with keep_network=True"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_result_is_written_after_the_network(short, monkeypatch):
 
     with monkeypatch.context() as context:
         context.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"network\.pt could not be written"):
+        with pytest.raises(OSError, match=r"network\.pt cannot be written"):
             run(config, quiet)
     assert not (config.folder / "result.json").exists()
     assert not list(config.folder.glob("*network.pt*"))

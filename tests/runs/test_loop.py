@@ -42,7 +42,7 @@ def test_a_full_disk_does_not_hide_that_the_loss_is_not_finite(settings, monkeyp
     monkeypatch.setattr(RunConfig, "build_loss", lambda self, n_classes=2: NotANumber())
     monkeypatch.setattr(torch, "save", full)
     config = parse_config(settings)
-    with pytest.raises(RunError, match=r"nan at iteration 1; .* lost: .*failed\.pt could not be written"):
+    with pytest.raises(RunError, match=r"nan at iteration 1; .* lost: .*failed\.pt cannot be written"):
         run(config, quiet)
     status = read_status(config.folder)
     assert (status["state"], status["retry"]) == ("failed", False)
@@ -183,7 +183,7 @@ def test_a_run_stopped_between_two_readings_continues_to_the_same_bits(settings,
     assert saved["iteration"] == len(saved["losses"]["choose"]) == 13
     lines = []
     assert run(config, lines.append)["network_sha256"] == whole["network_sha256"]
-    assert lines[0] == "continued from iteration 13 (choose)"
+    assert lines[0] == "continued from iteration 13 (stage choose)"
 
 
 def test_a_refit_tells_its_own_rate(settings, monkeypatch):

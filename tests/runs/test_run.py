@@ -52,7 +52,7 @@ def test_a_killed_run_continues_to_the_same_result(settings, tmp_path):
     assert not (broken.folder / "result.json").exists()
     lines = []
     assert outcome(run(broken, lines.append)) == outcome(whole)
-    assert lines[0] == "continued from iteration 11 (choose)"
+    assert lines[0] == "continued from iteration 11 (stage choose)"
     assert not list(broken.folder.glob("checkpoint*"))
 
 
@@ -126,7 +126,7 @@ def test_a_loss_with_weights_of_its_own_continues_to_the_same_bits(settings, tmp
         run(broken, killed)
     lines = []
     again = run(broken, lines.append)
-    assert lines[0] == "continued from iteration 3 (choose)"
+    assert lines[0] == "continued from iteration 3 (stage choose)"
     assert again["network_sha256"] == whole["network_sha256"]
     assert outcome(again) == outcome(whole)
 
@@ -183,7 +183,7 @@ def test_a_refusal_is_noted_in_a_folder_that_exists_and_makes_none(settings, tmp
 def test_devices_that_are_not_there_are_noted_too(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     config = parse_config({**settings, "device": "cuda"})
-    with pytest.raises(ConfigError, match="needs as many GPUs: got 0 that torch finds"):
+    with pytest.raises(ConfigError, match="requires one GPU per process: torch finds 0"):
         run(config, quiet)
     assert read_status(config.folder)["state"] == "failed"
     assert read_status(config.folder)["retry"] is False
@@ -338,7 +338,9 @@ def test_images_on_the_device_give_the_bits_of_those_on_the_host(settings, tmp_p
     assert results["device"]["network_sha256"] == results["host"]["network_sha256"]
 
 
-@pytest.mark.parametrize(("images", "advice"), [("host", "share the GPU. CUDA"), ("device", r'images="host", which')])
+@pytest.mark.parametrize(
+    ("images", "advice"), [("host", "share the GPU. CUDA"), ("device", r'or set images="host", which')]
+)
 def test_a_gpu_without_enough_memory_is_answered_with_advice(images, advice, settings, monkeypatch):
     class Filling(torch.nn.Module):
         def forward(self, embeddings, labels):
@@ -380,7 +382,7 @@ def test_a_run_on_a_gpu_that_was_killed_continues_to_the_same_bits(network, sett
         run(broken, killed)
     lines = []
     again = run(broken, lines.append)
-    assert lines[0] == f"continued from iteration {last - 1} (choose)"
+    assert lines[0] == f"continued from iteration {last - 1} (stage choose)"
     assert again["network_sha256"] == whole["network_sha256"]
     assert outcome(again) == outcome(whole)
 
@@ -470,7 +472,8 @@ def test_a_split_that_cannot_be_evaluated_is_refused_before_training(
     data = variant(tiny_data, tmp_path / "data", lambda index: change(index, split), protocol=protocol)
     lines = []
     config = parse_config({**settings, "data_dir": str(data)})
-    with pytest.raises(ConfigError, match=f"split {split} cannot be evaluated by protocol '{protocol}': {counts}"):
+    message = f"no query of split {split} has both a match and a non-match by protocol '{protocol}': {counts}"
+    with pytest.raises(ConfigError, match=message):
         run(config, lines.append)
     assert lines == []
     assert read_status(config.folder)["state"] == "failed"
@@ -509,7 +512,7 @@ def test_a_killed_run_without_validation_continues_to_the_same_result(settings, 
         run(broken, killed)
     lines = []
     assert outcome(run(broken, lines.append)) == outcome(whole)
-    assert lines[0] == "continued from iteration 7 (choose)"
+    assert lines[0] == "continued from iteration 7 (stage choose)"
 
 
 def test_validations_that_are_all_equal_are_reported(settings, monkeypatch):
