@@ -21,8 +21,8 @@ def global_batch(loss: nn.Module) -> nn.Module:
 
     Returns:
         A module called in the same way. Without `torch.distributed`, or with one process, its result is that of `loss`.
-        With several processes, reference embeddings, a matrix of pairs, and parts whose embeddings differ in width or
-        dtype raise ValueError.
+        With several processes, it raises ValueError for reference embeddings, for a matrix of pairs, and for parts
+        whose embeddings differ in width or dtype.
 
     Example:
         >>> criterion = global_batch(nn.CrossEntropyLoss())
