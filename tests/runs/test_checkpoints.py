@@ -120,7 +120,7 @@ def test_signal_outside_the_loop_stops_at_once(settings, uninterrupted):
     assert read_status(config.folder)["state"] == "stopped"
     lines = []
     run(config, lines.append)
-    assert lines[0].endswith("(refit)")
+    assert lines[0].endswith("(stage refit)")
     assert_same_outcome(config.folder, uninterrupted)
 
 
