@@ -63,7 +63,8 @@ def _shares(embeddings: Tensor) -> list[int]:
     own = torch.tensor([[*embeddings.shape, dtype]], device=embeddings.device)
     sizes, widths, dtypes = _gathered(own, [1] * dist.get_world_size()).T.tolist()
     if len(set(widths)) > 1 or len(set(dtypes)) > 1:
-        got = [f"{width} columns of {DTYPES[dtype]}" for width, dtype in zip(widths, dtypes, strict=True)]
+        names = (*DTYPES, "another dtype")
+        got = [f"{width} columns of {names[dtype]}" for width, dtype in zip(widths, dtypes, strict=True)]
         raise ValueError(f"embeddings must have the same width and dtype in all processes: got {', '.join(got)}")
     return sizes
 
