@@ -16,7 +16,7 @@ import torch
 
 from hloss.runs.__main__ import run_file
 
-FORKSERVER = multiprocessing.get_context("forkserver")  # `set_forkserver_preload` names the modules to import
+FORKSERVER = multiprocessing.get_context("forkserver")  # conftest.py names the modules to import
 
 
 class Ended(NamedTuple):

@@ -24,9 +24,8 @@ from hloss.runs.load import load_run
 from hloss.runs.loop import Loop, RunContext
 from hloss.runs.models import batchnorms, build_network
 from hloss.runs.run import run
-from tests.helpers.processes import FORKSERVER, execute
+from tests.helpers.processes import execute
 
-FORKSERVER.set_forkserver_preload([__name__, "pytorch_metric_learning.losses"])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
