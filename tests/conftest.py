@@ -17,7 +17,15 @@ settings.load_profile("hloss")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Processes that tests start are forked from one that has imported these modules, which would take each some seconds.
-multiprocessing.set_forkserver_preload(["hloss.runs.__main__", "pytorch_metric_learning.losses", "pandas", "pytest"])
+AT_FIRST_USE = [
+    "faiss",
+    "pyarrow.parquet",
+    "torch._dynamo",
+    "torchvision.transforms.v2",
+]  # hloss or torch imports these
+multiprocessing.set_forkserver_preload(
+    ["hloss.runs.__main__", "pytorch_metric_learning.losses", "pytest", *AT_FIRST_USE]
+)
 
 
 @pytest.fixture(scope="session")

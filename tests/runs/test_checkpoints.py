@@ -24,7 +24,7 @@ KILLING = Path(__file__).parents[1] / "helpers" / "killing.py"
 
 
 RANDOM = {"crop": 15, "horizontal_flip": True, "dropout": 0.3, "refit": True}
-SHORT = {"batch_size": 16, "iterations": 60, "validate_every": 6}
+SHORT = {"batch_size": 16, "iterations": 36, "validate_every": 6}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def assert_same_outcome(folder, expected):
 
 @pytest.mark.parametrize(
     ("kills", "iterations", "seed"),
-    [(6, 60, 0), *(pytest.param(24, 150, s, marks=pytest.mark.slow) for s in range(1, 5))],
+    [(6, 36, 0), *(pytest.param(24, 150, s, marks=pytest.mark.slow) for s in range(1, 5))],
 )
 def test_killed_run_continues_to_the_same_result(kills, iterations, seed, settings, tmp_path):
     settings["iterations"] = iterations
