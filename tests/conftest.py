@@ -17,15 +17,8 @@ settings.load_profile("hloss")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Processes that tests start are forked from one that has imported these modules, which would take each some seconds.
-AT_FIRST_USE = [
-    "faiss",
-    "pyarrow.parquet",
-    "torch._dynamo",
-    "torchvision.transforms.v2",
-]  # hloss or torch imports these
-multiprocessing.set_forkserver_preload(
-    ["hloss.runs.__main__", "pytorch_metric_learning.losses", "pytest", *AT_FIRST_USE]
-)
+PRELOADED = ["hloss.runs.__main__", "pytorch_metric_learning.losses", "pytest", "torchvision.transforms.v2"]
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 @pytest.fixture(scope="session")

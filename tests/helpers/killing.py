@@ -11,10 +11,10 @@ import random
 import signal
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import torch
+import torchvision.transforms.v2  # noqa: F401  # Each child would import it.
 
 from hloss.runs import checkpoints
 from hloss.runs.config import RunConfig, parse_config
@@ -77,8 +77,6 @@ def attempt(config: RunConfig, moment: str, random_moment: random.Random) -> int
 def main() -> None:
     """Kill the run several times, then let it finish."""
     config = parse_config(json.loads(Path(sys.argv[1]).read_text()))
-    for name in ("faiss", "pyarrow.parquet", "torch._dynamo", "torchvision.transforms.v2"):
-        import_module(name)  # The first run of a process imports them.
     random_moment = random.Random(int(sys.argv[3]))
     config.folder.parent.mkdir(parents=True)
     for number in range(int(sys.argv[2])):
