@@ -193,8 +193,8 @@ def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
 def test_facts_have_data_runs_lengths_time_and_hardware():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     assert facts(results) == (
-        "Data: one dataset of drawn characters (glyphs) · 10 runs, of which 10 train a network · at most five seeds per "
-        "method · training of 200 iterations · 5 min 0 s of training on x86_64 CPU, 1 thread per run"
+        "Data: one dataset of drawn characters (glyphs) · 10 runs, of which 10 train a network · at most five seeds "
+        "per method · training of 200 iterations · 5 min 0 s of training on x86_64 CPU, 1 thread per run"
     )
     assert data_words(results.assign(dataset="own")) == "one dataset (own)"
 
