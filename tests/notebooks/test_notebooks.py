@@ -21,6 +21,7 @@ from bs4 import BeautifulSoup
 from data_prep.emblems import draw_pictures
 from data_prep.prepared import PreparationError
 from hloss.runs.config import RunConfig, config_from_notebook
+from hloss.study.spec import OF_TUNING
 from tests.helpers.sample import STUDY, sample_rows, sample_table
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +201,7 @@ def check_tables(shown, means):
             stands[run_id].add(row.comparison)
     longest = means["length"] == means.groupby(["dataset", "comparison", "method"])["length"].transform("max")
     of_losses = means["comparison"].isin(["losses", "tuned losses"])
-    others = ~means["comparison"].str.endswith((": choice", ", initial grid")) & (means["comparison"] != "difficulty")
+    others = ~means["comparison"].str.endswith(OF_TUNING) & (means["comparison"] != "difficulty")
     expected = means[longest & of_losses | others & ~of_losses]
     runs_of = {(row.comparison, row.method, str(row.length)): row.run_ids for row in expected.itertuples()}
     told = {
@@ -213,9 +214,8 @@ def check_tables(shown, means):
     assert {"losses", "tuned losses", "bins", "learning rate"} <= {comparison for comparison, *_ in told}
     (grids,) = (rows for rows in shown if "at an edge of its grid" in rows[0])
     for grid in grids:
-        chosen = means[
-            (means["comparison"] == f"{grid['comparison']}: choice") & (means["length"] == int(grid["length"]))
-        ]
+        chosen = means[means["comparison"] == f"{grid['comparison']}: choice"]
+        chosen = chosen[chosen["length"] == int(grid["length"])]
         of_method = chosen[chosen["method"].str.startswith(f"{grid['method']}, learning_rate")]
         assert grid["runs"].removeprefix("runs") == ", ".join(of_method["run_ids"])
     (appendix,) = (rows for rows in shown if "validation_recall@1" in rows[0])
@@ -276,9 +276,7 @@ def executed(name, **parameters):
     return names
 
 
-COMPARISONS = [
-    name for name in sample_rows()["comparison"].unique() if not name.endswith((": choice", ", initial grid"))
-]
+COMPARISONS = [name for name in sample_rows()["comparison"].unique() if not name.endswith(OF_TUNING)]
 
 
 @pytest.mark.parametrize("comparison", [name for name in COMPARISONS if name not in ("losses", "tuned losses", "bins")])

@@ -13,6 +13,7 @@ from hloss.runs.run import run
 from hloss.study import explore
 from hloss.study.explore import Gallery
 from hloss.study.results import at_length, collect, histories, read_results, recall_names, select_results
+from hloss.study.spec import OF_TUNING
 from hloss.study.statistics import summary
 from tests.helpers.sample import RESULTS, sample_rows
 
@@ -32,7 +33,7 @@ def test_choices_of_the_sample(sample):
     names, rows = explore.comparisons(sample), sample_rows()
     assert names[0] == "losses"
     assert len(names) == len(set(names))
-    assert set(names) == {name for name in rows["comparison"] if not name.endswith((": choice", ", initial grid"))}
+    assert set(names) == {name for name in rows["comparison"] if not name.endswith(OF_TUNING)}
     axes = {name: explore.axes(sample[sample["comparison"] == name]) for name in names}
     several = rows.loc[(rows["comparison"] == "losses") & (rows["length"] > 0), "length"].nunique() > 1
     assert axes["losses"] == ["K", "method", *["training length"] * several, "iteration"]
