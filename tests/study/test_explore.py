@@ -28,6 +28,14 @@ def levels(sample, comparison, setting):
     return sorted(sample.loc[sample["comparison"] == comparison, setting].unique())
 
 
+def test_a_study_has_a_table_or_parts(tmp_path):
+    for name in ("whole/results.parquet", "in parts/parts/one.parquet", "neither/report.html"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    names = ["in parts", "whole"]
+    assert list(explore.studies(tmp_path).items()) == [(name, tmp_path / name / "results.parquet") for name in names]
+
+
 def test_choices_of_the_sample(sample):
     assert explore.studies(RESULTS.parents[1])["sample"] == RESULTS
     names, rows = explore.comparisons(sample), sample_rows()
