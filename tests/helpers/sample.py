@@ -35,3 +35,15 @@ def copy_results(folder: Path) -> None:
         folder: an existing folder.
     """
     shutil.copytree(SAMPLE, folder, ignore=shutil.ignore_patterns("*.html", "*.png", "tables"), dirs_exist_ok=True)
+
+
+def number(value: float, decimals: int = 1, plus: bool = False) -> str:
+    """A number as reports show it, with a typographic minus sign; zero has none.
+
+    Args:
+        value: the number.
+        decimals: decimals to show.
+        plus: whether a number that is not negative has a plus sign.
+    """
+    rounded = round(value, decimals) + 0.0  # -0.0 becomes 0.0
+    return f"{rounded:{'+' * plus}.{decimals}f}".replace("-", "−")

@@ -214,7 +214,8 @@ def check_tables(shown, means):
     assert {"losses", "tuned losses", "bins", "learning rate"} <= {comparison for comparison, *_ in told}
     (grids,) = (rows for rows in shown if "at an edge of its grid" in rows[0])
     for grid in grids:
-        chosen = means[means["comparison"] == f"{grid['comparison']}: choice"]
+        of_grid = [grid["comparison"] + ending for ending in (": choice", ", extended: choice")]
+        chosen = means[means["comparison"].isin(of_grid)]
         chosen = chosen[chosen["length"] == int(grid["length"])]
         of_method = chosen[chosen["method"].str.startswith(f"{grid['method']}, learning_rate")]
         assert grid["runs"].removeprefix("runs") == ", ".join(of_method["run_ids"])

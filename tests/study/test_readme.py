@@ -12,7 +12,7 @@ from scipy import stats
 from hloss.runs.errors import ConfigError
 from hloss.study.claims import conclusions, read_board
 from hloss.study.readme import BEGIN, END, results_page, results_section, typeset, update_results, with_section
-from tests.helpers.sample import ROOT, SAMPLE, copy_results, sample_rows, sample_table
+from tests.helpers.sample import ROOT, SAMPLE, copy_results, number, sample_rows, sample_table
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_each_verdict_is_in_one_line_of_its_group(section, board):
         expected.add((title, text))
         (line,) = (line for line in groups[title].split("- *") if line.startswith((f"{text}*: ", f"{text}*. ")))
         if row["low"] == row["low"]:
-            shown = f"{row['difference']:+.1f} {row['unit']} ({row['confidence']:.3g} % CI {row['low']:+.1f} to "
-            assert f"{shown}{row['high']:+.1f})".replace("-", "−") in line
+            difference, low, high = (number(row[name], plus=True) for name in ("difference", "low", "high"))
+            assert f"{difference} {row['unit']} ({row['confidence']:.3g} % CI {low} to {high})" in line
         assert row["needed"] in line
         assert is_same or all(f"{verdict} after " in line for verdict in rows["verdict"])
     assert sum(group.count("- *") for group in groups.values()) == len(expected)
