@@ -12,7 +12,7 @@ from hloss.study.findings import findings, heading, lines
 from hloss.study.report_page import report_page, with_contents
 from hloss.study.results import distinct_runs, read_results
 from hloss.study.spec import OF_TUNING
-from tests.helpers.sample import PARTS, RESULTS, SAMPLE, number
+from tests.helpers.sample import RESULTS, SAMPLE, number
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -124,7 +124,7 @@ def check_page(page):
 def test_a_page_is_complete_in_itself(small, page):
     check_page(small)
     check_page(page)
-    assert (SAMPLE / "report.html").stat().st_size <= (4_000_000 if PARTS else 3_000_000)
+    assert (SAMPLE / "report.html").stat().st_size <= 3_000_000
     assert len(page.select("script#datatables")) == 1
     assert len(page.select("table.sortable")) > 10
 
