@@ -4,8 +4,8 @@ A sampler yields lists of exactly `batch_size` image indices without end; traini
 The same seed of the generator gives the same batches. Every sampler takes the arguments of `ClassSampler`, and raises
 ValueError if the labels cannot fill the batches.
 
-A visit draws several images of one class, which are the next images in a shuffled order of the class. At the end of the
-order, the class is shuffled again. No image is drawn twice in one visit, and the first ceil(n / images per visit)
+Each class has a shuffled order of its images. A visit to a class draws the next images in this order. At the end of the
+order, the images are shuffled again. No image is drawn twice in one visit, and the first ceil(n / images per visit)
 visits draw all n images of a class. (The authors' code shuffles after every visit, so an image of a large
 class may never be drawn.)
 """
@@ -104,7 +104,7 @@ class ClassSampler:
         } | {name: list(getattr(self, f"_{name}")) for name in self.kept_lists}
 
     def load_state_dict(self, state: dict[str, Tensor | list[int]]) -> None:
-        """Continue after the batch at which `state` was saved; raise ValueError if its labels differ from these."""
+        """Continue after the batch at which `state` was saved; raise ValueError if `state` has other labels."""
         images, own = torch.as_tensor(state["images"]), torch.tensor(list(chain.from_iterable(self._images)))
         if images.shape != own.shape or not torch.equal(self.labels[images], self.labels[own]):
             raise ValueError(
@@ -124,8 +124,8 @@ class ClassShuffleSampler(ClassSampler):
     A visit draws up to `images_per_class` images (10 for CUB and Market-1501 in the authors' code). If a batch ends
     within a visit, the remaining images begin the next batch. A pass visits every class once; it must fill a batch.
 
-    If a new pass begins within a batch, the classes that are already in the batch come last in that pass. Then no image
-    is twice in a batch if a pass draws at least batch_size + images_per_class images.
+    If a new pass begins within a batch, the classes that are already in the batch come last in that pass. Therefore,
+    no image is twice in a batch if a pass draws at least batch_size + images_per_class images.
 
     Example:
         >>> labels, generator = torch.tensor([0, 0, 1, 1, 2, 2]), torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """A small prepared dataset for the tests of runs and studies."""
 
+import multiprocessing
 import signal
 
 import numpy as np
@@ -14,6 +15,10 @@ settings.load_profile("hloss")
 
 # A shell makes programs in the background ignore Ctrl-C, and processes that tests start and interrupt would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes that tests start are forked from one that has imported these modules, which would take each some seconds.
+PRELOADED = ["hloss.runs.__main__", "pytorch_metric_learning.losses", "pytest", "torchvision.transforms.v2"]
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 @pytest.fixture(scope="session")

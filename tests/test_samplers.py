@@ -68,7 +68,7 @@ def test_a_state_is_not_changed_by_drawing_on(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_state_for_other_images_is_refused(name):
-    with pytest.raises(ValueError, match="other images"):
+    with pytest.raises(ValueError, match="other labels"):
         build(name).load_state_dict(build(name, sizes=(20, 20, 20, 20, 20)).state_dict())
 
 

@@ -36,7 +36,7 @@ def test_every_public_module_is_on_one_page_of_the_reference():
 
 
 def test_every_guide_is_in_the_table_of_contents():
-    listed = (DOCS / "index.md").read_text().split()
+    listed = [line.strip() for line in (DOCS / "index.md").read_text().splitlines()]
     pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")} - {"index"}
     assert pages <= set(listed)
     assert all(listed.count(page) == 1 for page in pages)

@@ -1,9 +1,10 @@
 """Baseline losses as their papers define them.
 
-Memory is O(n^2), also for losses over triplets and quadruplets. Where its hinge is above 0, the term of a triplet is a
-difference of two distances plus a constant. The sum over triplets is therefore a sum of distances, each times its
-number of such triplets. Sorting gives these numbers. Quadruplets are summed likewise, with similarities. Within one
-batch, losses over pairs use the pairs i < j.
+Memory is O(n^2), also for losses over triplets and quadruplets. A triplet is active if its hinge is above 0. The term
+of an active triplet is a difference of two distances plus a constant, so the sum over triplets is a weighted sum of
+distances. The weight of a distance d_ap is the number of active triplets that contain it; the weight of d_an is minus
+this number. Sorting gives these numbers. Quadruplets are summed in the same way, with similarities. Within one batch,
+losses over pairs use the pairs i < j.
 """
 
 import torch
@@ -36,7 +37,7 @@ class BaselineLoss(nn.Module):
 
     @property
     def metric(self) -> str:
-        """Similarity for retrieval: "cosine" if the loss normalises the embeddings, else "euclidean"."""
+        """Metric for retrieval: "cosine" if the loss normalises the embeddings, else "euclidean"."""
         return "cosine" if self.normalize else "euclidean"
 
     def forward(
@@ -142,8 +143,8 @@ class LiftedStructure(BaselineLoss):
 class Triplet(BaselineLoss):
     """Triplet hinge on squared Euclidean distances d of L2-normalised embeddings, equation 3 of Schroff et al. 2015.
 
-    The mean of d_ap - d_an + margin over all triplets (anchor a, positive p, negative n) with a value above 0. The loss
-    is 0 with a zero gradient if there is no such triplet.
+    The loss is the mean of the positive values d_ap - d_an + margin over all triplets (anchor a, positive p, negative
+    n). The loss is 0 with a zero gradient if no value is positive.
 
     Args:
         margin: margin of the squared distances, above 0; the paper (FaceNet) uses 0.2.
@@ -190,7 +191,8 @@ class Contrastive(BaselineLoss):
 
     Args:
         margin: distance above which the cost of a negative pair is 0; above 0.
-        normalize: L2-normalise the embeddings, unlike the paper. If False, choose the margin on the embeddings' scale.
+        normalize: L2-normalise the embeddings, unlike the paper. If False, choose a margin that suits the embeddings'
+            norms.
         on_degenerate: "raise" or "zero", for a batch without any pair.
 
     Example:
@@ -215,8 +217,8 @@ class Contrastive(BaselineLoss):
 class Quadruplet(BaselineLoss):
     """Quadruplet hinge on cosine similarities, the limit of the histogram loss with the linear cost for many bins.
 
-    The mean of max(0, margin + s_negative - s_positive) over all combinations of a positive and a negative pair. There
-    are O(n^4) terms; sorting the pairs makes the exact sum cheap.
+    The loss is the mean of max(0, margin + s_negative - s_positive) over all combinations of a positive and a negative
+    pair. There are O(n^4) terms; sorting the pairs makes the exact sum cheap.
 
     Args:
         margin: margin of the similarities, at least 0.

@@ -75,7 +75,7 @@ def deferred_checks(every: int = 10) -> Iterator[DeferredChecks]:
 
 
 def is_deferred() -> bool:
-    """Whether checks are deferred here."""
+    """Return whether the call is inside a `deferred_checks` context."""
     return _deferred.get() is not None
 
 

@@ -212,7 +212,7 @@ def cost_matrix(s: LossSettings, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def kernel_matrix(s: LossSettings, device: torch.device) -> Tensor:
-    """Return K[r, b], the mass in the cell from r - 1/2 to r + 1/2 of the kernel centred at b, in units of Delta.
+    """Return K[r, b], the mass of the kernel centred at b in the cell from r - 1/2 to r + 1/2, in units of Delta.
 
     Mass below the first cell and above the last cell is reflected. Columns sum to 1.
     """

@@ -21,8 +21,8 @@ def global_batch(loss: nn.Module) -> nn.Module:
 
     Returns:
         A module called in the same way. Without `torch.distributed`, or with one process, its result is that of `loss`.
-        With several processes, reference embeddings, a matrix of pairs, and parts whose embeddings differ in width or
-        dtype raise ValueError.
+        With several processes, it raises ValueError for reference embeddings, for a matrix of pairs, and for parts
+        whose embeddings differ in width or dtype.
 
     Example:
         >>> criterion = global_batch(nn.CrossEntropyLoss())
@@ -63,7 +63,8 @@ def _shares(embeddings: Tensor) -> list[int]:
     own = torch.tensor([[*embeddings.shape, dtype]], device=embeddings.device)
     sizes, widths, dtypes = _gathered(own, [1] * dist.get_world_size()).T.tolist()
     if len(set(widths)) > 1 or len(set(dtypes)) > 1:
-        got = [f"{width} columns of {DTYPES[dtype]}" for width, dtype in zip(widths, dtypes, strict=True)]
+        names = (*DTYPES, "another dtype")
+        got = [f"{width} columns of {names[dtype]}" for width, dtype in zip(widths, dtypes, strict=True)]
         raise ValueError(f"embeddings must have the same width and dtype in all processes: got {', '.join(got)}")
     return sizes
 

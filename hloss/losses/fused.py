@@ -36,7 +36,7 @@ def serves(
 ) -> bool:
     """Return whether the fused kernels compute this loss.
 
-    The result is False for wrong shapes, for which the streaming implementation raises the error.
+    For wrong shapes, the result is False, and the streaming implementation raises the error.
     """
     return (
         embeddings.is_cuda

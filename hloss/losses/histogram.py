@@ -191,15 +191,16 @@ def _density_of(embeddings: Tensor, labels: Tensor, *references: Tensor | None, 
 
 
 def reverse_probability(embeddings: Tensor, labels: Tensor, ties: str = "half") -> float:
-    """Return the probability that a negative pair is more similar than a positive pair, which the loss estimates.
+    """Return the exact probability that a negative pair is more similar than a positive pair.
 
+    The histogram loss estimates this probability.
     For P pairs i < j, of which p are positive, time is O(P (d + log p)) and memory is O(n d + p).
 
     Args:
         embeddings: floating-point (n, d). The function L2-normalises them.
         labels: integer class labels (n,), or a matrix of pairs as for `HistogramLoss`.
-        ties: weight of a negative pair exactly as similar as a positive pair. "half" is 1/2; the result is then
-            1 - ROC AUC. "count" is 1, the limit of the loss for many bins.
+        ties: weight of a negative pair that is exactly as similar as a positive pair. With "half", the weight is 1/2,
+            and the result is 1 - ROC AUC. With "count", it is 1, and the result is the limit of the loss for many bins.
 
     Raises:
         ValueError: an argument is wrong, or there is no positive or no negative pair.

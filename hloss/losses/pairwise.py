@@ -21,7 +21,7 @@ def squared_within(y: Tensor) -> Tensor:
 
 
 def root(squared: Tensor) -> Tensor:
-    """Return distances from their squares. The gradient at 0, where none exists, is 0."""
+    """Return distances from their squares. The square root has no derivative at 0; the gradient there is set to 0."""
     zero = squared <= 0
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 

@@ -5,9 +5,9 @@ their pairs to a table of integers. `finish_step` or `finish_matrix` computes th
 slope is the derivative of the loss with respect to the similarity of a pair, for each group and interval.
 
 Backward: the matrix of the slopes of all pairs is multiplied by the embeddings. `through_norm` differentiates the
-normalisation. For at most KEPT_PAIRS pairs, the forward pass stores a place for each pair, the index of its slope, and
-`multiply` reads the slopes at these indices. For more pairs, `find_slopes` computes the similarities again. It
-fills one block of the matrix of slopes at a time, and cuBLAS multiplies the block, so memory does not grow with the
+normalisation. For at most KEPT_PAIRS pairs, the forward pass stores the place of each pair, which is the index of its
+slope. `multiply` then reads the slopes at these indices. For more pairs, `find_slopes` computes the similarities again.
+It fills one block of the matrix of slopes at a time, and cuBLAS multiplies the block, so memory does not grow with the
 number of pairs.
 """
 
@@ -412,8 +412,9 @@ def bilinear_forms(s: LossSettings, device: torch.device) -> Tensor:
     """Return three matrices from which `finish_matrix` computes the loss and the slopes, float64 (3, nodes, nodes).
 
     Let n and p be the masses of the negative and positive pairs at the nodes by equation 2. The first matrix A gives
-    the loss n' A p. The second times p gives the slopes of the negative pairs, the third times n those of the positive
-    pairs. `finish_matrix` divides all three by the product of the numbers of negative and positive pairs.
+    the loss n' A p. The product of the second matrix and p gives the slopes of the negative pairs. The product of the
+    third matrix and n gives the slopes of the positive pairs. `finish_matrix` divides the loss and the slopes by the
+    product of the numbers of negative and positive pairs.
     """
     form = cost_matrix(s, device)
     if s.kernel != "triangular":

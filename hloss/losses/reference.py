@@ -25,7 +25,7 @@ from torch.nn import functional as F
 def histogram_loss(
     embeddings: Tensor, labels: Tensor, n_bins: int = 200, normalize: bool = True, **cost: Any
 ) -> Tensor:
-    """Return L = sum over r, q of h-_r C_rq h+_q, equations 4 and 6. `cost` holds arguments of `order_costs`."""
+    """Return L = sum over r, q of h-_r C_rq h+_q, equations 4 and 6. `cost` contains arguments of `order_costs`."""
     h_positive, h_negative = (histogram(s, n_bins) for s in pair_similarities(embeddings, labels, normalize))
     t = nodes(n_bins)
     C = order_costs(t[:, None] - t, **cost).to(h_positive)

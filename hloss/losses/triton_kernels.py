@@ -247,8 +247,9 @@ def bin_pairs(
 ):
     """Fill the table with counts and sums of fractions.
 
-    It contains 2 NODES counts, 2 NODES sums of fractions, FLAGS flags, and a lane for each program: its 2 NODES packed
-    numbers. A row has `across` tiles. Within one batch, only tiles on and above the diagonal are computed.
+    The table contains 2 NODES counts, 2 NODES sums of fractions, and FLAGS flags. It also contains one lane per
+    program; a lane has 2 NODES packed numbers. A row has `across` tiles. Within one batch, only tiles on and above the
+    diagonal are computed.
 
     A packed number can count 2^18 pairs. Before it overflows, it is added to the shared counts and sums.
     """
@@ -309,7 +310,7 @@ def _report(table, checks, negatives, positives, NODES: tl.constexpr):
 
 @triton.jit
 def finish_step(table, loss, slopes, checks, NODES: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr):
-    """Compute loss and slopes for the triangular kernel and the step cost, margin SHIFT nodes, in one program."""
+    """Compute loss and slopes in one program, for the triangular kernel and the step cost with margin SHIFT * Delta."""
     negatives = _total(table, NODES, CHUNK)
     positives = _total(table + NODES, NODES, CHUNK)
     _report(table, checks, negatives, positives, NODES)

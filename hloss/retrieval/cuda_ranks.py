@@ -17,8 +17,9 @@ def strip_height(columns: int) -> int:
 def rivals_by_strips(space: SimilaritySpace, labels: Tensor, edge: Tensor, strips: list[tuple[slice, slice]]) -> Tensor:
     """Count the rivals of each image: the images of other classes whose similarity is at least its `edge`.
 
-    A strip consists of some rows and, by symmetry, only the columns from its first row on. Results are read from the
-    device after all strips. Queries whose count is uncertain because of rounding are then counted again in float64.
+    A strip that begins at row i has only the columns j >= i, because the similarities are symmetric. Results are read
+    from the device after all strips. Queries whose count is uncertain because of rounding are then counted again in
+    float64.
     """
     n, height = len(labels), strips[0][0].stop
     low, high = space.doubt(edge)

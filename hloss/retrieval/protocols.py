@@ -68,15 +68,16 @@ def evaluate(
             "market1501": as "cuhk03-767-700". Images of role junk are ignored, and distractors never match.
             "query-gallery": as "market1501", but without cameras. A query of role both is not compared with itself.
             "market1501-multi-query": as "market1501", but a query is the mean of the pool images of its identity
-            and camera (normalised for the cosine). Metrics `max_...` use their maximum in each dimension instead.
+            and camera (normalised for the cosine). Metrics `max_...` use the maximum per dimension instead of the mean.
         embeddings: floating-point (n, d).
         labels: integer identities or classes (n,).
         k: the values of K in `recall@K`.
         metric: "cosine", or "euclidean" without normalisation.
         cameras: integers (n,), for all protocols except all-vs-rest and query-gallery. The single-shot protocols need
             exactly two different cameras.
-        roles: role of each image, n strings, for 767-700, Market-1501 and query-gallery: "query", "gallery", "both",
-            "junk" (ignored), "distractor" (in the gallery, never a match) or "pool" (used only for multiple queries).
+        roles: role of each image, n strings, for all protocols except all-vs-rest and single-shot: "query", "gallery",
+            "both", "junk" (ignored), "distractor" (in the gallery, never a match) or "pool" (used only for multiple
+            queries).
         seed: seed of the random draws.
 
     Raises:

@@ -165,7 +165,7 @@ def _counted_above(rising: Tensor, values: Tensor, lanes: int) -> Tensor:
 
 
 def match_scores(ranks: Tensor) -> dict[str, Tensor]:
-    """Return, by name, the rank of the first match and the float64 scores of each query, from `match_ranks`."""
+    """Return the rank of the first match and the float64 scores of each query, given the result of `match_ranks`."""
     there = ranks > 0
     n_matches = there.sum(1).clamp(min=1)
     place = torch.arange(1, ranks.shape[1] + 1, device=ranks.device, dtype=torch.float64)
@@ -187,6 +187,9 @@ def checked_k(k: Iterable[int]) -> tuple[int, ...]:
 
 
 def recall_fractions(ranks: Tensor, k: Iterable[int]) -> dict[int, float]:
-    """Return Recall@K for each K, over the queries with a match. `ranks` are of the first matches, 0 for none."""
+    """Return Recall@K for each K, over the queries with a match.
+
+    `ranks` contains the rank of the first match of each query, or 0 for a query without a match.
+    """
     matched = ranks[ranks > 0]
     return {at: (matched <= at).double().mean().item() for at in k}

@@ -214,9 +214,13 @@ def length_answer(of_lengths: list[Ranking]) -> Answer:
 
 def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
     last, orders = of_lengths[-1], [list(ranking.rows["method"]) for ranking in of_lengths]
-    others = [(r, order[0]) for r, order in zip(of_lengths, orders, strict=True) if order[0] != orders[-1][0]]
-    if others:
-        shown = ", ".join(f"{first} after {r.length:,} ({r.rows.iloc[0]['recall@1']:.1f} %)" for r, first in others)
+    lengths_of: dict[str, list[str]] = {}  # of the losses that are first at a shorter length, but not at the last
+    for ranking, (first, *_) in zip(of_lengths, orders, strict=True):
+        if first != orders[-1][0]:
+            mean = ranking.rows.iloc[0]["recall@1"]
+            lengths_of.setdefault(first, []).append(f"{ranking.length:,} ({mean:.1f} %)")
+    if lengths_of:
+        shown = ", ".join(f"{first} after {listed(lengths)}" for first, lengths in lengths_of.items())
         return "The order depends on the training length.", f"The highest mean was that of {shown}."
     lengths = listed([f"{ranking.length:,}" for ranking in of_lengths[:-1]])
     if all([m for m in order if m in orders[-1]] == [m for m in orders[-1] if m in order] for order in orders):

@@ -555,7 +555,8 @@ def _compare_budgets(claim: Claim, runs: pd.DataFrame) -> tuple[pd.DataFrame, li
     for settings in (claim.method, *(claim.rivals or [])):
         grid = _complete_runs(runs, settings)
         missed, k = missed_by_budget(grid["validation_recall@1"].to_numpy())
-        label = f"{settings['loss']}, best of {k} random settings minus best of all {len(grid)}, on validation classes"
+        loss = grid["method"].iloc[0].partition(",")[0]  # the settings follow
+        label = f"{loss}, best of {k} random settings minus best of all {len(grid)}, on validation classes"
         holds = (missed < claim.margin) == (settings is claim.method)
         note = " (expected value over draws of the settings, no test)"
         unknown = Estimate(-missed, math.nan, 1)

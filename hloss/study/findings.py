@@ -137,7 +137,7 @@ def lines(group: list[Finding]) -> list[tuple[int, str, list[str]]]:
 def _part(found: Finding, is_said: bool) -> str:
     """A verdict in words, with its name; whether runs are still improving, if the group's heading does not say it."""
     name = f"{found.name}: " * bool(found.name)
-    return f"{name}{found.told}{' (runs are still improving)' * (found.is_improving and not is_said)}"
+    return f"{name}{found.told}{'; runs are still improving' * (found.is_improving and not is_said)}"
 
 
 def note(name: str, board: pd.DataFrame) -> str:

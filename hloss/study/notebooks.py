@@ -33,7 +33,7 @@ REFUSALS = ("ConfigError", "DatasetError")  # another attempt would raise these 
 STOP_SECONDS = 20  # Slurm's KillWait is 30 unless the cluster says otherwise
 
 
-def check_parameters() -> None:
+def check_training_notebook() -> None:
     """Check that the parameters of notebooks/20_train.ipynb are the settings of a run.
 
     papermill only warns about an unknown parameter.

@@ -11,7 +11,7 @@ from hloss.runs.errors import ConfigError
 from hloss.runs.files import file_lock
 from hloss.study.claims import conclusions
 from hloss.study.devices import SLOTS, visible_devices
-from hloss.study.notebooks import check_parameters
+from hloss.study.notebooks import check_training_notebook
 from hloss.study.processes import call
 from hloss.study.profiles import profile_folder, uses_slurm
 from hloss.study.progress import Progress
@@ -50,7 +50,7 @@ def run_study(study: Study, profile: str, cores: int, keep: bool) -> None:
         SlurmError: if the queue cannot be read.
         SystemExit: if a run fails in all of its attempts.
     """
-    check_parameters()
+    check_training_notebook()
     refuse_mixed_settings(study)
     folder = profile_folder(profile)
     on_slurm = uses_slurm(folder)

@@ -22,11 +22,12 @@ from typing import Any, NoReturn
 
 import hloss
 from hloss.runs.provenance import code_sha256
+from hloss.study.jupyter_kernels import NOTEBOOK_IMPORTS
 from hloss.study.processes import prepare
 
 ADDRESS = "HLOSS_STARTER"  # variable of the environment that holds the path of the socket
-MODULES = ("hloss.runs.run", "hloss.study.notebooks", "hloss.study.plots", "hloss.study.tuning", "ipykernel.kernelapp")
-ACCEPTED, REFUSED = b"y", b"n"  # the first answer to a client; the second is the exit status, as one byte
+MODULES = (*NOTEBOOK_IMPORTS, "hloss.study.notebooks", "hloss.study.tuning", "ipykernel.kernelapp")
+ACCEPTED = b"y"  # the first answer to a client; the second is the exit status, as one byte
 REQUEST_SECONDS = 10  # time that a client has to send its command
 STOP_SECONDS = 30  # time that a process has to end after its client has ended
 
@@ -85,8 +86,7 @@ def _attend(connection: socket.socket, started: float) -> str:
     connection.settimeout(REQUEST_SECONDS)
     request, streams = _receive(connection)
     if _is_changed(started):
-        connection.send(REFUSED)
-        os._exit(0)
+        os._exit(0)  # without an answer, the client carries out its command itself
     connection.send(ACCEPTED)
     connection.settimeout(None)
     if process := os.fork():

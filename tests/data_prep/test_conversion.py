@@ -240,9 +240,7 @@ def test_a_killed_preparation_leaves_no_partial_dataset(tmp_path, older):
         with pytest.raises(DatasetError, match=r"prepared in .*: none"):
             open_dataset(data / "mine")
     small = write_folder(tmp_path / "small", images())
-    again = start(small, data / "mine", "--size", "16x16")
-    assert again.wait(60) == 0, again.stderr.read()
-    again.communicate()
+    folder.prepare(small, data / "mine", SMALL)
     assert children(data) == ["mine"]
     assert open_dataset(data / "mine").card["images"] == N
 

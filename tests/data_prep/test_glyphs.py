@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from functools import cache
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +14,13 @@ from data_prep.glyph_list import LIST_FILE
 from data_prep.prepared import PreparationError, new_folder
 from hloss.runs.datasets import open_dataset
 from hloss.runs.errors import DatasetError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """The characters are drawn once for all tests, which takes most of a preparation."""
+    with patch.object(glyphs, "draw_dataset", cache(glyphs.draw_dataset)):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,7 @@ def test_splits_are_disjoint_and_have_the_stated_shares(prepared):
 
 def test_a_second_preparation_gives_the_same_bytes(prepared, tmp_path):
     folder, card = prepared
+    glyphs.draw_dataset.cache_clear()
     again = glyphs.prepare(tmp_path / "glyphs")
     assert again == card
     assert (tmp_path / "glyphs" / "card.json").read_bytes() == (folder / "card.json").read_bytes()

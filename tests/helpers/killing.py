@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import torchvision.transforms.v2  # noqa: F401  # Each child would import it.
 
 from hloss.runs import checkpoints
 from hloss.runs.config import RunConfig, parse_config

@@ -320,7 +320,7 @@ def linear():
 
 
 def test_the_distributed_wrapper_of_two_processes_is_the_loss_of_the_whole_batch(tmp_path):
-    multiprocessing.spawn(share_of_two, (tmp_path,), nprocs=2)
+    multiprocessing.start_processes(share_of_two, (tmp_path,), nprocs=2, start_method="forkserver")
     images, labels = batch()
     network = linear()
     whole = HistogramLoss()(network(images.detach()), labels)

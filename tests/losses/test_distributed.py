@@ -71,7 +71,7 @@ def work(rank, folder, world):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_shares_of_a_batch_equal_the_whole(world, tmp_path):
-    multiprocessing.spawn(work, (tmp_path, world), nprocs=world)
+    multiprocessing.start_processes(work, (tmp_path, world), nprocs=world, start_method="forkserver")
     for rank in range(world):
         answer = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         references, matrix, widths, dtypes = answer["messages"]

@@ -21,6 +21,7 @@ from bs4 import BeautifulSoup
 from data_prep.emblems import draw_pictures
 from data_prep.prepared import PreparationError
 from hloss.runs.config import RunConfig, config_from_notebook
+from hloss.runs.errors import ConfigError, DatasetError
 from hloss.study.spec import OF_TUNING
 from tests.helpers.sample import STUDY, sample_rows, sample_table
 
@@ -79,9 +80,9 @@ def test_papermill_refuses_an_unknown_parameter_of_a_report(tmp_path):
     assert "comparsion: unknown parameter (did you mean comparison?); the parameters of this notebook" in answer.stderr
 
 
-def papermill(out, *parameters):
-    command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(out)]
-    for name, value in parameters:
+def papermill(out, options=(), **parameters):
+    command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(out), *options]
+    for name, value in parameters.items():
         command += ["-p", name, value]
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -89,40 +90,34 @@ def papermill(out, *parameters):
 
 def test_papermill_starts_a_run(tiny_data, tmp_path):
     small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "4", "validate_every": "2"}
-    places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
-    answer = papermill(tmp_path / "out.ipynb", ("loss", "histogram"), *small.items(), *places.items())
+    small |= {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
+    answer = papermill(tmp_path / "out.ipynb", loss="histogram", **small)
     assert answer.returncode == 0, answer.stderr
     (result,) = (tmp_path / "runs").glob("notebook/*/result.json")
     assert json.loads(result.read_text())["config"]["loss"] == "histogram"
     before = result.read_bytes()
-    answer = papermill(tmp_path / "out.ipynb", ("n_bins", "50"), *small.items(), *places.items())
+    loss = {"loss": "pml:TripletMarginLoss", "loss_options": '{"margin": 0.2}', "miner": "TripletMarginMiner"}
+    answer = papermill(tmp_path / "out.ipynb", ["-y", "miner_options: {type_of_triplets: semihard}"], **loss, **small)
     assert answer.returncode == 0, answer.stderr
     (new,) = set((tmp_path / "runs").glob("notebook/*/result.json")) - {result}  # another setting, another folder
-    assert json.loads(new.read_text())["config"]["n_bins"] == 50
+    config = json.loads(new.read_text())["config"]
+    assert (config["loss_options"], config["miner_options"]) == ({"margin": 0.2}, {"type_of_triplets": "semihard"})
     assert result.read_bytes() == before
 
 
-def test_papermill_passes_the_options_of_a_pml_loss(tiny_data, tmp_path):
-    small = {"dataset": "tiny", "batch_size": "24", "images_per_class": "4", "iterations": "2", "validate_every": "2"}
-    places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path / "runs")}
-    loss = {"loss": "pml:TripletMarginLoss", "loss_options": '{"margin": 0.2}', "miner": "TripletMarginMiner"}
-    command = [sys.executable, "-m", "papermill", "notebooks/20_train.ipynb", str(tmp_path / "out.ipynb")]
-    for name, value in {**small, **places, **loss}.items():
-        command += ["-p", name, value]
-    command += ["-y", "miner_options: {type_of_triplets: semihard}"]
-    environment = {**os.environ, "PYTHONWARNINGS": "default"}
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    (result,) = (tmp_path / "runs").glob("notebook/*/result.json")
-    config = json.loads(result.read_text())["config"]
-    assert (config["loss_options"], config["miner_options"]) == ({"margin": 0.2}, {"type_of_triplets": "semihard"})
-
-
-@pytest.mark.parametrize(("name", "value"), [("n_bin", "50"), ("n_bins", "0"), ("dataset", "gliphs")])
-def test_papermill_refuses_a_wrong_parameter_before_training(name, value, tmp_path):
-    answer = papermill(tmp_path / "out.ipynb", (name, value), ("runs_dir", str(tmp_path / "runs")))
+def test_papermill_refuses_an_unknown_parameter_before_training(tmp_path):
+    answer = papermill(tmp_path / "out.ipynb", n_bin="50", runs_dir=str(tmp_path / "runs"))
     assert answer.returncode != 0
-    assert name in answer.stderr or "is not prepared" in answer.stderr
+    assert "n_bin" in answer.stderr
+    assert not list((tmp_path).glob("runs/*/*/result.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [("n_bins", 0, "n_bins must be"), ("dataset", "gliphs", "is not prepared")]
+)
+def test_training_notebook_refuses_a_wrong_value_before_training(name, value, message, tmp_path):
+    with pytest.raises((ConfigError, DatasetError), match=message):
+        executed("20_train", **{name: value}, runs_dir=str(tmp_path / "runs"))
     assert not list((tmp_path).glob("runs/*/*/result.json"))
 
 
@@ -225,12 +220,14 @@ def check_tables(shown, means):
     assert {row["threads"] for row in made} == {"1"}
 
 
-def test_report_works_before_any_training_is_complete(sample, tmp_path):
+def test_report_works_before_any_training_is_complete(sample, tmp_path, capsys):
     sample["complete"] &= sample["loss"] == "none"
     collected_earlier = sample.drop(columns="threads", errors="ignore")
-    assert "This study is not complete" in report(tmp_path, collected_earlier)
+    collected_earlier.to_parquet(tmp_path / "results.parquet")
+    executed("90_report", results_file=str(tmp_path / "results.parquet"), report_dir=str(tmp_path))
     board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False)
     assert set(board[board["claim"] != "quadratic cost"]["verdict"]) == {"not run"}
+    capsys.readouterr()
 
 
 def test_report_separates_published_values_of_other_protocols(sample, tmp_path):
@@ -256,12 +253,14 @@ def test_report_separates_published_values_of_other_protocols(sample, tmp_path):
         ("chosen_how", "best Recall@1 on test classes"),
     ],
 )
-def test_report_refuses_results_that_are_not_comparable(name, value, sample, tmp_path):
+def test_report_refuses_results_that_are_not_comparable(name, value, sample, tmp_path, capsys):
     row = sample.index[sample["iterations"] > 0][7]
     sample.loc[row, name] = value
-    with pytest.raises(RuntimeError, match=f"run {sample.loc[row, 'run_id']} .* has {name}='{value}'"):
-        report(tmp_path, sample)
+    sample.to_parquet(tmp_path / "results.parquet")
+    with pytest.raises(ConfigError, match=f"run {sample.loc[row, 'run_id']} .* has {name}='{value}'"):
+        executed("90_report", results_file=str(tmp_path / "results.parquet"), report_dir=str(tmp_path))
     assert not (tmp_path / "claims.csv").exists()
+    capsys.readouterr()
 
 
 def executed(name, **parameters):

@@ -23,16 +23,21 @@ from hloss.runs.run import run
 KILLING = Path(__file__).parents[1] / "helpers" / "killing.py"
 
 
+RANDOM = {"crop": 15, "horizontal_flip": True, "dropout": 0.3, "refit": True}
+SHORT = {"batch_size": 16, "iterations": 36, "validate_every": 6}
+
+
 @pytest.fixture
 def settings(settings):
     """A run with dropout, crops, horizontal flips and refit, which saves a checkpoint after every iteration."""
-    random = {"crop": 15, "horizontal_flip": True, "dropout": 0.3, "refit": True}
-    return settings | random | {"batch_size": 16, "iterations": 60, "validate_every": 6}
+    return settings | RANDOM | SHORT
 
 
-@pytest.fixture
-def uninterrupted(settings, tmp_path):
-    config = parse_config({**settings, "runs_dir": str(tmp_path / "whole")})
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_data, tmp_path_factory):
+    """The folder of a complete run with these settings, except that it was never interrupted."""
+    places = {"data_dir": str(tiny_data), "runs_dir": str(tmp_path_factory.mktemp("whole"))}
+    config = parse_config({"dataset": "tiny", "images_per_class": 4, "device": "cpu", **places, **RANDOM, **SHORT})
     run(config, lambda line: None)
     return config.folder
 
@@ -52,7 +57,7 @@ def assert_same_outcome(folder, expected):
 
 @pytest.mark.parametrize(
     ("kills", "iterations", "seed"),
-    [(6, 60, 0), *(pytest.param(24, 150, s, marks=pytest.mark.slow) for s in range(1, 5))],
+    [(6, 36, 0), *(pytest.param(24, 150, s, marks=pytest.mark.slow) for s in range(1, 5))],
 )
 def test_killed_run_continues_to_the_same_result(kills, iterations, seed, settings, tmp_path):
     settings["iterations"] = iterations
@@ -120,7 +125,7 @@ def test_signal_outside_the_loop_stops_at_once(settings, uninterrupted):
     assert read_status(config.folder)["state"] == "stopped"
     lines = []
     run(config, lines.append)
-    assert lines[0].endswith("(refit)")
+    assert lines[0].endswith("(stage refit)")
     assert_same_outcome(config.folder, uninterrupted)
 
 

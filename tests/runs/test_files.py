@@ -65,5 +65,5 @@ def test_failed_write_keeps_the_file(tmp_path):
 def test_a_damaged_result_is_refused_by_name_with_the_remedy(content, tmp_path):
     assert read_result(tmp_path) is None
     (tmp_path / "result.json").write_bytes(content)
-    with pytest.raises(DamagedError, match=r"result\.json is damaged \(.+\); delete the folder .* and start its study"):
+    with pytest.raises(DamagedError, match=r"result\.json is damaged \(.+\); delete the folder .* and start the run"):
         read_result(tmp_path)

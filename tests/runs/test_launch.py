@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from data_prep.prepared import create_images, finish, new_folder
+from hloss.runs import run as run_module
 from hloss.runs.checkpoints import StopSignals, read_status
 from hloss.runs.config import parse_config
 from hloss.runs.datasets import open_dataset
@@ -24,8 +24,8 @@ from hloss.runs.load import load_run
 from hloss.runs.loop import Loop, RunContext
 from hloss.runs.models import batchnorms, build_network
 from hloss.runs.run import run
+from tests.helpers.processes import execute
 
-KEEPING = str(Path(__file__).parents[1] / "helpers" / "keeping.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -65,26 +65,14 @@ def settings(people, tmp_path):
     }
 
 
-def by_torchrun(script, settings, tmp_path, **environment):
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(settings))
-    processes = settings.get("devices", 1)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *torchrun, str(script), str(file)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=ENVIRONMENT | environment, **pipes) as child:
-        try:
-            printed, errors = child.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            child.terminate()  # torchrun then ends its processes; after SIGKILL they would wait for each other.
-            raise
-    return subprocess.CompletedProcess(command, child.returncode, printed, errors)
+def keep_checkpoints():
+    run_module.remove_checkpoints = lambda folder: None
 
 
 def started(settings, tmp_path):
     """Execute a run and return its weights after the last iteration and its result."""
-    answer = by_torchrun(KEEPING, settings, tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    ended = execute(settings, tmp_path, keep_checkpoints)
+    assert ended.code == 0, ended.errors
     folder = parse_config(settings).folder
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["progress"]["iteration"] == settings["iterations"]
@@ -129,23 +117,18 @@ def test_processes_with_unequal_shares_embed_in_slices(micro_batch, settings, tm
     assert alone["metrics"] == together["metrics"]
 
 
-# At the end of training each process saves the weights of its loss, its losses and its number of threads.
-LEAVING = """
-import os
-from pathlib import Path
-import torch
-from hloss.runs import __main__, run
+class Leaving(Loop):
+    """At the end of training, each process saves the weights of its loss, its losses and its number of threads."""
 
-class Leaving(run.Loop):
     def train(self):
         super().train()
         progress = self.context.progress
         own = {"loss": self.loss.state_dict(), "losses": progress["losses"], "threads": torch.get_num_threads()}
-        torch.save(own, Path(__file__).with_name(f"{os.environ['RANK']}.pt"))
+        torch.save(own, f"{os.environ['LEFT']}/{os.environ['RANK']}.pt")
 
-run.Loop = Leaving
-__main__.main()
-"""
+
+def leave():
+    run_module.Loop = Leaving
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
@@ -154,10 +137,9 @@ def test_random_loss_is_the_same_in_all_processes(micro_batch, settings, tmp_pat
     pytest.importorskip("pytorch_metric_learning")
     random = {"loss": "pml:ArcFaceLoss", "miner": "DistanceWeightedMiner", "embedding_dim": 8, "dropout": 0.2}
     short = {"devices": 2, "iterations": 4, "validate_every": 2, "learning_rate": 1e-2, "threads": 2}
-    script = tmp_path / "leaving.py"
-    script.write_text(LEAVING)
-    answer = by_torchrun(script, {**settings, **random, **short, "micro_batch": micro_batch}, tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    given = {**settings, **random, **short, "micro_batch": micro_batch}
+    ended = execute(given, tmp_path, leave, LEFT=str(tmp_path))
+    assert ended.code == 0, ended.errors
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["losses"] == other["losses"]
     assert one["loss"].keys() == other["loss"].keys()
@@ -166,12 +148,9 @@ def test_random_loss_is_the_same_in_all_processes(micro_batch, settings, tmp_pat
     assert (one["threads"], other["threads"]) == (2, 2)
 
 
-# With STOP="STAGE ITERATION SIGNAL" the second process receives the signal in this iteration.
-STOPPING = """
-import os, signal
-from hloss.runs import __main__, run
+class Stopping(Loop):
+    """With STOP="STAGE ITERATION SIGNAL", the second process receives the signal in this iteration."""
 
-class Stopping(run.Loop):
     def step(self):
         super().step()
         progress = self.context.progress
@@ -179,9 +158,9 @@ class Stopping(run.Loop):
         if os.environ["RANK"] == "1" and (progress["stage"], progress["iteration"]) == (stage, int(iteration)):
             os.kill(os.getpid(), signal.Signals[name])
 
-run.Loop = Stopping
-__main__.main()
-"""
+
+def stop():
+    run_module.Loop = Stopping
 
 
 def test_processes_stopped_in_both_stages_continue_to_the_same_weights(settings, tmp_path):
@@ -194,16 +173,14 @@ def test_processes_stopped_in_both_stages_continue_to_the_same_weights(settings,
         "horizontal_flip": True,
     }
     settings |= {**random, "devices": 2, "refit": True, "iterations": 6, "validate_every": 2, "learning_rate": 1e-2}
-    script = tmp_path / "stopping.py"
-    script.write_text(STOPPING)
     whole = {**settings, "runs_dir": str(tmp_path / "whole")}
-    for given, stop in ((whole, ""), (settings, "choose 3 SIGTERM"), (settings, "refit 1 SIGTERM"), (settings, "")):
-        answer = by_torchrun(script, given, tmp_path, STOP=stop)
-        assert (answer.returncode == 0) == (stop == ""), answer.stderr
+    for given, when in ((whole, ""), (settings, "choose 3 SIGTERM"), (settings, "refit 1 SIGTERM"), (settings, "")):
+        ended = execute(given, tmp_path, stop, STOP=when)
+        assert (ended.code == 0) == (when == ""), ended.errors
         status = read_status(parse_config(given).folder)
-        expected = ("stopped", int(stop.split()[1])) if stop else ("complete", status["iteration"])
+        expected = ("stopped", int(when.split()[1])) if when else ("complete", status["iteration"])
         assert (status["state"], status["iteration"]) == expected
-    assert "continued from iteration 1 (stage refit)" in answer.stdout
+    assert "continued from iteration 1 (stage refit)" in ended.printed
     one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
     for key in ("network_sha256", "metrics", "chosen", "validation_recall@1"):
         assert one[key] == other[key]
@@ -225,16 +202,22 @@ def test_live_batchnorm_becomes_synchronised_batchnorm(settings):
 
 
 def test_run_continues_after_a_killed_process(settings, tmp_path):
+    """torchrun ends the other process."""
     settings |= {"devices": 2, "iterations": 6, "validate_every": 2, "checkpoint_seconds": 0.0}
-    script = tmp_path / "stopping.py"
-    script.write_text(STOPPING)
     whole = {**settings, "runs_dir": str(tmp_path / "whole")}
-    assert by_torchrun(script, whole, tmp_path, STOP="").returncode == 0
-    assert by_torchrun(script, settings, tmp_path, STOP="choose 4 SIGKILL").returncode != 0
+    assert execute(whole, tmp_path).code == 0
+    script, file = tmp_path / "stopping.py", tmp_path / "config.json"
+    script.write_text(
+        "from tests.runs.test_launch import stop\nfrom hloss.runs import __main__\nstop()\n__main__.main()\n"
+    )
+    file.write_text(json.dumps(settings))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = ENVIRONMENT | {"STOP": "choose 4 SIGKILL", "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([*torchrun, script, file], env=environment, capture_output=True, timeout=300).returncode != 0
     assert read_status(parse_config(settings).folder)["retry"] is True
-    answer = by_torchrun(script, settings, tmp_path, STOP="")
-    assert answer.returncode == 0, answer.stderr
-    assert "continued from iteration" in answer.stdout
+    ended = execute(settings, tmp_path)
+    assert ended.code == 0, ended.errors
+    assert "continued from iteration" in ended.printed
     one, other = (json.loads((parse_config(s).folder / "result.json").read_text()) for s in (whole, settings))
     assert one["network_sha256"] == other["network_sha256"]
 

@@ -171,7 +171,7 @@ def share_of_two(rank, folder):
 
 
 def test_two_processes_share_one_memory(tmp_path):
-    multiprocessing.spawn(share_of_two, (tmp_path,), nprocs=2)
+    multiprocessing.start_processes(share_of_two, (tmp_path,), nprocs=2, start_method="forkserver")
     answers = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     memory = MemoryLoss(HistogramLoss(), batches=2, start=1)
     for (embeddings, labels), *found in zip(batches(4), *(a["found"] for a in answers), strict=True):

@@ -145,6 +145,13 @@ def test_the_effect_of_the_length_is_said(later, short):
         assert "The highest mean was that of triplet after 200 (40.0 %)." in found.text
 
 
+def test_a_loss_that_is_first_at_several_lengths_is_named_once():
+    means = {20: (40.0, 30.0), 60: (41.0, 30.0), 200: (30.0, 42.0)}
+    results = pd.concat([table_of({"triplet": a, "histogram": b}, length=n) for n, (a, b) in means.items()])
+    found = length_answer(rankings(results, summary(results, ["recall@1"]), "glyphs"))
+    assert found.text.startswith("The highest mean was that of triplet after 20 (40.0 %) and 60 (41.0 %).")
+
+
 def test_one_length_with_improving_runs_warns():
     parts, _ = told(table_of({"triplet": 40.0, "lifted": 36.0}, still_improving=True))
     assert parts[1].short == "Longer training can change the order."

@@ -176,7 +176,7 @@ def test_a_verdict_that_depends_on_the_length_names_its_lengths(three_lengths):
     assert text == "Claim contrastive"
     assert fixed.startswith("fixed setting: reproduced after 20 and 60 iterations, not reproduced after 200. At the "
                             "longest length histogram minus contrastive: −3.")  # fmt: skip
-    assert fixed.endswith("(runs are still improving)")
+    assert fixed.endswith("; runs are still improving")
     assert tuned.startswith("tuned: reproduced after 20 and 60 iterations")
     assert "still improving" not in tuned
 

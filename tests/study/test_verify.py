@@ -1,8 +1,6 @@
 """Verification of results by repeated runs: equal values, tolerance on other machines, and refusals."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from hloss.study.results import collect
 from hloss.study.verified import DIFFERENT
 from hloss.study.verify import CLOSE, EXACT, NOT_COMPARED, TOLERANCE_POINTS, config_of, origin, verify
 from tests.helpers.sample import sample_table
+from tests.helpers.scripts import run_script
 from tests.helpers.studies import study_of
 
 ROOT = Path(__file__).parents[2]
@@ -148,18 +147,17 @@ def test_a_table_that_was_made_again_is_not_verified(table, results):
 
 
 def test_renaming_keeps_the_values_and_the_outcome_of_verified_runs(table, results):
-    script = [sys.executable, "workflow/scripts/rename_results.py"]
     verify(results, n=1, report=lambda line: None)
     before = pd.read_parquet(results)
-    subprocess.run([*script, str(results), "--title", "a new title"], check=True)
+    assert run_script("rename_results.py", str(results), "--title", "a new title").returncode == 0
     renamed = pd.read_parquet(results)
     assert set(renamed["title"]) == {"a new title"}
     pd.testing.assert_frame_equal(renamed.drop(columns="title"), before.drop(columns="title"))
     assert "verified" in origin(renamed, results)
     renamed.assign(title="made again").to_parquet(results)
-    subprocess.run([*script, str(results)], check=True)
+    assert run_script("rename_results.py", str(results)).returncode == 0
     assert "verified" not in origin(renamed, results)
-    refused = subprocess.run([*script, "nowhere.parquet"], capture_output=True, text=True)
+    refused = run_script("rename_results.py", "nowhere.parquet")
     assert refused.returncode == 1
     assert refused.stderr.startswith("nowhere.parquet: no such table of results; name a results.parquet")
 
@@ -184,10 +182,9 @@ def test_every_run_of_the_committed_sample_has_a_config_again(tmp_path):
 
 def test_the_command_exits_with_1_and_names_the_columns_that_differ(results):
     changed(results, **{"recall@1": lambda value: value + 0.5})
-    command = [sys.executable, "workflow/scripts/verify_results.py", str(results.parent), "--runs", "1"]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    answer = run_script("verify_results.py", str(results.parent), "--runs", "1")
     assert answer.returncode == 1
     assert f"{DIFFERENT} recall@1" in answer.stdout
     assert "1 of 1 runs differ from" in answer.stderr
-    missing = subprocess.run([*command[:2], str(ROOT / "hloss")], cwd=ROOT, capture_output=True, text=True)
+    missing = run_script("verify_results.py", str(ROOT / "hloss"))
     assert (missing.returncode, "must be a folder with results.parquet" in missing.stderr) == (1, True)

@@ -23,7 +23,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.kind == "run" and not options.run_id:
         parser.error("run needs the id of a run: got none; `make plan` and runs/STUDY/index.html list the runs")
-    status = ask_starter(os.environ.pop("HLOSS_STARTER", ""))
+    address = os.environ.pop("HLOSS_STARTER", None)
+    status = ask_starter(address) if address else None
     if status is not None:
         sys.exit(status)
     sys.modules.update(dict.fromkeys(UNUSED_FORMATS))  # type: ignore[arg-type]  # None: as if not installed
