@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from hloss.runs.errors import ConfigError
-from hloss.runs.files import atomic_write
+from hloss.runs.files import atomic_write, project_path
 from hloss.study.input_files import read_table
-from hloss.study.spec import LOSS_COMPARISONS
+from hloss.study.spec import LOSS_COMPARISONS, STUDIES, load_study
 from hloss.study.verified import is_confirmed, read_verified
 
 IN_COMPARISONS = ("comparison", "method", "place")  # columns with one value per comparison of a run
@@ -56,8 +56,9 @@ def merged_parts(results: Path) -> pd.DataFrame:
         results: reports/NAME/results.parquet, which need not exist.
 
     Returns:
-        A table as `hloss.study.results.collect` returns it; its title names the studies. A run of several parts has one
-        row per length, with all of its comparisons. Parts with comparisons between losses come first, others by name.
+        A table as `hloss.study.results.collect` returns it. Its title is that of the study NAME, or lists the parts if
+        there is no such study. A run of several parts has one row per length, with all of its comparisons. Parts with
+        comparisons between losses come first, others by name.
 
     Raises:
         ConfigError: if there is no part; if several versions of torch made the parts; if several versions of the code
@@ -71,8 +72,14 @@ def merged_parts(results: Path) -> pd.DataFrame:
     _check_code(tables)
     order = sorted(tables, key=lambda file: (not _has_losses(tables[file]), file.name))
     placed = [_with_places(tables[file], number) for number, file in enumerate(order)]
-    title = f"Studies {', '.join(file.stem for file in order)}"
-    return _joined_runs(pd.concat(placed, ignore_index=True)).assign(title=title)
+    return _joined_runs(pd.concat(placed, ignore_index=True)).assign(title=_title(results.parent.name, order))
+
+
+def _title(name: str, parts: list[Path]) -> str:
+    studies = project_path(str(STUDIES))
+    if (studies / f"{name}.yaml").exists():
+        return load_study(name, studies).title
+    return f"Studies {', '.join(file.stem for file in parts)}"
 
 
 def _has_losses(table: pd.DataFrame) -> bool:

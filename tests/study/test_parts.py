@@ -72,6 +72,12 @@ def test_parts_are_merged_and_a_run_of_both_stands_in_the_comparisons_of_both(pa
     assert table["run_id"].nunique() == 6
     assert set(table["title"]) == {"Studies losses, bins"}
     assert len(merged_parts(parts)) == 10
+    study = Path("workflow/studies/sample.yaml")
+    study.parent.mkdir(parents=True)
+    for name in ("losses", "bins"):
+        shutil.copy(f"{name}.yaml", study.parent)
+    study.write_text(yaml.safe_dump({"title": "Losses and bins", "include": ["losses", "bins"]}))
+    assert set(read_results(parts)["title"]) == {"Losses and bins"}
     shared = table[(table["n_bins"] == 50) & (table["length"] == 4)]
     assert shared.groupby("seed")["recall@1"].nunique().tolist() == [1, 1]
 
