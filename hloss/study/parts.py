@@ -72,7 +72,8 @@ def merged_parts(results: Path) -> pd.DataFrame:
     _check_code(tables)
     order = sorted(tables, key=lambda file: (not _has_losses(tables[file]), file.name))
     placed = [_with_places(tables[file], number) for number, file in enumerate(order)]
-    return _joined_runs(pd.concat(placed, ignore_index=True)).assign(title=_title(results.parent.name, order))
+    table = pd.concat(placed, ignore_index=True).infer_objects()  # numbers, also where a part has None alone
+    return _joined_runs(table).assign(title=_title(results.parent.name, order))
 
 
 def _title(name: str, parts: list[Path]) -> str:

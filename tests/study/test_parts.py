@@ -82,6 +82,13 @@ def test_parts_are_merged_and_a_run_of_both_stands_in_the_comparisons_of_both(pa
     assert shared.groupby("seed")["recall@1"].nunique().tolist() == [1, 1]
 
 
+def test_a_setting_that_one_part_never_has_stays_a_number(parts):
+    bins, losses = parts_of(parts)
+    changed(bins, bandwidth=2.0)
+    changed(losses, bandwidth=None)
+    assert merged_parts(parts)["bandwidth"].dtype == "float64"
+
+
 def test_an_incomplete_study_does_not_replace_its_part(parts):
     bins, _ = parts_of(parts)
     before, table = bins.read_bytes(), pd.read_parquet(bins)
