@@ -155,8 +155,9 @@ def leader_answer(ranking: Ranking) -> Answer:
     """
     first = ranking.rows.iloc[0]
     setting = "tuned settings" if ranking.comparison == TUNED else "one fixed setting"
-    n = int(ranking.rows["n"].max())
-    seeds = f"mean of {few(n)}" if n > 1 else few(n)
+    least, most = int(ranking.rows["n"].min()), int(ranking.rows["n"].max())
+    seeds = few(most) if most == least else f"{_word(least)} to {few(most)}"
+    seeds = f"mean of {seeds}" if most > 1 else seeds
     where = f"After {ranking.length:,} iterations on {ranking.dataset} ({setting}, {seeds})"
     recall = f"{first['recall@1']:.1f} %{_interval_of(first)}"
     if len(ranking.rows) == 1:
@@ -164,7 +165,10 @@ def leader_answer(ranking: Ranking) -> Answer:
     second = ranking.rows.iloc[1]["method"]
     lead = ranking.difference(first["method"], second)
     low, high = lead.interval()
-    behind = f"{signed(lead.mean)} points above the next, {second}"
+    if lead.mean < 0:  # over the seeds of both, which are fewer than those of the means
+        behind = f"on the seeds of both {signed(-lead.mean)} points below the next, {second}"
+    else:
+        behind = f"{signed(lead.mean)} points above the next, {second}"
     if not math.isnan(low):
         behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
     short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "no loss clearly leads."
@@ -191,6 +195,8 @@ def _histogram_place(ranking: Ranking) -> str:
     low, high = behind.interval()
     interval = "" if math.isnan(low) else f" (95 % CI {signed(low)} to {signed(high)})"
     rank = f"number {place + 1} of {len(methods)}"
+    if behind.mean < 0:
+        return f" The histogram loss is {rank}, on the seeds of both {signed(-behind.mean)} points above the first."
     return f" The histogram loss is {rank}, {signed(behind.mean)} points below the first{interval}."
 
 

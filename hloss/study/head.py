@@ -31,7 +31,7 @@ def facts(results: pd.DataFrame) -> str:
     lengths = listed([f"{length:,}" for length in _usual_lengths(trained)])
     n_trained = len(distinct_runs(trained))
     parts = [f"Data: {data_words(results)}", f"{len(runs):,} runs, of which {n_trained:,} train a network"]
-    parts += [f"{few(most_seeds(trained))} per method"] if len(trained) else []
+    parts += [f"at most {few(most_seeds(trained))} per method"] if len(trained) else []
     parts += [f"training of {lengths} iterations"] if lengths else []
     parts += [f"{duration(runs['training_seconds'].sum())} of training on {hardware(runs)}"]
     return " · ".join(parts)

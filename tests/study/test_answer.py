@@ -104,6 +104,20 @@ def test_an_incomplete_study_says_so_first():
     assert str(parts[-1]) == "No claim of the paper can be judged. The runs that a claim needs are missing."
 
 
+def test_the_highest_mean_can_be_below_the_next_on_the_seeds_of_both():
+    results = table_of({"triplet": 40.0, "lifted": 39.0, "histogram": 38.0})
+    easy, missing = results["seed"] == 0, results["seed"] > 0
+    results.loc[easy, "recall@1"] += 10
+    results.loc[easy & (results["method"] == "lifted"), "recall@1"] += 3
+    results.loc[easy & (results["method"] == "histogram"), "recall@1"] += 5
+    results.loc[missing & (results["method"] == "triplet"), "complete"] = False
+    triplet, lifted, histogram = results.loc[easy, "recall@1"]
+    text = told(results)[1]
+    assert f"on the seeds of both {lifted - triplet:.1f} points below the next, lifted, which can be chance." in text
+    assert f"number 3 of 3, on the seeds of both {histogram - triplet:.1f} points above the first." in text
+    assert "(one fixed setting, mean of one to five seeds)" in text
+
+
 def test_without_a_trained_run_there_is_no_answer():
     parts, text = told(table_of({"histogram": 40.0}).assign(complete=False))
     assert "There is no answer yet." in text
@@ -179,7 +193,7 @@ def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
 def test_facts_have_data_runs_lengths_time_and_hardware():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     assert facts(results) == (
-        "Data: one dataset of drawn characters (glyphs) · 10 runs, of which 10 train a network · five seeds per "
+        "Data: one dataset of drawn characters (glyphs) · 10 runs, of which 10 train a network · at most five seeds per "
         "method · training of 200 iterations · 5 min 0 s of training on x86_64 CPU, 1 thread per run"
     )
     assert data_words(results.assign(dataset="own")) == "one dataset (own)"
