@@ -22,6 +22,7 @@ from hloss.runs.config import RunConfig
 from hloss.runs.datasets import Dataset
 from hloss.runs.evaluation import PANEL_NEIGHBORS, identified_rows
 from hloss.runs.files import project_path, read_result
+from hloss.study.parts import parts_of
 from hloss.study.results import at_length, histories, recall_names
 from hloss.study.spec import OF_TUNING
 from hloss.study.statistics import summary
@@ -39,9 +40,10 @@ def studies(reports: Path) -> dict[str, Path]:
         reports: the folder `reports`.
 
     Returns:
-        Name of the study's folder -> its table of results.
+        Name of the study's folder -> its results.parquet, which need not exist if there are parts.
     """
-    return {file.parent.name: file for file in sorted(reports.glob("*/results.parquet"))}
+    files = [folder / "results.parquet" for folder in sorted(reports.glob("*/"))]
+    return {file.parent.name: file for file in files if file.exists() or parts_of(file)}
 
 
 def comparisons(results: pd.DataFrame) -> list[str]:

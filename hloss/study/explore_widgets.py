@@ -26,6 +26,7 @@ from hloss.runs.errors import DatasetError
 from hloss.runs.files import project_path
 from hloss.study import explore
 from hloss.study.explore import Gallery
+from hloss.study.parts import parts_of
 from hloss.study.plots import HIT, MISS, NEGATIVE, POSITIVE
 from hloss.study.results import at_length, read_results, select_results
 
@@ -161,7 +162,7 @@ class Choices(_Panel):
         study, dataset, comparison = self._first
         _offer(self.study, self._files, study)
         file = self._files[self.study.value]
-        table = _results_of(file, file.stat().st_mtime)
+        table = _results_of(file, tuple((made, made.stat().st_mtime) for made in parts_of(file) or [file]))
         _offer(self.dataset, table.loc[table["complete"], "dataset"].unique(), dataset)
         of_dataset = select_results(table, dataset=self.dataset.value)
         _offer(self.comparison, explore.comparisons(of_dataset), comparison)
@@ -169,8 +170,8 @@ class Choices(_Panel):
 
 
 @lru_cache(maxsize=8)
-def _results_of(file: Path, changed: float) -> pd.DataFrame:
-    """The results in a file that was last changed at this time."""
+def _results_of(file: Path, changed: tuple[tuple[Path, float], ...]) -> pd.DataFrame:
+    """The results in a file, or in its parts, that were last changed at these times."""
     return read_results(file)
 
 

@@ -8,8 +8,9 @@ import urllib.parse
 from contextlib import ExitStack
 from pathlib import Path
 
-import pandas as pd
 import pytest
+
+from tests.helpers.sample import sample_table
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -129,11 +130,15 @@ def called(folder: Path, *command: str) -> None:
 @pytest.fixture(scope="session")
 def report(project):
     """The folder of the report on the committed sample of results, as `make study` leaves it, beside three runs."""
-    study = pd.read_parquet(project / "reports/sample/results.parquet")["study"].iloc[0]
+    runs = sample_table()
+    study = runs["study"].iloc[0]
     folder = project / "reports" / study
-    made = shutil.ignore_patterns("*.html", "summary.csv", "claims.csv", "*.ipynb", "*.png", "*.svg")
-    shutil.copytree(project / "reports/sample", folder, ignore=made)
-    for run_id in pd.read_parquet(folder / "results.parquet")["run_id"][:3]:
+    if folder.name != "sample":
+        shutil.copytree(project / "reports/sample", folder)
+    for made in ("*.html", "summary.csv", "claims.csv", "*.ipynb", "*.png", "*.svg"):
+        for file in folder.glob(made):
+            file.unlink()
+    for run_id in runs["run_id"].unique()[:3]:
         (project / "runs" / study / run_id).mkdir(parents=True)
         (project / "runs" / study / run_id / "run.ipynb").touch()
     called(project, "workflow/scripts/run_notebook.py", "report", study)

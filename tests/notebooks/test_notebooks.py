@@ -22,6 +22,8 @@ from data_prep.emblems import draw_pictures
 from data_prep.prepared import PreparationError
 from hloss.runs.config import RunConfig, config_from_notebook
 from hloss.runs.errors import ConfigError, DatasetError
+from hloss.study.spec import OF_TUNING
+from tests.helpers.sample import STUDY, sample_rows, sample_table
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -148,7 +150,7 @@ def tables(folder):
 
 @pytest.fixture
 def sample():
-    return pd.read_parquet(ROOT / "reports" / "sample" / "results.parquet")
+    return sample_table()
 
 
 def test_report_of_incomplete_study_lists_missing_runs_and_gives_no_verdict_on_them(sample, tmp_path):
@@ -164,43 +166,54 @@ def test_report_of_incomplete_study_lists_missing_runs_and_gives_no_verdict_on_t
     to_come = {(row["comparison"], row["method"]): row["missing seeds"] for row in gaps}
     assert len(to_come) == len(gaps)
     bins = {method: seeds for (comparison, method), seeds in to_come.items() if comparison == "bins"}
-    assert bins == {f"histogram, n_bins {n}": "3, 4" for n in (25, 50, 100, 200, 400)}
+    assert bins == {f"histogram, n_bins {n:g}": "3, 4" for n in sample.loc[of_bins, "n_bins"].unique()}
     assert to_come["losses", "lifted structure"] == to_come["tuned losses", "lifted structure"] == "0, 1, 2, 3, 4"
     board = pd.read_csv(tmp_path / "claims.csv", keep_default_na=False).set_index("claim")
     for claim in ("bins", "lifted structure", "overlap"):
         verdicts = board.loc[[claim]]
         assert set(verdicts["verdict"]) == {"not run"}
         assert verdicts["evidence"].str.contains("runs are missing").all()
-    assert board.loc["C matters", "verdict"] != "not run"  # its runs are complete
+    assert "not run" not in set(board.loc[["C matters"], "verdict"])  # its runs are complete
     tuned = board[board["comparison"] == "tuned losses"]["verdict"]
-    assert tuned["semi-hard triplet"] == "not run"
-    assert tuned["contrastive, trained here"] != "not run"
+    assert set(tuned[["semi-hard triplet"]]) == {"not run"}
+    assert "not run" not in set(tuned[["contrastive, trained here"]])
     table = pd.read_csv(tmp_path / "summary.csv")
-    assert table[table["method"] == "lifted structure"]["n"].tolist() == [0, 0]
-    assert "make study STUDY=glyphs" in said
+    lifted = table[table["method"] == "lifted structure"]
+    assert {name for name in lifted["comparison"] if not name.endswith(OF_TUNING)} == {"losses", "tuned losses"}
+    assert set(lifted["n"]) == {0}
+    assert f"make study STUDY={STUDY}" in said
     check_tables(shown, table[table["n"] > 0])
 
 
 def check_tables(shown, means):
-    """Check that each mean is shown with its run ids, and each run with its comparisons."""
-    runs_of = {(row.comparison, row.method): row.run_ids for row in means.itertuples()}
+    """Check that each mean is shown with its run ids, and each run with its comparisons.
+
+    The tables of the losses show the longest length, those of other comparisons all lengths.
+    """
+    stands = defaultdict(set)
+    for row in means.itertuples():
+        for run_id in row.run_ids.split(", "):
+            stands[run_id].add(row.comparison)
+    longest = means["length"] == means.groupby(["dataset", "comparison", "method"])["length"].transform("max")
+    of_losses = means["comparison"].isin(["losses", "tuned losses"])
+    others = ~means["comparison"].str.endswith(OF_TUNING) & (means["comparison"] != "difficulty")
+    expected = means[longest & of_losses | others & ~of_losses]
+    runs_of = {(row.comparison, row.method, str(row.length)): row.run_ids for row in expected.itertuples()}
     told = {
-        (row["comparison"], row["method"]): row["runs"].removeprefix("runs")
+        (row["comparison"], row["method"], row["length"]): row["runs"].removeprefix("runs")
         for rows in shown
         for row in rows
         if {"comparison", "method", "runs"} <= row.keys() and "at an edge of its grid" not in row
     }
-    assert told == {key: run_ids for key, run_ids in runs_of.items() if not key[0].endswith(": choice")}
-    assert {"losses", "tuned losses", "bins", "learning rate"} <= {comparison for comparison, _ in told}
+    assert told == runs_of
+    assert {"losses", "tuned losses", "bins", "learning rate"} <= {comparison for comparison, *_ in told}
     (grids,) = (rows for rows in shown if "at an edge of its grid" in rows[0])
-    chosen = means[means["comparison"] == "tuned losses: choice"]
     for grid in grids:
+        of_grid = [grid["comparison"] + ending for ending in (": choice", ", extended: choice")]
+        chosen = means[means["comparison"].isin(of_grid)]
+        chosen = chosen[chosen["length"] == int(grid["length"])]
         of_method = chosen[chosen["method"].str.startswith(f"{grid['method']}, learning_rate")]
         assert grid["runs"].removeprefix("runs") == ", ".join(of_method["run_ids"])
-    stands = defaultdict(set)
-    for (comparison, _), run_ids in runs_of.items():
-        for run_id in run_ids.split(", "):
-            stands[run_id].add(comparison)
     (appendix,) = (rows for rows in shown if "validation_recall@1" in rows[0])
     assert {row["run_id"]: set(row["comparison"].split("; ")) for row in appendix} == stands
     (made,) = (rows for rows in shown if "code_sha256" in rows[0])
@@ -219,7 +232,7 @@ def test_report_works_before_any_training_is_complete(sample, tmp_path, capsys):
 
 def test_report_separates_published_values_of_other_protocols(sample, tmp_path):
     """The sample is relabelled as CUB, for which values of the histogram loss by two protocols are published."""
-    losses = sample[sample["comparison"].map(lambda names: "losses" in names)]
+    losses = sample[sample["comparison"].map(lambda names: "losses" in names) & (sample["dataset"] == "glyphs")]
     said = report(tmp_path, losses.assign(dataset="cub"))
     assert said.index("Same protocol:") < said.index("Other protocols:")
     same, other = (rows for rows in tables(tmp_path) if "published" in rows[0])
@@ -263,20 +276,10 @@ def executed(name, **parameters):
     return names
 
 
-COMPARISONS = [
-    "bins by batch",
-    "batch",
-    "batch at equal images",
-    "margin",
-    "kernel",
-    "order cost",
-    "C",
-    "learning rate",
-    "sampler",
-]
+COMPARISONS = [name for name in sample_rows()["comparison"].unique() if not name.endswith(OF_TUNING)]
 
 
-@pytest.mark.parametrize("comparison", COMPARISONS)
+@pytest.mark.parametrize("comparison", [name for name in COMPARISONS if name not in ("losses", "tuned losses", "bins")])
 def test_ablation_notebook_shows_each_comparison(comparison, capsys):
     names = executed("31_ablation", comparison=comparison)
     assert set(names["results"]["comparison"]) == set(names["table"]["comparison"]) == {comparison}

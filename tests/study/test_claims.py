@@ -14,7 +14,9 @@ from hloss.runs.errors import ConfigError
 from hloss.study.claims import CLAIMS, Claim, conclusions, judge, missed_by_budget, overlap, read_board, read_claims
 from hloss.study.published import read_published
 from hloss.study.results import read_results, recall_names
+from hloss.study.spec import load_study
 from hloss.study.statistics import summary
+from tests.helpers.sample import RESULTS, STUDY
 
 SEEDS = [0, 1, 2, 3, 4]
 NOISE = [0.1, -0.2, 0.15, 0.05, -0.1]  # of single seeds, in points
@@ -396,11 +398,12 @@ def test_runs_in_slices_are_no_level_of_the_batch_size():
 
 
 def test_committed_report_equals_the_committed_results():
-    results = read_results(Path("reports/sample/results.parquet"))
+    results = read_results(RESULTS)
     board = judge(results, pd.read_csv("reports/sample/loss_cost.csv"))
     assert_frame_equal(read_board(Path("reports/sample/claims.csv")), board.drop(columns="parts"), check_dtype=False)
     page = Path("reports/sample/report.html").read_text()
-    assert f"<title>{html.escape(results['title'][0])}</title>" in page
+    assert f"<title>{html.escape(load_study(STUDY).title)}</title>" in page
+    assert f"<h1>{html.escape(results['title'][0])}</h1>" in page
     assert all(html.escape(part) in page for parts in board["parts"] for part in parts)
     assert all(run_id in page for run_ids in board["run_ids"] for run_id in run_ids.split(", "))
     means = pd.read_csv("reports/sample/summary.csv")

@@ -1,7 +1,6 @@
 """The comparison of datasets of different difficulty: numbers, words, figure, and its place in a report."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from hloss.study import plots, sections
 from hloss.study.alt_texts import describe_differences
 from hloss.study.difficulty import changes, differences, in_words
 from hloss.study.readme import results_section
+from tests.helpers.sample import SAMPLE, sample_table
 
 NOISE = np.array([0.4, -0.5, 0.2, 0.1, -0.2])
 DATASETS = ("easy", "standard", "hard")
@@ -126,21 +126,21 @@ def test_the_figure_has_one_panel_per_method_and_its_description_the_numbers():
     assert "histogram minus lifted −3.0 (" in described
 
 
-SAMPLE = Path("reports/sample/results.parquet")
-
-
 @pytest.fixture
 def losses():
-    """The runs of the losses in the committed sample, before `read_results`."""
-    table = pd.read_parquet(SAMPLE)
-    return table[[("losses" in names or "tuned losses" in names) for names in table["comparison"]]]
+    """The runs of the losses in the committed sample, before `read_results`, without their other comparisons."""
+    names = ["comparison", "method", "place"]
+    table = sample_table().explode(names, ignore_index=True)
+    rows = table[table["comparison"].isin(["losses", "tuned losses"]) & (table["dataset"] == "glyphs")]
+    return rows.assign(**{name: [[value] for value in rows[name]] for name in names})
 
 
 @pytest.fixture
 def both(losses):
     """These runs, and three of the losses with the comparison "difficulty" on three datasets."""
     chosen = losses[losses["loss"].isin(["histogram", "binomial", "triplet"]) & (losses["seed"] < 5)]
-    chosen = chosen.drop_duplicates(["loss", "seed"])
+    lengths = chosen.get("length", chosen["iterations"])
+    chosen = chosen[lengths == lengths.max()].drop_duplicates(["loss", "seed"])
     added = [
         chosen.assign(
             dataset=name, split=name, comparison=[["difficulty"]] * len(chosen), card_sha256=name,
@@ -182,7 +182,7 @@ def test_the_readme_is_the_same_without_these_runs(losses, both, tmp_path):
     for name, table in {"alone": losses, "both": both}.items():
         (tmp_path / name).mkdir()
         table.to_parquet(tmp_path / name / "results.parquet")
-        shutil.copy(SAMPLE.with_name("claims.csv"), tmp_path / name)
+        shutil.copy(SAMPLE / "claims.csv", tmp_path / name)
         sections_of.append(results_section(tmp_path / name))
     assert sections_of[0] == sections_of[1]
 
@@ -203,7 +203,7 @@ def test_a_report_shows_text_figure_and_table_of_the_difficulty(both, losses, tm
     assert title.data == "### Difficulty of the data"
     assert words.data.count("- **") == 2
     assert "histogram minus binomial" in png["text/plain"]
-    assert "after 200 iterations" in caption.data
+    assert f"after {both['iterations'].max():,} iterations" in caption.data
     assert table.data.count("<tr>") == 1 + 2 * 3
     alone, nothing = report_of(losses, tmp_path / "a", monkeypatch)
     alone.difficulty()

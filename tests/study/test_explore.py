@@ -1,7 +1,6 @@
 """Data and widgets of the notebook that explores a study, without a browser."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,23 +13,38 @@ from hloss.runs.run import run
 from hloss.study import explore
 from hloss.study.explore import Gallery
 from hloss.study.results import at_length, collect, histories, read_results, recall_names, select_results
+from hloss.study.spec import OF_TUNING
 from hloss.study.statistics import summary
-
-SAMPLE = Path(__file__).parents[2] / "reports/sample/results.parquet"
+from tests.helpers.sample import RESULTS, sample_rows
 
 
 @pytest.fixture(scope="module")
 def sample():
-    return select_results(read_results(SAMPLE), dataset="glyphs")
+    return select_results(read_results(RESULTS), dataset="glyphs")
+
+
+def levels(sample, comparison, setting):
+    """The values of a setting in a comparison."""
+    return sorted(sample.loc[sample["comparison"] == comparison, setting].unique())
+
+
+def test_a_study_has_a_table_or_parts(tmp_path):
+    for name in ("whole/results.parquet", "in parts/parts/one.parquet", "neither/report.html"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    names = ["in parts", "whole"]
+    assert list(explore.studies(tmp_path).items()) == [(name, tmp_path / name / "results.parquet") for name in names]
 
 
 def test_choices_of_the_sample(sample):
-    assert explore.studies(SAMPLE.parents[1])["sample"] == SAMPLE
-    names = explore.comparisons(sample)
-    assert names[:4] == ["losses", "tuned losses", "bins", "bins by batch"]
-    assert not [name for name in names if "choice" in name]
+    assert explore.studies(RESULTS.parents[1])["sample"] == RESULTS
+    names, rows = explore.comparisons(sample), sample_rows()
+    assert names[0] == "losses"
+    assert len(names) == len(set(names))
+    assert set(names) == {name for name in rows["comparison"] if not name.endswith(OF_TUNING)}
     axes = {name: explore.axes(sample[sample["comparison"] == name]) for name in names}
-    assert axes["losses"] == ["K", "method", "iteration"]
+    several = rows.loc[(rows["comparison"] == "losses") & (rows["length"] > 0), "length"].nunique() > 1
+    assert axes["losses"] == ["K", "method", *["training length"] * several, "iteration"]
     assert axes["bins by batch"][:2] == ["n_bins", "batch_size"]
     assert axes["kernel"][0] == "bandwidth"
     assert "training length" in axes["batch at equal images"]
@@ -67,7 +81,9 @@ def test_curves_over_a_setting_join_the_methods_that_share_the_others(sample):
     results = sample[sample["comparison"] == "bins by batch"]
     points = explore.curves(results, "n_bins", "recall@4")
     assert points["curve"].unique().tolist() == [f"histogram, batch_size {size}" for size in (32, 128, 512)]
-    assert points["x"].tolist() == [25, 200, 400] * 3
+    bins = levels(sample, "bins by batch", "n_bins")
+    assert bins[:2] == [25, 200]
+    assert points["x"].tolist() == bins * 3
     table = summary(at_length(results), ["recall@4"]).set_index("method")
     row = points[(points["curve"] == "histogram, batch_size 512") & (points["x"] == 200)].iloc[0]
     told = table.loc["histogram, batch_size 512, n_bins 200"]
@@ -75,14 +91,15 @@ def test_curves_over_a_setting_join_the_methods_that_share_the_others(sample):
         told[["recall@4", "recall@4 low", "recall@4 high", "n"]]
     )
     other = explore.curves(results, "batch_size", "recall@4")
-    assert other["curve"].unique().tolist() == [f"histogram, n_bins {bins}" for bins in (25, 200, 400)]
+    assert other["curve"].unique().tolist() == [f"histogram, n_bins {n:g}" for n in bins]
 
 
 def test_incomplete_runs_are_left_out(sample):
     results = sample[sample["comparison"] == "bins"].copy()
-    results["complete"] &= ~results["method"].str.endswith("400")
-    assert explore.curves(results, "n_bins", "recall@1")["x"].tolist() == [25, 50, 100, 200]
-    assert 400 not in explore.curves(results, "method", "recall@1")["x"].str.split().str[-1].astype(int).tolist()
+    *bins, last = levels(sample, "bins", "n_bins")
+    results["complete"] &= ~results["method"].str.endswith(f" {last:g}")
+    assert explore.curves(results, "n_bins", "recall@1")["x"].tolist() == bins
+    assert explore.curves(results, "method", "recall@1")["x"].str.split().str[-1].astype(int).tolist() == bins
 
 
 @pytest.fixture

@@ -4,19 +4,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
 from hloss.runs.errors import ConfigError
 from hloss.study.claims import conclusions, read_board
 from hloss.study.readme import BEGIN, END, results_page, results_section, typeset, update_results, with_section
-
-ROOT = Path(__file__).parents[2]
-SAMPLE = ROOT / "reports" / "sample"
+from tests.helpers.sample import ROOT, SAMPLE, copy_results, number, sample_rows, sample_table
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +46,26 @@ def test_each_verdict_is_in_one_line_of_its_group(section, board):
         expected.add((title, text))
         (line,) = (line for line in groups[title].split("- *") if line.startswith((f"{text}*: ", f"{text}*. ")))
         if row["low"] == row["low"]:
-            shown = f"{row['difference']:+.1f} {row['unit']} ({row['confidence']:.3g} % CI {row['low']:+.1f} to "
-            assert f"{shown}{row['high']:+.1f})".replace("-", "−") in line
+            difference, low, high = (number(row[name], plus=True) for name in ("difference", "low", "high"))
+            assert f"{difference} {row['unit']} ({row['confidence']:.3g} % CI {low} to {high})" in line
         assert row["needed"] in line
+        assert is_same or all(f"{verdict} after " in line for verdict in rows["verdict"])
     assert sum(group.count("- *") for group in groups.values()) == len(expected)
 
 
 def test_table_has_every_verdict_and_its_decisive_difference(page, board):
     table = {row[1].strip(): row[2:4] for row in (line.split("|") for line in page.splitlines()) if len(row) == 5}
-    judged = board[board["verdict"] != "not run"]
+    last = board.groupby(["claim", "dataset", "comparison"], sort=False).tail(1)
+    judged = last[last["verdict"] != "not run"]
     assert table.keys() - {"claim of the paper", "---"} == {text.removesuffix(".") for text in judged["text"]}
     for text, verdicts in judged.groupby("text"):
         tuned = verdicts["comparison"] == "tuned losses"
         for cell, rows in zip(table[text.removesuffix(".")], (verdicts[~tuned], verdicts[tuned]), strict=True):
-            assert len(re.findall(r"(?:reproduced|inconclusive)(?: \(still improving\))?: ", cell)) == len(rows)
-            assert all(f"{row.conclusion}: {typeset(row.decisive)}" in cell for row in rows.itertuples())
+            lines = [line.strip() for line in cell.split("<br>") if line.strip()]
+            assert len(lines) == len(rows)
+            for line, row in zip(lines, rows.itertuples(), strict=True):
+                assert f"{row.conclusion}: {typeset(row.decisive)}" in line
+                assert row.verdict in line
             assert cell.count("; Holm: ") == (rows["holm"] != rows["verdict"]).sum()
     assert "-0." not in page
 
@@ -79,17 +80,22 @@ def test_differences_have_minus_signs_and_units():
 
 
 def test_means_equal_those_of_scipy(section):
-    table = pd.read_parquet(SAMPLE / "results.parquet").explode(["comparison", "method"])
+    table = sample_rows()
+    losses = table[table["comparison"].isin(["losses", "tuned losses"])]
+    lengths = sorted(set(losses["length"]) - {0})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[0:1] == "|"]
-    assert rows[0] == ["loss", "settings", "after 200 iterations"]
-    shown = {(settings.split()[0], loss): cell for loss, settings, cell in rows[2:]}
-    for comparison, settings in (("losses", "fixed"), ("tuned losses", "tuned")):
-        for method, runs in table[table["comparison"] == comparison].groupby("method"):
-            recalls = 100 * runs["recall@1"].to_numpy()
+    assert rows[0] == ["loss", "settings", *(f"after {length:,} iterations" for length in lengths)]
+    shown = {(settings.split()[0], loss): cells for loss, settings, *cells in rows[2:]}
+    of_methods = losses.groupby(["comparison", "method"])
+    assert len(shown) == len(rows) - 2 == len(of_methods)
+    for (comparison, method), runs in of_methods:
+        cells = shown[{"losses": "fixed", "tuned losses": "tuned"}[comparison], method]
+        for length, cell in zip(lengths, cells, strict=True):
+            recalls = 100 * runs.loc[runs["length"].isin([0, length]), "recall@1"].to_numpy()
             if len(recalls) > 1:
                 low, high = stats.t.interval(0.95, len(recalls) - 1, recalls.mean(), stats.sem(recalls))
-                assert shown[settings, method] == f"{recalls.mean():.1f} ({low:.1f} to {high:.1f})"
-    tuned = [float(cell.split()[0]) for (settings, _), cell in shown.items() if settings == "tuned"]
+                assert cell == f"{recalls.mean():.1f} ({low:.1f} to {high:.1f})"
+    tuned = [float(cells[-1].split()[0]) for (settings, _), cells in shown.items() if settings == "tuned"]
     assert len(tuned) == 7
     assert tuned == sorted(tuned, reverse=True)
 
@@ -105,19 +111,22 @@ def test_no_sentence_is_longer_than_two_lines():
 
 
 def test_limits_count_the_runs_that_still_improve(section):
-    table = pd.read_parquet(SAMPLE / "results.parquet")
-    trained = table[table["iterations"] > 0]
-    improving = sum(np.argmax(recalls) == len(recalls) - 1 for recalls in trained["history_recall"])
+    table = sample_rows()
+    rows = table[(table["iterations"] > 0) & (table["comparison"] != "difficulty")]
+    trained = rows.sort_values("length").drop_duplicates("run_id", keep="last")
+    validations = zip(trained["history_iteration"], trained["history_recall"], trained["length"], strict=True)
+    improving = sum(times[np.argmax(recalls)] > 0.9 * length for times, recalls, length in validations)
+    iterations, runs = max(trained["iterations"].value_counts().items(), key=lambda counted: counted[1])
     words = " ".join(section.split())
     assert f"{improving} of the {len(trained)} runs are still improving: their best validation" in words
-    assert f"200 iterations in {(trained['iterations'] == 200).sum()} of {len(trained)} trained runs" in words
+    assert f"{iterations:,} iterations in {runs} of {len(trained)} trained runs" in words
 
 
 @pytest.fixture
 def copied_sample(tmp_path):
-    for name in ("results.parquet", "claims.csv"):
-        shutil.copy(SAMPLE / name, tmp_path / name)
-    return tmp_path
+    folder = tmp_path / "sample"
+    copy_results(folder)
+    return folder
 
 
 @pytest.fixture
@@ -159,11 +168,12 @@ def test_refuses_a_readme_without_its_two_markers(text):
         with_section(text, "new")
 
 
-def test_refuses_results_of_other_data(copied_sample):
-    file = copied_sample / "results.parquet"
-    pd.read_parquet(file).assign(dataset="cub").to_parquet(file)
+def test_refuses_results_of_other_data(tmp_path):
+    file = tmp_path / "results.parquet"
+    table = sample_table()
+    table[table["dataset"] == "glyphs"].assign(dataset="cub").to_parquet(file)
     with pytest.raises(ConfigError, match=rf"{re.escape(str(file))}: got results on cub; allowed is glyphs"):
-        results_section(copied_sample)
+        results_section(tmp_path)
 
 
 def test_command_checks_both_files():

@@ -1,7 +1,6 @@
 """The page of a report: made from a small notebook, and the committed one compared with its tables."""
 
 import re
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -12,8 +11,9 @@ from hloss.study.claims import read_board
 from hloss.study.findings import findings, heading, lines
 from hloss.study.report_page import report_page, with_contents
 from hloss.study.results import distinct_runs, read_results
+from hloss.study.spec import OF_TUNING
+from tests.helpers.sample import RESULTS, SAMPLE, number
 
-SAMPLE = Path(__file__).parents[2] / "reports" / "sample"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
@@ -84,7 +84,7 @@ def means():
 @pytest.fixture(scope="module")
 def runs():
     """The runs of the sample, once each."""
-    return distinct_runs(read_results(SAMPLE / "results.parquet"))
+    return distinct_runs(read_results(RESULTS))
 
 
 @pytest.fixture(scope="module")
@@ -133,54 +133,64 @@ def test_captions_of_figures_name_the_unit(page):
     captions = [caption.text for caption in page.select('figcaption[id^="figure-"]')]
     numbers = [text for text in captions if not re.match(r"Figure \d+\. Test queries", text)]  # pictures
     assert len(numbers) >= len(captions) - 1
-    assert all(re.match(r"Figure \d+\. (Test )?Recall@[\dK]+ \(%\)|Figure \d+\. Densities \(per ", t) for t in numbers)
+    recall = r"(Test |Mean test )?Recall@[\dK]+ \(%\)|Differences in test Recall@1 \(points\)"
+    assert all(re.match(rf"Figure \d+\. ({recall}|Densities \(per )", text) for text in numbers)
 
 
-def number(value, decimals=1, plus=False):
-    text = f"{value:+.{decimals}f}" if plus else f"{value:.{decimals}f}"
-    return text.replace("-", "−")
+def is_same(rows):
+    """Whether the verdict is the same at all lengths."""
+    return rows["verdict"].nunique() == 1
 
 
-def test_the_answer_has_the_numbers_of_the_tables(page, means, judged, runs):
+@pytest.fixture(scope="module")
+def tuned(means):
+    """The means of the tuned losses at each length, the shortest first."""
+    return [rows for _, rows in means[means["comparison"] == "tuned losses"].groupby("length")]
+
+
+def test_the_answer_has_the_numbers_of_the_tables(page, tuned, judged, runs):
     text = page.select_one(".answer").text
-    losses = means[(means["comparison"] == "tuned losses") & (means["length"] > 0)].sort_values("recall@1")
+    losses = tuned[-1].sort_values("recall@1")
     first, second = losses.iloc[-1], losses.iloc[-2]
     shown = f"{first['method']} has the highest test Recall@1, {first['recall@1']:.1f} % "
     shown += f"(95 % CI {first['recall@1 low']:.1f} to {first['recall@1 high']:.1f}), "
     shown += f"{number(first['recall@1'] - second['recall@1'])} points above the next, {second['method']}"
     assert shown in text
-    counts = pd.Series([rows["verdict"].iloc[0] for rows in judged if rows["verdict"].nunique() == 1]).value_counts()
+    assert f"After {losses['length'].iloc[0]:,} iterations on glyphs (tuned settings, mean of " in text
+    outcomes = pd.Series([rows["verdict"].iloc[0] if is_same(rows) else "depends?" for rows in judged])
     assert f"{len(judged)} verdicts on" in text
-    for verdict, n in counts.items():
-        assert re.search(rf"(?<!\d){n} {verdict}[,.]", text)
+    for name, n in outcomes.value_counts().items():
+        assert re.search(rf"(?<!\d){n} {name}( on the training length)?[,.]", text)
     last = pd.DataFrame([rows.iloc[-1] for rows in judged])
     decided = last[last["p holds"].notna() & (last["verdict"] != "inconclusive")]
     stay = (decided["holm"] == decided["verdict"]).sum()
     assert f"tests decide {len(decided)} of the verdicts; {stay} of these remain after Holm's correction" in text
     improving = int(losses["still improving"].sum())
-    assert f"{improving} of the {losses['n'].sum()} runs of these losses are still improving" in text
+    told = f"{improving} of the {losses['n'].sum()} runs of these losses are still improving"
+    assert (told in text) == (improving > 0)
     used = {run_id for rows in judged for ids in rows["run_ids"] for run_id in str(ids).split(", ")}
     trained = runs[runs["length"] > 0]
     of_claims = trained[trained["run_id"].isin(used)]
-    assert (
-        f"{len(of_claims)} of the {len(trained)} trained runs (the others tune settings or belong to no claim)" in text
-    )
-    assert f"claim); {of_claims['still_improving'].sum()} of them are still improving" in text
+    improving = int(of_claims["still_improving"].sum())
+    told = f"{len(of_claims)} of the {len(trained)} trained runs (the others tune settings or belong to no claim); "
+    assert (f"{told}{improving} of them are still improving" in text) == (improving > 0)
     assert f"{len(runs)} runs, of which {len(trained)} train a network" in page.header.text
     assert "one dataset of drawn characters (glyphs), not data of the paper" in text
     assert "at most five seeds per method" in text
 
 
-def test_the_figure_of_the_answer_has_the_means_and_intervals(page, means):
+def test_the_figure_of_the_answer_has_the_means_and_intervals(page, tuned):
     rows = page.select("table.losses tbody tr")
-    losses = means[(means["comparison"] == "tuned losses") & (means["length"] > 0)]
-    ordered = losses.sort_values("recall@1", ascending=False)
+    ordered = tuned[-1].sort_values("recall@1", ascending=False)
     assert len(rows) == len(ordered)
     for line, row in zip(rows, ordered.to_dict("records"), strict=True):
         cells = [line.th.text, *(cell.text for cell in line.select("td.number"))]
         interval = f"{row['recall@1 low']:.1f} to {row['recall@1 high']:.1f}"
         assert cells == [row["method"], f"{row['recall@1']:.1f}", interval]
-        assert line.svg["aria-label"].startswith(f"{row['method']}: {row['recall@1']:.1f} %, 95 % CI {interval}")
+        before = [rows.set_index("method").loc[row["method"]] for rows in tuned[:-1]]
+        steps = "".join(f"; after {told['length']:,} iterations {told['recall@1']:.1f} %" for told in before)
+        shown = f"{row['method']}: {row['recall@1']:.1f} %, 95 % CI {interval}{steps}"
+        assert line.svg["aria-label"].startswith(shown)
 
 
 def test_the_claims_in_words_link_to_their_line_of_the_board(page):
@@ -193,26 +203,41 @@ def test_the_claims_in_words_link_to_their_line_of_the_board(page):
             assert link.text in page.select_one(link["href"]).summary.text
 
 
+def difference_of(row, with_unit=True):
+    """The difference of a verdict with its interval, as the board shows it."""
+    if row["unit"] == "exponent":
+        return f"exponent {row['difference']:.2f}"
+    difference = number(row["difference"], plus=True) + f" {row['unit']}" * with_unit
+    if pd.isna(row["low"]):
+        return f"{difference} (no interval)"
+    confidence = f"{row['confidence']:.3g} % CI " * with_unit
+    return f"{difference} ({confidence}{number(row['low'], plus=True)} to {number(row['high'], plus=True)})"
+
+
 def test_the_board_has_the_verdicts_and_differences_of_the_claims(page, board, judged):
     claims = page.select("details.claim")
     assert len(claims) == len(judged)
     for claim, rows in zip(claims, judged, strict=True):
         last = rows.iloc[-1]
-        assert claim.select_one(".verdict").text.split(" ", 1)[1] == last["verdict"]
+        told = last["verdict"]
+        if not is_same(rows):
+            lengths = rows["length"].str.removesuffix(" iterations")
+            told = "depends on the length" + "".join(lengths + ": " + rows["verdict"])
+        assert claim.select_one(".verdict").text.split(" ", 1)[1] == told
         assert last["text"] in claim.select_one(".what").text
-        line = claim.select(".difference")[-1].text
-        if last["unit"] == "exponent":
-            assert line == f"exponent {last['difference']:.2f}"
-        elif pd.isna(last["low"]):
-            assert line.startswith(f"{number(last['difference'], plus=True)} {last['unit']}")
+        pair, *lines = [line.text for line in claim.select(".plot .difference")]
+        if len(rows) == 1:
+            assert lines == [difference_of(last)]
+        elif rows["decisive"].str.rpartition(": ")[0].nunique() == 1:
+            assert pair.endswith(f", {last['unit']}")
+            assert lines == [f"{row['length']}: {difference_of(row, False)}" for _, row in rows.iterrows()]
         else:
-            bounds = f"{number(last['low'], plus=True)} to {number(last['high'], plus=True)}"
-            difference = f"{number(last['difference'], plus=True)} {last['unit']}"
-            assert line == f"{difference} ({last['confidence']:.3g} % CI {bounds})"
-        parts = last["evidence"].split("; ")
-        assert [item.text for item in claim.select("dd li")][-len(parts) :] == parts
-    missing = board[board["verdict"] == "not run"]
-    assert len(page.select(".not-run li")) == len(missing)
+            assert all(line.startswith(f"{row['length']}, ") and line.endswith(f": {difference_of(row)}")
+                       for line, (_, row) in zip([pair, *lines], rows.iterrows(), strict=True))  # fmt: skip
+        parts = [part for evidence in rows["evidence"] for part in evidence.split("; ")]
+        assert [item.text for item in claim.select("dd li")] == parts
+    never = (board["verdict"] == "not run").groupby([board["claim"], board["comparison"].fillna("")]).all()
+    assert len(page.select(".not-run li")) == never.sum()
 
 
 def test_numbers_of_the_claims_are_those_of_their_evidence(board):
@@ -228,7 +253,9 @@ def rows_of(table):
 
 
 def test_every_mean_of_the_tables_is_that_of_the_summary(page, means):
+    means = means[~means["comparison"].str.endswith(OF_TUNING) & (means["comparison"] != "difficulty")]
     known = {(row["comparison"], row["method"], row["length"]): row for row in means.to_dict("records")}
+    assert len(known) == len(means)
     shown = set()
     for table in page.select("table.sortable"):
         for row in rows_of(table):
@@ -239,7 +266,10 @@ def test_every_mean_of_the_tables_is_that_of_the_summary(page, means):
                 low, high = known[key]["recall@1 low"], known[key]["recall@1 high"]
                 assert row["95 % interval"] == ("no interval" if pd.isna(low) else f"{low:.1f} to {high:.1f}")
                 shown.add(key)
-    assert shown == {key for key in known if not key[0].endswith(": choice")}
+    longest = means.groupby(["comparison", "method"])["length"].transform("max")
+    of_losses = means["comparison"].isin(["losses", "tuned losses"])  # whose table has the longest length alone
+    expected = means[~of_losses | (means["length"] == longest)]
+    assert shown == set(expected[["comparison", "method", "length"]].itertuples(index=False, name=None))
 
 
 def test_tables_beside_the_page_have_its_rows(page):

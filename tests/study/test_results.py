@@ -27,9 +27,10 @@ from hloss.study.results import (
     select_results,
     stale_runs,
 )
-from hloss.study.spec import load_study
+from hloss.study.spec import OF_TUNING, load_study
 from hloss.study.statistics import bootstrap_over_classes, headline, summary
 from hloss.study.tuning import resolve_tuning
+from tests.helpers.sample import PARTS, RESULTS, SAMPLE, STUDY, sample_table
 
 
 def test_refuses_results_of_different_code(study, monkeypatch):
@@ -143,17 +144,26 @@ def test_table_has_every_run_and_summary_its_means(study):
     assert means["recall@1 low"].isna().tolist() == [False, False, True]
 
 
-def test_committed_sample_is_the_complete_glyphs_study():
-    table = read_results(Path("reports/sample/results.parquet"))
-    runs = load_study("glyphs").runs  # recorded run ids hash earlier names of settings
-    known = {(*names, r.config.seed) for r in runs for names in r.methods.items()}
-    assert known <= set(table[["comparison", "method", "seed"]].itertuples(index=False, name=None))
+def test_committed_sample_is_its_complete_study():
+    table = read_results(RESULTS)
+    runs = load_study(STUDY).runs  # recorded run ids hash earlier names of settings
+    known = {
+        (r.dataset, comparison, method, r.config.seed, length)
+        for r in runs
+        for comparison, method in r.methods.items()
+        for length in r.lengths_in(comparison)
+    }
+    columns = ["dataset", "comparison", "method", "seed", "length"]
+    assert known <= set(table[columns].itertuples(index=False, name=None))
     assert table["complete"].all()
-    tuned_runs = table[table["comparison"] == "tuned losses"].groupby("loss")["seed"].nunique()
-    assert tuned_runs.tolist() == [5] * 7
-    assert sum(file.stat().st_size for file in Path("reports/sample").iterdir()) < 5e6
-    assert table["code_sha256"].nunique() == 1
-    recall = table[table["comparison"] == "losses"].groupby("method")["recall@1"].agg(["min", "max"])
+    trained = table[(table["comparison"] == "losses") & (table["length"] > 0)]
+    tuned_runs = table[table["comparison"] == "tuned losses"].groupby(["loss", "length"])["seed"].nunique()
+    assert tuned_runs.tolist() == [5] * 7 * trained["length"].nunique()
+    limit = 12e6 if PARTS else 5e6  # parts have three lengths and the ranks of the queries
+    assert sum(file.stat().st_size for file in SAMPLE.rglob("*") if file.is_file()) < limit
+    assert all(pd.read_parquet(file)["code_sha256"].nunique() == 1 for file in PARTS or [RESULTS])
+    longest = table[table["length"].isin([0, trained["length"].max()])]
+    recall = longest[longest["comparison"] == "losses"].groupby("method")["recall@1"].agg(["min", "max"])
     assert recall.loc["untrained network", "max"] < 5
     assert recall.loc["histogram", "min"] > 5 * recall.loc["untrained network", "max"]
 
@@ -191,7 +201,7 @@ def test_no_committed_study_mixes_results_that_cannot_be_compared():
 
 
 def test_refuses_results_that_cannot_be_compared(tmp_path):
-    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    table = sample_table()
     row = table.index[table["complete"] & (table["iterations"] > 0)][3]
     for name, value in {
         "protocol": "market1501",
@@ -213,9 +223,11 @@ def test_refuses_results_that_cannot_be_compared(tmp_path):
 
 
 def test_refuses_splits_that_differ_in_preparation_or_repeat(tmp_path):
-    table = pd.read_parquet(Path("reports/sample/results.parquet"))
-    table = table[table["seed"].isin([0, 1])].assign(dataset="cuhk03", split=lambda t: "cuhk03-" + t["seed"].map(str))
+    table = sample_table()
+    table = table[table["seed"].isin([0, 1]) & (table["dataset"] == "glyphs")]
+    table = table.assign(dataset="cuhk03", split="cuhk03-" + table["seed"].map(str))
     second = table["seed"] == 1
+    first_card = table.loc[~second, "card_sha256"].iloc[0]
 
     def written_with(*prepared, card="second"):
         for rows, settings in zip((~second, second), prepared, strict=True):
@@ -229,11 +241,11 @@ def test_refuses_splits_that_differ_in_preparation_or_repeat(tmp_path):
     with pytest.raises(ConfigError, match="detected"):
         read_results(written_with(first_set, {"boxes": "detected", "test_set": 2}))
     with pytest.raises(ConfigError, match="cuhk03-0 and cuhk03-1 are the same split of cuhk03"):
-        read_results(written_with(first_set, first_set, card=table["card_sha256"].iloc[0]))
+        read_results(written_with(first_set, first_set, card=first_card))
 
 
 def test_refuses_a_grid_of_other_data_or_protocol(tmp_path):
-    table = pd.read_parquet(Path("reports/sample/results.parquet"))
+    table = sample_table()
     row = table.index[table["comparison"].map(lambda names: names[0].endswith(": choice"))][3]
     for name in ("protocol", "card_sha256"):
         table.assign(**{name: table[name].where(table.index != row, "another")}).to_parquet(tmp_path / "r.parquet")
@@ -277,10 +289,13 @@ def test_interval_over_classes_equals_the_bootstrap_of_the_queries(study):
 
 
 def test_a_part_that_is_not_there_is_refused_with_what_is():
-    results = read_results(Path("reports/sample/results.parquet"))
+    results = read_results(RESULTS)
     assert set(select_results(results, comparison="bins", seed=1)["seed"]) == {1}
-    with pytest.raises(ConfigError, match=r"comparison is unknown: got 'bin'; allowed are losses, tuned losses"):
+    with pytest.raises(ConfigError, match=r"comparison is unknown: got 'bin'; allowed are losses, ") as refused:
         select_results(results, dataset="glyphs", comparison="bin")
+    names = str(refused.value).partition("allowed are ")[2].split(", ")
+    known = results.loc[results["dataset"] == "glyphs", "comparison"]
+    assert set(names) == {name for name in known if not name.endswith(OF_TUNING)}
 
 
 def test_results_stand_in_the_order_of_the_study(study):
@@ -372,12 +387,19 @@ def test_ranks_of_the_queries_give_the_recall_of_each_length(study):
     assert chosen["length"].tolist() == [2, 4]
 
 
-def test_older_tables_have_one_length():
-    results = read_results(Path("reports/sample/results.parquet"))
+def test_older_tables_have_one_length(tmp_path):
+    table = sample_table()
+    if "length" in table:
+        longest = table["length"] == table.groupby("run_id")["length"].transform("max")
+        table = table[longest].drop(columns=["length", "still_improving"])
+    table.to_parquet(tmp_path / "results.parquet")
+    results = read_results(tmp_path / "results.parquet")
     trained = results[results["iterations"] > 0]
     assert (results["length"] == results["iterations"]).all()
     assert lengths_in(results) == sorted(trained["iterations"].unique())
-    assert trained["still_improving"].mean() > 0.9
+    late = trained["chosen_iteration"] / trained["iterations"] > 0.9
+    assert trained["still_improving"].equals(late)
+    assert set(late) == {False, True}
     assert not results.loc[results["iterations"] == 0, "still_improving"].any()
 
 

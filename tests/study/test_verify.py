@@ -13,6 +13,7 @@ from hloss.runs.run import run
 from hloss.study.results import collect
 from hloss.study.verified import DIFFERENT
 from hloss.study.verify import CLOSE, EXACT, NOT_COMPARED, TOLERANCE_POINTS, config_of, origin, verify
+from tests.helpers.sample import sample_table
 from tests.helpers.scripts import run_script
 from tests.helpers.studies import study_of
 
@@ -170,9 +171,10 @@ def test_several_versions_of_the_code_are_named(table, results):
 
 
 def test_every_run_of_the_committed_sample_has_a_config_again(tmp_path):
-    table = pd.read_parquet(ROOT / "reports/sample/results.parquet")
-    for _, rows in table.groupby("run_id"):
+    for _, rows in sample_table().groupby("run_id"):
         row, resolved = rows.iloc[0], config_of(rows, str(tmp_path)).resolved() | {"dataset": rows["dataset"].iloc[0]}
+        lengths = {row["iterations"], *rows.get("length", [])}
+        assert resolved.pop("report_at", [row["iterations"]]) == sorted(lengths)
         assert {name: row[name] for name, value in resolved.items() if value is not None} == {
             name: value for name, value in resolved.items() if value is not None
         }
