@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 SEEDS, SEEDS_AND_CLASSES = "seeds", "seeds and classes"
 
@@ -55,16 +55,16 @@ class Estimate(NamedTuple):
         if self.n < 2:
             return math.nan, math.nan
         tail = (1 - confidence) / 2
-        quantile = float(stats.t.isf(tail, self.n - 1))
+        quantile = -float(special.stdtrit(self.n - 1, tail))
         if self.share < 1:
-            most = 2 * max(quantile, float(stats.t.isf(tail, self.classes - 1)))
+            most = 2 * max(quantile, -float(special.stdtrit(self.classes - 1, tail)))
             quantile = optimize.brentq(lambda value: self._tail(value) - tail, 0, most)
         return self.mean - quantile * self.error, self.mean + quantile * self.error
 
     def _tail(self, value: float) -> float:
         """Probability that the error of the mean, in standard errors, is above a value."""
-        of_seeds = stats.t.sf(value, self.n - 1)
-        return float(self.share * of_seeds + (1 - self.share) * stats.t.sf(value, self.classes - 1))
+        of_seeds, of_classes = special.stdtr([self.n - 1, self.classes - 1], -value)  # stats.t takes 50 times as long
+        return float(self.share * of_seeds + (1 - self.share) * of_classes)
 
     def with_more(self, n: int, more_classes: bool = False) -> "Estimate":
         """The estimate with another number of seeds, if mean and spread stay.
