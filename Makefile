@@ -50,7 +50,7 @@ ifneq ($(filter sample glyphs-difficulty,$(STUDY))$(findstring glyphs-difficulty
 DRAWINGS := data/glyphs-easy-5/card.json data/glyphs-hard-5/card.json
 endif
 
-.PHONY: study plan watch report verify docs lab test test-all check-gpu
+.PHONY: study plan watch report verify docs lab test types tests test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
@@ -76,7 +76,13 @@ lab: $(STUDY_INSTALLED) data/glyphs/card.json
 	"$(BIN)"/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/README.md
 
 test: $(TEST_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
-	"$(BIN)"/ruff check . && "$(BIN)"/ruff format --check . && "$(BIN)"/mypy && "$(BIN)"/lint-imports --no-cache --no-logo
+	"$(BIN)"/ruff check . && "$(BIN)"/ruff format --check . && "$(BIN)"/lint-imports --no-cache --no-logo
+	@"$(MAKE)" --no-print-directory -j2 types tests
+
+types:  # on one core, beside the first tests
+	"$(BIN)"/mypy
+
+tests:
 	"$(BIN)"/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
 
 test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) $(DOCS_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
