@@ -18,12 +18,14 @@ RUN_IDS = "run_ids"  # a column of tables: "id, id, ...", shown as a list that u
 RUN_ID = "run_id"  # a column of tables, shown as a link
 KEPT = "similarities.png"  # end of the name of the image that the page looks for, to know whether its folder exists
 LONG = 30  # rows; a longer table is folded
+PRINTED = 200  # rows; a longer table is written as CSV only, not as LaTeX and Markdown for a paper
 
 
 class Exhibits:
     """Shows figures and tables with captions, and writes their files.
 
-    `FOLDER/NAME.png` and `.svg` for a figure, `FOLDER/tables/NAME.csv`, `.tex` and `.md` for a table.
+    `FOLDER/NAME.png` and `.svg` for a figure, `FOLDER/tables/NAME.csv`, `.tex` and `.md` for a table;
+    a table of more than 200 rows has no `.tex` and `.md`.
 
     Args:
         folder: folder of the report, from the project's root; "": write nothing.
@@ -98,13 +100,15 @@ class Exhibits:
         if not self.folder:
             return ""
         plain = table.drop(columns=RUN_IDS, errors="ignore")
-        texts = {"tex": latex_table(plain, caption), "md": markdown_table(plain), "csv": table.to_csv(index=False)}
+        texts = {"csv": table.to_csv(index=False)}
+        if len(table) <= PRINTED:
+            texts |= {"tex": latex_table(plain, caption), "md": markdown_table(plain)}
         folder = project_path(self.folder) / "tables"
         folder.mkdir(parents=True, exist_ok=True)
         for kind, text in texts.items():
             atomic_write(folder / f"{name}.{kind}", lambda part, text=text: part.write_text(text))  # type: ignore[misc]
         names = {"csv": "CSV", "tex": "LaTeX", "md": "Markdown"}
-        links = (relative_link(f"tables/{name}.{kind}", label) for kind, label in names.items())
+        links = (relative_link(f"tables/{name}.{kind}", names[kind]) for kind in texts)
         return f'<p class="files">{" · ".join(links)}</p>'
 
 

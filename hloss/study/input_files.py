@@ -1,4 +1,4 @@
-"""Read files that users write or share: YAML, CSV and tables of results in Parquet.
+"""Read files that users write or share: YAML, CSV and tables of results in Parquet. Tables of results are also written.
 
 Every error names the file, the line or the setting, its value, and the allowed values.
 """
@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from hloss.names import did_you_mean
 from hloss.runs.errors import ConfigError, allowed_by
+from hloss.runs.files import atomic_write
 
 Model = TypeVar("Model", bound=BaseModel)
 INJECTED = "# Parameters\n"  # first line of the cell with which papermill passes parameters
@@ -151,6 +152,19 @@ def read_table(file: Path) -> pd.DataFrame:
             "`make study` or `make report` wrote"
         )
     return table
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a table of results.
+
+    Most values differ, so the table is smaller without dictionaries of values.
+
+    Args:
+        table: the table.
+        file: the Parquet file, which is replaced as a whole.
+    """
+    packed: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_dictionary": False}
+    atomic_write(file, lambda part: table.to_parquet(part, index=False, **packed))
 
 
 def _remedy(file: Path) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from hloss.runs.errors import ConfigError
-from hloss.runs.files import atomic_write, project_path
-from hloss.study.input_files import read_table
+from hloss.runs.files import project_path
+from hloss.study.input_files import read_table, write_table
 from hloss.study.spec import LOSS_COMPARISONS, STUDIES, load_study
 from hloss.study.verified import is_confirmed, read_verified
 
@@ -45,7 +45,7 @@ def write_part(name: str, part_of: str, table: pd.DataFrame) -> Path | None:
         return None
     file = Path("reports") / part_of / "parts" / f"{name}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, lambda part: table.to_parquet(part, index=False, compression="zstd"))
+    write_table(table, file)
     return file
 
 

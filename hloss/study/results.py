@@ -20,7 +20,7 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, non_finite, read_result, reading_of_run
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
-from hloss.study.input_files import read_table
+from hloss.study.input_files import read_table, write_table
 from hloss.study.parts import merged_parts, parts_of, write_part
 from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
 from hloss.study.statistics import bootstrap_over_classes
@@ -91,9 +91,9 @@ def write_results(study: Study, keep: bool) -> None:
     if study.part_of:
         write_part(study.name, study.part_of, table)
     if len(pairs := pair_records(study)):
-        atomic_write(file.with_name("pairs.parquet"), lambda part: pairs.to_parquet(part, index=False))
+        write_table(pairs, file.with_name("pairs.parquet"))
     atomic_write(file.with_name("loss_cost.csv"), lambda part: cost.to_csv(part, index=False))
-    atomic_write(file, lambda part: table.to_parquet(part, index=False, compression="zstd"))
+    write_table(table, file)
 
 
 def measured_loss_cost() -> pd.DataFrame:

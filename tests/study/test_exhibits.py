@@ -69,6 +69,16 @@ def test_nothing_is_written_without_a_folder(shown, figure, tmp_path, monkeypatc
     assert "data-beside" not in shown[-1][0].data
 
 
+def test_tables_too_long_for_a_paper_are_written_as_csv_only(shown, tmp_path):
+    show = Exhibits(str(tmp_path), {})
+    for rows, name in ((exhibits.PRINTED, "fits"), (exhibits.PRINTED + 1, "long")):
+        show.table(pd.DataFrame({"x": range(rows)}), name, "b")
+    written = {file.name for file in (tmp_path / "tables").iterdir()}
+    assert written == {"fits.csv", "fits.tex", "fits.md", "long.csv"}
+    page = BeautifulSoup(shown[1][0].data, "html.parser")
+    assert [link.text for link in page.select("p.files a")] == ["CSV"]
+
+
 def test_long_tables_are_folded(shown):
     Exhibits("", {}).table(pd.DataFrame({"x": range(exhibits.LONG + 1)}), "a", "b")
     page = BeautifulSoup(shown[0][0].data, "html.parser")

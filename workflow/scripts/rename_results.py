@@ -15,7 +15,7 @@ import pandas as pd
 from hloss.runs.config import OLD_NAMES
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
-from hloss.study.input_files import read_table
+from hloss.study.input_files import read_table, write_table
 from hloss.study.verified import read_verified, verified_file
 
 OLD_PANEL_KEY, PANEL_KEY = "neighbours", "neighbors"
@@ -32,7 +32,7 @@ def main() -> None:
         table = renamed(read_table(options.file), options.title)
     except ConfigError as error:
         sys.exit(str(error))
-    atomic_write(options.file, lambda part: table.to_parquet(part, index=False))
+    write_table(table, options.file)
     if verified:
         verified["results_sha256"] = sha256(options.file.read_bytes()).hexdigest()
         atomic_write(verified_file(options.file), lambda part: part.write_text(json.dumps(verified, indent=1) + "\n"))
