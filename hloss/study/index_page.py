@@ -24,7 +24,7 @@ STATES = {"complete": "complete", "failed": "failed", "stopped": "stopped", "run
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --line: #bbb; --soft: #595959; --bad: #b00020;
   --complete: #1f6f43; --failed: #b00020; --stopped: #b26a00; --running: #3b6ea8; --to-do: #d5d5d5; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --text: #eee; --page: #181818; --line: #555; --soft: #aaa; --bad: #ff7b88;
     --complete: #4caf7d; --failed: #ff7b88; --stopped: #e0a040; --running: #7fb0e8; --to-do: #444; }
 }

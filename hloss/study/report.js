@@ -6,7 +6,7 @@ openContents();
 contents.addEventListener("click", event => { if (event.target.closest("a") && !wide.matches) contents.open = false; });
 
 // Dark scheme of the tables.
-const dark = matchMedia("(prefers-color-scheme: dark)");
+const dark = matchMedia("screen and (prefers-color-scheme: dark)");
 const darken = () => document.documentElement.classList.toggle("dark", dark.matches);
 dark.addEventListener("change", darken);
 darken();
@@ -27,6 +27,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 addEventListener("beforeprint", () => {
+  for (const claims of document.querySelectorAll("details.findings")) claims.open = true;
   for (const table of document.querySelectorAll("table.sortable")) new DataTable(table).page.len(-1).draw();
 });
 document.documentElement.dataset.ready = "";
