@@ -165,10 +165,7 @@ def leader_answer(ranking: Ranking) -> Answer:
     second = ranking.rows.iloc[1]["method"]
     lead = ranking.difference(first["method"], second)
     low, high = lead.interval()
-    if lead.mean < 0:  # over the seeds of both, which are fewer than those of the means
-        behind = f"on the seeds of both {signed(-lead.mean)} points below the next, {second}"
-    else:
-        behind = f"{signed(lead.mean)} points above the next, {second}"
+    behind = f"{_distance(lead.mean, 'above', 'below')} the next, {second}"
     if not math.isnan(low):
         behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
     short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "no loss clearly leads."
@@ -193,11 +190,18 @@ def _histogram_place(ranking: Ranking) -> str:
         return ""
     behind = ranking.difference(methods[0], methods[place])
     low, high = behind.interval()
-    interval = "" if math.isnan(low) else f" (95 % CI {signed(low)} to {signed(high)})"
+    interval = "" if math.isnan(low) or behind.mean < 0 else f" (95 % CI {signed(low)} to {signed(high)})"
     rank = f"number {place + 1} of {len(methods)}"
-    if behind.mean < 0:
-        return f" The histogram loss is {rank}, on the seeds of both {signed(-behind.mean)} points above the first."
-    return f" The histogram loss is {rank}, {signed(behind.mean)} points below the first{interval}."
+    return f" The histogram loss is {rank}, {_distance(behind.mean, 'below', 'above')} the first{interval}."
+
+
+def _distance(points: float, side: str, other_side: str) -> str:
+    """A difference in words; it is negative if the seeds that both methods have do not show the order of the means."""
+    return (
+        f"{signed(points)} points {side}"
+        if points >= 0
+        else f"on the seeds of both {signed(-points)} points {other_side}"
+    )
 
 
 def length_answer(of_lengths: list[Ranking]) -> Answer:

@@ -54,7 +54,7 @@ def execute(settings: dict[str, Any], folder: Path, prepare: Callable[[], None] 
     for process in processes:
         process.kill()
         process.join()
-    printed, *_ = (file.with_name(f"{rank}.out").read_text() for rank in range(devices))
+    printed = file.with_name("0.out").read_text()
     errors = "".join(file.with_name(f"{rank}.err").read_text() for rank in range(devices))
     return Ended(max(abs(process.exitcode) for process in processes), printed, errors)
 

@@ -184,8 +184,7 @@ def test_extreme_margins_are_finite(name, margin):
 
 def test_the_metric_is_that_of_the_embeddings_a_loss_takes():
     raw = {name for name, loss in BASELINES.items() if loss().metric == "euclidean"}
-    assert raw == {name for name, loss in BASELINES.items() if "normalize" in signature(loss).parameters}
-    assert {"lifted", "contrastive"} <= raw
+    assert raw == {"lifted", "contrastive"}
     assert all(BASELINES[name](normalize=True).metric == "cosine" for name in raw)
     for name in set(BASELINES) - raw:
         embeddings, labels = batch()
@@ -231,7 +230,7 @@ def test_value_and_gradient_are_finite_at_the_extremes(name, dtype, kind):
     assert embeddings.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name, loss in BASELINES.items() if loss.needs_both_groups])
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"contrastive"}))
 @pytest.mark.parametrize("labels", [torch.zeros(6, dtype=torch.int64), torch.arange(6)])
 def test_a_batch_without_positive_or_negative_pair_is_undefined(name, labels):
     embeddings = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()

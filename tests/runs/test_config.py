@@ -101,7 +101,7 @@ def test_run_id_and_folder_do_not_build_the_loss(monkeypatch, loss):
 def test_every_loss_trains(settings, loss):
     result = run(parse_config({**settings, "loss": loss}), quiet)
     assert result["chosen"]["iteration"] > 0
-    metric = "euclidean" if loss != "histogram" and "normalize" in OPTIONS[loss] else "cosine"
+    metric = "euclidean" if loss in ("lifted", "contrastive") else "cosine"
     assert result["config"]["metric"] == metric
     assert result["config"]["normalize_embeddings"] == (metric == "cosine")
 

@@ -305,10 +305,11 @@ def test_names_the_root_folder_where_there_are_no_studies(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_scripts_refuse_wrong_arguments(arguments, message):
+def test_scripts_refuse_wrong_arguments_without_a_traceback(arguments, message):
     done = run_script(*arguments)
     assert done.returncode != 0
     assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["claims", "published", "profile"])
