@@ -197,11 +197,9 @@ def _histogram_place(ranking: Ranking) -> str:
 
 def _distance(points: float, side: str, other_side: str) -> str:
     """A difference in words; it is negative if the seeds that both methods have do not show the order of the means."""
-    return (
-        f"{signed(points)} points {side}"
-        if points >= 0
-        else f"on the seeds of both {signed(-points)} points {other_side}"
-    )
+    if points < 0:
+        return f"on the seeds of both {signed(-points)} points {other_side}"
+    return f"{signed(points)} points {side}"
 
 
 def length_answer(of_lengths: list[Ranking]) -> Answer:
