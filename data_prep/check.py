@@ -27,6 +27,7 @@ MATCHES = {  # what the protocols count as a match
     "query-gallery": "a match is a gallery image of the query's class",
     "cuhk03-single-shot": "a match is an image of the query's class from the other of two cameras",
 }
+REMEDIES = {"val": "pass a larger --val-fraction", "test": "add images or classes to the test split"}
 OTHER_CAMERAS = "a match is a gallery image of the query's class from another camera"
 
 
@@ -54,7 +55,7 @@ def check_measurable(index: pd.DataFrame, split: str, protocol: str, condition: 
         condition: Begin of the message.
 
     Raises:
-        PreparationError: no query can be evaluated; the message has the counts.
+        PreparationError: no query can be evaluated; the message has the counts and a remedy.
     """
     rows = index[index.split == split]
     queries = query_counts(rows, protocol)
@@ -66,7 +67,7 @@ def check_measurable(index: pd.DataFrame, split: str, protocol: str, condition: 
         f"{condition}the {split} split cannot be evaluated: of {len(queries)} queries, {matched} have a match and "
         f"{with_rivals} a non-match; {match_rule(protocol)} (query classes: "
         f"{queries.label.nunique()}, {len(gallery & set(queries.label))} of them in the gallery; cameras: "
-        f"{rows.camera[rows.camera >= 0].nunique()}; protocol: {protocol})"
+        f"{rows.camera[rows.camera >= 0].nunique()}; protocol: {protocol}); {REMEDIES[split]}"
     )
 
 
@@ -208,7 +209,8 @@ def query_warnings(dataset: Dataset) -> list[str]:
     if has_validation and (classes < MIN_VAL_CLASSES or queries < MIN_VAL_QUERIES):
         found.append(
             f"val: only {queries} queries of {classes} classes have a match and a non-match; checkpoint selection is "
-            f"unreliable below {MIN_VAL_QUERIES} queries of {MIN_VAL_CLASSES} classes"
+            f"unreliable below {MIN_VAL_QUERIES} queries of {MIN_VAL_CLASSES} classes; prepare the dataset again with "
+            "more validation classes (--val-fraction)"
         )
     return found
 

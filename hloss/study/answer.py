@@ -197,9 +197,10 @@ def _histogram_place(ranking: Ranking) -> str:
 
 def _distance(points: float, side: str, other_side: str) -> str:
     """A difference in words; it is negative if the seeds that both methods have do not show the order of the means."""
+    size = "less than 0.1" if abs(points) < 0.05 else signed(abs(points))
     if points < 0:
-        return f"on the seeds of both {signed(-points)} points {other_side}"
-    return f"{signed(points)} points {side}"
+        return f"on the seeds of both {size} points {other_side}"
+    return f"{size} points {side}"
 
 
 def length_answer(of_lengths: list[Ranking]) -> Answer:

@@ -21,8 +21,9 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hloss.integrations.pml_losses import PREFIX
 from hloss.names import did_you_mean
-from hloss.runs.config import RunConfig
+from hloss.runs.config import LOSSES, NO_LOSS, RunConfig
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import project_path
 from hloss.study.criteria import (
@@ -125,6 +126,17 @@ class Claim(BaseModel):
         for name in (*axes, *self.among, *(self.method or {}), *(n for rival in self.rivals or () for n in rival)):
             if name not in known:
                 raise ValueError(f"{name} is not a setting of a run{did_you_mean(name, known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> "Claim":
+        known = (*LOSSES, NO_LOSS)
+        for settings in (self.among, self.method or {}, *(self.rivals or ())):
+            named = settings.get("loss", [])
+            for loss in named if isinstance(named, list) else [named]:
+                if loss not in known and not str(loss).startswith(PREFIX):
+                    allowed = ", ".join((*known, f"{PREFIX}NAME"))
+                    raise ValueError(f"loss {loss!r} is unknown; allowed are {allowed}{did_you_mean(str(loss), known)}")
         return self
 
     @model_validator(mode="after")

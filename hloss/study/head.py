@@ -75,7 +75,7 @@ def losses_figure(of_lengths: list[Ranking], caption: str) -> str:
     lines = [_loss_line(row, scale, earlier[row["method"]], before) for row in last.rows.to_dict("records")]
     head = '<tr><th scope="col">loss</th><th scope="col" class="plot">test Recall@1 (%)</th>'
     head += '<th scope="col" class="number">mean</th><th scope="col" class="number wide">95 % CI</th></tr>'
-    foot = f'<tr><td></td><td class="plot">{axis_plot(scale, "%")}</td><td></td><td class="wide"></td></tr>'
+    foot = f'<tr><td></td><td class="plot">{axis_plot(scale)}</td><td></td><td class="wide"></td></tr>'
     table = f'<table class="losses"><thead>{head}</thead><tbody>{"".join(lines)}</tbody><tfoot>{foot}</tfoot></table>'
     return f'<figure class="losses">{table}{caption}</figure>'
 

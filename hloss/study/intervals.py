@@ -100,19 +100,18 @@ def mean_plot(mean: Interval, scale: Scale, earlier: Sequence[float], descriptio
     return _svg([*parts, _interval(mean, scale, ROW / 2)], ROW, description)
 
 
-def axis_plot(scale: Scale, unit: str) -> str:
-    """SVG of the axis below rows of `mean_plot`.
+def axis_plot(scale: Scale) -> str:
+    """SVG of the axis below rows of `mean_plot`, in percent: it has ticks from 0 to 100 only.
 
     Args:
         scale: the scale of the rows.
-        unit: unit of the values.
     """
-    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, math.inf) if (scale.high - scale.low) / s <= 6)
-    first = math.ceil(scale.low / step)
-    ticks = [step * i for i in range(first, math.floor(scale.high / step) + 1)] if math.isfinite(step) else []
+    low, high = max(scale.low, 0.0), min(scale.high, 100.0)
+    step = next(s for s in (0.5, 1, 2, 5, 10, 20) if (high - low) / s <= 6)
+    ticks = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     texts = [f"{tick:g}" for tick in ticks]
     parts = [_text(scale.place(tick), AXIS - 3, text) for tick, text in zip(ticks, texts, strict=True)]
-    return _svg(parts, AXIS, f"Axis from {texts[0]} to {texts[-1]} {unit}" if texts else f"Axis in {unit}")
+    return _svg(parts, AXIS, f"Axis from {texts[0]} to {texts[-1]} %" if texts else "Axis in %")
 
 
 def _edges(holds: tuple[float, float], scale: Scale) -> tuple[float, float]:

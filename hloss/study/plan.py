@@ -63,7 +63,7 @@ class Need:
         memory: memory in GiB: of the GPU if measured on one, else main memory.
         disk: disk in GiB.
         on_gpu: whether the run uses a GPU.
-        source: where the cost was measured or estimated, or that it is the request of the study.
+        source: where the cost was measured or estimated, or that it is the limit in the study's `resources`.
         measured: whether the cost was measured.
         remark: warnings about insufficient resources, or "".
     """
@@ -202,7 +202,7 @@ def need_of_run(
         throughput: as in `plan_runs`.
 
     Returns:
-        The need: measured, else estimated from `throughput`, else as the study requests.
+        The need: measured, else estimated from `throughput`, else the limit in its `resources`.
     """
     key = cost_key(run, gpus)
     *settings, _, device = key
@@ -214,7 +214,7 @@ def need_of_run(
         return Need(left * estimate / 3600, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
     if cost is None:
         of_gpu = " for a GPU" if run.resources.gpus and not on_gpu else ""  # on a CPU the run takes longer
-        source = f"not measured on {device}; the study requests this{of_gpu}"
+        source = f"not measured on {device}; limit from the study's resources{of_gpu}"
         hours = run.resources.hours if left else 0.0
         return Need(hours, run.resources.memory_gb, 0.0, on_gpu, source, measured=False)
     hours, memory = left * cost.seconds / 3600, cost.memory_mib / 1024

@@ -132,7 +132,7 @@ def test_warns_of_splits_that_cannot_be_evaluated(tmp_path):
         "val: retrieval cannot be measured, none of 1 queries has a match and a non-match",
         "test: retrieval cannot be measured, none of 1 queries has a match and a non-match",
         "val: only 0 queries of 0 classes have a match and a non-match; checkpoint selection is unreliable below "
-        "50 queries of 5 classes",
+        "50 queries of 5 classes; prepare the dataset again with more validation classes (--val-fraction)",
         "train: 1 of 1 classes have one image and form no positive pair",
     ]
 

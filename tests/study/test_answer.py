@@ -70,6 +70,12 @@ def test_a_tie_is_no_lead():
     assert "histogram" not in text
 
 
+def test_equal_means_are_less_than_a_tenth_of_a_point_apart():
+    _, text = told(table_of({"triplet": 40.0, "lifted": 40.0}))
+    assert "less than 0.1 points above the next" in text
+    assert "which can be chance" in text
+
+
 def test_the_histogram_loss_as_first_or_second_is_not_said_twice():
     for means in ({"histogram": 40.0, "triplet": 36.0}, {"histogram": 36.0, "triplet": 40.0}):
         assert "The histogram loss is number" not in told(table_of(means))[1]

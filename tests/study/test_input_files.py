@@ -161,6 +161,16 @@ CASES = [
     ),
     (
         "claims",
+        lambda t: t.replace("lifted", "liftd"),
+        r"claim 'a': loss 'liftd' is unknown; allowed are histogram, .*, none, pml:NAME \(did you mean lifted\?\)",
+    ),
+    (
+        "claims",
+        lambda t: t + "  among: {loss: [histogram, binom]}\n",
+        r"claim 'a': loss 'binom' is unknown; .* \(did you mean binomial\?\)",
+    ),
+    (
+        "claims",
         lambda t: t + "  axis: n_bin\n",
         r"claim 'a': n_bin is not a setting of a run \(did you mean n_bins\?\)",
     ),

@@ -67,16 +67,23 @@ def test_means_of_shorter_training_are_grey_points():
 
 def test_the_axis_has_round_numbers_at_their_places():
     scale = Scale([31.0, 62.0])
-    root = drawn(axis_plot(scale, "%"))
+    root = drawn(axis_plot(scale))
     ticks = {text.text: place(text, "x") for text in root.findall("text")}
     assert ticks == {text: scale.place(float(text)) for text in ticks}
     assert "40" in ticks
     assert len(ticks) <= 7
 
 
+def test_the_axis_of_percent_ends_at_0_and_100():
+    for values in ([-3.0, 2.0], [98.0, 104.0], [-20.0, 120.0]):
+        ticks = [float(text.text) for text in drawn(axis_plot(Scale(values))).findall("text")]
+        assert {min(ticks), max(ticks)} & {0, 100}
+        assert all(0 <= tick <= 100 for tick in ticks)
+
+
 def test_equal_values_have_a_scale():
     assert Scale([5.0, 5.0]).place(5.0) == 50
-    assert drawn(axis_plot(Scale([0.0]), "%")) is not None
+    assert drawn(axis_plot(Scale([0.0]))) is not None
 
 
 def test_descriptions_are_escaped():

@@ -42,7 +42,7 @@ def test_plan_separates_done_measured_and_unmeasured_runs(config, tmp_path):
     assert (unmeasured.need.hours, unmeasured.need.memory, unmeasured.need.measured) == (400.0, 8.0, False)
     text = plan_text(study, [done, measured, unmeasured, repeated])
     assert "1 of 4 runs are done. Of the other 3, 2 are measured: 1000.00 h" in text
-    assert "1 run not measured on cpu; the study requests this: at most 400.00 h of training" in text
+    assert "1 run not measured on cpu; limit from the study's resources: at most 400.00 h of training" in text
 
 
 @pytest.mark.parametrize(("gpus", "measured"), [(0, 195), (1, 0), (None, 0)])
