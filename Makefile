@@ -6,7 +6,8 @@
 # make docs                 build the site of guides, notebooks and docstrings in build/site
 # make lab                  open JupyterLab on the list of the notebooks
 # make test                 run all tests and notebooks except the slow tests
-# make test-all             run the slow tests: interrupted studies, Slurm on one node, a browser, examples
+# make test-browser         run the slow tests in a browser: report, watching page, site, JupyterLab, accessibility
+# make test-all             run all slow tests: these, interrupted studies, Slurm on one node, examples
 # make check-gpu            check a machine with GPUs; run it there before the first study
 # KEEP=1 keeps results of other code or data, which are redone otherwise. PROFILE is a folder in workflow/profiles.
 # To use an existing environment: make study BIN=/path/to/environment/bin
@@ -50,7 +51,7 @@ ifneq ($(filter sample glyphs-difficulty,$(STUDY))$(findstring glyphs-difficulty
 DRAWINGS := data/glyphs-easy-5/card.json data/glyphs-hard-5/card.json
 endif
 
-.PHONY: study plan watch report verify docs lab test types tests test-all check-gpu
+.PHONY: study plan watch report verify docs lab test types tests test-browser test-all check-gpu
 study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
@@ -84,6 +85,9 @@ types:  # on one core, beside the first tests
 
 tests:
 	"$(BIN)"/python -m pytest -n logical --maxprocesses=4 --dist=loadfile --nbval -m "not slow" --ignore=tests/benchmarks tests $$(git ls-files 'notebooks/*.ipynb')
+
+test-browser: $(TEST_INSTALLED) $(BROWSER_INSTALLED) $(DOCS_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
+	"$(BIN)"/python -m pytest -m slow -rs --durations=0 tests/browser
 
 test-all: $(TEST_INSTALLED) $(SLURM_INSTALLED) $(BROWSER_INSTALLED) $(EXAMPLES_INSTALLED) $(DOCS_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	"$(BIN)"/python -m pytest -m slow -rs --durations=0 tests
