@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from hloss.study.board import groups, verdict_counts
-from hloss.study.claims import DEPENDS
-from hloss.study.criteria import NOT_RUN, OPEN
+from hloss.study.board import groups, outcome
+from hloss.study.claims import DEPENDS, conclusions
+from hloss.study.criteria import NOT_RUN, OPEN, REFUTED, REPRODUCED
 from hloss.study.difficulty import in_words
 from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import distinct_runs, lengths_in
@@ -144,7 +144,9 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
         told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
     told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
-    return [*_missing_answer(results), *told, claims_answer(results, board)]
+    of_claims = claims_answer(results, board)
+    told = [of_claims, *told] if len(ranked) > 1 else [*told, of_claims]  # answers per dataset fill a screen
+    return [*_missing_answer(results), *told]
 
 
 def leader_answer(ranking: Ranking) -> Answer:
@@ -162,18 +164,34 @@ def leader_answer(ranking: Ranking) -> Answer:
     recall = f"{first['recall@1']:.1f} %{_interval_of(first)}"
     if len(ranking.rows) == 1:
         return Answer(f"Only {first['method']} was measured.", f"{where} it has a test Recall@1 of {recall}.")
-    second = ranking.rows.iloc[1]["method"]
-    lead = ranking.difference(first["method"], second)
-    low, high = lead.interval()
-    behind = f"{_distance(lead.mean, 'above', 'below')} the next, {second}"
-    if not math.isnan(low):
-        behind += f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+    lead = ranking.difference(first["method"], ranking.rows.iloc[1]["method"])
+    low, _ = lead.interval()
     short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "no loss clearly leads."
-    doubt = ", which can be chance" if not low > 0 else ""
-    told = f"{where} {first['method']} has the highest test Recall@1, {recall}, {behind}{doubt}."
+    told = f"{where} {first['method']} has the highest test Recall@1, {recall}{_lead_in_words(ranking, lead)}."
     so_far = "So far, " * bool((ranking.rows["n"] < ranking.rows["of"]).any())
     short = f"{so_far}{short}" if so_far else short[0].upper() + short[1:]
     return Answer(short, told + _histogram_place(ranking))
+
+
+def _lead_in_words(ranking: Ranking, lead: Estimate) -> str:
+    """The difference between the first loss and the next; its seeds, if not all have both; whether it can be chance."""
+    first, second = ranking.rows.iloc[0], ranking.rows.iloc[1]
+    next_one = f"the next, {second['method']}{_in_brackets(lead)}"
+    doubt = ", which can be chance" * (not lead.interval()[0] > 0)
+    if lead.n == first["n"] == second["n"]:
+        return f", {_distance(lead.mean)} above {next_one}{doubt}"
+    side = "below" if lead.mean < 0 else "above"
+    return f". On the {few(lead.n)} that both have, it is {_distance(lead.mean)} {side} {next_one}{doubt}"
+
+
+def _in_brackets(difference: Estimate) -> str:
+    low, high = difference.interval()
+    return "" if math.isnan(low) else f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+
+
+def _distance(points: float) -> str:
+    """A difference in words, without its sign."""
+    return f"{'less than 0.1' if abs(points) < 0.05 else signed(abs(points))} points"
 
 
 def _interval_of(row: pd.Series) -> str:
@@ -188,19 +206,11 @@ def _histogram_place(ranking: Ranking) -> str:
     place = next((i for i, method in enumerate(methods) if losses[method] == "histogram"), 0)
     if place < 2:
         return ""
-    behind = ranking.difference(methods[0], methods[place])
-    low, high = behind.interval()
-    interval = "" if math.isnan(low) or behind.mean < 0 else f" (95 % CI {signed(low)} to {signed(high)})"
-    rank = f"number {place + 1} of {len(methods)}"
-    return f" The histogram loss is {rank}, {_distance(behind.mean, 'below', 'above')} the first{interval}."
-
-
-def _distance(points: float, side: str, other_side: str) -> str:
-    """A difference in words; it is negative if the seeds that both methods have do not show the order of the means."""
-    size = "less than 0.1" if abs(points) < 0.05 else signed(abs(points))
-    if points < 0:
-        return f"on the seeds of both {size} points {other_side}"
-    return f"{size} points {side}"
+    behind = ranking.difference(methods[place], methods[0])
+    return (
+        f" The histogram loss is number {place + 1} of {len(methods)}; its difference from the first is "
+        f"{signed(behind.mean, plus=True)} points{_in_brackets(behind)}."
+    )
 
 
 def length_answer(of_lengths: list[Ranking]) -> Answer:
@@ -242,7 +252,7 @@ def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
 
 
 def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
-    """The number of verdicts of each kind, and the data, seeds and runs behind them.
+    """The number of verdicts of each kind at the longest length, and the data, seeds and runs behind them.
 
     Args:
         results: the table of `hloss.study.results.read_results`.
@@ -251,13 +261,34 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     judged = groups(board)
     if not judged:
         return Answer("No claim of the paper can be judged.", "The runs that a claim needs are missing.")
-    counts = verdict_counts(board)
-    kinds = ", ".join(f"{n} {_kind(name, n)}" for name, n in counts.items() if n)
-    claims = len({rows.iloc[-1]["claim"] for rows in judged})
+    last = pd.DataFrame([rows.iloc[-1] for rows in judged])
+    claims = last["claim"].nunique()
     of = f"{claims} claims" if claims > 1 else "one claim"
-    several = f"{len(judged)} verdicts on {of}" if len(judged) > 1 else "One verdict on a claim"
-    told = f"{after_holm(board)} They rest on {_rests_on(results, board)}."
-    return Answer(f"{several} of the paper: {kinds}.", told)
+    several = f"{len(last)} verdicts on {of}" if len(last) > 1 else "One verdict on a claim"
+    longest = " at the longest length" * any(len(rows) > 1 for rows in judged)
+    others = len(conclusions(board)) - len(judged)
+    told = [_change_of_verdicts(judged), after_holm(board), f"The verdicts rest on {_rests_on(results, board)}."]
+    told += [f"For {others} other verdict{'s' * (others > 1)} this study lacks the runs."] * (others > 0)
+    return Answer(f"{several} of the paper{longest}: {_counted(last['verdict'])}.", " ".join(filter(None, told)))
+
+
+def _counted(verdicts: pd.Series) -> str:
+    """Verdicts with their numbers, as in "2 reproduced, 1 inconclusive"."""
+    counts = {name: int((verdicts == name).sum()) for name in (REPRODUCED, REFUTED, OPEN)}
+    return ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+
+
+def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
+    """The number of verdicts that depend on the length, and how many were "reproduced" at a shorter length only."""
+    changed = [rows for rows in judged if outcome(rows) == DEPENDS]
+    if not changed:
+        return ""
+    lost = sum((rows["verdict"] == REPRODUCED).any() and rows["verdict"].iloc[-1] != REPRODUCED for rows in changed)
+    if len(judged) == 1:
+        return "It has another verdict at a shorter length."
+    n = len(changed)
+    only = f"; {lost} {'were' if lost > 1 else 'was'} reproduced only there" if lost else ""
+    return f"{n} of them {'have' if n > 1 else 'has'} another verdict at a shorter length{only}."
 
 
 def after_holm(board: pd.DataFrame) -> str:
@@ -267,16 +298,15 @@ def after_holm(board: pd.DataFrame) -> str:
         board: the table of `hloss.study.claims.judge`.
     """
     last = [rows.iloc[-1] for rows in groups(board)]
-    decided = [row for row in last if row["verdict"] != OPEN and row["p holds"] >= 0]
-    if not decided:
+    decided = pd.DataFrame([row for row in last if row["verdict"] != OPEN and row["p holds"] >= 0])
+    if decided.empty:
         return "No verdict is decided by a statistical test."
-    stay = sum(row["holm"] == row["verdict"] for row in decided)
-    of = f"Statistical tests decide {len(decided)} of the verdicts"
-    return f"{of}; {stay} of these remain after Holm's correction for the number of tests."
-
-
-def _kind(name: str, n: int) -> str:
-    return name if name != DEPENDS else f"depend{'s' * (n == 1)} on the training length"
+    stay = decided.loc[decided["holm"] == decided["verdict"], "verdict"]
+    left = f"{len(stay)} remain{'s' * (len(stay) == 1)} ({_counted(stay)})" if len(stay) else "none remains"
+    return (
+        f"Statistical tests decide {len(decided)} of the verdicts ({_counted(decided['verdict'])}); {left} after "
+        "Holm's correction for the number of tests."
+    )
 
 
 def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:

@@ -41,16 +41,6 @@ def outcome(rows: pd.DataFrame) -> str:
     return DEPENDS if len(verdicts) > 1 else str(verdicts[0])
 
 
-def verdict_counts(board: pd.DataFrame) -> dict[str, int]:
-    """Number of claims, datasets and comparisons with each outcome; all of `VERDICTS` are keys.
-
-    Args:
-        board: the table of `hloss.study.claims.judge`.
-    """
-    outcomes = [outcome(rows) for rows in groups(board)]
-    return {name: outcomes.count(name) for name in VERDICTS}
-
-
 def board_html(board: pd.DataFrame, links: Mapping[str, str]) -> str:
     """HTML of the board.
 
@@ -58,11 +48,14 @@ def board_html(board: pd.DataFrame, links: Mapping[str, str]) -> str:
         board: the table of `hloss.study.claims.judge`.
         links: run id -> HTML, from `hloss.study.report.run_links`.
     """
-    claims = [_claim(number, rows, links) for number, rows in enumerate(groups(board), 1)]
+    judged = groups(board)
+    mixed = any((rows["asked"] == "the paper's data").any() for rows in judged)
+    claims = [_claim(number, rows, links, mixed) for number, rows in enumerate(judged, 1)]
     return "\n".join([STYLE, '<div class="board">', *claims, _not_run(board), "</div>"])
 
 
-def _claim(number: int, rows: pd.DataFrame, links: Mapping[str, str]) -> str:
+def _claim(number: int, rows: pd.DataFrame, links: Mapping[str, str], mixed: bool) -> str:
+    """A line of the board; `mixed`: some lines are about data that the claim names, and the others say so."""
     last, found = rows.iloc[-1], outcome(rows)
     kind, sign = VERDICTS[found]
     plot = difference_plot(
@@ -74,7 +67,7 @@ def _claim(number: int, rows: pd.DataFrame, links: Mapping[str, str]) -> str:
     return (
         f'<details class="claim {kind}" id="claim-{number}"><summary>'
         f'<span class="verdict"><span aria-hidden="true">{sign}</span> {found}{_verdicts(rows)}</span>'
-        f'<span class="what">{html.escape(last["text"])} <span class="soft">{_place(rows)}</span></span>'
+        f'<span class="what">{html.escape(last["text"])} <span class="soft">{_place(rows, mixed)}</span></span>'
         f'<span class="plot">{plot}{_numbers(rows)}</span></summary>{_details(rows, links)}</details>'
     )
 
@@ -113,16 +106,31 @@ def shown_difference(row: Mapping[Any, Any] | pd.Series, with_unit: bool = True)
     return f"{text} ({confidence}{low} to {high})"
 
 
+def reason(row: Mapping[Any, Any] | pd.Series) -> str:
+    """Why the verdict is not the one that the shown interval suggests, as in ", equivalent"; "" if it is that one.
+
+    Args:
+        row: a row of the table of `hloss.study.claims.judge`.
+    """
+    is_equivalent = str(row["decisive"]).endswith(", equivalent)")
+    if row["verdict"] == REFUTED:
+        return ", equivalent" * is_equivalent
+    is_outside = row["high"] < row["holds above"] or row["low"] > row["holds below"]
+    if row["verdict"] == OPEN and (is_equivalent or is_outside):
+        return ", not significant when corrected for all parts"
+    return ""
+
+
 def _numbers(rows: pd.DataFrame) -> str:
     """The compared pair and the difference at each length, in the order of the plot's lines."""
     last, several = rows.iloc[-1], rows.to_dict("records")
     if len(several) == 1:
-        lines = [compared(last), shown_difference(last)]
+        lines = [compared(last), f"{shown_difference(last)}{reason(last)}"]
     elif len({compared(row) for row in several}) == 1:
         lines = [f"{compared(last)}, {last['unit']}"]
-        lines += [f"{row['length']}: {shown_difference(row, with_unit=False)}" for row in several]
+        lines += [f"{row['length']}: {shown_difference(row, with_unit=False)}{reason(row)}" for row in several]
     else:
-        lines = [f"{row['length']}, {compared(row)}: {shown_difference(row)}" for row in several]
+        lines = [f"{row['length']}, {compared(row)}: {shown_difference(row)}{reason(row)}" for row in several]
     return "".join(f'<span class="difference">{html.escape(line)}</span>' for line in lines)
 
 
@@ -152,12 +160,13 @@ def _condition(row: pd.Series) -> str:
     return f"The claim holds {' and '.join(bounds)}."
 
 
-def _place(rows: pd.DataFrame) -> str:
+def _place(rows: pd.DataFrame, mixed: bool) -> str:
     """Dataset, comparison, lengths and whether runs are still improving, in one line."""
     last = rows.iloc[-1]
     lengths = _lengths(rows)
     suffix = " iterations" * last["length"].endswith(" iterations")
     parts = [last["dataset"]] if last["dataset"] != "any" else ["measured on this machine's CPU"]
+    parts[0] += ", not data of the claim" * (mixed and last["asked"] == "other data")
     parts += [last["comparison"]] if last["comparison"] else []
     parts += [f"{listed(lengths)}{suffix}"] if lengths else []
     parts += ["still improving"] if last["still improving"] else []

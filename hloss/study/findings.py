@@ -1,4 +1,4 @@
-"""Results in words: which claims hold, fail, depend on the training length, or are undecided.
+"""Results in words: which claims are reproduced, not reproduced, inconclusive, or depend on the training length.
 
 Each verdict of the board is in one group. A verdict that differs between lengths is in the group `DEPENDS`; the others
 are described at the longest length.
@@ -9,26 +9,23 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from hloss.study.board import VERDICTS, compared, groups, outcome, shown_difference
+from hloss.study.board import VERDICTS, compared, groups, outcome, reason, shown_difference
 from hloss.study.claims import DEPENDS
 from hloss.study.criteria import OPEN, REFUTED, REPRODUCED
 from hloss.study.spec import LOSS_COMPARISONS
 from hloss.study.tables import listed
 
 TITLES = {  # outcome -> title of its group, in the order of the groups
-    REPRODUCED: "Holds",
-    REFUTED: "Fails",
+    REPRODUCED: "Reproduced",
+    REFUTED: "Not reproduced",
     DEPENDS: "Depends on the training length",
-    OPEN: "Undecided",
+    OPEN: "Inconclusive",
 }
 SETTINGS = dict(zip(LOSS_COMPARISONS, ("fixed setting", "tuned"), strict=True))
 SHORT = 6  # a longer group is closed on the page
 ESTIMATE = (
-    "The number of seeds is an estimate. It assumes that the mean and the spread over seeds stay as they are, and that "
-    "the part of the interval that comes from the seeds shrinks with 1/√n. With more seeds the mean also changes, so "
-    "up to half of the studies with this number of seeds would leave the claim undecided again. Plan for more seeds. "
-    "A verdict on a claim with several parts is corrected for their number, but the shown intervals are not. Therefore "
-    "a claim can be undecided although its interval does not contain the limit for its verdict."
+    "The number of seeds is an estimate from the present mean and spread. The mean changes with more seeds, so up to "
+    "half of the studies with this number would be inconclusive again. Plan for more seeds."
 )
 
 
@@ -40,14 +37,14 @@ class Finding(NamedTuple):
         claim: the claim, without its full stop.
         name: dataset and comparison, if other verdicts on the claim have another one; "" for the only verdict.
         told: the decisive difference in words; for an open verdict, the estimated number of seeds that it needs.
-        is_improving: whether runs of the longest length are still improving.
+        is_improving: whether runs of the longest length are still improving; None for a verdict without runs.
     """
 
     number: int
     claim: str
     name: str
     told: str
-    is_improving: bool
+    is_improving: bool | None
 
 
 def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
@@ -70,7 +67,7 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
                 last["text"].removesuffix("."),
                 _name(last, others),
                 _told(rows),
-                bool(last["still improving"]),
+                bool(last["still improving"]) if last["run_ids"] else None,
             )
         )
     return found
@@ -85,9 +82,8 @@ def _name(row: pd.Series, others: list[pd.Series]) -> str:
 def _told(rows: pd.DataFrame) -> str:
     last = rows.iloc[-1]
     verdicts = f"{_verdicts(rows)}. At the longest length " if outcome(rows) == DEPENDS else ""
-    equivalent = ", equivalent" * str(last["decisive"]).endswith(", equivalent)")
     take = f"; needed to decide it: {last['needed']}" * bool(last["needed"])
-    return f"{verdicts}{compared(last)}: {shown_difference(last)}{equivalent}{take}"
+    return f"{verdicts}{compared(last)}: {shown_difference(last)}{reason(last)}{take}"
 
 
 def _verdicts(rows: pd.DataFrame) -> str:
@@ -108,12 +104,13 @@ def heading(name: str, group: list[Finding]) -> str:
     number = f"{len(group) or 'no'} verdict{'s' * (len(group) != 1)}"
     claims = len({found.claim for found in group})
     number += f" on {claims} claim{'s' * (claims != 1)}" * (claims != len(group))
-    each = ", each" * (len(group) > 1)
-    return f"{TITLES[name]}: {number}{f'{each} with runs that are still improving' * _all_improving(group)}"
+    still = _improving(group)
+    which = "" if len(group) == 1 else "each " if still == len(group) else f"{still} "
+    return f"{TITLES[name]}: {number}{f', {which}with runs that are still improving' * bool(still)}"
 
 
-def _all_improving(group: list[Finding]) -> bool:
-    return bool(group) and all(found.is_improving for found in group)
+def _improving(group: list[Finding]) -> int:
+    return sum(found.is_improving is True for found in group)
 
 
 def lines(group: list[Finding]) -> list[tuple[int, str, list[str]]]:
@@ -128,16 +125,17 @@ def lines(group: list[Finding]) -> list[tuple[int, str, list[str]]]:
     of_claim: dict[str, list[Finding]] = {}
     for found in group:
         of_claim.setdefault(found.claim, []).append(found)
-    is_said = _all_improving(group)
+    usual = _improving(group) > len(group) / 2
     return [
-        (several[0].number, claim, [_part(found, is_said) for found in several]) for claim, several in of_claim.items()
+        (several[0].number, claim, [_part(found, usual) for found in several]) for claim, several in of_claim.items()
     ]
 
 
-def _part(found: Finding, is_said: bool) -> str:
-    """A verdict in words, with its name; whether runs are still improving, if the group's heading does not say it."""
+def _part(found: Finding, usual: bool) -> str:
+    """A verdict in words, with its name; and whether runs are still improving, unless it is as usual in its group."""
     name = f"{found.name}: " * bool(found.name)
-    return f"{name}{found.told}{'; runs are still improving' * (found.is_improving and not is_said)}"
+    told = "; runs are still improving" if found.is_improving else "; no run is still improving"
+    return f"{name}{found.told}{told * (found.is_improving is not None and found.is_improving != usual)}"
 
 
 def note(name: str, board: pd.DataFrame) -> str:
@@ -160,7 +158,10 @@ def findings_html(board: pd.DataFrame) -> str:
     Args:
         board: the table of `hloss.study.claims.judge`.
     """
-    return "\n".join(_group_html(name, group, note(name, board)) for name, group in findings(board).items())
+    found = findings(board)
+    if not any(found.values()):
+        return '<p class="findings">No claim can be judged by these runs. The list below has the missing runs.</p>'
+    return "\n".join(_group_html(name, group, note(name, board)) for name, group in found.items())
 
 
 def _group_html(name: str, group: list[Finding], note: str) -> str:

@@ -20,7 +20,7 @@ QUESTION = (
 
 
 def facts(results: pd.DataFrame) -> str:
-    """Data, number of runs, lengths, time and hardware in one line of text.
+    """Data, number of runs (and whether all are complete), lengths, time and hardware in one line of text.
 
     Args:
         results: the table of `hloss.study.results.read_results`.
@@ -30,7 +30,8 @@ def facts(results: pd.DataFrame) -> str:
     trained = complete[complete["length"] > 0]
     lengths = listed([f"{length:,}" for length in _usual_lengths(trained)])
     n_trained = len(distinct_runs(trained))
-    parts = [f"Data: {data_words(results)}", f"{len(runs):,} runs, of which {n_trained:,} train a network"]
+    number = f"all {len(runs):,} planned runs" if results["complete"].all() else f"{len(runs):,} runs so far"
+    parts = [f"Data: {data_words(results)}", f"{number}, of which {n_trained:,} train a network"]
     parts += [f"at most {few(most_seeds(trained))} per method"] if len(trained) else []
     parts += [f"training of {lengths} iterations"] if lengths else []
     parts += [f"{duration(runs['training_seconds'].sum())} of training on {hardware(runs)}"]
@@ -72,12 +73,16 @@ def losses_figure(of_lengths: list[Ranking], caption: str) -> str:
     }  # fmt: skip
     bounds = [*last.rows["recall@1"], *last.rows["recall@1 low"], *last.rows["recall@1 high"]]
     scale = Scale([*bounds, *(value for values in earlier.values() for value in values)])
-    lines = [_loss_line(row, scale, earlier[row["method"]], before) for row in last.rows.to_dict("records")]
-    head = '<tr><th scope="col">loss</th><th scope="col" class="plot">test Recall@1 (%)</th>'
-    head += '<th scope="col" class="number">mean</th><th scope="col" class="number wide">95 % CI</th></tr>'
-    foot = f'<tr><td></td><td class="plot">{axis_plot(scale)}</td><td></td><td class="wide"></td></tr>'
+    with_seeds = last.rows["n"].nunique() > 1
+    lines = [_loss_line(row, scale, earlier[row["method"]], before, with_seeds) for row in last.rows.to_dict("records")]
+    recall = f"test Recall@1 on {html.escape(last.dataset)} (%)"
+    head = f'<tr><th scope="col">loss</th><th scope="col" class="plot">{recall}</th>'
+    head += '<th scope="col" class="number">mean</th><th scope="col" class="number wide">95 % CI</th>'
+    head += '<th scope="col" class="number">seeds</th>' * with_seeds + "</tr>"
+    foot = f'<tr><td></td><td class="plot">{axis_plot(scale)}</td><td></td><td class="wide"></td>'
+    foot += "<td></td>" * with_seeds + "</tr>"
     table = f'<table class="losses"><thead>{head}</thead><tbody>{"".join(lines)}</tbody><tfoot>{foot}</tfoot></table>'
-    return f'<figure class="losses">{table}{caption}</figure>'
+    return f'<figure class="losses{" with-seeds" * with_seeds}">{table}{caption}</figure>'
 
 
 def _recall_of(ranking: Ranking, method: str) -> float:
@@ -85,18 +90,20 @@ def _recall_of(ranking: Ranking, method: str) -> float:
     return float(found.iloc[0]) if len(found) else math.nan
 
 
-def _loss_line(row: dict[Any, Any], scale: Scale, earlier: list[float], before: list[Ranking]) -> str:
+def _loss_line(row: dict[Any, Any], scale: Scale, earlier: list[float], before: list[Ranking], with_seeds: bool) -> str:
     interval = shown_interval(row["recall@1 low"], row["recall@1 high"])
     mean = Interval(row["recall@1"], row["recall@1 low"], row["recall@1 high"], row["still improving"] > 0)
     steps = "".join(
         f"; after {r.length:,} iterations {value:.1f} %"
         for r, value in zip(before, earlier, strict=True) if not math.isnan(value)
     )  # fmt: skip
+    seeds = f'<td class="number">{row["n"]}</td>' * with_seeds
     words = f"{row['method']}: {row['recall@1']:.1f} %, 95 % CI {interval}{steps}"
     return (
         f'<tr><th scope="row">{html.escape(row["method"])}</th>'
         f'<td class="plot">{mean_plot(mean, scale, earlier, words)}</td>'
-        f'<td class="number">{row["recall@1"]:.1f}</td><td class="number wide">{interval}</td></tr>'
+        f'<td class="number">{row["recall@1"]:.1f}<span class="narrow">{interval}</span></td>'
+        f'<td class="number wide">{interval}</td>{seeds}</tr>'
     )
 
 
@@ -107,16 +114,17 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
         of_lengths: the order after each length, the shortest first.
     """
     last, before = of_lengths[-1], of_lengths[:-1]
+    numbers = [int(n) for n in last.rows["n"].unique()]
     setting = "settings tuned for each loss on validation classes" if last.comparison == TUNED else "one fixed setting"
     text = (
         f"Test Recall@1 (%) of the losses on {last.dataset} after {last.length:,} iterations, {setting}: mean over "
-        "seeds with its 95 % confidence interval."
+        f"{few(numbers[0]) if len(numbers) == 1 else 'seeds'} with its 95 % confidence interval."
     )
     if before:
         lengths = listed([f"{ranking.length:,}" for ranking in before])
-        text += f" Small grey points: after {lengths} iterations, the shortest the lightest."
+        text += f" Small points: after {lengths} iterations, the shortest the smallest."
     if (last.rows["still improving"] > 0).any():
-        text += " Open circle: still improving (a run's best validation lies in the last tenth of the length)."
+        text += " Open circle: a run is still improving (its best validation lies in the last tenth of the length)."
     return text
 
 

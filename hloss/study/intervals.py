@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from hloss.study.tables import signed
 
-ROW, AXIS = 16, 14  # heights in pixels
+ROW, AXIS = 16, 16  # heights in pixels
 GREEN = "#1b9e77"
 
 
@@ -78,12 +78,12 @@ def difference_plot(rows: Sequence[Interval], holds: tuple[float, float], margin
     parts += [_line(scale.place(mark), height, ' stroke-dasharray="3 2"') for mark in sorted(marks)]
     parts += [_line(scale.place(0), height)]
     parts += [_interval(row, scale, ROW * (i + 0.5)) for i, row in enumerate(rows)]
-    parts += _labels([0.0, *sorted(marks, key=abs)], scale, height + AXIS - 3)
+    parts += _labels([0.0, *sorted(marks, key=abs), *_ticks(scale.low, scale.high)], scale, height + AXIS - 3)
     return _svg(parts, height + AXIS, description)
 
 
 def mean_plot(mean: Interval, scale: Scale, earlier: Sequence[float], description: str) -> str:
-    """SVG of a mean with its interval; means of shorter training are small grey points, the shortest the lightest.
+    """SVG of a mean with its interval; means of shorter training are small points, the shortest the smallest.
 
     Args:
         mean: the mean.
@@ -94,9 +94,9 @@ def mean_plot(mean: Interval, scale: Scale, earlier: Sequence[float], descriptio
     parts = [f'<line x1="0" x2="100%" y1="{ROW / 2}" y2="{ROW / 2}" stroke="currentColor" stroke-opacity="0.15"/>']
     for i, value in enumerate(earlier):
         if math.isfinite(value):
-            opacity = 0.25 + 0.35 * i / max(1, len(earlier) - 1)
-            parts += [f'<circle cx="{scale.place(value)}%" cy="{ROW / 2}" r="3" fill="currentColor" '
-                      f'fill-opacity="{opacity:.2f}"/>']  # fmt: skip
+            radius = 2 + 1.2 * i / max(1, len(earlier) - 1)
+            parts += [f'<circle cx="{scale.place(value)}%" cy="{ROW / 2}" r="{radius:g}" fill="currentColor" '
+                      'fill-opacity="0.75"/>']  # fmt: skip
     return _svg([*parts, _interval(mean, scale, ROW / 2)], ROW, description)
 
 
@@ -106,12 +106,17 @@ def axis_plot(scale: Scale) -> str:
     Args:
         scale: the scale of the rows.
     """
-    low, high = max(scale.low, 0.0), min(scale.high, 100.0)
-    step = next(s for s in (0.5, 1, 2, 5, 10, 20) if (high - low) / s <= 6)
-    ticks = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    ticks = _ticks(max(scale.low, 0.0), min(scale.high, 100.0))
     texts = [f"{tick:g}" for tick in ticks]
-    parts = [_text(scale.place(tick), AXIS - 3, text) for tick, text in zip(ticks, texts, strict=True)]
+    parts = [_line(scale.place(tick), 3) for tick in ticks]
+    parts += [_text(scale.place(tick), AXIS - 2, text) for tick, text in zip(ticks, texts, strict=True)]
     return _svg(parts, AXIS, f"Axis from {texts[0]} to {texts[-1]} %" if texts else "Axis in %")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """At most seven round numbers at equal distances."""
+    step = next((s for s in (0.5, 1, 2, 5, 10, 20, 50) if (high - low) / s <= 6), math.inf)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)] if math.isfinite(step) else []
 
 
 def _edges(holds: tuple[float, float], scale: Scale) -> tuple[float, float]:
@@ -143,10 +148,10 @@ def _labels(values: Sequence[float], scale: Scale, y: float) -> list[str]:
 
 
 def _text(place: float, y: float, text: str) -> str:
-    anchor = "start" if place < 4 else "end" if place > 96 else "middle"
-    return f'<text x="{place}%" y="{y}" text-anchor="{anchor}" font-size="11" fill="currentColor">{text}</text>'
+    return f'<text x="{place}%" y="{y}" text-anchor="middle" font-size="11" fill="currentColor">{text}</text>'
 
 
 def _svg(parts: Sequence[str], height: float, description: str) -> str:
     label = html.escape(description, quote=True)
-    return f'<svg role="img" aria-label="{label}" width="100%" height="{height}">{"".join(parts)}</svg>'
+    style = f'width="100%" height="{height}" style="overflow: visible"'
+    return f'<svg role="img" aria-label="{label}" {style}>{"".join(parts)}</svg>'

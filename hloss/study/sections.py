@@ -117,9 +117,10 @@ class Report:
     def verdicts(self) -> None:
         """Table of the verdicts at each length."""
         shown = self.board[self.board["verdict"] != NOT_RUN]
-        columns = ["claim", "dataset", "comparison", "length", "verdict", "holm", "difference", "low", "high"]
-        columns += ["confidence", "unit", "n", "still improving"]
+        columns = ["claim", "length", "verdict", "holm", "difference", "low", "high", "unit", "confidence", "n"]
+        columns += ["dataset", "comparison", "still improving"]
         if len(shown):
+            shown = shown.assign(holm=shown["holm"].where(shown["p holds"].notna(), "no test"))
             shown = shown[columns].rename(columns={"holm": "Holm"}).round(2)
             self.show.table(shown, "verdicts", captions.VERDICTS)
 

@@ -8,6 +8,7 @@ from scipy import stats
 
 from hloss.runs.config import LAST
 from hloss.study.estimates import Estimate, mean_over_runs, paired_difference
+from hloss.study.tables import signed
 
 EQUIVALENCE_MARGIN = 2.0  # points of Recall@1; fixed before any run
 
@@ -163,4 +164,4 @@ def shown_interval(low: float, high: float) -> str:
         low: lower bound; NaN: there is no interval.
         high: upper bound.
     """
-    return "no interval" if pd.isna(low) else f"{low:.1f} to {high:.1f}"
+    return "no interval" if pd.isna(low) else f"{signed(low)} to {signed(high)}"

@@ -56,7 +56,8 @@ def test_a_clear_leader_is_named_with_its_lead():
     low, high = interval(lead)
     assert f"2.0 points above the next, lifted (95 % CI +{low:.1f} to +{high:.1f})." in text
     low, high = interval(last)
-    assert f"number 3 of 3, 4.0 points below the first (95 % CI {low:.1f} to {high:.1f})" in text
+    assert "The histogram loss is number 3 of 3; its difference from the first is −4.0 points" in text
+    assert f"−4.0 points (95 % CI −{high:.1f} to −{low:.1f})." in text
     assert "After 200 iterations on glyphs (one fixed setting, mean of five seeds)" in text
     assert "chance" not in text
 
@@ -94,7 +95,7 @@ def test_one_seed_has_no_interval_and_may_be_chance():
     assert "one seed" in text
     assert "which can be chance" in text
     assert "CI" not in parts[0].text
-    assert "No verdict is decided by a statistical test. They rest on one dataset" in text
+    assert "No verdict is decided by a statistical test. The verdicts rest on one dataset" in text
     assert "Holm" not in text
 
 
@@ -119,8 +120,9 @@ def test_the_highest_mean_can_be_below_the_next_on_the_seeds_of_both():
     results.loc[missing & (results["method"] == "triplet"), "complete"] = False
     triplet, lifted, histogram = results.loc[easy, "recall@1"]
     text = told(results)[1]
-    assert f"on the seeds of both {lifted - triplet:.1f} points below the next, lifted, which can be chance." in text
-    assert f"number 3 of 3, on the seeds of both {histogram - triplet:.1f} points above the first." in text
+    assert f"triplet has the highest test Recall@1, {triplet:.1f} %. On the one seed that both have, it is " in text
+    assert f"it is {lifted - triplet:.1f} points below the next, lifted, which can be chance." in text
+    assert f"number 3 of 3; its difference from the first is +{histogram - triplet:.1f} points." in text
     assert "(one fixed setting, mean of one to five seeds)" in text
 
 
@@ -135,14 +137,14 @@ def test_two_datasets_have_an_answer_each():
                          table_of({"triplet": 50.0, "histogram": 56.0}, dataset="cub")])  # fmt: skip
     parts, text = told(results)
     assert [part.short for part in parts] == [
+        "2 verdicts on one claim of the paper: 1 reproduced, 1 not reproduced.",
         "glyphs: Triplet leads by 4.0 points.",
         "glyphs: One training length was measured.",
         "cub: Histogram leads by 6.0 points.",
         "cub: One training length was measured.",
-        "2 verdicts on one claim of the paper: 1 reproduced, 1 not reproduced.",
     ]
-    assert "on glyphs (one fixed setting" in parts[0].text
-    assert "on cub (one fixed setting" in parts[2].text
+    assert "on glyphs (one fixed setting" in parts[1].text
+    assert "on cub (one fixed setting" in parts[3].text
     assert "two datasets (glyphs, cub)" in text
     assert "not data of the paper" not in text
 
@@ -183,8 +185,10 @@ def test_verdicts_are_counted_with_what_they_rest_on():
                          table_of({"histogram": 40.0, "triplet": 44.0}, length=2000)])  # fmt: skip
     best = {**ABOVE, "name": "z", "method": {"loss": "triplet"}, "rivals": [{"loss": "lifted"}]}
     parts, _ = told(results, ABOVE, best)
-    assert parts[-1].short == "One verdict on a claim of the paper: 1 depends on the training length."
-    assert "They rest on one dataset of drawn characters (glyphs), not data of the paper and at most" in parts[-1].text
+    assert parts[-1].short == "One verdict on a claim of the paper at the longest length: 1 not reproduced."
+    assert parts[-1].text.startswith("It has another verdict at a shorter length. Statistical tests decide 1 of the ")
+    assert "The verdicts rest on one dataset of drawn characters (glyphs), not data of the paper and" in parts[-1].text
+    assert parts[-1].text.endswith("For 1 other verdict this study lacks the runs.")
 
 
 def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
@@ -199,9 +203,11 @@ def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
 def test_facts_have_data_runs_lengths_time_and_hardware():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     assert facts(results) == (
-        "Data: one dataset of drawn characters (glyphs) · 10 runs, of which 10 train a network · at most five seeds "
-        "per method · training of 200 iterations · 5 min 0 s of training on x86_64 CPU, 1 thread per run"
+        "Data: one dataset of drawn characters (glyphs) · all 10 planned runs, of which 10 train a network · at most "
+        "five seeds per method · training of 200 iterations · 5 min 0 s of training on x86_64 CPU, 1 thread per run"
     )
+    results.loc[results["seed"] > 2, "complete"] = False
+    assert " · 6 runs so far, of which 6 train a network · at most three seeds per method · " in facts(results)
     assert data_words(results.assign(dataset="own")) == "one dataset (own)"
 
 
@@ -217,6 +223,16 @@ def test_hardware_is_named(device, processor, shown):
     assert hardware(pd.DataFrame({"device": [device], "processor": [processor], "threads": [2.0]})).startswith(shown)
 
 
+def test_different_numbers_of_seeds_have_a_column():
+    results = table_of({"triplet": 50.0, "histogram": 40.0})
+    results.loc[(results["method"] == "triplet") & (results["seed"] > 2), "complete"] = False
+    of_lengths = rankings(results, summary(results, ["recall@1"]), "glyphs")
+    figure = losses_figure(of_lengths, "")
+    assert "seeds</th>" in figure
+    assert re.findall(r'number">(\d+)<', figure) == ["3", "5"]
+    assert "mean over seeds with its 95 %" in losses_caption(of_lengths)
+
+
 def test_the_head_has_the_answer_and_a_line_per_loss():
     results = pd.concat([table_of({"triplet": 40.0, "histogram": 36.0}), table_of({"triplet": 50.0}, length=2000)])
     table = summary(results, ["recall@1"])
@@ -224,9 +240,11 @@ def test_the_head_has_the_answer_and_a_line_per_loss():
     figure = losses_figure(of_lengths, "")
     names, means = re.findall(r'<th scope="row">(\w+)', figure), re.findall(r'number">([\d.]+)<', figure)
     assert (names, means) == (["triplet"], ["50.0"])  # histogram has no run of the longest length
+    assert "seeds</th>" not in figure
+    assert "mean over five seeds with its 95 % confidence interval" in losses_caption(of_lengths)
     assert "triplet: 50.0 %, 95 % CI" in figure
     assert "; after 200 iterations 40.0 %" in figure
-    assert "Small grey points: after 200 iterations" in losses_caption(of_lengths)
+    assert "Small points: after 200 iterations, the shortest the smallest." in losses_caption(of_lengths)
     page = head_html("A & B", results, told(results)[0], [figure])
     assert "<h1>A &amp; B</h1>" in page
     assert page.count("<li><strong>") == 3

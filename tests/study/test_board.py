@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from hloss.study.board import board_html, compared, groups, outcome, shown_difference, verdict_counts
+from hloss.study.board import board_html, compared, groups, outcome, reason, shown_difference
 from hloss.study.criteria import METHOD_CRITERIA, sensitive
 from hloss.study.estimates import Estimate
 
@@ -65,8 +65,6 @@ def test_verdicts_that_depend_on_the_length_have_a_line_each():
     ]
     assert len(claim.svg.select("circle")) == 2
     board = pd.DataFrame([ROW, ROW | later])
-    assert verdict_counts(board) == {
-        "reproduced": 0, "not reproduced": 0, "inconclusive": 0, "depends on the length": 1}  # fmt: skip
     assert [outcome(rows) for rows in groups(board)] == ["depends on the length"]
 
 
@@ -99,6 +97,39 @@ def test_ids_are_unique_and_claims_have_no_word_by_colour_alone():
     identities = [tag["id"] for tag in soup.select("[id]")]
     assert len(identities) == len(set(identities)) == 3
     assert [tag.text for tag in soup.select(".verdict")] == ["✗ not reproduced", "✓ reproduced", "? inconclusive"]
+
+
+OUTSIDE = {"verdict": "inconclusive"}
+EQUIVALENT = {"decisive": "A minus B: +0.5 (95 % CI -0.1 to +1.1 over seeds, n = 5, equivalent)",
+              "difference": 0.5, "low": -0.1, "high": 1.1}  # fmt: skip
+CORRECTED = ", not significant when corrected for all parts"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({}, ""),
+        (OUTSIDE, CORRECTED),
+        (OUTSIDE | {"high": 1.0}, ""),
+        (OUTSIDE | {"holds above": math.nan, "holds below": 0.0}, ""),
+        (OUTSIDE | {"holds above": math.nan, "holds below": -5.0}, CORRECTED),
+        (EQUIVALENT, ", equivalent"),
+        (EQUIVALENT | OUTSIDE, CORRECTED),
+        (EQUIVALENT | {"verdict": "reproduced"}, ""),
+    ],
+)
+def test_a_verdict_that_the_interval_does_not_suggest_has_its_reason(row, expected):
+    assert reason(ROW | row) == expected
+    (line,) = soup_of(row).select(".plot .difference")[1:]
+    assert line.text.endswith(f"){expected}")
+
+
+def test_data_that_a_claim_does_not_name_is_told_beside_data_that_it_names():
+    told = [
+        [tag.text for tag in soup_of({}, {"claim": "b", "asked": asked, "dataset": "cub"}).select(".what > .soft")]
+        for asked in ("other data", "the paper's data")
+    ]
+    assert [["not data of the claim" in text for text in texts] for texts in told] == [[False, False], [True, False]]
 
 
 @pytest.mark.parametrize(

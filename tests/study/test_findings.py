@@ -201,10 +201,16 @@ def test_what_all_of_a_group_share_stands_in_its_title():
     board = judge(runs_of({"histogram": 40.0, "triplet": 30.0, "lifted": 50.0}, improving=True),
                   claims=[claim(), claim(name="b", rivals=["lifted"])])  # fmt: skip
     found = findings(board)
-    assert heading("reproduced", found["reproduced"]) == "Holds: 1 verdict with runs that are still improving"
-    assert heading("reproduced", found["reproduced"] * 2).startswith("Holds: 2 verdicts on 1 claim, each with runs")
+    assert heading("reproduced", found["reproduced"]) == "Reproduced: 1 verdict, with runs that are still improving"
+    assert heading("reproduced", found["reproduced"] * 2).startswith(
+        "Reproduced: 2 verdicts on 1 claim, each with runs"
+    )
+    one = [found["reproduced"][0], found["reproduced"][0]._replace(is_improving=False)]
+    assert heading("reproduced", one).endswith("on 1 claim, 1 with runs that are still improving")
+    assert [part.endswith("; runs are still improving") for part in lines(one)[0][2]] == [True, False]
+    assert [part.rpartition(")")[2] for part in lines([*one, one[0]])[0][2]] == ["", "; no run is still improving", ""]
     assert "still improving" not in lines(found["reproduced"])[0][2][0]
-    assert heading("inconclusive", []) == "Undecided: no verdicts"
+    assert heading("inconclusive", []) == "Inconclusive: no verdicts"
 
 
 def test_verdicts_of_one_claim_are_told_apart_by_what_differs():
@@ -217,7 +223,7 @@ def test_verdicts_of_one_claim_are_told_apart_by_what_differs():
 def test_the_page_has_every_claim_with_a_link_to_the_board(three_lengths):
     page = BeautifulSoup(findings_html(three_lengths), "html.parser")
     assert [tag.b.text.split(":")[0] for tag in page.select(".findings")] == [
-        "✓ Holds", "✗ Fails", "⇄ Depends on the training length", "? Undecided"]  # fmt: skip
+        "✓ Reproduced", "✗ Not reproduced", "⇄ Depends on the training length", "? Inconclusive"]  # fmt: skip
     assert [link["href"] for link in page.select("a")] == [f"#claim-{number}" for number in (1, 8, 3, 5, 7)]
     assert len(page.select("li")) == sum(len(lines(group)) for group in findings(three_lengths).values())
     assert all(tag.has_attr("open") for tag in page.select("details"))
@@ -227,7 +233,8 @@ def test_without_a_judged_claim_every_group_is_empty():
     board = judge(runs_of({"histogram": 40.0}), claims=[claim()])
     assert list(findings(board).values()) == [[], [], [], []]
     assert [note(name, board) for name in TITLES] == ["", "", "", ""]
-    assert BeautifulSoup(findings_html(board), "html.parser").text.count("no verdicts") == 4
+    (told,) = BeautifulSoup(findings_html(board), "html.parser").select(".findings")
+    assert told.text.startswith("No claim can be judged by these runs.")
 
 
 def test_a_long_group_is_closed():

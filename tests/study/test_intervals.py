@@ -31,7 +31,17 @@ def test_a_difference_stands_where_its_values_are():
     region = root.find("rect")
     assert place(region, "x") == zero
     assert place(region, "x") + place(region, "width") == pytest.approx(100)
-    assert {text.text for text in root.findall("text")} == {"0", "2", "−2"}
+    labels = [text.text for text in root.findall("text")]
+    assert {*labels[:3]} == {"0", "2", "−2"}
+    assert [place(text, "x") for text in root.findall("text")] == [
+        Scale([0, -2, 2, -3, -4, -2]).place(float(text.replace("−", "-"))) for text in labels
+    ]
+    assert len(set(labels)) == len(labels)
+
+
+def test_an_axis_without_marks_has_round_numbers():
+    root = drawn(difference_plot([Interval(-22.0, -31.0, -13.0)], (0, math.inf), math.nan, "a minus b"))
+    assert {"0", "−10", "−20", "−30"} <= {text.text for text in root.findall("text")}
 
 
 @pytest.mark.parametrize(
@@ -57,12 +67,12 @@ def test_a_value_without_an_interval_is_a_point():
     assert len(root.findall("circle")) == 1
 
 
-def test_means_of_shorter_training_are_grey_points():
+def test_means_of_shorter_training_are_small_points():
     scale = Scale([30, 60])
     root = drawn(mean_plot(Interval(50, 45, 55), scale, [35, math.nan, 40], "triplet"))
     assert [place(circle, "cx") for circle in root.findall("circle")] == [scale.place(v) for v in (35, 40, 50)]
-    light, dark = (float(circle.get("fill-opacity")) for circle in root.findall("circle")[:2])
-    assert light < dark
+    first, second, mean = (float(circle.get("r")) for circle in root.findall("circle"))
+    assert first < second < mean
 
 
 def test_the_axis_has_round_numbers_at_their_places():

@@ -37,12 +37,11 @@ def test_results_are_up_to_date():
 def test_each_verdict_is_in_one_line_of_its_group(section, board):
     words = " ".join(section.split())
     groups = dict(re.findall(r"\*\*([A-Z][a-z ]+): [^*]*\*\*(.*?)(?=\*\*|$)", words))
-    assert list(groups) == ["Holds", "Fails", "Depends on the training length", "Undecided"]
-    titles = {"reproduced": "Holds", "not reproduced": "Fails", "inconclusive": "Undecided"}
+    assert list(groups) == ["Reproduced", "Not reproduced", "Depends on the training length", "Inconclusive"]
     expected = set()
     for _, rows in board[board["verdict"] != "not run"].groupby(["claim", "dataset", "comparison"]):
         row, is_same = rows.iloc[-1], rows["verdict"].nunique() == 1
-        title, text = titles[row["verdict"]] if is_same else list(groups)[2], row["text"].removesuffix(".")
+        title, text = row["verdict"].capitalize() if is_same else list(groups)[2], row["text"].removesuffix(".")
         expected.add((title, text))
         (line,) = (line for line in groups[title].split("- *") if line.startswith((f"{text}*: ", f"{text}*. ")))
         if row["low"] == row["low"]:

@@ -149,7 +149,12 @@ def tuned(means):
     return [rows for _, rows in means[means["comparison"] == "tuned losses"].groupby("length")]
 
 
-def test_the_answer_has_the_numbers_of_the_tables(page, tuned, judged, runs):
+def counted(text):
+    """The numbers of verdicts in a text such as "2 reproduced, 1 inconclusive"."""
+    return {name: int(n) for n, name in re.findall(r"(\d+) (reproduced|not reproduced|inconclusive)", text)}
+
+
+def test_the_answer_has_the_numbers_of_the_tables(page, tuned, board, judged, runs):
     text = page.select_one(".answer").text
     losses = tuned[-1].sort_values("recall@1")
     first, second = losses.iloc[-1], losses.iloc[-2]
@@ -158,14 +163,23 @@ def test_the_answer_has_the_numbers_of_the_tables(page, tuned, judged, runs):
     shown += f"{number(first['recall@1'] - second['recall@1'])} points above the next, {second['method']}"
     assert shown in text
     assert f"After {losses['length'].iloc[0]:,} iterations on glyphs (tuned settings, mean of " in text
-    outcomes = pd.Series([rows["verdict"].iloc[0] if is_same(rows) else "depends?" for rows in judged])
-    assert f"{len(judged)} verdicts on" in text
-    for name, n in outcomes.value_counts().items():
-        assert re.search(rf"(?<!\d){n} {name}( on the training length)?[,.]", text)
     last = pd.DataFrame([rows.iloc[-1] for rows in judged])
+    at_length = " at the longest length" * any(len(rows) > 1 for rows in judged)
+    assert f"{len(judged)} verdicts on {last['claim'].nunique()} claims of the paper{at_length}: " in text
+    (short,) = (tag.text for tag in page.select(".answer strong") if " verdicts on " in tag.text)
+    assert counted(short) == last["verdict"].value_counts().to_dict()
+    changed = [rows for rows in judged if not is_same(rows)]
+    assert (f"{len(changed)} of them ha" in text) == bool(changed)
+    only = sum("reproduced" in rows["verdict"].tolist()[:-1] and rows["verdict"].iloc[-1] != "reproduced"
+               for rows in changed)  # fmt: skip
+    assert (f"; {only} w" in text) == bool(only)
     decided = last[last["p holds"].notna() & (last["verdict"] != "inconclusive")]
-    stay = (decided["holm"] == decided["verdict"]).sum()
-    assert f"tests decide {len(decided)} of the verdicts; {stay} of these remain after Holm's correction" in text
+    stay = decided[decided["holm"] == decided["verdict"]]
+    told = re.search(r"tests decide (\d+) of the verdicts \((.*?)\); (\d+) remain \((.*?)\) after Holm's", text)
+    assert (int(told[1]), int(told[3])) == (len(decided), len(stay))
+    assert [counted(told[2]), counted(told[4])] == [t["verdict"].value_counts().to_dict() for t in (decided, stay)]
+    never = (board["verdict"] == "not run").groupby([board["claim"], board["comparison"].fillna("")]).all().sum()
+    assert (f"For {never} other verdict" in text) == bool(never)
     improving = int(losses["still improving"].sum())
     told = f"{improving} of the {losses['n'].sum()} runs of these losses are still improving"
     assert (told in text) == (improving > 0)
@@ -175,7 +189,7 @@ def test_the_answer_has_the_numbers_of_the_tables(page, tuned, judged, runs):
     improving = int(of_claims["still_improving"].sum())
     told = f"{len(of_claims)} of the {len(trained)} trained runs (the others tune settings or belong to no claim); "
     assert (f"{told}{improving} of them are still improving" in text) == (improving > 0)
-    assert f"{len(runs)} runs, of which {len(trained)} train a network" in page.header.text
+    assert f"all {len(runs)} planned runs, of which {len(trained)} train a network" in page.header.text
     assert "one dataset of drawn characters (glyphs), not data of the paper" in text
     assert "at most five seeds per method" in text
 
@@ -185,9 +199,11 @@ def test_the_figure_of_the_answer_has_the_means_and_intervals(page, tuned):
     ordered = tuned[-1].sort_values("recall@1", ascending=False)
     assert len(rows) == len(ordered)
     for line, row in zip(rows, ordered.to_dict("records"), strict=True):
-        cells = [line.th.text, *(cell.text for cell in line.select("td.number"))]
+        (narrow,) = line.select("td.number .narrow")
+        cells = [line.th.text, narrow.previous_sibling, line.select_one("td.wide").text]
         interval = f"{row['recall@1 low']:.1f} to {row['recall@1 high']:.1f}"
         assert cells == [row["method"], f"{row['recall@1']:.1f}", interval]
+        assert narrow.text == interval
         before = [rows.set_index("method").loc[row["method"]] for rows in tuned[:-1]]
         steps = "".join(f"; after {told['length']:,} iterations {told['recall@1']:.1f} %" for told in before)
         shown = f"{row['method']}: {row['recall@1']:.1f} %, 95 % CI {interval}{steps}"
@@ -204,8 +220,18 @@ def test_the_claims_in_words_link_to_their_line_of_the_board(page):
             assert link.text in page.select_one(link["href"]).summary.text
 
 
+def told_of(row, with_unit=True):
+    """The difference of a verdict as the board shows it, with the reason of a verdict that it does not suggest."""
+    equivalent = row["decisive"].endswith(", equivalent)")
+    outside = row["high"] < row["holds above"] or row["low"] > row["holds below"]
+    reason = ", equivalent" * (equivalent and row["verdict"] == "not reproduced")
+    if row["verdict"] == "inconclusive" and (equivalent or outside):
+        reason = ", not significant when corrected for all parts"
+    return difference_of(row, with_unit) + reason
+
+
 def difference_of(row, with_unit=True):
-    """The difference of a verdict with its interval, as the board shows it."""
+    """The difference of a verdict with its interval."""
     if row["unit"] == "exponent":
         return f"exponent {row['difference']:.2f}"
     difference = number(row["difference"], plus=True) + f" {row['unit']}" * with_unit
@@ -228,12 +254,12 @@ def test_the_board_has_the_verdicts_and_differences_of_the_claims(page, board, j
         assert last["text"] in claim.select_one(".what").text
         pair, *lines = [line.text for line in claim.select(".plot .difference")]
         if len(rows) == 1:
-            assert lines == [difference_of(last)]
+            assert lines == [told_of(last)]
         elif rows["decisive"].str.rpartition(": ")[0].nunique() == 1:
             assert pair.endswith(f", {last['unit']}")
-            assert lines == [f"{row['length']}: {difference_of(row, False)}" for _, row in rows.iterrows()]
+            assert lines == [f"{row['length']}: {told_of(row, False)}" for _, row in rows.iterrows()]
         else:
-            assert all(line.startswith(f"{row['length']}, ") and line.endswith(f": {difference_of(row)}")
+            assert all(line.startswith(f"{row['length']}, ") and line.endswith(f": {told_of(row)}")
                        for line, (_, row) in zip([pair, *lines], rows.iterrows(), strict=True))  # fmt: skip
         parts = [part for evidence in rows["evidence"] for part in evidence.split("; ")]
         assert [item.text for item in claim.select("dd li")] == parts
