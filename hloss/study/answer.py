@@ -265,11 +265,13 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     claims = last["claim"].nunique()
     of = f"{claims} claims" if claims > 1 else "one claim"
     several = f"{len(last)} verdicts on {of}" if len(last) > 1 else "One verdict on a claim"
+    own = last.loc[(last["asked"] == "no data") & (last["dataset"] != "any"), "claim"].nunique()
+    of_paper = " of the paper" if not own else f" ({own} not of the paper)"
     longest = " at the longest length" * any(len(rows) > 1 for rows in judged)
     others = len(conclusions(board)) - len(judged)
     told = [_change_of_verdicts(judged), after_holm(board), f"The verdicts rest on {_rests_on(results, board)}."]
     told += [f"For {others} other verdict{'s' * (others > 1)} this study lacks the runs."] * (others > 0)
-    return Answer(f"{several} of the paper{longest}: {_counted(last['verdict'])}.", " ".join(filter(None, told)))
+    return Answer(f"{several}{of_paper}{longest}: {_counted(last['verdict'])}.", " ".join(filter(None, told)))
 
 
 def _counted(verdicts: pd.Series) -> str:

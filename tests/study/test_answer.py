@@ -191,6 +191,12 @@ def test_verdicts_are_counted_with_what_they_rest_on():
     assert parts[-1].text.endswith("For 1 other verdict this study lacks the runs.")
 
 
+def test_claims_that_are_not_in_the_paper_are_counted():
+    results = table_of({"histogram": 40.0, "triplet": 36.0})
+    parts, _ = told(results, ABOVE, {**ABOVE, "name": "own", "data": []})
+    assert parts[-1].short == "2 verdicts on 2 claims (1 not of the paper): 2 reproduced."
+
+
 def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
     fixed, tuned = (table_of({"histogram": 40.0}, comparison=name) for name in ("losses", "tuned losses"))
     results = pd.concat([fixed, tuned], ignore_index=True)
