@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from hloss.study.board import groups, outcome
+from hloss.study.board import counted, groups, outcome
 from hloss.study.claims import DEPENDS, conclusions
-from hloss.study.criteria import NOT_RUN, OPEN, REFUTED, REPRODUCED
+from hloss.study.criteria import NOT_RUN, OPEN, REPRODUCED
 from hloss.study.difficulty import in_words
 from hloss.study.estimates import Estimate, paired_difference
 from hloss.study.results import distinct_runs, lengths_in
@@ -33,6 +33,7 @@ class Ranking(NamedTuple):
         length: iterations of training.
         rows: rows of the table of `hloss.study.statistics.summary`, the highest Recall@1 first.
         runs: the complete runs of these rows.
+        absent: losses of this comparison without a complete run.
     """
 
     dataset: str
@@ -40,6 +41,7 @@ class Ranking(NamedTuple):
     length: int
     rows: pd.DataFrame
     runs: pd.DataFrame
+    absent: list[str]
 
     def of(self, method: str) -> pd.DataFrame:
         """The runs of a method.
@@ -88,6 +90,8 @@ def rankings(results: pd.DataFrame, table: pd.DataFrame, dataset: str) -> list[R
     comparison = best_comparison(results, dataset)
     named = (results["dataset"] == dataset) & (results["comparison"] == comparison)
     runs = results[named & results["complete"] & (results["length"] > 0)]
+    planned = results[named & (results["length"] > 0)]
+    absent = list(planned.loc[~planned["method"].isin(runs["method"]), "method"].unique())
     rows = table[(table["dataset"] == dataset) & (table["comparison"] == comparison) & (table["n"] > 0)]
     return [
         Ranking(
@@ -96,6 +100,7 @@ def rankings(results: pd.DataFrame, table: pd.DataFrame, dataset: str) -> list[R
             length,
             rows[rows["length"] == length].sort_values("recall@1", ascending=False, kind="stable"),
             runs[runs["length"] == length],
+            absent,
         )
         for length in lengths_in(runs)
     ]
@@ -176,17 +181,18 @@ def leader_answer(ranking: Ranking) -> Answer:
 def _lead_in_words(ranking: Ranking, lead: Estimate) -> str:
     """The difference between the first loss and the next; its seeds, if not all have both; whether it can be chance."""
     first, second = ranking.rows.iloc[0], ranking.rows.iloc[1]
-    next_one = f"the next, {second['method']}{_in_brackets(lead)}"
-    doubt = ", which can be chance" * (not lead.interval()[0] > 0)
+    next_one = f"the next, {second['method']}{_doubt(lead)}"
     if lead.n == first["n"] == second["n"]:
-        return f", {_distance(lead.mean)} above {next_one}{doubt}"
+        return f", {_distance(lead.mean)} above {next_one}"
     side = "below" if lead.mean < 0 else "above"
-    return f". On the {few(lead.n)} that both have, it is {_distance(lead.mean)} {side} {next_one}{doubt}"
+    return f". On the {few(lead.n)} that both have, it is {_distance(lead.mean)} {side} {next_one}"
 
 
-def _in_brackets(difference: Estimate) -> str:
+def _doubt(difference: Estimate) -> str:
+    """The interval of a difference, and whether the difference can be chance."""
     low, high = difference.interval()
-    return "" if math.isnan(low) else f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+    shown = "" if math.isnan(low) else f" (95 % CI {signed(low, plus=True)} to {signed(high, plus=True)})"
+    return f"{shown}{', which can be chance' * (not (low > 0 or high < 0))}"
 
 
 def _distance(points: float) -> str:
@@ -209,7 +215,7 @@ def _histogram_place(ranking: Ranking) -> str:
     behind = ranking.difference(methods[place], methods[0])
     return (
         f" The histogram loss is number {place + 1} of {len(methods)}; its difference from the first is "
-        f"{signed(behind.mean, plus=True)} points{_in_brackets(behind)}."
+        f"{signed(behind.mean, plus=True)} points{_doubt(behind)}."
     )
 
 
@@ -270,14 +276,12 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     longest = " at the longest length" * any(len(rows) > 1 for rows in judged)
     others = len(conclusions(board)) - len(judged)
     told = [_change_of_verdicts(judged), after_holm(board), f"The verdicts rest on {_rests_on(results, board)}."]
-    told += [f"For {others} other verdict{'s' * (others > 1)} this study lacks the runs."] * (others > 0)
-    return Answer(f"{several}{of_paper}{longest}: {_counted(last['verdict'])}.", " ".join(filter(None, told)))
-
-
-def _counted(verdicts: pd.Series) -> str:
-    """Verdicts with their numbers, as in "2 reproduced, 1 inconclusive"."""
-    counts = {name: int((verdicts == name).sum()) for name in (REPRODUCED, REFUTED, OPEN)}
-    return ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    if (last["dataset"] == "any").any():
+        told += ["That on the cost rests on a timing, without a test."]
+    if others:
+        where = "are not part of this study" if results["complete"].all() else "are missing or not part of this study"
+        told += [f"{others} other verdict{'s need' if others > 1 else ' needs'} runs that {where}."]
+    return Answer(f"{several}{of_paper}{longest}: {counted(last['verdict'])}.", " ".join(filter(None, told)))
 
 
 def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
@@ -304,10 +308,12 @@ def after_holm(board: pd.DataFrame) -> str:
     if decided.empty:
         return "No verdict is decided by a statistical test."
     stay = decided.loc[decided["holm"] == decided["verdict"], "verdict"]
-    left = f"{len(stay)} remain{'s' * (len(stay) == 1)} ({_counted(stay)})" if len(stay) else "none remains"
+    remain = (
+        f"{len(stay)} of these {len(decided)} remain{'s' * (len(stay) == 1)}" if len(stay) else "none of these remains"
+    )
     return (
-        f"Statistical tests decide {len(decided)} of the verdicts ({_counted(decided['verdict'])}); {left} after "
-        "Holm's correction for the number of tests."
+        f"Statistical tests decide {len(decided)} of the verdicts ({counted(decided['verdict'])}). After Holm's "
+        f"correction for the number of tests, {remain}{f' ({counted(stay)})' * bool(len(stay))}."
     )
 
 
@@ -319,6 +325,8 @@ def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     asked = judged.loc[judged["dataset"] != "any", "asked"]
     if len(asked) and (asked == "other data").all():
         data += ", not data of the paper"
+    elif (asked == "other data").any():
+        data += " (for some claims not the data that they name)"
     used = {run_id for ids in judged["run_ids"] for run_id in str(ids).split(", ")}
     trained = results[results["complete"] & (results["length"] > 0)]
     runs = distinct_runs(trained[trained["run_id"].isin(used)])
@@ -326,7 +334,8 @@ def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     improving = int(runs["still_improving"].sum())
     if improving:
         of = f"{len(runs)} of the {len(distinct_runs(trained))} trained runs"
-        parts += [f"{of} (the others tune settings or belong to no claim); {improving} of them are still improving"]
+        others = "the others tune settings or belong to no claim"
+        parts += [f"{of} ({others}); {improving} of these {len(runs)} are still improving"]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -344,6 +353,9 @@ def _missing_answer(results: pd.DataFrame) -> list[Answer]:
     if missing.empty:
         return []
     told = f"{len(missing)} runs of its comparisons are missing and can change the answer."
+    fixed = {d for d in results["dataset"].unique() if best_comparison(results, d) == LOSS_COMPARISONS[0]}
+    if (missing["dataset"].isin(fixed) & (missing["comparison"] == TUNED)).any():
+        told += " Runs of the tuned losses are among them, so the answer is that at one fixed setting."
     return [Answer("This study is not complete.", told)]
 
 

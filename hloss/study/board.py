@@ -41,6 +41,16 @@ def outcome(rows: pd.DataFrame) -> str:
     return DEPENDS if len(verdicts) > 1 else str(verdicts[0])
 
 
+def counted(verdicts: pd.Series) -> str:
+    """Numbers of verdicts, as in "2 reproduced, 1 inconclusive".
+
+    Args:
+        verdicts: verdicts other than "not run".
+    """
+    counts = {name: int((verdicts == name).sum()) for name in (REPRODUCED, REFUTED, OPEN)}
+    return ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+
+
 def board_html(board: pd.DataFrame, links: Mapping[str, str]) -> str:
     """HTML of the board.
 
@@ -115,10 +125,10 @@ def reason(row: Mapping[Any, Any] | pd.Series) -> str:
     is_equivalent = str(row["decisive"]).endswith(", equivalent)")
     if row["verdict"] == REFUTED:
         return ", equivalent" * is_equivalent
+    if row["verdict"] == OPEN and is_equivalent:
+        return ", equivalent, but not when corrected for all parts"
     is_outside = row["high"] < row["holds above"] or row["low"] > row["holds below"]
-    if row["verdict"] == OPEN and (is_equivalent or is_outside):
-        return ", not significant when corrected for all parts"
-    return ""
+    return ", not significant when corrected for all parts" * (row["verdict"] == OPEN and bool(is_outside))
 
 
 def _numbers(rows: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from hloss.study.board import VERDICTS, compared, groups, outcome, reason, shown_difference
+from hloss.study.board import VERDICTS, compared, counted, groups, outcome, reason, shown_difference
 from hloss.study.claims import DEPENDS
 from hloss.study.criteria import OPEN, REFUTED, REPRODUCED
 from hloss.study.spec import LOSS_COMPARISONS
@@ -21,8 +21,8 @@ TITLES = {  # outcome -> title of its group, in the order of the groups
     DEPENDS: "Depends on the training length",
     OPEN: "Inconclusive",
 }
+EVERY = {REPRODUCED: " at every length", REFUTED: " at any length", OPEN: " at every length"}
 SETTINGS = dict(zip(LOSS_COMPARISONS, ("fixed setting", "tuned"), strict=True))
-SHORT = 6  # a longer group is closed on the page
 ESTIMATE = (
     "The number of seeds is an estimate from the present mean and spread. The mean changes with more seeds, so up to "
     "half of the studies with this number would be inconclusive again. Plan for more seeds."
@@ -37,6 +37,8 @@ class Finding(NamedTuple):
         claim: the claim, without its full stop.
         name: dataset and comparison, if other verdicts on the claim have another one; "" for the only verdict.
         told: the decisive difference in words; for an open verdict, the estimated number of seeds that it needs.
+        verdict: the verdict after the longest length.
+        lengths: number of lengths.
         is_improving: whether runs of the longest length are still improving; None for a verdict without runs.
     """
 
@@ -44,6 +46,8 @@ class Finding(NamedTuple):
     claim: str
     name: str
     told: str
+    verdict: str
+    lengths: int
     is_improving: bool | None
 
 
@@ -67,6 +71,8 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
                 last["text"].removesuffix("."),
                 _name(last, others),
                 _told(rows),
+                last["verdict"],
+                len(rows),
                 bool(last["still improving"]) if last["run_ids"] else None,
             )
         )
@@ -101,12 +107,15 @@ def heading(name: str, group: list[Finding]) -> str:
         name: a key of `TITLES`.
         group: its verdicts.
     """
+    title = TITLES[name] + EVERY.get(name, "") * any(found.lengths > 1 for found in group)
     number = f"{len(group) or 'no'} verdict{'s' * (len(group) != 1)}"
     claims = len({found.claim for found in group})
     number += f" on {claims} claim{'s' * (claims != 1)}" * (claims != len(group))
     still = _improving(group)
     which = "" if len(group) == 1 else "each " if still == len(group) else f"{still} "
-    return f"{TITLES[name]}: {number}{f', {which}with runs that are still improving' * bool(still)}"
+    if name == DEPENDS and group:
+        number += f" (at the longest length {counted(pd.Series([found.verdict for found in group]))})"
+    return f"{title}: {number}{f', {which}with runs that are still improving' * bool(still)}"
 
 
 def _improving(group: list[Finding]) -> int:
@@ -153,7 +162,7 @@ def note(name: str, board: pd.DataFrame) -> str:
 
 
 def findings_html(board: pd.DataFrame) -> str:
-    """HTML of the groups, each a list that is closed if it is long.
+    """HTML of the groups, each a list that can be closed.
 
     Args:
         board: the table of `hloss.study.claims.judge`.
@@ -174,5 +183,4 @@ def _group_html(name: str, group: list[Finding], note: str) -> str:
     told = f'<p class="soft">{html.escape(note)}</p>' * bool(note)
     if not group:
         return f'<div class="findings {kind}">{title}{told}</div>'
-    is_open = " open" * (len(group) <= SHORT)
-    return f'<details class="findings {kind}"{is_open}><summary>{title}</summary><ul>{items}</ul>{told}</details>'
+    return f'<details class="findings {kind}" open><summary>{title}</summary><ul>{items}</ul>{told}</details>'

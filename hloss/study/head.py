@@ -77,7 +77,8 @@ def losses_figure(of_lengths: list[Ranking], caption: str) -> str:
     lines = [_loss_line(row, scale, earlier[row["method"]], before, with_seeds) for row in last.rows.to_dict("records")]
     recall = f"test Recall@1 on {html.escape(last.dataset)} (%)"
     head = f'<tr><th scope="col">loss</th><th scope="col" class="plot">{recall}</th>'
-    head += '<th scope="col" class="number">mean</th><th scope="col" class="number wide">95 % CI</th>'
+    head += '<th scope="col" class="number">mean<span class="narrow">95 % CI</span></th>'
+    head += '<th scope="col" class="number wide">95 % CI</th>'
     head += '<th scope="col" class="number">seeds</th>' * with_seeds + "</tr>"
     foot = f'<tr><td></td><td class="plot">{axis_plot(scale)}</td><td></td><td class="wide"></td>'
     foot += "<td></td>" * with_seeds + "</tr>"
@@ -125,6 +126,8 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
         text += f" Small points: after {lengths} iterations, the shortest the smallest."
     if (last.rows["still improving"] > 0).any():
         text += " Open circle: a run is still improving (its best validation lies in the last tenth of the length)."
+    if last.absent:
+        text += f" Without a complete run: {listed(last.absent)}."
     return text
 
 

@@ -129,6 +129,9 @@ def _interval(row: Interval, scale: Scale, y: float) -> str:
     if math.isfinite(row.low):
         low, high = scale.place(row.low), scale.place(row.high)
         parts = [f'<line x1="{low}%" x2="{high}%" y1="{y}" y2="{y}" stroke="currentColor" stroke-width="2.5"/>']
+        parts += [
+            f'<line x1="{end}%" x2="{end}%" y1="{y - 5}" y2="{y + 5}" stroke="currentColor"/>' for end in (low, high)
+        ]
     open_circle = ' style="fill: var(--page, Canvas)" stroke="currentColor" stroke-width="2"'
     inside = open_circle if row.is_open else ' fill="currentColor"'
     return "".join([*parts, f'<circle cx="{scale.place(row.value)}%" cy="{y}" r="4"{inside}/>'])

@@ -57,6 +57,7 @@ def test_a_clear_leader_is_named_with_its_lead():
     assert f"2.0 points above the next, lifted (95 % CI +{low:.1f} to +{high:.1f})." in text
     low, high = interval(last)
     assert "The histogram loss is number 3 of 3; its difference from the first is −4.0 points" in text
+    assert not rankings(results, summary(results, ["recall@1"]), "glyphs")[0].absent
     assert f"−4.0 points (95 % CI −{high:.1f} to −{low:.1f})." in text
     assert "After 200 iterations on glyphs (one fixed setting, mean of five seeds)" in text
     assert "chance" not in text
@@ -122,7 +123,7 @@ def test_the_highest_mean_can_be_below_the_next_on_the_seeds_of_both():
     text = told(results)[1]
     assert f"triplet has the highest test Recall@1, {triplet:.1f} %. On the one seed that both have, it is " in text
     assert f"it is {lifted - triplet:.1f} points below the next, lifted, which can be chance." in text
-    assert f"number 3 of 3; its difference from the first is +{histogram - triplet:.1f} points." in text
+    assert f"number 3 of 3; its difference from the first is +{histogram - triplet:.1f} points, which can" in text
     assert "(one fixed setting, mean of one to five seeds)" in text
 
 
@@ -188,7 +189,8 @@ def test_verdicts_are_counted_with_what_they_rest_on():
     assert parts[-1].short == "One verdict on a claim of the paper at the longest length: 1 not reproduced."
     assert parts[-1].text.startswith("It has another verdict at a shorter length. Statistical tests decide 1 of the ")
     assert "The verdicts rest on one dataset of drawn characters (glyphs), not data of the paper and" in parts[-1].text
-    assert parts[-1].text.endswith("For 1 other verdict this study lacks the runs.")
+    assert "After Holm's correction for the number of tests, 1 of these 1 remains (1 not reproduced)." in parts[-1].text
+    assert parts[-1].text.endswith("1 other verdict needs runs that are not part of this study.")
 
 
 def test_claims_that_are_not_in_the_paper_are_counted():
@@ -237,6 +239,37 @@ def test_different_numbers_of_seeds_have_a_column():
     assert "seeds</th>" in figure
     assert re.findall(r'number">(\d+)<', figure) == ["3", "5"]
     assert "mean over seeds with its 95 %" in losses_caption(of_lengths)
+
+
+def test_losses_without_a_run_and_the_choice_of_the_setting_are_named():
+    fixed = table_of({"triplet": 50.0, "histogram": 40.0, "lifted": 30.0})
+    fixed.loc[fixed["method"] == "lifted", "complete"] = False
+    tuned = table_of({"triplet": 60.0}, comparison="tuned losses")
+    tuned.loc[tuned["seed"] > 1, "complete"] = False
+    results = pd.concat([fixed, tuned], ignore_index=True)
+    (ranking,) = rankings(results, summary(results, ["recall@1"]), "glyphs")
+    assert ranking.absent == ["lifted"]
+    assert losses_caption([ranking]).endswith(" Without a complete run: lifted.")
+    assert "Runs of the tuned losses are among them, so the answer is that at one fixed setting." in told(results)[1]
+    assert "tuned" not in told(fixed)[1]
+
+
+def test_the_verdict_on_the_cost_rests_on_a_timing():
+    results = table_of({"histogram": 40.0, "triplet": 36.0})
+    cost = pd.DataFrame({"batch_size": [1024, 2048, 4096], "seconds": [0.1, 0.4, 1.6]})
+    asked = [Claim(**ABOVE), Claim(**{**ABOVE, "name": "c", "check": "quadratic", "comparison": [], "method": None,
+                                      "rivals": None})]  # fmt: skip
+    board = judge(results, cost, asked)
+    part = answers(results, summary(results, ["recall@1"]), board)[-1]
+    assert part.text.endswith("That on the cost rests on a timing, without a test.")
+    assert "data of the paper" in part.text
+
+
+def test_data_that_only_some_claims_name_are_said_to_be_so():
+    results = pd.concat([table_of({"triplet": 40.0, "histogram": 36.0}),
+                         table_of({"triplet": 50.0, "histogram": 56.0}, dataset="cub")])  # fmt: skip
+    part = told(results)[0][0]
+    assert "The verdicts rest on two datasets (glyphs, cub) (for some claims not the data that they name)" in part.text
 
 
 def test_the_head_has_the_answer_and_a_line_per_loss():

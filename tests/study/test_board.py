@@ -114,7 +114,7 @@ CORRECTED = ", not significant when corrected for all parts"
         (OUTSIDE | {"holds above": math.nan, "holds below": 0.0}, ""),
         (OUTSIDE | {"holds above": math.nan, "holds below": -5.0}, CORRECTED),
         (EQUIVALENT, ", equivalent"),
-        (EQUIVALENT | OUTSIDE, CORRECTED),
+        (EQUIVALENT | OUTSIDE, ", equivalent, but not when corrected for all parts"),
         (EQUIVALENT | {"verdict": "reproduced"}, ""),
     ],
 )

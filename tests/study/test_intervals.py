@@ -28,6 +28,8 @@ def test_a_difference_stands_where_its_values_are():
     assert zero in [place(line, "x1") for line in lines if line.get("x1") == line.get("x2")]
     (bar,) = (line for line in lines if line.get("x1") != line.get("x2"))
     assert (place(bar, "x1"), place(bar, "x2")) == (low, high)
+    caps = [place(line, "x1") for line in lines if float(line.get("y2")) - float(line.get("y1")) == 10]
+    assert caps == [low, high]
     region = root.find("rect")
     assert place(region, "x") == zero
     assert place(region, "x") + place(region, "width") == pytest.approx(100)
