@@ -72,8 +72,16 @@ def merged_parts(results: Path) -> pd.DataFrame:
     _check_code(tables)
     order = sorted(tables, key=lambda file: (not _has_losses(tables[file]), file.name))
     placed = [_with_places(tables[file], number) for number, file in enumerate(order)]
-    table = pd.concat(placed, ignore_index=True).infer_objects()  # numbers, also where a part has None alone
+    table = _concatenated(placed)
     return _joined_runs(table).assign(title=_title(results.parent.name, order))
+
+
+def _concatenated(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Tables below each other. A column that is empty in one table has the type that it has in the others."""
+    columns = list(dict.fromkeys(name for table in tables for name in table))
+    known = {name for name in columns if any(name in table and table[name].notna().any() for table in tables)}
+    filled = [table.drop(columns=[n for n in known & {*table} if table[n].isna().all()]) for table in tables]
+    return pd.concat(filled, ignore_index=True).reindex(columns=columns)
 
 
 def _title(name: str, parts: list[Path]) -> str:
