@@ -252,8 +252,8 @@ def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
         return "The order is the same at every length.", f"The losses have it after {lengths} iterations, too."
     first = last.rows.iloc[0]["method"]
     return (
-        "The same loss is first at every length.",
-        f"{first[0].upper()}{first[1:]} has the highest mean after {lengths} iterations, too; others change places.",
+        "The same loss has the highest mean at every length.",
+        f"{first[0].upper()}{first[1:]} has it after {lengths} iterations, too; others change places.",
     )
 
 
@@ -275,13 +275,30 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     of_paper = " of the paper" if not own else f" ({own} not of the paper)"
     longest = " at the longest length" * any(len(rows) > 1 for rows in judged)
     others = len(conclusions(board)) - len(judged)
-    told = [_change_of_verdicts(judged), after_holm(board), f"The verdicts rest on {_rests_on(results, board)}."]
+    told = [
+        _broadest_claim(last),
+        _change_of_verdicts(judged),
+        after_holm(board),
+        f"The verdicts rest on {_rests_on(results, board)}.",
+    ]
     if (last["dataset"] == "any").any():
-        told += ["That on the cost rests on a timing, without a test."]
+        told += ["The verdict on the cost rests on a timing, without a test."]
     if others:
         where = "are not part of this study" if results["complete"].all() else "are missing or not part of this study"
         told += [f"{others} other verdict{'s need' if others > 1 else ' needs'} runs that {where}."]
     return Answer(f"{several}{of_paper}{longest}: {counted(last['verdict'])}.", " ".join(filter(None, told)))
+
+
+def _broadest_claim(last: pd.DataFrame) -> str:
+    """The verdict on the claim that compares the histogram loss with the most others; "" if all have one rival."""
+    of_losses = last[last["comparison"].isin(LOSS_COMPARISONS) & last["decisive"].str.startswith("histogram")]
+    of_losses = of_losses.sort_values("comparison", key=lambda names: names != TUNED, kind="stable")
+    parts = of_losses["parts"].map(len)
+    if not len(parts) or parts.max() < 2:
+        return ""
+    row = of_losses.loc[parts.idxmax()]
+    claim = row["text"].removesuffix(".")
+    return f'The claim that compares the histogram loss with the most others is {row["verdict"]}: "{claim}".'
 
 
 def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
@@ -289,12 +306,12 @@ def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
     changed = [rows for rows in judged if outcome(rows) == DEPENDS]
     if not changed:
         return ""
-    lost = sum((rows["verdict"] == REPRODUCED).any() and rows["verdict"].iloc[-1] != REPRODUCED for rows in changed)
     if len(judged) == 1:
         return "It has another verdict at a shorter length."
-    n = len(changed)
+    lost = sum((rows["verdict"] == REPRODUCED).any() and rows["verdict"].iloc[-1] != REPRODUCED for rows in changed)
     only = f"; {lost} {'were' if lost > 1 else 'was'} reproduced only there" if lost else ""
-    return f"{n} of them {'have' if n > 1 else 'has'} another verdict at a shorter length{only}."
+    differ = f"differ{'s' * (len(changed) == 1)} at a shorter length"
+    return f"{len(changed)} of the {len(judged)} verdicts {differ}{only}."
 
 
 def after_holm(board: pd.DataFrame) -> str:
@@ -308,13 +325,13 @@ def after_holm(board: pd.DataFrame) -> str:
     if decided.empty:
         return "No verdict is decided by a statistical test."
     stay = decided.loc[decided["holm"] == decided["verdict"], "verdict"]
-    remain = (
-        f"{len(stay)} of these {len(decided)} remain{'s' * (len(stay) == 1)}" if len(stay) else "none of these remains"
-    )
-    return (
-        f"Statistical tests decide {len(decided)} of the verdicts ({counted(decided['verdict'])}). After Holm's "
-        f"correction for the number of tests, {remain}{f' ({counted(stay)})' * bool(len(stay))}."
-    )
+    remain = f"{len(stay)} of these {len(decided)} remain{'s' * (len(stay) == 1)} ({counted(stay)})"
+    if stay.empty:
+        remain = "none of these remains"
+    elif len(decided) == 1:
+        remain = "it remains"
+    decided_by_tests = f"{len(decided)} of the verdicts ({counted(decided['verdict'])})"
+    return f"Statistical tests decide {decided_by_tests}. After Holm's correction for the number of tests, {remain}."
 
 
 def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:

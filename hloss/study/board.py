@@ -122,6 +122,8 @@ def reason(row: Mapping[Any, Any] | pd.Series) -> str:
     Args:
         row: a row of the table of `hloss.study.claims.judge`.
     """
+    if row["verdict"] == REPRODUCED:
+        return _beyond(row)
     is_equivalent = str(row["decisive"]).endswith(", equivalent)")
     if row["verdict"] == REFUTED:
         return ", equivalent" * is_equivalent
@@ -129,6 +131,15 @@ def reason(row: Mapping[Any, Any] | pd.Series) -> str:
         return ", equivalent, but not when corrected for all parts"
     is_outside = row["high"] < row["holds above"] or row["low"] > row["holds below"]
     return ", not significant when corrected for all parts" * (row["verdict"] == OPEN and bool(is_outside))
+
+
+def _beyond(row: Mapping[Any, Any] | pd.Series) -> str:
+    """For a claim that only a difference in one direction refutes: that it is large in the other direction."""
+    if row["holds above"] == -row["margin"] and row["low"] > row["margin"] and pd.isna(row["holds below"]):
+        return ", above by more than the margin"
+    if row["holds below"] == row["margin"] and row["high"] < -row["margin"] and pd.isna(row["holds above"]):
+        return ", below by more than the margin"
+    return ""
 
 
 def _numbers(rows: pd.DataFrame) -> str:

@@ -89,6 +89,7 @@ def _told(rows: pd.DataFrame) -> str:
     last = rows.iloc[-1]
     verdicts = f"{_verdicts(rows)}. At the longest length " if outcome(rows) == DEPENDS else ""
     take = f"; needed to decide it: {last['needed']}" * bool(last["needed"])
+    take += f"; Holm: {last['holm']}" * (last["holm"] != last["verdict"])
     return f"{verdicts}{compared(last)}: {shown_difference(last)}{reason(last)}{take}"
 
 

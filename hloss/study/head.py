@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from hloss.study.answer import TUNED, Answer, Ranking, data_words, few, most_seeds
+from hloss.study.estimates import mean_over_runs
 from hloss.study.intervals import Interval, Scale, axis_plot, mean_plot
 from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import LOSS_COMPARISONS
@@ -77,7 +78,7 @@ def losses_figure(of_lengths: list[Ranking], caption: str) -> str:
     lines = [_loss_line(row, scale, earlier[row["method"]], before, with_seeds) for row in last.rows.to_dict("records")]
     recall = f"test Recall@1 on {html.escape(last.dataset)} (%)"
     head = f'<tr><th scope="col">loss</th><th scope="col" class="plot">{recall}</th>'
-    head += '<th scope="col" class="number">mean<span class="narrow">95 % CI</span></th>'
+    head += '<th scope="col" class="number">mean<span class="narrow" hidden>95 % CI</span></th>'
     head += '<th scope="col" class="number wide">95 % CI</th>'
     head += '<th scope="col" class="number">seeds</th>' * with_seeds + "</tr>"
     foot = f'<tr><td></td><td class="plot">{axis_plot(scale)}</td><td></td><td class="wide"></td>'
@@ -103,7 +104,7 @@ def _loss_line(row: dict[Any, Any], scale: Scale, earlier: list[float], before: 
     return (
         f'<tr><th scope="row">{html.escape(row["method"])}</th>'
         f'<td class="plot">{mean_plot(mean, scale, earlier, words)}</td>'
-        f'<td class="number">{row["recall@1"]:.1f}<span class="narrow">{interval}</span></td>'
+        f'<td class="number">{row["recall@1"]:.1f}<span class="narrow" hidden>{interval}</span></td>'
         f'<td class="number wide">{interval}</td>{seeds}</tr>'
     )
 
@@ -119,7 +120,8 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
     setting = "settings tuned for each loss on validation classes" if last.comparison == TUNED else "one fixed setting"
     text = (
         f"Test Recall@1 (%) of the losses on {last.dataset} after {last.length:,} iterations, {setting}: mean over "
-        f"{few(numbers[0]) if len(numbers) == 1 else 'seeds'} with its 95 % confidence interval."
+        f"{few(numbers[0]) if len(numbers) == 1 else 'seeds'} with its 95 % confidence interval over "
+        f"{mean_over_runs(last.of(last.rows['method'].iloc[0])).varies}."
     )
     if before:
         lengths = listed([f"{ranking.length:,}" for ranking in before])

@@ -117,7 +117,7 @@ class Report:
     def verdicts(self) -> None:
         """Table of the verdicts at each length."""
         shown = self.board[self.board["verdict"] != NOT_RUN]
-        columns = ["claim", "length", "verdict", "holm", "difference", "low", "high", "unit", "confidence", "n"]
+        columns = ["claim", "verdict", "difference", "low", "high", "unit", "n", "length", "holm", "confidence"]
         columns += ["dataset", "comparison", "still improving"]
         if len(shown):
             shown = shown.assign(holm=shown["holm"].where(shown["p holds"].notna(), "no test"))

@@ -154,7 +154,7 @@ def test_two_datasets_have_an_answer_each():
     ("later", "short"),
     [
         ({"triplet": 44.0, "histogram": 50.0, "lifted": 45.0}, "The order depends on the training length."),
-        ({"triplet": 44.0, "histogram": 42.0, "lifted": 40.0}, "The same loss is first at every length."),
+        ({"triplet": 44.0, "histogram": 42.0, "lifted": 40.0}, "The same loss has the highest mean at every length."),
         ({"triplet": 44.0, "histogram": 40.0, "lifted": 42.0}, "The order is the same at every length."),
     ],
 )
@@ -189,8 +189,18 @@ def test_verdicts_are_counted_with_what_they_rest_on():
     assert parts[-1].short == "One verdict on a claim of the paper at the longest length: 1 not reproduced."
     assert parts[-1].text.startswith("It has another verdict at a shorter length. Statistical tests decide 1 of the ")
     assert "The verdicts rest on one dataset of drawn characters (glyphs), not data of the paper and" in parts[-1].text
-    assert "After Holm's correction for the number of tests, 1 of these 1 remains (1 not reproduced)." in parts[-1].text
+    assert "After Holm's correction for the number of tests, it remains. The verdicts rest" in parts[-1].text
     assert parts[-1].text.endswith("1 other verdict needs runs that are not part of this study.")
+
+
+def test_the_claim_with_the_most_rivals_is_told():
+    results = table_of({"histogram": 40.0, "triplet": 36.0, "lifted": 50.0})
+    broad = {**ABOVE, "name": "b", "claim": "It is the best.", "rivals": [{"loss": "triplet"}, {"loss": "lifted"}]}
+    parts, _ = told(results, ABOVE, broad)
+    assert parts[-1].text.startswith(
+        'The claim that compares the histogram loss with the most others is not reproduced: "It is the best". '
+    )
+    assert "most others" not in told(results, ABOVE)[1]
 
 
 def test_claims_that_are_not_in_the_paper_are_counted():
@@ -261,7 +271,7 @@ def test_the_verdict_on_the_cost_rests_on_a_timing():
                                       "rivals": None})]  # fmt: skip
     board = judge(results, cost, asked)
     part = answers(results, summary(results, ["recall@1"]), board)[-1]
-    assert part.text.endswith("That on the cost rests on a timing, without a test.")
+    assert part.text.endswith("The verdict on the cost rests on a timing, without a test.")
     assert "data of the paper" in part.text
 
 
@@ -280,7 +290,7 @@ def test_the_head_has_the_answer_and_a_line_per_loss():
     names, means = re.findall(r'<th scope="row">(\w+)', figure), re.findall(r'number">([\d.]+)<', figure)
     assert (names, means) == (["triplet"], ["50.0"])  # histogram has no run of the longest length
     assert "seeds</th>" not in figure
-    assert "mean over five seeds with its 95 % confidence interval" in losses_caption(of_lengths)
+    assert "mean over five seeds with its 95 % confidence interval over seeds." in losses_caption(of_lengths)
     assert "triplet: 50.0 %, 95 % CI" in figure
     assert "; after 200 iterations 40.0 %" in figure
     assert "Small points: after 200 iterations, the shortest the smallest." in losses_caption(of_lengths)

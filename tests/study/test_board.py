@@ -102,6 +102,7 @@ def test_ids_are_unique_and_claims_have_no_word_by_colour_alone():
 OUTSIDE = {"verdict": "inconclusive"}
 EQUIVALENT = {"decisive": "A minus B: +0.5 (95 % CI -0.1 to +1.1 over seeds, n = 5, equivalent)",
               "difference": 0.5, "low": -0.1, "high": 1.1}  # fmt: skip
+CLOSE = {"verdict": "reproduced", "difference": 22.4, "low": 21.6, "high": 23.1, "holds above": -2.0}
 CORRECTED = ", not significant when corrected for all parts"
 
 
@@ -116,6 +117,14 @@ CORRECTED = ", not significant when corrected for all parts"
         (EQUIVALENT, ", equivalent"),
         (EQUIVALENT | OUTSIDE, ", equivalent, but not when corrected for all parts"),
         (EQUIVALENT | {"verdict": "reproduced"}, ""),
+        (CLOSE, ", above by more than the margin"),
+        (CLOSE | {"low": 1.9}, ""),
+        (CLOSE | {"holds above": 0.0}, ""),
+        (CLOSE | {"holds below": 2.0}, ""),
+        (
+            CLOSE | {"low": -9.0, "high": -5.0, "holds above": math.nan, "holds below": 2.0},
+            ", below by more than the margin",
+        ),
     ],
 )
 def test_a_verdict_that_the_interval_does_not_suggest_has_its_reason(row, expected):

@@ -53,6 +53,7 @@ def test_each_verdict_is_in_one_line_of_its_group(section, board):
             difference, low, high = (number(row[name], plus=True) for name in ("difference", "low", "high"))
             assert f"{difference} {row['unit']} ({row['confidence']:.3g} % CI {low} to {high})" in line
         assert row["needed"] in line
+        assert f"; Holm: {row['holm']}" in line or row["holm"] == row["verdict"]
         assert is_same or all(f"{verdict} after " in line for verdict in rows["verdict"])
     assert sum(group.count("- *") for group in groups.values()) == len(expected)
 

@@ -169,7 +169,7 @@ def test_the_answer_has_the_numbers_of_the_tables(page, tuned, board, judged, ru
     (short,) = (tag.text for tag in page.select(".answer strong") if " verdicts on " in tag.text)
     assert counted(short) == last["verdict"].value_counts().to_dict()
     changed = [rows for rows in judged if not is_same(rows)]
-    assert (f"{len(changed)} of them ha" in text) == bool(changed)
+    assert (f"{len(changed)} of the {len(judged)} verdicts differ" in text) == bool(changed)
     only = sum("reproduced" in rows["verdict"].tolist()[:-1] and rows["verdict"].iloc[-1] != "reproduced"
                for rows in changed)  # fmt: skip
     assert (f"; {only} w" in text) == bool(only)
@@ -225,6 +225,13 @@ def told_of(row, with_unit=True):
     equivalent = row["decisive"].endswith(", equivalent)")
     outside = row["high"] < row["holds above"] or row["low"] > row["holds below"]
     reason = ", equivalent" * (equivalent and row["verdict"] == "not reproduced")
+    if row["verdict"] == "reproduced":
+        low, high = (pd.isna(row[f"holds {side}"]) for side in ("above", "below"))
+        beyond = row["low"] > row["margin"], row["high"] < -row["margin"]
+        if high and row["holds above"] == -row["margin"] and beyond[0]:
+            reason = ", above by more than the margin"
+        if low and row["holds below"] == row["margin"] and beyond[1]:
+            reason = ", below by more than the margin"
     if row["verdict"] == "inconclusive" and (equivalent or outside):
         reason = f", {'equivalent, but not' if equivalent else 'not significant'} when corrected for all parts"
     return difference_of(row, with_unit) + reason
