@@ -99,19 +99,41 @@ def _attend(connection: socket.socket, started: float) -> str:
 
 def _follow(connection: socket.socket, process: int) -> NoReturn:
     """Forward signals to a process until it ends, and send its exit status; end it if the client ends."""
-    end = os.pidfd_open(process)
-    while end not in select.select([end, connection.fileno()], [], [])[0]:
+    changed, wake = os.pipe()  # readable after SIGCHLD; kernels of Linux before 5.3 lack pidfd_open
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    while (status := _exit_status(process)) is None:
+        ready = select.select([changed, connection.fileno()], [], [])[0]
+        if changed in ready:
+            os.read(changed, 1)
+            continue
         number = b""
         with contextlib.suppress(ConnectionResetError):
             number = connection.recv(1)
-        os.kill(process, number[0] if number else signal.SIGTERM)
         if not number:  # the client has ended
-            if not select.select([end], [], [], STOP_SECONDS)[0]:
-                os.kill(process, signal.SIGKILL)
-            os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            _end(process)
+        os.kill(process, number[0])
     with contextlib.suppress(OSError):  # the client has ended
         connection.send(bytes([status if status >= 0 else 128 - status]))  # as a shell reports a signal
+    os._exit(0)
+
+
+def _exit_status(process: int) -> int | None:
+    """Exit status of a process, negative after a signal; None while it runs."""
+    ended, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _end(process: int) -> NoReturn:
+    """Send a process SIGTERM, and SIGKILL if it still runs after `STOP_SECONDS`."""
+    os.kill(process, signal.SIGTERM)
+    last = time.monotonic() + STOP_SECONDS
+    while _exit_status(process) is None:
+        if time.monotonic() > last:
+            os.kill(process, signal.SIGKILL)
+            break
+        time.sleep(0.1)
     os._exit(0)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from hloss.study import starter as starters
 from tests.helpers.copied_project import wait_until
+from tests.helpers.linux import LINUX_ONLY
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the process is started only on Linux")
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
@@ -91,6 +92,17 @@ def test_signals_and_the_end_of_a_client_reach_its_script(number, tmp_path):
         assert process.wait(60) == (-9 if number == signal.SIGKILL else 7)
     wait_until("the script stops", lambda: (tmp_path / "stopped").exists() and (tmp_path / "stopped").read_text(), 20)
     assert int((tmp_path / "stopped").read_text()) == (signal.SIGTERM if number == signal.SIGKILL else number)
+
+
+def test_needs_no_function_of_newer_kernels(tmp_path, monkeypatch):
+    removed = f"import os\nfor name in {LINUX_ONLY}:\n    hasattr(os, name) and delattr(os, name)\n"
+    (tmp_path / "sitecustomize.py").write_text(removed)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("HLOSS_STARTER", "of another process, which is named again at the end")
+    with starters.starter():
+        answer = carried_out(tmp_path, "import os, sys\nsys.exit(3 + hasattr(os, 'pidfd_open'))")
+    assert (answer.returncode, answer.stderr) == (3, "")
 
 
 def test_refuses_clients_after_a_module_has_changed(tmp_path, monkeypatch):
