@@ -118,6 +118,11 @@ def data_words(results: pd.DataFrame) -> str:
     return f"{_word(len(names))} datasets ({', '.join(names)})"
 
 
+def _titled(dataset: str) -> str:
+    """A dataset with its content in words, as in "cub (birds)"."""
+    return f"{dataset} ({DATA[dataset]})" if dataset in DATA else dataset
+
+
 class Answer(NamedTuple):
     """A part of the answer.
 
@@ -144,9 +149,9 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
     told, found = [], [rankings(results, table, dataset) for dataset in results["dataset"].unique()]
     ranked = [of_lengths for of_lengths in found if of_lengths]
     for of_lengths in ranked:
-        of_dataset = leader_answer(of_lengths[-1]), length_answer(of_lengths)
-        name = f"{of_lengths[-1].dataset}: " * (len(ranked) > 1)
-        told += [Answer(f"{name}{part.short}", part.text) for part in of_dataset]
+        leader, change = leader_answer(of_lengths[-1]), length_answer(of_lengths)
+        both = Answer(f"{_titled(of_lengths[-1].dataset)}: {leader.short}", f"{leader.text} {change}")
+        told += [both] if len(ranked) > 1 else [leader, change]
     told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
     of_claims = claims_answer(results, board)
@@ -278,7 +283,7 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     told = [
         _broadest_claim(last),
         _change_of_verdicts(judged),
-        after_holm(board),
+        "" if _by_test(last) else "No verdict is decided by a statistical test.",
         f"The verdicts rest on {_rests_on(results, board)}.",
     ]
     if (last["dataset"] == "any").any():
@@ -286,7 +291,25 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     if others:
         where = "are not part of this study" if results["complete"].all() else "are missing or not part of this study"
         told += [f"{others} other verdict{'s need' if others > 1 else ' needs'} runs that {where}."]
-    return Answer(f"{several}{of_paper}{longest}: {counted(last['verdict'])}.", " ".join(filter(None, told)))
+    short = f"{several}{of_paper}{longest}: {counted_verdicts(board)}."
+    return Answer(short, " ".join(filter(None, told)))
+
+
+def counted_verdicts(board: pd.DataFrame) -> str:
+    """Numbers of verdicts at the longest length, before and after Holm's correction.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`, with a claim that was judged.
+    """
+    last = pd.DataFrame([rows.iloc[-1] for rows in groups(board)])
+    found, corrected = counted(last["verdict"]), counted(last["holm"])
+    same = "the same" if corrected == found else corrected
+    return f"{found}; with Holm's correction for the number of tests: {same}" if _by_test(last) else found
+
+
+def _by_test(last: pd.DataFrame) -> bool:
+    """Whether a statistical test decides a verdict."""
+    return bool(((last["verdict"] != OPEN) & (last["p holds"] >= 0)).any())
 
 
 def _broadest_claim(last: pd.DataFrame) -> str:
@@ -312,26 +335,6 @@ def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
     only = f"; {lost} {'were' if lost > 1 else 'was'} reproduced only there" if lost else ""
     differ = f"differ{'s' * (len(changed) == 1)} at a shorter length"
     return f"{len(changed)} of the {len(judged)} verdicts {differ}{only}."
-
-
-def after_holm(board: pd.DataFrame) -> str:
-    """The number of verdicts at the longest length that remain after Holm's correction, of those that a test decided.
-
-    Args:
-        board: the table of `hloss.study.claims.judge`.
-    """
-    last = [rows.iloc[-1] for rows in groups(board)]
-    decided = pd.DataFrame([row for row in last if row["verdict"] != OPEN and row["p holds"] >= 0])
-    if decided.empty:
-        return "No verdict is decided by a statistical test."
-    stay = decided.loc[decided["holm"] == decided["verdict"], "verdict"]
-    remain = f"{len(stay)} of these {len(decided)} remain{'s' * (len(stay) == 1)} ({counted(stay)})"
-    if stay.empty:
-        remain = "none of these remains"
-    elif len(decided) == 1:
-        remain = "it remains"
-    decided_by_tests = f"{len(decided)} of the verdicts ({counted(decided['verdict'])})"
-    return f"Statistical tests decide {decided_by_tests}. After Holm's correction for the number of tests, {remain}."
 
 
 def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:

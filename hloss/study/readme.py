@@ -8,7 +8,7 @@ import pandas as pd
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.files import atomic_write
-from hloss.study.answer import after_holm
+from hloss.study.answer import counted_verdicts
 from hloss.study.claims import conclusions, read_board
 from hloss.study.criteria import NOT_RUN
 from hloss.study.estimates import mean_over_runs
@@ -136,8 +136,9 @@ def _reading(board: pd.DataFrame) -> str:
         "longest training. Differences are in points of test Recall@1, with their confidence interval (CI). All runs "
         "are on glyphs, even if the claim names another dataset. Two losses are equivalent if the 90 % CI of their "
         f"difference lies within {MARGIN}; neither then counts as better. "
-        f"{after_holm(board)} A line says which verdict the correction changes. [docs/results.md](docs/results.md) has "
-        "the table of all verdicts; the report, `reports/sample/report.html`, has the criteria and all runs.",
+        f"Verdicts after the longest training: {counted_verdicts(board)}. A line says which verdict the correction "
+        "changes. [docs/results.md](docs/results.md) has the table of all verdicts; the report, "
+        "`reports/sample/report.html`, has the criteria and all runs.",
         width=120,
     )
 

@@ -138,14 +138,14 @@ def test_two_datasets_have_an_answer_each():
                          table_of({"triplet": 50.0, "histogram": 56.0}, dataset="cub")])  # fmt: skip
     parts, text = told(results)
     assert [part.short for part in parts] == [
-        "2 verdicts on one claim of the paper: 1 reproduced, 1 not reproduced.",
-        "glyphs: Triplet leads by 4.0 points.",
-        "glyphs: One training length was measured.",
-        "cub: Histogram leads by 6.0 points.",
-        "cub: One training length was measured.",
+        "2 verdicts on one claim of the paper: 1 reproduced, 1 not reproduced; with Holm's correction for the number "
+        "of tests: the same.",
+        "glyphs (drawn characters): Triplet leads by 4.0 points.",
+        "cub (birds): Histogram leads by 6.0 points.",
     ]
-    assert "on glyphs (one fixed setting" in parts[1].text
-    assert "on cub (one fixed setting" in parts[3].text
+    for part, dataset in zip(parts[1:], ("glyphs", "cub"), strict=True):
+        assert part.text.startswith(f"After 200 iterations on {dataset} (one fixed setting")
+        assert part.text.endswith(" One training length was measured. No run is still improving at its end.")
     assert "two datasets (glyphs, cub)" in text
     assert "not data of the paper" not in text
 
@@ -186,10 +186,12 @@ def test_verdicts_are_counted_with_what_they_rest_on():
                          table_of({"histogram": 40.0, "triplet": 44.0}, length=2000)])  # fmt: skip
     best = {**ABOVE, "name": "z", "method": {"loss": "triplet"}, "rivals": [{"loss": "lifted"}]}
     parts, _ = told(results, ABOVE, best)
-    assert parts[-1].short == "One verdict on a claim of the paper at the longest length: 1 not reproduced."
-    assert parts[-1].text.startswith("It has another verdict at a shorter length. Statistical tests decide 1 of the ")
+    assert parts[-1].short == (
+        "One verdict on a claim of the paper at the longest length: 1 not reproduced; with Holm's correction for the "
+        "number of tests: the same."
+    )
+    assert parts[-1].text.startswith("It has another verdict at a shorter length. The verdicts rest on one dataset of ")
     assert "The verdicts rest on one dataset of drawn characters (glyphs), not data of the paper and" in parts[-1].text
-    assert "After Holm's correction for the number of tests, it remains. The verdicts rest" in parts[-1].text
     assert parts[-1].text.endswith("1 other verdict needs runs that are not part of this study.")
 
 
@@ -206,7 +208,22 @@ def test_the_claim_with_the_most_rivals_is_told():
 def test_claims_that_are_not_in_the_paper_are_counted():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     parts, _ = told(results, ABOVE, {**ABOVE, "name": "own", "data": []})
-    assert parts[-1].short == "2 verdicts on 2 claims (1 not of the paper): 2 reproduced."
+    assert parts[-1].short.startswith("2 verdicts on 2 claims (1 not of the paper): 2 reproduced; with Holm's ")
+
+
+def test_verdicts_are_counted_before_and_after_holms_correction():
+    results = table_of({"histogram": 40.0, "triplet": 39.05}, dataset="cub")
+    results["recall@1"] = 10 * results["recall@1"] - 360  # beyond the margin of equivalence
+    p = stats.ttest_1samp(difference(results, "histogram", "triplet"), 0).pvalue
+    assert 0.025 < p < 0.05  # significant as the only test, not as one of two
+    assert told(results)[0][-1].short.endswith(
+        ": 1 reproduced; with Holm's correction for the number of tests: the same."
+    )
+    parts, _ = told(results, ABOVE, {**ABOVE, "name": "again"})
+    assert parts[-1].short == (
+        "2 verdicts on 2 claims of the paper: 2 reproduced; with Holm's correction for the number of tests: "
+        "2 inconclusive."
+    )
 
 
 def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
