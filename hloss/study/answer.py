@@ -127,15 +127,15 @@ class Answer(NamedTuple):
     """A part of the answer.
 
     Attributes:
-        short: the answer in a few words.
-        text: the numbers behind it, and their limits.
+        short: the answer in a few words; "" if an earlier part has them.
+        text: the numbers behind it, and their limits; "" if a later part has them.
     """
 
     short: str
     text: str
 
     def __str__(self) -> str:
-        return f"{self.short} {self.text}"
+        return f"{self.short} {self.text}".strip()
 
 
 def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> list[Answer]:
@@ -150,12 +150,14 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
     ranked = [of_lengths for of_lengths in found if of_lengths]
     for of_lengths in ranked:
         leader, change = leader_answer(of_lengths[-1]), length_answer(of_lengths)
-        both = Answer(f"{_titled(of_lengths[-1].dataset)}: {leader.short}", f"{leader.text} {change}")
+        short = f"{_titled(of_lengths[-1].dataset)}: {leader.short} {change.short}"
+        both = Answer(short, f"{leader.text} {change.text}")
         told += [both] if len(ranked) > 1 else [leader, change]
     told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
-    of_claims = claims_answer(results, board)
-    told = [of_claims, *told] if len(ranked) > 1 else [*told, of_claims]  # answers per dataset fill a screen
+    told = [*told, claims_answer(results, board)]
+    if len(ranked) > 1:  # the texts fill a screen
+        told = [Answer(part.short, "") for part in told] + [Answer("", part.text) for part in told]
     return [*_missing_answer(results), *told]
 
 
@@ -176,11 +178,12 @@ def leader_answer(ranking: Ranking) -> Answer:
         return Answer(f"Only {first['method']} was measured.", f"{where} it has a test Recall@1 of {recall}.")
     lead = ranking.difference(first["method"], ranking.rows.iloc[1]["method"])
     low, _ = lead.interval()
-    short = f"{first['method']} leads by {signed(lead.mean)} points." if low > 0 else "no loss clearly leads."
+    place, difference = _histogram_place(ranking)
+    short = f"{first['method']} leads by {signed(lead.mean)} points" if low > 0 else "no loss clearly leads"
     told = f"{where} {first['method']} has the highest test Recall@1, {recall}{_lead_in_words(ranking, lead)}."
     so_far = "So far, " * bool((ranking.rows["n"] < ranking.rows["of"]).any())
     short = f"{so_far}{short}" if so_far else short[0].upper() + short[1:]
-    return Answer(short, told + _histogram_place(ranking))
+    return Answer(f"{short}{place}.", told + difference)
 
 
 def _lead_in_words(ranking: Ranking, lead: Estimate) -> str:
@@ -210,17 +213,18 @@ def _interval_of(row: pd.Series) -> str:
     return f" (95 % CI {shown_interval(row['recall@1 low'], row['recall@1 high'])})" if known else ""
 
 
-def _histogram_place(ranking: Ranking) -> str:
-    """Rank of the best histogram loss and its distance from the first; empty if the answer has both already."""
+def _histogram_place(ranking: Ranking) -> tuple[str, str]:
+    """Rank of the best histogram loss, and its difference from the first; empty for the first two losses."""
     losses = ranking.runs.drop_duplicates("method").set_index("method")["loss"]
     methods = list(ranking.rows["method"])
     place = next((i for i, method in enumerate(methods) if losses[method] == "histogram"), 0)
     if place < 2:
-        return ""
+        return "", ""
     behind = ranking.difference(methods[place], methods[0])
+    points = f"{signed(behind.mean, plus=True)} points{_doubt(behind)}"
     return (
-        f" The histogram loss is number {place + 1} of {len(methods)}; its difference from the first is "
-        f"{signed(behind.mean, plus=True)} points{_doubt(behind)}."
+        f"; the histogram loss is number {place + 1} of {len(methods)}",
+        f" The difference of the histogram loss from the first is {points}.",
     )
 
 
@@ -251,14 +255,14 @@ def _change_of_order(of_lengths: list[Ranking]) -> tuple[str, str]:
             lengths_of.setdefault(first, []).append(f"{ranking.length:,} ({mean:.1f} %)")
     if lengths_of:
         shown = ", ".join(f"{first} after {listed(lengths)}" for first, lengths in lengths_of.items())
-        return "The order depends on the training length.", f"The highest mean was that of {shown}."
+        return "The order depends on the training length.", f"At shorter lengths the highest mean is that of {shown}."
     lengths = listed([f"{ranking.length:,}" for ranking in of_lengths[:-1]])
     if all([m for m in order if m in orders[-1]] == [m for m in orders[-1] if m in order] for order in orders):
-        return "The order is the same at every length.", f"The losses have it after {lengths} iterations, too."
+        return "The order is the same at every length.", f"The losses have this order after {lengths} iterations, too."
     first = last.rows.iloc[0]["method"]
     return (
         "The same loss has the highest mean at every length.",
-        f"{first[0].upper()}{first[1:]} has it after {lengths} iterations, too; others change places.",
+        f"{first[0].upper()}{first[1:]} has the highest mean after {lengths} iterations, too; others change places.",
     )
 
 
@@ -283,11 +287,9 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     told = [
         _broadest_claim(last),
         _change_of_verdicts(judged),
-        "" if _by_test(last) else "No verdict is decided by a statistical test.",
+        _without_test(last),
         f"The verdicts rest on {_rests_on(results, board)}.",
     ]
-    if (last["dataset"] == "any").any():
-        told += ["The verdict on the cost rests on a timing, without a test."]
     if others:
         where = "are not part of this study" if results["complete"].all() else "are missing or not part of this study"
         told += [f"{others} other verdict{'s need' if others > 1 else ' needs'} runs that {where}."]
@@ -312,6 +314,14 @@ def _by_test(last: pd.DataFrame) -> bool:
     return bool(((last["verdict"] != OPEN) & (last["p holds"] >= 0)).any())
 
 
+def _without_test(last: pd.DataFrame) -> str:
+    """The number of verdicts that no statistical test decides; "" if there are none."""
+    if not _by_test(last):
+        return "No verdict is decided by a statistical test."
+    untested = int(((last["verdict"] != OPEN) & ~(last["p holds"] >= 0)).sum())
+    return f"{untested} of the verdicts rest{'s' * (untested == 1)} on no statistical test." if untested else ""
+
+
 def _broadest_claim(last: pd.DataFrame) -> str:
     """The verdict on the claim that compares the histogram loss with the most others; "" if all have one rival."""
     of_losses = last[last["comparison"].isin(LOSS_COMPARISONS) & last["decisive"].str.startswith("histogram")]
@@ -332,7 +342,7 @@ def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
     if len(judged) == 1:
         return "It has another verdict at a shorter length."
     lost = sum((rows["verdict"] == REPRODUCED).any() and rows["verdict"].iloc[-1] != REPRODUCED for rows in changed)
-    only = f"; {lost} {'were' if lost > 1 else 'was'} reproduced only there" if lost else ""
+    only = f"; {lost} {'are' if lost > 1 else 'is'} reproduced at a shorter length only" if lost else ""
     differ = f"differ{'s' * (len(changed) == 1)} at a shorter length"
     return f"{len(changed)} of the {len(judged)} verdicts {differ}{only}."
 
@@ -346,7 +356,7 @@ def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     if len(asked) and (asked == "other data").all():
         data += ", not data of the paper"
     elif (asked == "other data").any():
-        data += " (for some claims not the data that they name)"
+        data = f"{data.removesuffix(')')}; some claims name other data)"
     used = {run_id for ids in judged["run_ids"] for run_id in str(ids).split(", ")}
     trained = results[results["complete"] & (results["length"] > 0)]
     runs = distinct_runs(trained[trained["run_id"].isin(used)])

@@ -35,7 +35,8 @@ class Finding(NamedTuple):
     Attributes:
         number: place on the board, from 1.
         claim: the claim, without its full stop.
-        name: dataset and comparison, if other verdicts on the claim have another one; "" for the only verdict.
+        name: dataset and comparison, if other verdicts on the claim have another one; "fixed setting" or "tuned" if the
+            board has both; else "".
         told: the decisive difference in words; for an open verdict, the estimated number of seeds that it needs.
         verdict: the verdict after the longest length.
         lengths: number of lengths.
@@ -61,6 +62,7 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
         Each key of `TITLES`, with its verdicts in the order of the board. Claims that were not run are left out.
     """
     judged = groups(board)
+    both = set(LOSS_COMPARISONS) <= {rows["comparison"].iloc[-1] for rows in judged}
     found: dict[str, list[Finding]] = {name: [] for name in TITLES}
     for number, rows in enumerate(judged, 1):
         last = rows.iloc[-1]
@@ -69,7 +71,7 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
             Finding(
                 number,
                 last["text"].removesuffix("."),
-                _name(last, others),
+                _name(last, others, both),
                 _told(rows),
                 last["verdict"],
                 len(rows),
@@ -79,10 +81,13 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
     return found
 
 
-def _name(row: pd.Series, others: list[pd.Series]) -> str:
-    """Dataset and comparison of a verdict, if those of other verdicts on its claim differ."""
-    named = {"dataset": row["dataset"], "comparison": SETTINGS.get(row["comparison"], row["comparison"])}
-    return ", ".join(name for column, name in named.items() if len({other[column] for other in others}) > 1)
+def _name(row: pd.Series, others: list[pd.Series], both: bool) -> str:
+    """Dataset and comparison of a verdict, as in `Finding`; `both`: the board has fixed and tuned settings."""
+    differ = {column: len({other[column] for other in others}) > 1 for column in ("dataset", "comparison")}
+    name = [row["dataset"]] if differ["dataset"] else []
+    if differ["comparison"] or (both and row["comparison"] in SETTINGS):
+        name += [SETTINGS.get(row["comparison"], row["comparison"])]
+    return ", ".join(name)
 
 
 def _told(rows: pd.DataFrame) -> str:

@@ -142,7 +142,8 @@ def head_html(title: str, results: pd.DataFrame, told: list[Answer], figures: li
         told: the answer, from `hloss.study.answer.answers`.
         figures: HTML of the figures, from `losses_figure`.
     """
-    items = [f"<li><strong>{html.escape(part.short)}</strong> {html.escape(part.text)}</li>" for part in told]
+    bold = [f"<strong>{html.escape(part.short)}</strong> " * bool(part.short) for part in told]
+    items = [f"<li>{short}{html.escape(part.text)}</li>" for short, part in zip(bold, told, strict=True)]
     return "\n".join(
         [
             f"<header><h1>{html.escape(title)}</h1>",

@@ -50,13 +50,13 @@ def test_a_clear_leader_is_named_with_its_lead():
     results = table_of({"triplet": 40.0, "histogram": 36.0, "lifted": 38.0})
     parts, text = told(results)
     lead, last = difference(results, "triplet", "lifted"), difference(results, "triplet", "histogram")
-    assert parts[0].short == f"Triplet leads by {lead.mean():.1f} points."
+    assert parts[0].short == f"Triplet leads by {lead.mean():.1f} points; the histogram loss is number 3 of 3."
     low, high = interval(results.loc[results["method"] == "triplet", "recall@1"])
     assert f"triplet has the highest test Recall@1, 40.0 % (95 % CI {low:.1f} to {high:.1f})" in text
     low, high = interval(lead)
     assert f"2.0 points above the next, lifted (95 % CI +{low:.1f} to +{high:.1f})." in text
     low, high = interval(last)
-    assert "The histogram loss is number 3 of 3; its difference from the first is −4.0 points" in text
+    assert "The difference of the histogram loss from the first is −4.0 points" in text
     assert not rankings(results, summary(results, ["recall@1"]), "glyphs")[0].absent
     assert f"−4.0 points (95 % CI −{high:.1f} to −{low:.1f})." in text
     assert "After 200 iterations on glyphs (one fixed setting, mean of five seeds)" in text
@@ -80,7 +80,7 @@ def test_equal_means_are_less_than_a_tenth_of_a_point_apart():
 
 def test_the_histogram_loss_as_first_or_second_is_not_said_twice():
     for means in ({"histogram": 40.0, "triplet": 36.0}, {"histogram": 36.0, "triplet": 40.0}):
-        assert "The histogram loss is number" not in told(table_of(means))[1]
+        assert "histogram loss is number" not in told(table_of(means))[1]
 
 
 def test_one_loss_has_no_rival():
@@ -123,7 +123,9 @@ def test_the_highest_mean_can_be_below_the_next_on_the_seeds_of_both():
     text = told(results)[1]
     assert f"triplet has the highest test Recall@1, {triplet:.1f} %. On the one seed that both have, it is " in text
     assert f"it is {lifted - triplet:.1f} points below the next, lifted, which can be chance." in text
-    assert f"number 3 of 3; its difference from the first is +{histogram - triplet:.1f} points, which can" in text
+    assert (
+        f"The difference of the histogram loss from the first is +{histogram - triplet:.1f} points, which can" in text
+    )
     assert "(one fixed setting, mean of one to five seeds)" in text
 
 
@@ -137,16 +139,19 @@ def test_two_datasets_have_an_answer_each():
     results = pd.concat([table_of({"triplet": 40.0, "histogram": 36.0}),
                          table_of({"triplet": 50.0, "histogram": 56.0}, dataset="cub")])  # fmt: skip
     parts, text = told(results)
-    assert [part.short for part in parts] == [
+    assert [part.short for part in parts[:3]] == [
+        "glyphs (drawn characters): Triplet leads by 4.0 points. One training length was measured.",
+        "cub (birds): Histogram leads by 6.0 points. One training length was measured.",
         "2 verdicts on one claim of the paper: 1 reproduced, 1 not reproduced; with Holm's correction for the number "
         "of tests: the same.",
-        "glyphs (drawn characters): Triplet leads by 4.0 points.",
-        "cub (birds): Histogram leads by 6.0 points.",
     ]
-    for part, dataset in zip(parts[1:], ("glyphs", "cub"), strict=True):
+    assert not any(part.text for part in parts[:3])
+    assert not any(part.short for part in parts[3:])
+    for part, dataset in zip(parts[3:5], ("glyphs", "cub"), strict=True):
         assert part.text.startswith(f"After 200 iterations on {dataset} (one fixed setting")
-        assert part.text.endswith(" One training length was measured. No run is still improving at its end.")
-    assert "two datasets (glyphs, cub)" in text
+        assert part.text.endswith(". No run is still improving at its end.")
+    assert head_html("A", results, parts, []).count("<strong>") == 3
+    assert "two datasets (glyphs, cub; some claims name other data)" in text
     assert "not data of the paper" not in text
 
 
@@ -165,14 +170,16 @@ def test_the_effect_of_the_length_is_said(later, short):
     assert found.short == short
     assert "After 2,000 iterations 15 of the 15 runs of these losses are still improving" in found.text
     if "depends" in short:
-        assert "The highest mean was that of triplet after 200 (40.0 %)." in found.text
+        assert "At shorter lengths the highest mean is that of triplet after 200 (40.0 %)." in found.text
 
 
 def test_a_loss_that_is_first_at_several_lengths_is_named_once():
     means = {20: (40.0, 30.0), 60: (41.0, 30.0), 200: (30.0, 42.0)}
     results = pd.concat([table_of({"triplet": a, "histogram": b}, length=n) for n, (a, b) in means.items()])
     found = length_answer(rankings(results, summary(results, ["recall@1"]), "glyphs"))
-    assert found.text.startswith("The highest mean was that of triplet after 20 (40.0 %) and 60 (41.0 %).")
+    assert found.text.startswith(
+        "At shorter lengths the highest mean is that of triplet after 20 (40.0 %) and 60 (41.0 %)."
+    )
 
 
 def test_one_length_with_improving_runs_warns():
@@ -281,22 +288,22 @@ def test_losses_without_a_run_and_the_choice_of_the_setting_are_named():
     assert "tuned" not in told(fixed)[1]
 
 
-def test_the_verdict_on_the_cost_rests_on_a_timing():
+def test_verdicts_without_a_test_are_counted():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     cost = pd.DataFrame({"batch_size": [1024, 2048, 4096], "seconds": [0.1, 0.4, 1.6]})
     asked = [Claim(**ABOVE), Claim(**{**ABOVE, "name": "c", "check": "quadratic", "comparison": [], "method": None,
                                       "rivals": None})]  # fmt: skip
     board = judge(results, cost, asked)
     part = answers(results, summary(results, ["recall@1"]), board)[-1]
-    assert part.text.endswith("The verdict on the cost rests on a timing, without a test.")
+    assert part.text.startswith("1 of the verdicts rests on no statistical test. The verdicts rest on one dataset ")
     assert "data of the paper" in part.text
 
 
 def test_data_that_only_some_claims_name_are_said_to_be_so():
     results = pd.concat([table_of({"triplet": 40.0, "histogram": 36.0}),
                          table_of({"triplet": 50.0, "histogram": 56.0}, dataset="cub")])  # fmt: skip
-    part = told(results)[0][0]
-    assert "The verdicts rest on two datasets (glyphs, cub) (for some claims not the data that they name)" in part.text
+    text = told(results)[1]
+    assert "The verdicts rest on two datasets (glyphs, cub; some claims name other data) and" in text
 
 
 def test_the_head_has_the_answer_and_a_line_per_loss():

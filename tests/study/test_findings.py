@@ -220,6 +220,15 @@ def test_verdicts_of_one_claim_are_told_apart_by_what_differs():
     assert names == [[""], ["glyphs", "cub"]]
 
 
+def test_the_setting_is_named_if_the_board_has_fixed_and_tuned_losses():
+    fixed = runs_of({"histogram": 40.0, "triplet": 30.0, "lifted": 35.0})
+    tuned = fixed[fixed["method"] != "lifted"].assign(comparison="tuned losses")
+    of_both, of_fixed = claim(), claim(name="b", rivals=("lifted",))
+    board = judge(pd.concat([fixed, tuned], ignore_index=True), claims=[of_both, of_fixed])
+    assert [f.name for f in findings(board)["reproduced"]] == ["fixed setting", "tuned", "fixed setting"]
+    assert [f.name for f in findings(judge(fixed, claims=[of_both, of_fixed]))["reproduced"]] == ["", ""]
+
+
 def test_the_page_has_every_claim_with_a_link_to_the_board(three_lengths):
     page = BeautifulSoup(findings_html(three_lengths), "html.parser")
     assert [tag.b.text.split(":")[0] for tag in page.select(".findings")] == [
