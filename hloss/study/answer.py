@@ -150,9 +150,11 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
     ranked = [of_lengths for of_lengths in found if of_lengths]
     for of_lengths in ranked:
         leader, change = leader_answer(of_lengths[-1]), length_answer(of_lengths)
-        short = f"{_titled(of_lengths[-1].dataset)}: {leader.short} {change.short}"
-        both = Answer(short, f"{leader.text} {change.text}")
-        told += [both] if len(ranked) > 1 else [leader, change]
+        if len(ranked) == 1:
+            told = [leader, change]
+        else:
+            short = f"{_titled(of_lengths[-1].dataset)}: {leader.short} {change.short}"
+            told.append(Answer(short, f"{leader.text} {change.text}"))
     told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
     told = [*told, claims_answer(results, board)]

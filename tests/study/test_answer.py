@@ -215,7 +215,10 @@ def test_the_claim_with_the_most_rivals_is_told():
 def test_claims_that_are_not_in_the_paper_are_counted():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     parts, _ = told(results, ABOVE, {**ABOVE, "name": "own", "data": []})
-    assert parts[-1].short.startswith("2 verdicts on 2 claims (1 not of the paper): 2 reproduced; with Holm's ")
+    assert parts[-1].short == (
+        "2 verdicts on 2 claims (1 not of the paper): 2 reproduced; with Holm's correction for the number of tests: "
+        "the same."
+    )
 
 
 def test_verdicts_are_counted_before_and_after_holms_correction():

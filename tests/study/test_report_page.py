@@ -169,7 +169,7 @@ def test_the_answer_has_the_numbers_of_the_tables(page, tuned, board, judged, ru
     (short,) = (tag.text for tag in page.select(".answer strong") if " verdicts on " in tag.text)
     before, after = short.split("; with Holm's correction for the number of tests: ")
     assert counted(before) == last["verdict"].value_counts().to_dict()
-    assert counted(after) == last["holm"].value_counts().to_dict()
+    assert counted(before if after == "the same." else after) == last["holm"].value_counts().to_dict()
     changed = [rows for rows in judged if not is_same(rows)]
     assert (f"{len(changed)} of the {len(judged)} verdicts differ" in text) == bool(changed)
     only = sum("reproduced" in rows["verdict"].tolist()[:-1] and rows["verdict"].iloc[-1] != "reproduced"
