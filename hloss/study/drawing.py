@@ -103,16 +103,21 @@ def draw_intervals(axes: plt.Axes, runs: pd.DataFrame, means: pd.DataFrame) -> N
         apart = np.linspace(-0.12, 0.12, len(seeds)) if len(seeds) > 1 else 0
         axes.scatter(seeds, np.full(len(seeds), row) + apart, s=16, color=SEED)
     rows = np.arange(len(means))
-    axes.errorbar(means["recall@1"], rows, xerr=_bars(means), fmt="o", color=MEAN, capsize=3, zorder=3)
+    axes.errorbar(means["recall@1"], rows, xerr=bars_of(means), fmt="o", color=MEAN, capsize=3, zorder=3)
     open_circles(axes, means["recall@1"], rows, means, color=MEAN)
     axes.set(xlabel=RECALL, ylim=(len(means) - 0.5, -0.5))
     axes.set_yticks(rows, means["line"])
     axes.grid(axis="x", color="0.9")
 
 
-def _bars(means: pd.DataFrame) -> np.ndarray:
-    """Distances of the bounds of intervals from the means, shape (2, n); 0 without an interval."""
-    low, mean, high = (means[name] for name in ("recall@1 low", "recall@1", "recall@1 high"))
+def bars_of(means: pd.DataFrame, metric: str = "recall@1") -> np.ndarray:
+    """Distances of the bounds of intervals from the means, shape (2, n); 0 without an interval.
+
+    Args:
+        means: the table of `hloss.study.statistics.summary`.
+        metric: one of its metrics.
+    """
+    low, mean, high = (means[name] for name in (f"{metric} low", metric, f"{metric} high"))
     return np.nan_to_num(np.array([mean - low, high - mean]))
 
 
@@ -186,7 +191,7 @@ def _line(axes: plt.Axes, points: pd.DataFrame, intervals: bool, color: str, lin
     axes.plot(level, mean, marker="o", markersize=size, color=color, linestyle=linestyle)
     open_circles(axes, level, mean, points, color=color, markersize=size)
     if intervals:
-        axes.errorbar(level, mean, yerr=_bars(points), fmt="none", color=color, elinewidth=1)
+        axes.errorbar(level, mean, yerr=bars_of(points), fmt="none", color=color, elinewidth=1)
         axes.fill_between(level, low, high, color=color, alpha=0.15, linewidth=0)
 
 
@@ -205,7 +210,7 @@ def draw_heat_map(axes: plt.Axes, levels: Levels, means: pd.DataFrame) -> None:
     shown = axes.imshow(cells, cmap="cividis", aspect="auto")
     axes.set_facecolor("0.93")
     x, y = ({value: at for at, value in enumerate(names)} for names in (cells.columns, cells.index))
-    for mean, half, cell in zip(means["recall@1"], _bars(means).mean(axis=0), means.to_dict("records"), strict=True):
+    for mean, half, cell in zip(means["recall@1"], bars_of(means).mean(axis=0), means.to_dict("records"), strict=True):
         text = f"{mean:.1f}{f' ± {half:.1f}' if half else ''}{' ○' if cell['still improving'] else ''}"
         at = x.get(cell["level"], (len(x) - 1) / 2), y[cell["line"]]
         axes.text(*at, text, ha="center", va="center", color=_readable_on(shown.to_rgba(np.array([mean]))[0]))

@@ -13,6 +13,7 @@ from hloss.losses.histogram import PairHistograms, PairSlopes
 from hloss.study.drawing import (
     MEAN,
     RECALL,
+    bars_of,
     by_right_end,
     draw_curves,
     draw_heat_map,
@@ -28,6 +29,7 @@ from hloss.study.levels import CURVES, GRID, levels_of
 # Functions import seaborn where they need it: it imports scipy, and the notebook of a run would wait a second for it.
 
 POSITIVE, NEGATIVE = MEAN, "#d95f02"
+SHARES = (1, 3, 10, 30, 100)  # %, ticks of a logarithmic axis
 HIT, MISS = "#1a7f37", "#cf222e"
 
 
@@ -224,6 +226,34 @@ def pair_records(records: pd.DataFrame, labels: dict[str, str]) -> Figure:
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set(xlabel="iteration", ylabel=label)
     grid[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _finish(figure)
+
+
+def slopes_and_recall(means: pd.DataFrame) -> Figure:
+    """Plot the test Recall@1 over the share of pairs with a slope: a panel per comparison, a point per method.
+
+    Bars show 95 % intervals. An open circle marks a method with runs that are still improving. The dotted line connects
+    the methods in their order.
+
+    Args:
+        means: `hloss.study.statistics.summary` with the metrics pairs_with_slope and recall@1, both in %; one row per
+            method.
+    """
+    of_comparisons = dict(list(means.groupby("comparison", sort=False)))
+    rows = -(-len(of_comparisons) // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(9, 3.3 * rows), sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(of_comparisons) :]:
+        axes.set_visible(False)
+    for axes, (name, points) in zip(grid.flat, of_comparisons.items(), strict=False):
+        x, y = points["pairs_with_slope"], points["recall@1"]
+        bars = {"xerr": bars_of(points, "pairs_with_slope"), "yerr": bars_of(points, "recall@1")}
+        axes.errorbar(x, y, **bars, fmt="o:", color=MEAN, linewidth=0.8, elinewidth=1)
+        open_circles(axes, x, y, points, color=MEAN)
+        for method, place in zip(points["method"], zip(x, y, strict=True), strict=True):
+            axes.annotate(method.rsplit(", ", 1)[-1], place, (4, 4), textcoords="offset points", fontsize=8)
+        axes.set(title=name, xlabel="pairs with a slope (% of the batch)", ylabel=RECALL, xscale="log")
+        ticks_at(axes.xaxis, SHARES)
+        axes.grid(color="0.9")
     return _finish(figure)
 
 

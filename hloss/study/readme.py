@@ -15,7 +15,7 @@ from hloss.study.estimates import mean_over_runs
 from hloss.study.findings import findings, heading, lines, note
 from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
 from hloss.study.spec import DIFFICULTY, LOSS_COMPARISONS, OF_TUNING
-from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_interval, summary
+from hloss.study.statistics import EQUIVALENCE_MARGIN, shown_mean, summary
 
 MADE = "made by workflow/scripts/write_readme_results.py"
 BEGIN = f"<!-- results: begin ({MADE}) -->"
@@ -184,7 +184,7 @@ def _means_table(losses: pd.DataFrame) -> str:
 
 
 def _mean(row: pd.Series) -> str:
-    return f"{row['recall@1']:.1f} ({shown_interval(row['recall@1 low'], row['recall@1 high'])})" if row["n"] else ""
+    return shown_mean(row) if row["n"] else ""
 
 
 def _edges(results: pd.DataFrame) -> str:

@@ -157,11 +157,24 @@ def _equivalence(difference: Estimate) -> str:
     return "different" if difference.p_outside(EQUIVALENCE_MARGIN) < 0.05 else "undecided"
 
 
-def shown_interval(low: float, high: float) -> str:
+def shown_interval(low: float, high: float, decimals: int = 1) -> str:
     """An interval as text: "41.0 to 43.2", or "no interval".
 
     Args:
         low: lower bound; NaN: there is no interval.
         high: upper bound.
+        decimals: number of decimals.
     """
-    return "no interval" if pd.isna(low) else f"{signed(low)} to {signed(high)}"
+    return "no interval" if pd.isna(low) else f"{signed(low, decimals)} to {signed(high, decimals)}"
+
+
+def shown_mean(row: pd.Series, metric: str = "recall@1", decimals: int = 1) -> str:
+    """A mean with its interval as text: "42.1 (41.0 to 43.2)".
+
+    Args:
+        row: a row of `summary`.
+        metric: one of its metrics.
+        decimals: number of decimals.
+    """
+    interval = shown_interval(row[f"{metric} low"], row[f"{metric} high"], decimals)
+    return f"{signed(row[metric], decimals)} ({interval})"

@@ -407,6 +407,31 @@ def test_recall_by_length_shows_means_and_which_are_still_improving(results):
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["b", "a", "c"]
 
 
+def test_slopes_and_recall_shows_means_intervals_and_levels():
+    table = pd.DataFrame(
+        {
+            "comparison": ["margin", "margin", "cost"],
+            "method": ["histogram, margin 0", "histogram, margin 0.1", "step cost"],
+            "pairs_with_slope": [5.0, 20.0, 100.0],
+            "pairs_with_slope low": [4.0, 10.0, np.nan],
+            "pairs_with_slope high": [6.0, 30.0, np.nan],
+            "recall@1": [50.0, 60.0, 55.0],
+            "recall@1 low": [49.0, 58.0, np.nan],
+            "recall@1 high": [51.0, 62.0, np.nan],
+            "still improving": [0, 3, 0],
+        }
+    )
+    margin, cost = plots.slopes_and_recall(table).axes
+    assert [margin.get_title(), cost.get_title()] == ["margin", "cost"]
+    (points, _, (across, upward)) = margin.containers[0]
+    assert points.get_xydata().tolist() == [[5, 50], [20, 60]]
+    assert [segment[:, 0].tolist() for segment in across.get_segments()] == [[4, 6], [10, 30]]
+    assert [segment[:, 1].tolist() for segment in upward.get_segments()] == [[49, 51], [58, 62]]
+    assert [text.get_text() for text in margin.texts] == ["margin 0", "margin 0.1"]
+    assert [line.get_xydata().tolist() for line in margin.get_lines() if line.get_mfc() == "white"] == [[[20, 60]]]
+    assert [segment[:, 1].tolist() for segment in cost.containers[0][2][1].get_segments()] == [[55, 55]]
+
+
 def test_pair_records_show_each_value_of_each_method():
     rows = [
         {"method": m, "iteration": i, "seed": seed, "share": i / k + seed, "slope": -i}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from hloss.study.statistics import bootstrap_over_classes, differences_from
+from hloss.study.statistics import bootstrap_over_classes, differences_from, shown_mean
 
 
 def test_method_with_missing_runs_has_no_verdict():
@@ -19,6 +19,13 @@ def test_method_with_missing_runs_has_no_verdict():
     assert half["verdict"].to_dict() == {"lifted": "not run", "triplet": "different"}
     assert half.loc["lifted", ["minus histogram", "n"]].tolist() == pytest.approx([5, 4])
     assert set(differences_from(results, "lifted")["verdict"]) == {"not run"}
+
+
+def test_mean_is_shown_with_its_interval():
+    row = pd.Series({"slope": -0.125, "slope low": -0.5, "slope high": 0.004, "map": 42.06, "map low": np.nan})
+    row["map high"] = np.nan
+    assert shown_mean(row, "slope", 2) == "−0.12 (−0.50 to 0.00)"
+    assert shown_mean(row, "map") == "42.1 (no interval)"
 
 
 @pytest.mark.parametrize(
