@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,9 +25,8 @@ from hloss.study.processes import prepare
 from hloss.study.throughput import MEASURED as THROUGHPUT
 
 NO_CUDA = 3
-TESTS_SECONDS, NCCL_SECONDS, BENCHMARK_SECONDS, SPEED_SECONDS = 80, 30, 35, 35
-RUN_SECONDS, SMALL_SECONDS = 25, 30  # RUN_SECONDS for each of two runs
-STOP_SECONDS = 5  # for each of the seven commands; all limits together are below 300 s
+TESTS_SECONDS, SHARING_SECONDS, BENCHMARK_SECONDS, SPEED_SECONDS = 150, 45, 40, 40  # of the four parts in turn
+STOP_SECONDS = 5  # for each part; all limits together are below 300 s
 SPEED_FILE = Path("throughput.csv")
 NCCL = "tests/losses/test_nccl.py"
 
@@ -61,34 +62,49 @@ def check_gpus() -> int:
     for number in range(gpus):
         memory = torch.cuda.get_device_properties(number).total_memory / 2**30
         print(f"GPU {number}: {torch.cuda.get_device_name(number)}, {memory:.0f} GiB", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        checks = marked_files("cuda", Path(folder), TESTS_SECONDS)
-        checks += marked_tests("cuda", Path(folder), NCCL_SECONDS, NCCL)  # separately, as its tests can hang
-        checks += [smoke_run("cuda", devices, Path(folder)) for devices in sorted({1, gpus})]
-        checks.append(small_runs("cuda", min(SLOTS, os.cpu_count() or 1), Path(folder)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tests = [partial(marked_tests, "cuda", folder, TESTS_SECONDS, file) for file in files_with_mark("cuda")]
+        trains = [partial(smoke_run, "cuda", devices, folder, TESTS_SECONDS) for devices in sorted({1, gpus})]
+        nccl = partial(marked_tests, "cuda", folder, SHARING_SECONDS, NCCL)  # later than the others: it can hang
+        several = partial(small_runs, "cuda", min(SLOTS, os.cpu_count() or 1), folder, SHARING_SECONDS)
+        checks = [*at_once(*tests, *trains), *at_once(nccl, several)]
         checks.append(benchmarks("not memory"))  # main memory is measured on the CPU
         checks.append(throughput())
     print(check_table(checks, gpus))
     return int(any(check.outcome not in ("passed", "skipped") for check in checks))
 
 
-def marked_files(mark: str, folder: Path, most_seconds: float) -> list[Check]:
-    """Run the tests with a mark, each file but NCCL in a process of its own, all at the same time.
+def files_with_mark(mark: str) -> list[str]:
+    """The files of tests with a mark, without those of NCCL and the benchmarks.
 
     Args:
         mark: mark of pytest.
-        folder: folder for the reports of pytest.
-        most_seconds: time limit.
-
-    Returns:
-        The rows of `marked_tests`.
     """
     files = [str(file) for file in sorted(Path("tests").rglob("test_*.py")) if f"mark.{mark}" in file.read_text()]
-    files = [file for file in files if not file.startswith("tests/benchmarks/")]
-    files.remove(NCCL)
-    with ThreadPoolExecutor(len(files)) as pool:
-        found = pool.map(lambda file: marked_tests(mark, folder, most_seconds, file), files)
-        return [check for checks in found for check in checks]
+    return [file for file in files if file != NCCL and not file.startswith("tests/benchmarks/")]
+
+
+def at_once(*parts: Callable[[], list[Check]]) -> list[Check]:
+    """Run checks in which no time is measured, all at the same time.
+
+    Args:
+        *parts: functions that run a check and return its rows.
+
+    Returns:
+        The rows in the order of the parts.
+    """
+    with ThreadPoolExecutor(len(parts)) as pool:
+        found = [pool.submit(part) for part in parts]
+        try:
+            return [check for part in found for check in part.result()]
+        except KeyboardInterrupt:
+            while not all(part.done() for part in found):  # the pool would wait for their commands
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                time.sleep(0.1)
+            raise
 
 
 def marked_tests(mark: str, folder: Path, most_seconds: float, *which: str) -> list[Check]:
@@ -127,45 +143,53 @@ def check_from_case(case: ElementTree.Element) -> Check:
     return Check(name, "passed", float(case.get("time", 0)))
 
 
-def smoke_run(device: str, devices: int, folder: Path) -> Check:
+def smoke_run(device: str, devices: int, folder: Path, most_seconds: float) -> list[Check]:
     """Train with default settings from the command line.
 
     Args:
         device: "cuda" or "cpu".
         devices: number of devices.
         folder: folder for the config and the run.
+        most_seconds: time limit.
+
+    Returns:
+        One row.
     """
     settings = {"device": device, "devices": devices, "runs_dir": str(folder / f"runs-{devices}")}
     file = folder / f"config-{devices}.json"
     file.write_text(json.dumps(settings))
     name = f"smoke run on {devices} {'GPU' if devices == 1 else 'GPUs'}"
-    outcome, seconds, output = run_command([sys.executable, "-m", "hloss.runs", str(file)], RUN_SECONDS)
+    outcome, seconds, output = run_command([sys.executable, "-m", "hloss.runs", str(file)], most_seconds)
     result = read_result(parse_config(settings).folder)
     if outcome != "passed" or result is None:
-        return Check(name, "failed" if outcome == "passed" else outcome, seconds, output[-1] if output else "")
-    return Check(name, "passed", seconds, f"test Recall@1 {100 * result['metrics']['recall@1']:.1f} %")
+        return [Check(name, "failed" if outcome == "passed" else outcome, seconds, output[-1] if output else "")]
+    return [Check(name, "passed", seconds, f"test Recall@1 {100 * result['metrics']['recall@1']:.1f} %")]
 
 
-def small_runs(device: str, several: int, folder: Path) -> Check:
+def small_runs(device: str, several: int, folder: Path, most_seconds: float) -> list[Check]:
     """Train small networks at the same time on one GPU.
 
     Args:
         device: "cuda" or "cpu".
         several: number of runs.
         folder: folder for the configs and the runs.
+        most_seconds: time limit.
+
+    Returns:
+        One row.
     """
 
     def start(seed: int) -> tuple[str, float, list[str]]:
         file = folder / f"config-seed-{seed}.json"
         settings = {"device": device, "seed": seed, "iterations": 20, "runs_dir": str(folder / "runs-small")}
         file.write_text(json.dumps(settings))
-        return run_command([sys.executable, "-m", "hloss.runs", str(file)], SMALL_SECONDS)
+        return run_command([sys.executable, "-m", "hloss.runs", str(file)], most_seconds)
 
     with ThreadPoolExecutor(several) as pool:
         found = list(pool.map(start, range(1, several + 1)))
     failed = [(outcome, output[-1] if output else "") for outcome, _, output in found if outcome != "passed"]
     outcome, remark = failed[0] if failed else ("passed", "")
-    return Check(f"{several} small runs at once on one GPU", outcome, max(seconds for _, seconds, _ in found), remark)
+    return [Check(f"{several} small runs at once on one GPU", outcome, max(seconds for _, seconds, _ in found), remark)]
 
 
 def throughput() -> Check:

@@ -27,7 +27,7 @@ def product(embeddings, labels):
     return (embeddings @ embeddings.T).sum()
 
 
-@pytest.mark.parametrize("n", [128, 1024])
+@pytest.mark.parametrize("n", [128, 256, 1024])
 def test_against_the_product(race, n):
     embeddings, labels = batch(n)
     sides = {FLOOR: product, **{name: loss() for name, loss in BASELINES.items()}}

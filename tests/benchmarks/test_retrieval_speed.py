@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hloss.retrieval.protocols import evaluate
 from hloss.retrieval.ranks import first_match_ranks, recall_at_k
 from tests.benchmarks.conftest import peak_above_start
 
@@ -83,6 +84,8 @@ def test_recall_on_a_gpu_against_the_full_matrix(race):
     embeddings, labels = (part.cuda() for part in online_products())
     sides = {
         FLOOR: lambda: full_matrix(embeddings, 8192),
+        "recall_at_k, Euclidean": lambda: recall_at_k(embeddings, labels, K, "euclidean"),
+        "every rank and mean average precision": lambda: evaluate("all-vs-rest", embeddings, labels),
         "recall_at_k": lambda: recall_at_k(embeddings, labels, K),
     }
     assert race(f"CUDA, {CASE}", FLOOR, sides, rounds=10).ratio("recall_at_k", FLOOR) <= 1.3
@@ -103,6 +106,7 @@ def test_memory_of_recall(record):
 import sys
 sys.path.insert(0, ".")
 from tests.benchmarks.test_retrieval_speed import online_products
+from hloss.retrieval.protocols import evaluate
 from hloss.retrieval.ranks import first_match_ranks
 embeddings, labels = online_products()
 import ctypes

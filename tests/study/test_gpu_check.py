@@ -1,6 +1,10 @@
 """Checks of a machine with GPUs."""
 
+import signal
+import subprocess
 import sys
+import threading
+from functools import partial
 from xml.etree import ElementTree
 
 import psutil
@@ -11,11 +15,13 @@ from hloss.study import gpu_check
 from hloss.study.gpu_check import (
     NCCL,
     NO_CUDA,
+    Check,
+    at_once,
     benchmarks,
     check_from_case,
     check_gpus,
     check_table,
-    marked_files,
+    files_with_mark,
     marked_tests,
     run_command,
     small_runs,
@@ -61,8 +67,20 @@ print('begun', flush=True)
 
 
 def test_all_time_limits_together_are_below_five_minutes():
-    parts = ("TESTS", "NCCL", "RUN", "RUN", "SMALL", "BENCHMARK", "SPEED")
+    parts = ("TESTS", "SHARING", "BENCHMARK", "SPEED")
     assert sum(getattr(gpu_check, f"{part}_SECONDS") + gpu_check.STOP_SECONDS for part in parts) < 300
+
+
+def test_interruption_ends_checks_that_run_at_once():
+    code = """import signal, subprocess, sys
+from hloss.study.gpu_check import at_once, run_command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell can have it ignored
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+at_once(*2 * [lambda: [run_command(sleep, 60)]])"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline(), process.stdout.readline()  # both commands begin
+        process.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1]
 
 
 @pytest.mark.slow
@@ -74,20 +92,28 @@ def test_reports_tests_that_finished_before_the_time_limit(tmp_path):
     assert (last.name, last.outcome) == (f"tests marked not slow in {file}", "not finished")
 
 
+def test_checks_at_once_are_run_together_and_keep_their_order():
+    both_run = threading.Barrier(2, timeout=10)
+
+    def part(name):
+        both_run.wait()
+        return [Check(name, "passed", 0.0)]
+
+    assert [check.name for check in at_once(lambda: part("a"), lambda: part("b"))] == ["a", "b"]
+
+
 @pytest.mark.slow
 def test_checks_run_on_a_cpu(monkeypatch, tmp_path, capsys):
-    for part in ("RUN", "SMALL", "BENCHMARK"):  # a GPU is faster
-        monkeypatch.setattr(gpu_check, f"{part}_SECONDS", 200)
-    tests = marked_files("cuda", tmp_path, 300)
-    tests += marked_tests("cuda", tmp_path, 300, NCCL)
+    monkeypatch.setattr(gpu_check, "BENCHMARK_SECONDS", 200)  # a GPU is faster
+    files = files_with_mark("cuda")
+    assert NCCL not in files
+    tests = at_once(*(partial(marked_tests, "cuda", tmp_path, 300, file) for file in [*files, NCCL]))
     modules = {check.name.partition(":")[0] for check in tests}
     losses = {"test_baselines", "test_cuda", "test_nccl", "test_transforms"}
     assert modules == losses | {"test_cuda_retrieval", "test_run"}
     assert all(check.outcome in ("passed", "skipped") for check in tests), check_table(tests, 0)
-    run = smoke_run("cpu", 1, tmp_path)
-    assert run.outcome == "passed", run.remark
-    together = small_runs("cpu", 2, tmp_path)
-    assert together.outcome == "passed", together.remark
+    for check in smoke_run("cpu", 1, tmp_path, 200) + small_runs("cpu", 2, tmp_path, 200):
+        assert check.outcome == "passed", check.remark
     assert benchmarks("product and (64 or 128)").outcome == "passed"
     printed = capsys.readouterr().out
     assert "| N = 64 | HistogramLoss |" in printed
