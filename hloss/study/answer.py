@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from hloss.study.board import counted, groups, outcome
+from hloss.study.board import compared, counted, groups, outcome
 from hloss.study.claims import DEPENDS, conclusions
 from hloss.study.criteria import NOT_RUN, OPEN, REPRODUCED
 from hloss.study.difficulty import in_words
@@ -291,6 +291,7 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
         _change_of_verdicts(judged),
         _without_test(last),
         f"The verdicts rest on {_rests_on(results, board)}.",
+        reach_of_counts(board),
     ]
     if others:
         where = "are not part of this study" if results["complete"].all() else "are missing or not part of this study"
@@ -309,6 +310,40 @@ def counted_verdicts(board: pd.DataFrame) -> str:
     found, corrected = counted(last["verdict"]), counted(last["holm"])
     same = "the same" if corrected == found else corrected
     return f"{found}; with Holm's correction for the number of tests: {same}" if _by_test(last) else found
+
+
+def reach_of_counts(board: pd.DataFrame) -> str:
+    """What limits the counts of verdicts: common comparisons, claims on other data, training classes in common.
+
+    Args:
+        board: the table of `hloss.study.claims.judge`, with a claim that was judged.
+    """
+    last = pd.DataFrame([rows.iloc[-1] for rows in groups(board)])
+    told = [_common_comparisons(last)]
+    if len(last) > 1 and (last["asked"] == "other data").any():
+        told += [
+            "Claims that the paper makes about different datasets can contradict each other on one dataset, so the "
+            "counts do not measure how reliable the paper is."
+        ]
+    corrected = last["shared training"].where(last["shared training"] != "", last["verdict"])
+    if (last["shared training"] != "").any():
+        told += [
+            "The seeds share training classes; with intervals that are corrected for this, without Holm's correction, "
+            f"the counts are {counted(corrected)}."
+        ]
+    return " ".join(filter(None, told))
+
+
+def _common_comparisons(last: pd.DataFrame) -> str:
+    """The number of comparisons that decide the verdicts, and the one that decides most; "" if each has its own."""
+    same = last["difference"].abs().round(9)  # equal if two claims state one comparison in opposite directions
+    sizes = same.groupby([last["dataset"], last["unit"], same]).transform("size").fillna(1)
+    if not len(sizes) or sizes.max() < 2:
+        return ""
+    number = round((1 / sizes).sum())
+    most = compared(last.loc[sizes.idxmax()])
+    decide = f"{number} different comparisons decide" if number > 1 else "One comparison decides"
+    return f"{decide} the {len(last)} verdicts; {sizes.max():.0f} verdicts rest on the same one ({most})."
 
 
 def _by_test(last: pd.DataFrame) -> bool:

@@ -206,6 +206,7 @@ def _details(rows: pd.DataFrame, links: Mapping[str, str]) -> str:
         *[(f"Evidence{f', {r.length}' if r.length else ''}", _evidence(r)) for r in _plain(rows)],
         ("Holm", html.escape("; ".join(dict.fromkeys(rows["holm"])))),
         ("Initial grid", html.escape("; ".join(filter(None, dict.fromkeys(rows["initial grid"]))))),
+        ("Wider intervals", html.escape("; ".join(filter(None, dict.fromkeys(rows["shared training"]))))),
         ("Runs of the grids", html.escape(last["grids"])),
         ("Still improving", html.escape(last["still improving"])),
         ("Runs", listed_runs(last["run_ids"], links)),

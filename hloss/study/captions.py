@@ -41,6 +41,10 @@ TUNED = (
     "grid (+ those of its extensions). If a choice is at an edge of the grid, a better value may lie beyond it. "
     "Intervals do not include the variation of this choice."
 )
+GRIDS = (
+    "Recall@1 (%) on the validation classes of each run of the grids, after the longest training: one run per cell. "
+    "Empty: not run. The highest value of a method is its choice in the table above."
+)
 ABLATION = (
     "Test Recall@K (%) of the comparison {comparison!r} on {dataset} at each length: mean over n seeds; the 95 % "
     "interval is that of Recall@1."

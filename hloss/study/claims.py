@@ -40,7 +40,13 @@ from hloss.study.criteria import (
     p_values,
     verdict,
 )
-from hloss.study.estimates import Estimate, holm, mean_over_runs, paired_difference
+from hloss.study.estimates import (
+    Estimate,
+    corrected_for_shared_training,
+    holm,
+    mean_over_runs,
+    paired_difference,
+)
 from hloss.study.input_files import checked, read_yaml, shown
 from hloss.study.published import EXACT, compare_with_published
 from hloss.study.results import at_length, grid_size, lengths_in, recall_names
@@ -202,6 +208,8 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
         - verdict; holm: the verdict with adjusted p values;
         - initial grid: the verdict with the settings that the grids chose before they were extended; empty if none was
           extended;
+        - shared training: the verdict with intervals that are corrected for the training classes that the seeds share
+          (`hloss.study.estimates.corrected_for_shared_training`); empty if no seed has test classes of its own;
         - grids: number of runs in the grid of each method, as in "triplet 20 + 4": 20 runs and 4 of extensions;
         - still improving: number of used runs that are still improving, as in "3 of 10 runs"; empty for none;
         - parts: every part, a list of texts; evidence: the same as one text; decisive: the part that decides the
@@ -294,6 +302,7 @@ def _row(claim: Claim, dataset: str, comparison: str, length: str, found: _Judge
         "verdict": found.verdict,
         "holm": found.verdict,
         "initial grid": "",
+        "shared training": "",
         "grids": "",
         "still improving": found.improving,
         "parts": found.parts,
@@ -312,10 +321,17 @@ def _rows_of_comparison(claim: Claim, dataset: str, comparison: str, runs: pd.Da
     """One row per length of a comparison."""
     initial = _judged_at_lengths(claim, comparison, _initial_grids(comparison, runs))
     before = {length: found.verdict for length, found in initial}
+    has_own_classes = "split" in runs and runs.loc[runs["comparison"] == comparison, "split"].nunique() > 1
+    with corrected_for_shared_training():
+        corrected = dict(_judged_at_lengths(claim, comparison, runs)) if has_own_classes else {}
     rows = []
     for length, found in _judged_at_lengths(claim, comparison, runs):
-        tuning = {"initial grid": before.get(length, ""), "grids": _grid_sizes(comparison, runs, found.run_ids)}
-        rows.append(_row(claim, dataset, comparison, length, found) | tuning)
+        more = {
+            "initial grid": before.get(length, ""),
+            "shared training": corrected[length].verdict if length in corrected else "",
+            "grids": _grid_sizes(comparison, runs, found.run_ids),
+        }
+        rows.append(_row(claim, dataset, comparison, length, found) | more)
     told = _conclusion([row for row in rows if row["verdict"] != NOT_RUN])
     return [row | {"conclusion": told} for row in rows]
 

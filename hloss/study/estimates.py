@@ -14,7 +14,10 @@ V. tests/study/test_estimates.py checks coverage and error rates in simulations.
 of Satterthwaite (1946) had too low coverage there.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,7 @@ import pandas as pd
 from scipy import optimize, special, stats
 
 SEEDS, SEEDS_AND_CLASSES = "seeds", "seeds and classes"
+_IS_CORRECTED = ContextVar("_IS_CORRECTED", default=False)
 
 
 class Estimate(NamedTuple):
@@ -132,6 +136,21 @@ class Estimate(NamedTuple):
         return min(1.0, 2 * min(self.p_above(margin), self.p_below(-margin)))
 
 
+@contextlib.contextmanager
+def corrected_for_shared_training() -> Iterator[None]:
+    """Within it, errors over seeds with test classes of their own are larger: these seeds share training classes.
+
+    The squared error is multiplied by 1 + n / (n - 1) for n seeds: the corrected resampled t test of Nadeau & Bengio
+    (Inference for the Generalization Error, Machine Learning 52, 2003) for n disjoint test sets of one dataset. The
+    correction is an approximation on the safe side.
+    """
+    token = _IS_CORRECTED.set(True)
+    try:
+        yield
+    finally:
+        _IS_CORRECTED.reset(token)
+
+
 def mean_over_runs(runs: pd.DataFrame, column: str = "recall@1") -> Estimate:
     """Mean of a column over the runs of one method.
 
@@ -190,7 +209,8 @@ def _estimate(values: pd.Series, a: pd.DataFrame, b: pd.DataFrame | None, column
     mean, error = float(numbers.mean()), float(stats.sem(numbers))
     splits = a["split"].nunique() if "split" in a else 1
     if splits == n:
-        return Estimate(mean, error, n, SEEDS_AND_CLASSES)
+        larger = math.sqrt(1 + n / (n - 1)) if _IS_CORRECTED.get() else 1
+        return Estimate(mean, larger * error, n, SEEDS_AND_CLASSES)
     scores = _class_scores(a, b, column) if splits == 1 else None
     if scores is None:
         return Estimate(mean, error, n)

@@ -25,7 +25,8 @@ EVERY = {REPRODUCED: " at every length", REFUTED: " at any length", OPEN: " at e
 SETTINGS = dict(zip(LOSS_COMPARISONS, ("fixed setting", "tuned"), strict=True))
 ESTIMATE = (
     "The number of seeds is an estimate from the present mean and spread. The mean changes with more seeds, so up to "
-    "half of the studies with this number would be inconclusive again. Plan for more seeds."
+    "half of the studies with this number would be inconclusive again. Plan for more seeds. Seeds with test classes of "
+    "their own are limited by the number of classes; more of them need another dataset."
 )
 
 
@@ -37,7 +38,8 @@ class Finding(NamedTuple):
         claim: the claim, without its full stop.
         name: dataset and comparison, if other verdicts on the claim have another one; "fixed setting" or "tuned" if the
             board has both; else "".
-        told: the decisive difference in words; for an open verdict, the estimated number of seeds that it needs.
+        told: the decisive difference in words; for an open verdict, the estimated number of seeds that it needs; and
+            other verdicts on the claim that are in another group.
         verdict: the verdict after the longest length.
         lengths: number of lengths.
         is_improving: whether runs of the longest length are still improving; None for a verdict without runs.
@@ -66,13 +68,19 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {name: [] for name in TITLES}
     for number, rows in enumerate(judged, 1):
         last = rows.iloc[-1]
-        others = [other.iloc[-1] for other in judged if other.iloc[-1]["text"] == last["text"]]
+        others = [other for other in judged if other.iloc[-1]["text"] == last["text"]]
+        names = [_name(other.iloc[-1], [o.iloc[-1] for o in others], both) for other in others]
+        other_verdicts = [
+            f"but {name}: {other.iloc[-1]['verdict']}"
+            for name, other in zip(names, others, strict=True)
+            if outcome(other) != outcome(rows) and other.iloc[-1]["verdict"] != last["verdict"]
+        ]
         found[outcome(rows)].append(
             Finding(
                 number,
                 last["text"].removesuffix("."),
-                _name(last, others, both),
-                _told(rows),
+                _name(last, [other.iloc[-1] for other in others], both),
+                "; ".join([_told(rows), *other_verdicts]),
                 last["verdict"],
                 len(rows),
                 bool(last["still improving"]) if last["run_ids"] else None,

@@ -592,6 +592,39 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).dropna(axis="columns", how="all")
 
 
+def grid_recalls(results: pd.DataFrame) -> pd.DataFrame:
+    """Validation Recall@1 of each run of the grids, in %.
+
+    Args:
+        results: rows of one length of each method, from `read_results`.
+
+    Returns:
+        One row per dataset, tuned comparison, method and combination of the other settings of its grid ("n_bins 50");
+        one column per learning rate ("learning rate 0.001"). Grids without several learning rates are left out.
+    """
+    tables = []
+    names = results["comparison"].unique()
+    tuned = results[results["comparison"].isin([name for name in names if f"{name}{CHOICE}" in names])]
+    for dataset, comparison, method in tuned[["dataset", "comparison", "method"]].drop_duplicates().to_numpy():
+        grid = pd.concat(grid_of(results[results["dataset"] == dataset], comparison, method))
+        axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
+        if "learning_rate" in axes:
+            others = [name for name in axes if name != "learning_rate"]
+            of_grid = grid.sort_values([*others, "learning_rate"])
+            shown = [_shown_settings(run, others) for _, run in of_grid.iterrows()]
+            of_grid = of_grid.assign(dataset=dataset, comparison=comparison, method=method, settings=shown)
+            tables.append(
+                of_grid[["dataset", "comparison", "method", "settings", "learning_rate", "validation_recall@1"]]
+            )
+    if not tables:
+        return pd.DataFrame()
+    keys = ["dataset", "comparison", "method", "settings"]
+    rows = pd.concat(tables, ignore_index=True)
+    order = rows[keys].drop_duplicates()
+    wide = rows.pivot(index=keys, columns="learning_rate", values="validation_recall@1").reindex(order)
+    return wide.rename(columns=lambda rate: f"learning rate {rate:g}").rename_axis(columns=None).reset_index()
+
+
 def grid_of(results: pd.DataFrame, comparison: str, method: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs of the grid of a tuned method.
 

@@ -32,6 +32,7 @@ from hloss.study.results import (
     at_length,
     chosen_settings,
     distinct_runs,
+    grid_recalls,
     histories,
     lengths_in,
     read_results,
@@ -204,10 +205,13 @@ class Report:
             self.show.table(shown, "over classes", captions.OVER_CLASSES)
 
     def tuned(self) -> None:
-        """Table of the settings that tuning chose."""
+        """Tables of the settings that tuning chose, and of their grids."""
         tuned = chosen_settings(self.all_lengths)
         if len(tuned):
             self.show.table(tuned, "tuned settings", captions.TUNED)
+        recalls = grid_recalls(self.results)
+        if len(recalls):
+            self.show.table(recalls.round(1), "grids", captions.GRIDS)
 
     def ablations(self) -> None:
         """Figure and table of each other comparison."""

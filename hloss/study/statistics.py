@@ -91,6 +91,22 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def late_gain(runs: pd.DataFrame) -> pd.Series:
+    """How far the best validation Recall@1 of each run rose in the second half of its training, in points.
+
+    Args:
+        runs: complete runs with training, from `hloss.study.results.read_results`.
+
+    Returns:
+        The best of the whole length minus the best of its first half, 0 or more, with the index of `runs`.
+    """
+    gains = []
+    for iterations, recalls, length in runs[["history_iteration", "history_recall", "length"]].itertuples(index=False):
+        until = np.asarray(iterations) <= length / 2
+        gains.append(100 * (np.max(recalls) - np.max(np.asarray(recalls)[until])))
+    return pd.Series(gains, index=runs.index, dtype=float)
+
+
 def headline(table: pd.DataFrame, comparisons: Collection[str], metrics: list[str]) -> pd.DataFrame:
     """Format the means of some comparisons as text.
 

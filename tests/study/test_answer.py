@@ -63,6 +63,33 @@ def test_a_clear_leader_is_named_with_its_lead():
     assert "chance" not in text
 
 
+def test_counts_of_verdicts_tell_on_how_many_comparisons_they_rest():
+    results = table_of({"triplet": 40.0, "histogram": 36.0, "lifted": 38.0})
+    other = ABOVE | {"name": "b", "method": {"loss": "triplet"}, "rivals": [{"loss": "histogram"}]}
+    third = ABOVE | {"name": "c", "rivals": [{"loss": "lifted"}]}
+    contradict = "contradict each other on one dataset, so the counts do not measure how reliable the paper is."
+    _, text = told(results, ABOVE, other, third)
+    shown = "2 different comparisons decide the 3 verdicts; 2 verdicts rest on the same one (histogram minus triplet)."
+    assert f"{shown} Claims that the paper makes about different datasets can {contradict}" in text
+    _, text = told(results, ABOVE, third)
+    assert "different comparisons" not in text
+    assert contradict in text
+    _, text = told(results, ABOVE)
+    assert contradict not in text
+    assert "share training classes" not in text
+
+
+def test_counts_of_verdicts_are_given_with_intervals_corrected_for_shared_training_classes():
+    results = table_of({"triplet": 40.5, "histogram": 41.65})
+    results["split"] = [f"glyphs-{seed}" for seed in results["seed"]]
+    gaps = difference(results, "histogram", "triplet")
+    wider = gaps.mean() / np.sqrt(gaps.var(ddof=1) * (1 / 5 + 1 / 4))
+    assert stats.ttest_1samp(gaps, 0).pvalue < 0.05 < 2 * stats.t.sf(wider, 4)
+    _, text = told(results)
+    assert "1 reproduced" in text
+    assert text.endswith("without Holm's correction, the counts are 1 inconclusive.")
+
+
 def test_a_tie_is_no_lead():
     results = table_of({"triplet": 40.0, "lifted": 40.1})
     parts, text = told(results)

@@ -13,7 +13,8 @@ from hloss.study.estimates import Estimate
 ROW = {
     "claim": "a", "text": "A beats B.", "section": "4", "criterion": "A is above B & C.", "dataset": "glyphs",
     "asked": "other data", "comparison": "losses", "length": "200 iterations", "verdict": "not reproduced",
-    "conclusion": "", "holm": "inconclusive", "initial grid": "", "grids": "", "still improving": "3 of 10 runs",
+    "conclusion": "", "holm": "inconclusive", "initial grid": "", "shared training": "", "grids": "",
+    "still improving": "3 of 10 runs",
     "parts": ["A minus B: -3.3 (95 % CI -4.1 to -2.4 over seeds, n = 5)", "A; B minus C: +1.0 (one seed)"],
     "evidence": "one seed", "published": "50; 60", "needed": "",
     "decisive": "A minus B: -3.3 (95 % CI -4.1 to -2.4 over seeds, n = 5)", "difference": -3.3, "low": -4.1,
@@ -48,7 +49,9 @@ def test_details_have_criterion_evidence_and_runs():
     assert parts == ["A minus B: -3.3 (95 % CI -4.1 to -2.4 over seeds, n = 5)", "A; B minus C: +1.0 (one seed)"]
     assert details["Runs"].text == "r1, r2"
     assert details["Runs"].a.text == "r2"
-    assert "Initial grid" not in details
+    assert not {"Initial grid", "Wider intervals"} & set(details)
+    (claim,) = soup_of({"shared training": "inconclusive"}).select("details.claim")
+    assert claim.find("dt", string="Wider intervals").find_next("dd").text == "inconclusive"
 
 
 def test_verdicts_that_depend_on_the_length_have_a_line_each():

@@ -480,6 +480,19 @@ def test_holm_adjusts_for_all_verdicts_of_a_dataset_and_length():
     assert beside["holm"].tolist() == ["reproduced", "reproduced"]
 
 
+def test_shows_the_verdict_with_intervals_corrected_for_shared_training_classes():
+    """p = 0.02 is significant; an error that is 1.5 times as large is not. One test set has no such correction."""
+    results = paired(with_p(0.02, 3.0, "two-sided"))
+    own = results.assign(split=[f"glyphs-{seed}" for seed in results["seed"]])
+    board = judge(pd.concat([own, own.assign(comparison="other", split="glyphs")]), claims=[
+        claim(**ABOVE), claim(name="d", **ABOVE | {"comparison": ["other"]})])  # fmt: skip
+    assert board["verdict"].tolist() == ["reproduced", "reproduced"]
+    assert board["shared training"].tolist() == ["inconclusive", ""]
+    clear = paired(with_p(0.001, 3.0, "two-sided"))
+    clear = clear.assign(split=[f"glyphs-{seed}" for seed in clear["seed"]])
+    assert judge(clear, claims=[claim(**ABOVE)])["shared training"].tolist() == ["reproduced"]
+
+
 def test_shows_the_verdict_on_the_initial_grid():
     """Lifted structure is better with a value beyond its first grid; the histogram loss keeps its choice."""
     final = at_lengths({200: -3.0}, comparison="tuned losses")

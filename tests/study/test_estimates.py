@@ -13,6 +13,7 @@ from hloss.study.estimates import (
     SEEDS,
     SEEDS_AND_CLASSES,
     Estimate,
+    corrected_for_shared_training,
     crossed_error,
     holm,
     mean_over_runs,
@@ -40,6 +41,20 @@ def with_ranks(hits, sizes, split="glyphs"):
     ]
     table = runs([100 * (r == 1).mean() for r in ranks], split)
     return table.assign(ranks=ranks, query_classes=[classes] * len(ranks))
+
+
+def test_shared_training_classes_widen_intervals_of_seeds_with_their_own_test_classes():
+    a, b = [(50.0, 53.0, 51.0, 52.5, 51.5), (48.0, 50.5, 50.0, 49.0, 50.5)]
+    gaps = np.subtract(a, b)
+    own, common = [(runs(a, split), runs(b, split)) for split in ("glyphs-{}", "glyphs")]
+    plain = paired_difference(*own)
+    with corrected_for_shared_training():
+        wider = paired_difference(*own)
+        assert paired_difference(*common).error == pytest.approx(stats.sem(gaps))
+    variance = gaps.var(ddof=1) * (1 / 5 + 1 / 4)  # test classes are a fifth, training classes four fifths
+    low, high = stats.t.interval(0.95, 4, gaps.mean(), np.sqrt(variance))
+    assert wider.interval() == pytest.approx((low, high))
+    assert plain == paired_difference(*own) == wider._replace(error=stats.sem(gaps))
 
 
 @given(

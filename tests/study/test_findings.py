@@ -220,6 +220,17 @@ def test_verdicts_of_one_claim_are_told_apart_by_what_differs():
     assert names == [[""], ["glyphs", "cub"]]
 
 
+def test_a_verdict_names_another_verdict_on_the_claim_that_is_in_another_group():
+    fixed, tuned = {"histogram": 50.0, "triplet": 40.0}, {"histogram": 40.0, "triplet": 50.0}
+    results = pd.concat([runs_of(fixed), runs_of(tuned, comparison="tuned losses")])
+    found = findings(judge(results, claims=[claim()]))
+    (above,), (below,) = found["reproduced"], found["not reproduced"]
+    assert above.told.endswith("; but tuned: not reproduced")
+    assert below.told.endswith("; but fixed setting: reproduced")
+    same = pd.concat([runs_of(fixed), runs_of(fixed, comparison="tuned losses")])
+    assert not any("but" in one.told for one in findings(judge(same, claims=[claim()]))["reproduced"])
+
+
 def test_the_setting_is_named_if_the_board_has_fixed_and_tuned_losses():
     fixed = runs_of({"histogram": 40.0, "triplet": 30.0, "lifted": 35.0})
     tuned = fixed[fixed["method"] != "lifted"].assign(comparison="tuned losses")

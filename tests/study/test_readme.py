@@ -127,6 +127,31 @@ def test_limits_count_the_runs_that_still_improve(section):
     assert f"{iterations:,} iterations in {runs} of {len(trained)} trained runs" in words
 
 
+def test_limits_name_the_smallest_and_the_largest_late_gain(section):
+    table = sample_rows()
+    losses = table[table["comparison"].isin(["losses", "tuned losses"]) & (table["iterations"] > 0)]
+    of_methods = {}
+    for (comparison, method, _), runs in losses.groupby(["comparison", "method", "seed"]):
+        last = runs.loc[runs["length"].idxmax()]
+        recalls = np.maximum.accumulate(last["history_recall"])
+        half = np.asarray(last["history_iteration"]) <= last["length"] / 2
+        name = f"{method}, {'tuned' if comparison == 'tuned losses' else 'fixed'}"
+        of_methods.setdefault(name, []).append(100 * (recalls[-1] - recalls[half][-1]))
+    low, high = min((np.mean(v), m) for m, v in of_methods.items()), max((np.mean(v), m) for m, v in of_methods.items())
+    words = " ".join(section.split())
+    assert f"rises by {low[0]:.1f} points ({low[1]}) to {high[0]:.1f} points ({high[1]}), mean over seeds." in words
+
+
+def test_fixed_and_tuned_settings_are_explained(section):
+    table = sample_rows()
+    fixed = table[(table["comparison"] == "losses") & (table["iterations"] > 0)]
+    assert f"Fixed: a learning rate of {fixed['learning_rate'].unique().item():g} for all losses" in " ".join(
+        section.split()
+    )
+    grids = table[table["comparison"] == "tuned losses: choice"].groupby("loss")["run_id"].nunique()
+    assert f"from a grid of {grids.unique().item()} runs per loss" in " ".join(section.split())
+
+
 @pytest.fixture
 def copied_sample(tmp_path):
     folder = tmp_path / "sample"

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from hloss.study.statistics import bootstrap_over_classes, differences_from, shown_mean
+from hloss.study.statistics import bootstrap_over_classes, differences_from, late_gain, shown_mean
 
 
 def test_method_with_missing_runs_has_no_verdict():
@@ -19,6 +19,16 @@ def test_method_with_missing_runs_has_no_verdict():
     assert half["verdict"].to_dict() == {"lifted": "not run", "triplet": "different"}
     assert half.loc["lifted", ["minus histogram", "n"]].tolist() == pytest.approx([5, 4])
     assert set(differences_from(results, "lifted")["verdict"]) == {"not run"}
+
+
+def test_late_gain_is_what_validation_rose_in_the_second_half():
+    rows = [
+        (200, [50, 100, 150, 200], [0.1, 0.3, 0.2, 0.35]),
+        (200, [50, 100, 150, 200], [0.1, 0.3, 0.2, 0.25]),
+        (100, [50, 100], [0.2, 0.6]),
+    ]
+    runs = pd.DataFrame(rows, columns=["length", "history_iteration", "history_recall"], index=[3, 1, 2])
+    assert late_gain(runs).to_dict() == pytest.approx({3: 5, 1: 0, 2: 40})
 
 
 def test_mean_is_shown_with_its_interval():

@@ -4,12 +4,14 @@ import json
 import math
 import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from hloss.runs.errors import ConfigError
 from hloss.runs.run import run
-from hloss.study.results import chosen_settings, collect, read_results
+from hloss.study.results import chosen_settings, collect, grid_recalls, read_results
 from hloss.study.spec import load_study
 from hloss.study.tuning import next_value, resolve_tuning
 
@@ -220,6 +222,26 @@ def test_the_table_of_choices_shows_extensions_and_the_initial_choice(study):
     assert row["chosen"] == f"n_bins {grid_of(loaded, 'tuned losses')[0]}"
     initial = grid_of(loaded, "tuned losses, initial grid")
     assert row["on the initial grid"] == (f"n_bins {initial[0]}" if initial else "")
+
+
+def test_the_table_of_a_grid_has_a_column_per_learning_rate():
+    rows = [
+        ("tuned losses", "a", 0.01, 50.0, 60.0),
+        ("tuned losses: choice", "a, learning_rate 0.01, n_bins 50", 0.01, 50.0, 60.0),
+        ("tuned losses: choice", "a, learning_rate 0.001, n_bins 50", 0.001, 50.0, 30.0),
+        ("tuned losses: choice", "a, learning_rate 0.001, n_bins 400", 0.001, 400.0, 20.0),
+        ("tuned losses, extended: choice", "a, learning_rate 0.1, n_bins 400", 0.1, 400.0, 40.0),
+        ("tuned losses", "b", 0.01, 50.0, 70.0),
+        ("tuned losses: choice", "b, n_bins 50", 0.01, 50.0, 70.0),
+        ("tuned losses: choice", "b, n_bins 100", 0.01, 100.0, 65.0),
+    ]
+    columns = ["comparison", "method", "learning_rate", "n_bins", "validation_recall@1"]
+    table = grid_recalls(pd.DataFrame(rows, columns=columns).assign(dataset="mini"))
+    assert table.columns[4:].tolist() == ["learning rate 0.001", "learning rate 0.01", "learning rate 0.1"]
+    assert table.iloc[:, 1:4].to_numpy().tolist() == [["tuned losses", "a", f"n_bins {n}"] for n in (50, 400)]
+    expected = [[30, 60, np.nan], [20, np.nan, 40]]
+    np.testing.assert_array_equal(table.iloc[:, 4:].to_numpy(dtype=float), expected)
+    assert grid_recalls(pd.DataFrame(rows[5:], columns=columns).assign(dataset="mini")).empty
 
 
 def with_recalls(study, *recalls):
