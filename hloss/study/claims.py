@@ -206,8 +206,8 @@ def judge(results: pd.DataFrame, cost: pd.DataFrame | None = None, claims: list[
           data"), comparison, length (as text; empty if there is none);
         - conclusion: the verdicts at all lengths, the same in all rows of a comparison;
         - verdict; holm: the verdict with adjusted p values;
-        - initial grid: the verdict with the settings that the grids chose before they were extended; empty if none was
-          extended;
+        - initial grid: the verdict with the settings that the grids chose before they were extended; "not run" without
+          runs, empty if no grid was extended;
         - shared training: the verdict with intervals that are corrected for the training classes that the seeds share
           (`hloss.study.estimates.corrected_for_shared_training`); empty if no seed has test classes of its own;
         - grids: number of runs in the grid of each method, as in "triplet 20 + 4": 20 runs and 4 of extensions;
@@ -404,7 +404,7 @@ def _judge_runs(claim: Claim, runs: pd.DataFrame) -> _Judgement:
         return _Judgement(NOT_RUN, [str(missing)], str(missing), NO_NUMBERS)
     p_holds, p_refuted = p_values(parts)
     tested = all(part.is_tested for part in parts)
-    decisive = decisive_part(claim.check, parts)
+    decisive = decisive_part(parts)
     return _Judgement(
         verdict(p_holds, p_refuted),
         list(map(str, parts)),

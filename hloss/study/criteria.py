@@ -282,12 +282,6 @@ LEVEL_CRITERIA: dict[str, Callable[..., list[Part]]] = {
     "near_best": reference_minus_each(not_below),
     "sensitive": sensitive,
 }
-# check -> sort key of a part's mean difference; the part with the smallest key is the worst. For other checks the worst
-# part has the largest absolute difference.
-WORST: dict[str, Callable[[float], float]] = {
-    **dict.fromkeys(("above", "best", "not_below", "near_best", "above_value"), lambda mean: mean),
-    **dict.fromkeys(("no_gain", "less_overlap"), lambda mean: -mean),
-}
 
 
 def p_values(parts: list[Part]) -> tuple[float, float]:
@@ -350,17 +344,19 @@ def _decides(parts: list[Part], n: int, more_classes: bool) -> bool:
     return verdict(*p_values(more)) != OPEN
 
 
-def decisive_part(check: str, parts: list[Part]) -> Part:
+def decisive_part(parts: list[Part]) -> Part:
     """The part that decides a verdict: the worst refuted part, else the worst open part, else the worst part.
 
+    The worst part is the one whose difference lies farthest outside its bounds, or the least inside them.
+
     Args:
-        check: name of the criterion.
         parts: all parts of the claim.
     """
-    worst = WORST.get(check, lambda mean: -abs(mean))
 
     def order(part: Part) -> tuple[int, float]:
         outcome = verdict(part.p_holds, min(1.0, len(parts) * part.p_refuted))
-        return (REFUTED, OPEN, REPRODUCED).index(outcome), worst(part.difference.mean)
+        low, high = part.holds
+        inside = min(part.difference.mean - low, high - part.difference.mean)
+        return (REFUTED, OPEN, REPRODUCED).index(outcome), inside
 
     return min(parts, key=order)

@@ -121,7 +121,8 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
     text = (
         f"Test Recall@1 (%) of the losses on {last.dataset} after {last.length:,} iterations, {setting}: mean over "
         f"{few(numbers[0]) if len(numbers) == 1 else 'seeds'} with its 95 % confidence interval over "
-        f"{mean_over_runs(last.of(last.rows['method'].iloc[0])).varies}."
+        f"{mean_over_runs(last.of(last.rows['method'].iloc[0])).varies}"
+        f"{', not over the choice of the settings' * (last.comparison == TUNED)}."
     )
     if before:
         lengths = listed([f"{ranking.length:,}" for ranking in before])

@@ -23,6 +23,7 @@ from hloss.study.devices import CPU_NAMES
 from hloss.study.input_files import read_table
 from hloss.study.parts import parts_of
 from hloss.study.results import MADE_BY, OF_QUERIES, reported, result_rows
+from hloss.study.tables import listed
 from hloss.study.verified import DIFFERENT, RESULTS, is_confirmed, read_verified, verified_file
 
 # Processors round differently, and training amplifies these differences. 25 runs of the glyphs study (24 of 200
@@ -227,7 +228,8 @@ def origin(runs: pd.DataFrame, results: Path) -> str:
         runs: rows with the columns code_sha256 and git_commit.
         results: the results.parquet; its parts, if it has any, are described instead.
     """
-    versions = [_version(*made) for made in runs[["code_sha256", "git_commit"]].drop_duplicates().to_numpy()]
+    of_code = runs.groupby("code_sha256", sort=False)["git_commit"].unique()
+    versions = [_version(str(code), *commits) for code, commits in of_code.items()]
     made = f"Made by {' and '.join(versions)}"
     if len(versions) > 1:
         made = f"**Made by {len(versions)} versions of the code**: {', '.join(versions)}"
@@ -245,6 +247,8 @@ def _verification(results: Path, verified: dict[str, Any]) -> str:
     return f"{of}{word} at {by} by {len(verified['runs'])} runs repeated on {verified['date']}: {told}"
 
 
-def _version(code_sha256: str, git_commit: str) -> str:
-    commit, _, state = git_commit.partition(" ")
-    return f"code `{code_sha256[:8]}` (commit {commit[:8]}{' ' * bool(state)}{state})"
+def _version(code_sha256: str, *git_commits: str) -> str:
+    """The code and its commits; commits that change only what decides no result have the same code."""
+    parts = (git_commit.partition(" ") for git_commit in git_commits)
+    shown = listed([f"{commit[:8]}{space}{state}" for commit, space, state in parts])
+    return f"code `{code_sha256[:8]}` (commit{'s' * (len(git_commits) > 1)} {shown})"

@@ -267,6 +267,8 @@ def test_the_answer_is_taken_from_tuned_losses_once_they_are_complete():
     fixed, tuned = (table_of({"histogram": 40.0}, comparison=name) for name in ("losses", "tuned losses"))
     results = pd.concat([fixed, tuned], ignore_index=True)
     assert best_comparison(results, "glyphs") == "tuned losses"
+    caption = losses_caption(rankings(results, summary(results, ["recall@1"]), "glyphs"))
+    assert caption.endswith("over seeds, not over the choice of the settings.")
     results.loc[len(results) - 1, "complete"] = False
     assert best_comparison(results, "glyphs") == "losses"
     assert best_comparison(tuned.assign(complete=False), "glyphs") == ""

@@ -170,6 +170,12 @@ def test_several_versions_of_the_code_are_named(table, results):
     )
 
 
+def test_commits_with_the_same_code_are_one_version(table, results):
+    table = table.assign(code_sha256="abcdefghij", git_commit="0123456789")
+    table.loc[0, "git_commit"] = "9876543210 with changes"
+    assert origin(table, results).startswith("Made by code `abcdefgh` (commits 98765432 with changes and 01234567)")
+
+
 def test_every_run_of_the_committed_sample_has_a_config_again(tmp_path):
     for _, rows in sample_table().groupby("run_id"):
         row, resolved = rows.iloc[0], config_of(rows, str(tmp_path)).resolved() | {"dataset": rows["dataset"].iloc[0]}
