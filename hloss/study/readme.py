@@ -226,8 +226,8 @@ def _edges(results: pd.DataFrame) -> str:
     for method, chosen, edges in found.itertuples(index=False, name=None):
         at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
         shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
-    told = f"Tuned values at an edge of the grid after the longest training, beyond which a better value may lie: {'; '.join(shown) or 'none'}."
-    return fill(told, width=120)
+    told = "Tuned values at an edge of the grid after the longest training, beyond which a better value may lie: "
+    return fill(f"{told}{'; '.join(shown) or 'none'}.", width=120)
 
 
 def _table_reading() -> str:

@@ -518,8 +518,10 @@ def test_compares_a_method_with_a_published_value_of_its_dataset():
     assert verdict(runs({200: 43.0}), asked) == "not run"
 
 
-@pytest.mark.parametrize(("ours", "rival", "expected"), [(0, 9, "reproduced"), (0, 3, "reproduced"), (9, 9, "not reproduced"),
-                                                          (0, 0, "not reproduced")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "rival", "expected"),
+    [(0, 9, "reproduced"), (0, 3, "reproduced"), (9, 9, "not reproduced"), (0, 0, "not reproduced")],
+)
 def test_little_tuning_compares_a_quarter_of_the_grid_with_its_best(ours, rival, expected):
     """A grid of eight settings, whose best is `ours` or `rival` points above the others."""
     grids = [
