@@ -157,7 +157,7 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
             told.append(Answer(short, f"{leader.text} {change.text}"))
     told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
-    told = [*told, claims_answer(results, board)]
+    told = [*told, claims_answer(results, board), *reach_of_counts(board)]
     if len(ranked) > 1:  # the texts fill a screen
         told = [Answer(part.short, "") for part in told] + [Answer("", part.text) for part in told]
     return [*_missing_answer(results), *told]
@@ -291,7 +291,6 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
         _change_of_verdicts(judged),
         _without_test(last),
         f"The verdicts rest on {_rests_on(results, board)}.",
-        reach_of_counts(board),
     ]
     if others:
         where = "are not part of this study" if results["complete"].all() else "are missing or not part of this study"
@@ -312,26 +311,31 @@ def counted_verdicts(board: pd.DataFrame) -> str:
     return f"{found}; with Holm's correction for the number of tests: {same}" if _by_test(last) else found
 
 
-def reach_of_counts(board: pd.DataFrame) -> str:
+def reach_of_counts(board: pd.DataFrame) -> list[Answer]:
     """What limits the counts of verdicts: common comparisons, claims on other data, training classes in common.
 
     Args:
-        board: the table of `hloss.study.claims.judge`, with a claim that was judged.
+        board: the table of `hloss.study.claims.judge`.
+
+    Returns:
+        One part of the answer; none if nothing limits the counts.
     """
-    last = pd.DataFrame([rows.iloc[-1] for rows in groups(board)])
-    told = [_common_comparisons(last)]
-    if len(last) > 1 and (last["asked"] == "other data").any():
-        told += [
-            "Claims that the paper makes about different datasets can contradict each other on one dataset, so the "
-            "counts do not measure how reliable the paper is."
-        ]
-    corrected = last["shared training"].where(last["shared training"] != "", last["verdict"])
+    judged = groups(board)
+    if not judged:
+        return []
+    last = pd.DataFrame([rows.iloc[-1] for rows in judged])
+    told, short = [_common_comparisons(last)], "The verdicts are not independent."
+    if (last.loc[last["dataset"] != "any", "asked"] == "other data").sum() > 1:
+        short = "The counts do not measure how reliable the paper is."
+        told += ["Its claims about different datasets can contradict each other on one dataset."]
     if (last["shared training"] != "").any():
+        corrected = last["shared training"].where(last["shared training"] != "", last["verdict"])
         told += [
             "The seeds share training classes; with intervals that are corrected for this, without Holm's correction, "
             f"the counts are {counted(corrected)}."
         ]
-    return " ".join(filter(None, told))
+    text = " ".join(filter(None, told))
+    return [Answer(short, text)] if text else []
 
 
 def _common_comparisons(last: pd.DataFrame) -> str:

@@ -81,7 +81,8 @@ def results_section(folder: Path) -> str:
         ConfigError: if a file is missing, or the results are of other data than `DATASET`.
     """
     results, board = _read(folder)
-    return "\n\n".join([_limits(results), *_means(results), _reading(board), *_findings(board)])
+    reach = [fill(str(part), width=120) for part in reach_of_counts(board)]
+    return "\n\n".join([_limits(results), *_means(results), _reading(board), *reach, *_findings(board)])
 
 
 def results_page(folder: Path) -> str:
@@ -147,8 +148,8 @@ def _reading(board: pd.DataFrame) -> str:
         "are on glyphs, even if the claim names another dataset. Two losses are equivalent if the 90 % CI of their "
         f"difference lies within {MARGIN}; neither then counts as better. "
         f"Verdicts after the longest training: {counted_verdicts(board)}. A line says which verdict the correction "
-        f"changes. {reach_of_counts(board)} [docs/results.md](docs/results.md) has the table of all verdicts; the "
-        "report, `reports/sample/report.html`, has the criteria and all runs.",
+        "changes. [docs/results.md](docs/results.md) has the table of all verdicts; the report, "
+        "`reports/sample/report.html`, has the criteria and all runs.",
         width=120,
     )
 
