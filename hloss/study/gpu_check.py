@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,11 +95,13 @@ def at_once(*parts: Callable[[], list[Check]]) -> list[Check]:
         The rows in the order of the parts.
     """
     with ThreadPoolExecutor(len(parts)) as pool:
-        found = [pool.submit(part) for part in parts]
+        found: list[Future[list[Check]]] = []
         try:
-            return [check for part in found for check in part.result()]
+            for part in parts:
+                found.append(pool.submit(part))  # one by one, so that an interruption loses none
+            return [check for running in found for check in running.result()]
         except KeyboardInterrupt:
-            while not all(part.done() for part in found):  # the pool would wait for their commands
+            while not all(running.done() for running in found):  # the pool would wait for their commands
                 for child in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         child.kill()

@@ -180,22 +180,23 @@ def _means(results: pd.DataFrame) -> list[str]:
 def _settings(results: pd.DataFrame, losses: pd.DataFrame) -> str:
     """What the fixed and the tuned settings are."""
     rates = losses.loc[(losses["comparison"] == FIXED) & (losses["iterations"] > 0), "learning_rate"].unique()
-    grids = chosen_settings(at_length(results)).reindex(columns=["comparison", "method", "runs of the grid"])
-    grids = grids[grids["comparison"] == TUNED]
-    initial = grids["runs of the grid"].str.partition(" ")[0].unique()
-    extended = grids[grids["runs of the grid"].str.contains("+", regex=False)]
-    extensions = [
-        f"{method} {runs}" for method, runs in zip(extended["method"], extended["runs of the grid"], strict=True)
-    ]
-    return fill(
+    told = (
         f"Fixed: a learning rate of {', '.join(f'{rate:g}' for rate in rates)} for all losses, and the values that the "
         "paper of each loss names for its other settings. This rate (the paper of the histogram loss: 0.0001, on its "
-        "data) is not equally good for all losses. Tuned: chosen "
-        f"on validation classes, from a grid of {', '.join(initial)} runs per loss"
-        f"{f', which is extended where the choice is at an edge ({listed(extensions)})' * bool(extensions)}. The "
-        "intervals do not include the variation of this choice.",
-        width=120,
+        "data) is not equally good for all losses."
     )
+    grids = chosen_settings(at_length(results))
+    grids = grids[grids["comparison"] == TUNED] if len(grids) else grids
+    if len(grids):
+        sizes = dict(zip(grids["method"], grids["runs of the grid"], strict=True))
+        extended = [f"{method} {size}" for method, size in sizes.items() if "+" in size]
+        initial = ", ".join(dict.fromkeys(size.partition(" ")[0] for size in sizes.values()))
+        told += (
+            f" Tuned: chosen on validation classes, from a grid of {initial} runs per loss"
+            f"{f', which is extended where the choice is at an edge ({listed(extended)})' * bool(extended)}. "
+            "The intervals do not include the variation of this choice."
+        )
+    return fill(told, width=120)
 
 
 def _means_table(losses: pd.DataFrame) -> str:
