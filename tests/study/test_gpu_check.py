@@ -75,12 +75,12 @@ def test_interruption_ends_checks_that_run_at_once():
     code = """import signal, subprocess, sys
 from hloss.study.gpu_check import at_once, run_command
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell can have it ignored
-sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-at_once(*2 * [lambda: [run_command(sleep, 60)]])"""
+sleep = [sys.executable, "-c", "import time; time.sleep(300)"]
+at_once(*2 * [lambda: [run_command(sleep, 300)]])"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline(), process.stdout.readline()  # both commands begin
         process.send_signal(signal.SIGINT)
-        assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1]
+        assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
 
 
 @pytest.mark.slow
