@@ -98,12 +98,13 @@ def late_gain(runs: pd.DataFrame) -> pd.Series:
         runs: complete runs with training, from `hloss.study.results.read_results`.
 
     Returns:
-        The best of the whole length minus the best of its first half, 0 or more, with the index of `runs`.
+        The best of the whole length minus the best of its first half, 0 or more, with the index of `runs`; NaN without
+        a validation in the first half.
     """
     gains = []
     for iterations, recalls, length in runs[["history_iteration", "history_recall", "length"]].itertuples(index=False):
-        until = np.asarray(iterations) <= length / 2
-        gains.append(100 * (np.max(recalls) - np.max(np.asarray(recalls)[until])))
+        first = np.asarray(recalls)[np.asarray(iterations) <= length / 2]
+        gains.append(100 * (np.max(recalls) - first.max()) if len(first) else np.nan)
     return pd.Series(gains, index=runs.index, dtype=float)
 
 

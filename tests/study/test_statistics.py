@@ -26,9 +26,10 @@ def test_late_gain_is_what_validation_rose_in_the_second_half():
         (200, [50, 100, 150, 200], [0.1, 0.3, 0.2, 0.35]),
         (200, [50, 100, 150, 200], [0.1, 0.3, 0.2, 0.25]),
         (100, [50, 100], [0.2, 0.6]),
+        (50, [50], [0.2]),
     ]
-    runs = pd.DataFrame(rows, columns=["length", "history_iteration", "history_recall"], index=[3, 1, 2])
-    assert late_gain(runs).to_dict() == pytest.approx({3: 5, 1: 0, 2: 40})
+    runs = pd.DataFrame(rows, columns=["length", "history_iteration", "history_recall"], index=[3, 1, 2, 0])
+    assert late_gain(runs).to_dict() == pytest.approx({3: 5, 1: 0, 2: 40, 0: np.nan}, nan_ok=True)
 
 
 def test_mean_is_shown_with_its_interval():
