@@ -278,7 +278,7 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     judged = groups(board)
     if not judged:
         return Answer("No claim of the paper can be judged.", "The runs that a claim needs are missing.")
-    last = pd.DataFrame([rows.iloc[-1] for rows in judged])
+    last = _last_verdicts(judged)
     claims = last["claim"].nunique()
     of = f"{claims} claims" if claims > 1 else "one claim"
     several = f"{len(last)} verdicts on {of}" if len(last) > 1 else "One verdict on a claim"
@@ -299,13 +299,18 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     return Answer(short, " ".join(filter(None, told)))
 
 
+def _last_verdicts(judged: list[pd.DataFrame]) -> pd.DataFrame:
+    """The row of the longest length of each entry of `groups`."""
+    return pd.DataFrame([rows.iloc[-1] for rows in judged])
+
+
 def counted_verdicts(board: pd.DataFrame) -> str:
     """Numbers of verdicts at the longest length, before and after Holm's correction.
 
     Args:
         board: the table of `hloss.study.claims.judge`, with a claim that was judged.
     """
-    last = pd.DataFrame([rows.iloc[-1] for rows in groups(board)])
+    last = _last_verdicts(groups(board))
     found, corrected = counted(last["verdict"]), counted(last["holm"])
     same = "the same" if corrected == found else corrected
     return f"{found}; with Holm's correction for the number of tests: {same}" if _by_test(last) else found
@@ -323,7 +328,7 @@ def reach_of_counts(board: pd.DataFrame) -> list[Answer]:
     judged = groups(board)
     if not judged:
         return []
-    last = pd.DataFrame([rows.iloc[-1] for rows in judged])
+    last = _last_verdicts(judged)
     told, short = [_common_comparisons(last)], "The verdicts are not independent."
     if (last.loc[last["dataset"] != "any", "asked"] == "other data").sum() > 1:
         short = "The counts do not measure how reliable the paper is."

@@ -68,18 +68,18 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {name: [] for name in TITLES}
     for number, rows in enumerate(judged, 1):
         last = rows.iloc[-1]
-        others = [other for other in judged if other.iloc[-1]["text"] == last["text"]]
-        names = [_name(other.iloc[-1], [o.iloc[-1] for o in others], both) for other in others]
+        of_claim = [other for other in judged if other.iloc[-1]["text"] == last["text"]]
+        lasts = [other.iloc[-1] for other in of_claim]
         other_verdicts = [
-            f"but {name}: {other.iloc[-1]['verdict']}"
-            for name, other in zip(names, others, strict=True)
-            if outcome(other) != outcome(rows) and other.iloc[-1]["verdict"] != last["verdict"]
+            f"but {_name(other, lasts, both)}: {other['verdict']}"
+            for of_other, other in zip(of_claim, lasts, strict=True)
+            if outcome(of_other) != outcome(rows) and other["verdict"] != last["verdict"]
         ]
         found[outcome(rows)].append(
             Finding(
                 number,
                 last["text"].removesuffix("."),
-                _name(last, [other.iloc[-1] for other in others], both),
+                _name(last, lasts, both),
                 "; ".join([_told(rows), *other_verdicts]),
                 last["verdict"],
                 len(rows),

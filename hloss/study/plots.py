@@ -210,6 +210,15 @@ def training_curves(history: pd.DataFrame) -> Figure:
     return _finish(figure)
 
 
+def _two_columns(n: int, height: float, **shared: Any) -> tuple[Figure, list[Any]]:
+    """A figure of n panels in two columns, each of a height in inches; `shared`: sharex and sharey."""
+    rows = -(-n // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(9, height * rows), squeeze=False, **shared)
+    for axes in grid.flat[n:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:n])
+
+
 def pair_records(records: pd.DataFrame, labels: dict[str, str]) -> Figure:
     """Plot recorded values of pairs over iterations: a panel per value, a line per method with the range of its seeds.
 
@@ -217,15 +226,13 @@ def pair_records(records: pd.DataFrame, labels: dict[str, str]) -> Figure:
         records: one row per run and validation, with the columns method, iteration and those of `labels`.
         labels: column -> label of its axis.
     """
-    figure, grid = plt.subplots(-(-len(labels) // 2), 2, figsize=(9, 2.9 * -(-len(labels) // 2)), squeeze=False)
-    for axes in grid.flat[len(labels) :]:
-        axes.set_visible(False)
-    for axes, (name, label) in zip(grid.flat, labels.items(), strict=False):
+    figure, panels = _two_columns(len(labels), 2.9)
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
         for number, (method, rows) in enumerate(records.groupby("method", sort=False)):
             mean_and_range(axes, rows, "iteration", name, label=method, **style_of(number) | {"marker": ""})
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set(xlabel="iteration", ylabel=label)
-    grid[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    panels[:2][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _finish(figure)
 
 
@@ -240,11 +247,8 @@ def slopes_and_recall(means: pd.DataFrame) -> Figure:
             method.
     """
     of_comparisons = dict(list(means.groupby("comparison", sort=False)))
-    rows = -(-len(of_comparisons) // 2)
-    figure, grid = plt.subplots(rows, 2, figsize=(9, 3.3 * rows), sharex=True, sharey=True, squeeze=False)
-    for axes in grid.flat[len(of_comparisons) :]:
-        axes.set_visible(False)
-    for axes, (name, points) in zip(grid.flat, of_comparisons.items(), strict=False):
+    figure, panels = _two_columns(len(of_comparisons), 3.3, sharex=True, sharey=True)
+    for axes, (name, points) in zip(panels, of_comparisons.items(), strict=True):
         x, y = points["pairs_with_slope"], points["recall@1"]
         bars = {"xerr": bars_of(points, "pairs_with_slope"), "yerr": bars_of(points, "recall@1")}
         axes.errorbar(x, y, **bars, fmt="o:", color=MEAN, linewidth=0.8, elinewidth=1)

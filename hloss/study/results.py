@@ -561,8 +561,7 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         chosen.
     """
     rows = []
-    names = results["comparison"].unique()
-    tuned = results[results["comparison"].isin([name for name in names if f"{name}{CHOICE}" in names])]
+    tuned = _tuned(results)
     for (dataset, comparison, method, length), runs in tuned.groupby(
         ["dataset", "comparison", "method", "length"], sort=False
     ):
@@ -570,7 +569,7 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
         grid, added = grid_of(of_length, comparison, method)
         before = of_length[(of_length["comparison"] == f"{comparison}{INITIAL}") & (of_length["method"] == method)]
         grid = pd.concat([grid, added])
-        axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
+        axes = _axes(grid)
         chosen, known = runs.iloc[0], bool(runs.iloc[0]["run_id"])
         edges = [name for name in axes if known and chosen[name] in (grid[name].min(), grid[name].max())]
         recalls = grid.loc[grid["complete"], "validation_recall@1"]
@@ -603,11 +602,10 @@ def grid_recalls(results: pd.DataFrame) -> pd.DataFrame:
         one column per learning rate ("learning rate 0.001"). Grids without several learning rates are left out.
     """
     tables = []
-    names = results["comparison"].unique()
-    tuned = results[results["comparison"].isin([name for name in names if f"{name}{CHOICE}" in names])]
+    tuned = _tuned(results)
     for dataset, comparison, method in tuned[["dataset", "comparison", "method"]].drop_duplicates().to_numpy():
         grid = pd.concat(grid_of(results[results["dataset"] == dataset], comparison, method))
-        axes = [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
+        axes = _axes(grid)
         if "learning_rate" in axes:
             others = [name for name in axes if name != "learning_rate"]
             of_grid = grid.sort_values([*others, "learning_rate"])
@@ -639,6 +637,17 @@ def grid_of(results: pd.DataFrame, comparison: str, method: str) -> tuple[pd.Dat
     runs = results[results["method"].str.startswith(f"{method}, ")]
     initial, added = (f"{comparison}{CHOICE}", f"{comparison}{EXTENDED}{CHOICE}")
     return runs[runs["comparison"] == initial], runs[runs["comparison"] == added]
+
+
+def _tuned(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the comparisons that have grids, without those of the grids."""
+    names = results["comparison"].unique()
+    return results[results["comparison"].isin([name for name in names if f"{name}{CHOICE}" in names])]
+
+
+def _axes(grid: pd.DataFrame) -> list[str]:
+    """The settings in which the runs of a grid differ."""
+    return [name for name in RunConfig.model_fields if name in grid and grid[name].nunique() > 1]
 
 
 def grid_size(results: pd.DataFrame, comparison: str, method: str) -> str:

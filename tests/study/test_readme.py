@@ -145,11 +145,10 @@ def test_limits_name_the_smallest_and_the_largest_late_gain(section):
 def test_fixed_and_tuned_settings_are_explained(section):
     table = sample_rows()
     fixed = table[(table["comparison"] == "losses") & (table["iterations"] > 0)]
-    assert f"Fixed: a learning rate of {fixed['learning_rate'].unique().item():g} for all losses" in " ".join(
-        section.split()
-    )
+    words = " ".join(section.split())
+    assert f"Fixed: a learning rate of {fixed['learning_rate'].unique().item():g} for all losses" in words
     grids = table[table["comparison"] == "tuned losses: choice"].groupby("loss")["run_id"].nunique()
-    assert f"from a grid of {grids.unique().item()} runs per loss" in " ".join(section.split())
+    assert f"from a grid of {grids.unique().item()} runs per loss" in words
 
 
 @pytest.fixture
