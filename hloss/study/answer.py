@@ -157,7 +157,8 @@ def answers(results: pd.DataFrame, table: pd.DataFrame, board: pd.DataFrame) -> 
             told.append(Answer(short, f"{leader.text} {change.text}"))
     told = told or [Answer(*words) for words in in_words(results)]
     told = told or [Answer("There is no answer yet.", "No loss has a complete trained run.")]
-    told = [*told, claims_answer(results, board), *reach_of_counts(board)]
+    limits = [Answer(part.short, "Section 1 says why.") for part in reach_of_counts(board)]
+    told = [*told, claims_answer(results, board), *limits]
     if len(ranked) > 1:  # the texts fill a screen
         told = [Answer(part.short, "") for part in told] + [Answer("", part.text) for part in told]
     return [*_missing_answer(results), *told]
@@ -410,8 +411,7 @@ def _rests_on(results: pd.DataFrame, board: pd.DataFrame) -> str:
     improving = int(runs["still_improving"].sum())
     if improving:
         of = f"{len(runs)} of the {len(distinct_runs(trained))} trained runs"
-        others = "the others tune settings or belong to no claim"
-        parts += [f"{of} ({others}); {improving} of these {len(runs)} are still improving"]
+        parts += [f"{of}; {improving} of these {len(runs)} are still improving"]
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

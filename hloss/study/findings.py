@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from hloss.study.answer import reach_of_counts
 from hloss.study.board import VERDICTS, compared, counted, groups, outcome, reason, shown_difference
 from hloss.study.claims import DEPENDS
 from hloss.study.criteria import OPEN, REFUTED, REPRODUCED
@@ -176,7 +177,7 @@ def note(name: str, board: pd.DataFrame) -> str:
 
 
 def findings_html(board: pd.DataFrame) -> str:
-    """HTML of the groups, each a list that can be closed.
+    """HTML of the groups, each a list that can be closed, below what limits their counts.
 
     Args:
         board: the table of `hloss.study.claims.judge`.
@@ -184,7 +185,8 @@ def findings_html(board: pd.DataFrame) -> str:
     found = findings(board)
     if not any(found.values()):
         return '<p class="findings">No claim can be judged by these runs. The list below has the missing runs.</p>'
-    return "\n".join(_group_html(name, group, note(name, board)) for name, group in found.items())
+    limits = [f"<p>{html.escape(str(part))}</p>" for part in reach_of_counts(board)]
+    return "\n".join([*limits, *(_group_html(name, group, note(name, board)) for name, group in found.items())])
 
 
 def _group_html(name: str, group: list[Finding], note: str) -> str:

@@ -15,8 +15,8 @@ from hloss.study.statistics import shown_interval
 from hloss.study.tables import duration, listed
 
 QUESTION = (
-    "Question: which claims of the paper on the histogram loss (Ustinova & Lempitsky, NIPS 2016) do these runs "
-    "support, and which loss retrieves best?"
+    "Question: which claims of the paper (Ustinova & Lempitsky, NIPS 2016) do these runs support, and which loss "
+    "retrieves best?"
 )
 
 
@@ -128,7 +128,7 @@ def losses_caption(of_lengths: list[Ranking]) -> str:
         lengths = listed([f"{ranking.length:,}" for ranking in before])
         text += f" Small points: after {lengths} iterations, the shortest the smallest."
     if (last.rows["still improving"] > 0).any():
-        text += " Open circle: a run is still improving (its best validation lies in the last tenth of the length)."
+        text += " Open circle: a run is still improving (best validation in the last tenth of the length)."
     if last.absent:
         text += f" Without a complete run: {listed(last.absent)}."
     return text

@@ -186,7 +186,7 @@ def test_the_answer_has_the_numbers_of_the_tables(page, tuned, board, judged, ru
     trained = runs[runs["length"] > 0]
     of_claims = trained[trained["run_id"].isin(used)]
     improving = int(of_claims["still_improving"].sum())
-    told = f"{len(of_claims)} of the {len(trained)} trained runs (the others tune settings or belong to no claim); "
+    told = f"{len(of_claims)} of the {len(trained)} trained runs; "
     assert (f"{told}{improving} of these {len(of_claims)} are still improving" in text) == (improving > 0)
     assert f"all {len(runs)} planned runs, of which {len(trained)} train a network" in page.header.text
     assert "one dataset of drawn characters (glyphs), not data of the paper" in text
