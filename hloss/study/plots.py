@@ -240,7 +240,7 @@ def slopes_and_recall(means: pd.DataFrame) -> Figure:
     """Plot the test Recall@1 over the share of pairs with a slope: a panel per comparison, a point per method.
 
     Bars show 95 % intervals. An open circle marks a method with runs that are still improving. The dotted line connects
-    the methods in their order.
+    the methods of one loss in their order.
 
     Args:
         means: `hloss.study.statistics.summary` with the metrics pairs_with_slope and recall@1, both in %; one row per
@@ -248,17 +248,30 @@ def slopes_and_recall(means: pd.DataFrame) -> Figure:
     """
     of_comparisons = dict(list(means.groupby("comparison", sort=False)))
     figure, panels = _two_columns(len(of_comparisons), 3.3, sharex=True, sharey=True)
-    for axes, (name, points) in zip(panels, of_comparisons.items(), strict=True):
-        x, y = points["pairs_with_slope"], points["recall@1"]
-        bars = {"xerr": bars_of(points, "pairs_with_slope"), "yerr": bars_of(points, "recall@1")}
-        axes.errorbar(x, y, **bars, fmt="o:", color=MEAN, linewidth=0.8, elinewidth=1)
-        open_circles(axes, x, y, points, color=MEAN)
-        for method, place in zip(points["method"], zip(x, y, strict=True), strict=True):
-            axes.annotate(method.rsplit(", ", 1)[-1], place, (4, 4), textcoords="offset points", fontsize=8)
+    for axes, (name, rows) in zip(panels, of_comparisons.items(), strict=True):
+        losses = rows["method"].str.partition(", ")[0]
+        for number, (loss, points) in enumerate(rows.groupby(losses, sort=False)):
+            color, x, y = style_of(number)["color"], points["pairs_with_slope"], points["recall@1"]
+            bars = {"xerr": bars_of(points, "pairs_with_slope"), "yerr": bars_of(points, "recall@1")}
+            axes.errorbar(x, y, **bars, fmt="o:", color=color, linewidth=0.8, elinewidth=1, label=loss)
+            open_circles(axes, x, y, points, color=color)
+        for number, label in enumerate(_levels(rows["method"])):
+            place = rows["pairs_with_slope"].iloc[number], rows["recall@1"].iloc[number]
+            beside, side = ((4, 4), "left") if number % 2 else ((-4, 4), "right")
+            axes.annotate(label, place, beside, textcoords="offset points", ha=side, fontsize=8)
+        if losses.nunique() > 1:
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
         axes.set(title=name, xlabel="pairs with a slope (% of the batch)", ylabel=RECALL, xscale="log")
         ticks_at(axes.xaxis, SHARES)
         axes.grid(color="0.9")
     return _finish(figure)
+
+
+def _levels(methods: pd.Series) -> list[str]:
+    """The end of each name, without the words before the last if all ends begin with them: "0.1" of "margin 0.1"."""
+    ends = [method.rsplit(", ", 1)[-1] for method in methods]
+    begins = {end.rpartition(" ")[0] for end in ends}
+    return [end.rpartition(" ")[2] for end in ends] if len(begins) == 1 else ends
 
 
 def loss_curve(loss: np.ndarray, name: str) -> Figure:

@@ -427,9 +427,24 @@ def test_slopes_and_recall_shows_means_intervals_and_levels():
     assert points.get_xydata().tolist() == [[5, 50], [20, 60]]
     assert [segment[:, 0].tolist() for segment in across.get_segments()] == [[4, 6], [10, 30]]
     assert [segment[:, 1].tolist() for segment in upward.get_segments()] == [[49, 51], [58, 62]]
-    assert [text.get_text() for text in margin.texts] == ["margin 0", "margin 0.1"]
+    assert [text.get_text() for text in margin.texts] == ["0", "0.1"]
+    assert margin.get_legend() is None
     assert [line.get_xydata().tolist() for line in margin.get_lines() if line.get_mfc() == "white"] == [[[20, 60]]]
     assert [segment[:, 1].tolist() for segment in cost.containers[0][2][1].get_segments()] == [[55, 55]]
+
+
+def test_slopes_and_recall_connects_the_methods_of_one_loss():
+    methods = ["histogram, step cost", "histogram, linear cost", "Beta density"]
+    names = (f"{name}{end}" for name in ("pairs_with_slope", "recall@1") for end in ("", " low", " high"))
+    bounds = {name: [40.0, 50.0, 60.0] for name in names}
+    table = pd.DataFrame({"comparison": "order cost", "method": methods, "still improving": 0} | bounds)
+    axes = plots.slopes_and_recall(table).axes[0]
+    histogram, beta = (container.lines[0] for container in axes.containers)
+    assert histogram.get_xydata().tolist() == [[40, 40], [50, 50]]
+    assert beta.get_xydata().tolist() == [[60, 60]]
+    assert histogram.get_color() != beta.get_color()
+    assert [text.get_text() for text in axes.texts] == ["step cost", "linear cost", "Beta density"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["histogram", "Beta density"]
 
 
 def test_pair_records_show_each_value_of_each_method():
