@@ -217,17 +217,25 @@ def _interval_of(row: pd.Series) -> str:
 
 
 def _histogram_place(ranking: Ranking) -> tuple[str, str]:
-    """Rank of the best histogram loss, and its difference from the first; empty for the first two losses."""
+    """Rank of the best histogram loss, and its difference from the first; empty for the first two losses.
+
+    The rank is a range if the interval of the difference from a loss above or below includes 0.
+    """
     losses = ranking.runs.drop_duplicates("method").set_index("method")["loss"]
     methods = list(ranking.rows["method"])
     place = next((i for i, method in enumerate(methods) if losses[method] == "histogram"), 0)
     if place < 2:
         return "", ""
-    behind = ranking.difference(methods[place], methods[0])
-    points = f"{signed(behind.mean, plus=True)} points{_doubt(behind)}"
+    gaps = {method: ranking.difference(methods[place], method) for method in methods if method != methods[place]}
+    close = [method for method, gap in gaps.items() if gap.interval()[0] <= 0 <= gap.interval()[1]]
+    best = place + 1 - len(set(close) & set(methods[:place]))
+    worst = place + 1 + len(set(close) & set(methods[place + 1 :]))
+    number = f"{best} to {worst}" if worst > best else str(best)
+    points = f"{signed(gaps[methods[0]].mean, plus=True)} points{_doubt(gaps[methods[0]])}"
+    chance = f" The difference from {listed(close)} can be chance." * bool(close)
     return (
-        f"; the histogram loss is number {place + 1} of {len(methods)}",
-        f" The difference of the histogram loss from the first is {points}.",
+        f"; the histogram loss is number {number} of {len(methods)}",
+        f" The difference of the histogram loss from the first is {points}.{chance}",
     )
 
 
@@ -289,8 +297,8 @@ def claims_answer(results: pd.DataFrame, board: pd.DataFrame) -> Answer:
     others = len(conclusions(board)) - len(judged)
     told = [
         _broadest_claim(last),
+        _reproduced_comparisons(last),
         _change_of_verdicts(judged),
-        _without_test(last),
         f"The verdicts rest on {_rests_on(results, board)}.",
     ]
     if others:
@@ -330,7 +338,7 @@ def reach_of_counts(board: pd.DataFrame) -> list[Answer]:
     if not judged:
         return []
     last = _last_verdicts(judged)
-    told, short = [_common_comparisons(last)], "The verdicts are not independent."
+    told, short = [_common_comparisons(last), _without_test(last)], "The counts of verdicts have limits."
     if (last.loc[last["dataset"] != "any", "asked"] == "other data").sum() > 1:
         short = "The counts do not measure how reliable the paper is."
         told += ["Its claims about different datasets can contradict each other on one dataset."]
@@ -352,8 +360,8 @@ def _common_comparisons(last: pd.DataFrame) -> str:
         return ""
     number = round((1 / sizes).sum())
     most = compared(last.loc[sizes.idxmax()])
-    decide = f"{number} different comparisons decide" if number > 1 else "One comparison decides"
-    return f"{decide} the {len(last)} verdicts; {sizes.max():.0f} verdicts rest on the same one ({most})."
+    several = f"{number} different comparisons; one ({most}) decides {sizes.max():.0f} of them"
+    return f"The {len(last)} verdicts rest on {several if number > 1 else f'one comparison ({most})'}."
 
 
 def _by_test(last: pd.DataFrame) -> bool:
@@ -378,7 +386,18 @@ def _broadest_claim(last: pd.DataFrame) -> str:
         return ""
     row = of_losses.loc[parts.idxmax()]
     claim = row["text"].removesuffix(".")
-    return f'The claim that compares the histogram loss with the most others is {row["verdict"]}: "{claim}".'
+    return f'"{claim}": {row["verdict"]}.'
+
+
+def _reproduced_comparisons(last: pd.DataFrame) -> str:
+    """How many reproduced verdicts compare the histogram loss with another loss; "" if none is reproduced."""
+    found = last[last["verdict"] == REPRODUCED]
+    if len(found) < 2:
+        return ""
+    of_losses = found.loc[found["comparison"].isin(LOSS_COMPARISONS), "decisive"].str
+    number = (of_losses.contains("histogram minus ") | of_losses.contains(" minus histogram")).sum()
+    of = f"of the {len(found)} reproduced verdicts"
+    return f"{number or 'None'} {of} compare{'s' * bool(number < 2)} the histogram loss with another loss."
 
 
 def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
@@ -389,7 +408,7 @@ def _change_of_verdicts(judged: list[pd.DataFrame]) -> str:
     if len(judged) == 1:
         return "It has another verdict at a shorter length."
     lost = sum((rows["verdict"] == REPRODUCED).any() and rows["verdict"].iloc[-1] != REPRODUCED for rows in changed)
-    only = f"; {lost} {'are' if lost > 1 else 'is'} reproduced at a shorter length only" if lost else ""
+    only = f"; {lost} {'were' if lost > 1 else 'was'} reproduced earlier in training only" if lost else ""
     differ = f"differ{'s' * (len(changed) == 1)} at a shorter length"
     return f"{len(changed)} of the {len(judged)} verdicts {differ}{only}."
 

@@ -128,9 +128,11 @@ def reason(row: Mapping[Any, Any] | pd.Series) -> str:
     if row["verdict"] == REFUTED:
         return ", equivalent" * is_equivalent
     if row["verdict"] == OPEN and is_equivalent:
-        return ", equivalent, but not when corrected for all parts"
+        return ", equivalent, but not when corrected for the comparisons of this claim"
     is_outside = row["high"] < row["holds above"] or row["low"] > row["holds below"]
-    return ", not significant when corrected for all parts" * (row["verdict"] == OPEN and bool(is_outside))
+    return ", not significant when corrected for the comparisons of this claim" * (
+        row["verdict"] == OPEN and bool(is_outside)
+    )
 
 
 def _beyond(row: Mapping[Any, Any] | pd.Series) -> str:

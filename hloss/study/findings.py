@@ -5,6 +5,7 @@ are described at the longest length.
 """
 
 import html
+import re
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,7 +15,7 @@ from hloss.study.board import VERDICTS, compared, counted, groups, outcome, reas
 from hloss.study.claims import DEPENDS
 from hloss.study.criteria import OPEN, REFUTED, REPRODUCED
 from hloss.study.spec import LOSS_COMPARISONS
-from hloss.study.tables import listed
+from hloss.study.tables import listed, signed
 
 TITLES = {  # outcome -> title of its group, in the order of the groups
     REPRODUCED: "Reproduced",
@@ -104,7 +105,16 @@ def _told(rows: pd.DataFrame) -> str:
     verdicts = f"{_verdicts(rows)}. At the longest length " if outcome(rows) == DEPENDS else ""
     take = f"; needed to decide it: {last['needed']}" * bool(last["needed"])
     take += f"; Holm: {last['holm']}" * (last["holm"] != last["verdict"])
-    return f"{verdicts}{compared(last)}: {shown_difference(last)}{reason(last)}{take}"
+    told = _drops(last) or f"{compared(last)}: {shown_difference(last)}{reason(last)}"
+    return f"{verdicts}{told}{take}"
+
+
+def _drops(row: pd.Series) -> str:
+    """For a claim on little tuning, the drop of each loss, as its parts are refuted in opposite directions; else ""."""
+    drops = re.findall(r"([^;]+), (best of \d+ random settings .*?): (-?[\d.]+) \(", str(row["evidence"]))
+    points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in drops]
+    limit = f"{row['margin']:g} points"
+    return f"{drops[0][1]}: {listed(points)}; a loss that drops by less than {limit} needs no tuning" if drops else ""
 
 
 def _verdicts(rows: pd.DataFrame) -> str:

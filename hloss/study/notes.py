@@ -7,7 +7,7 @@ import pandas as pd
 
 from hloss.runs.files import project_path
 from hloss.study.levels import settings_in
-from hloss.study.results import lengths_in
+from hloss.study.results import distinct_runs, lengths_in
 from hloss.study.spec import STUDIES
 
 
@@ -30,8 +30,8 @@ def _interval_note(rows: pd.DataFrame) -> str:
     if rows["split"].nunique() > 1:
         return (
             f"{rows['split'].nunique()} splits, one per seed, with test classes of their own: intervals include seeds "
-            "and test classes. The training classes of two splits overlap, so intervals are somewhat too narrow. Each "
-            "draw of a single-shot protocol counts as a query."
+            "and test classes. The training classes of two splits overlap, so intervals are too narrow; the row *wider "
+            "intervals* of a claim corrects for this. Each draw of a single-shot protocol counts as a query."
         )
     if "ranks" in rows and rows["ranks"].notna().all():
         return "All seeds share the test classes; intervals of Recall@K include seeds and test classes."
@@ -41,20 +41,19 @@ def _interval_note(rows: pd.DataFrame) -> str:
     )
 
 
-def lengths_note(all_lengths: pd.DataFrame, complete: pd.DataFrame) -> str:
+def lengths_note(results: pd.DataFrame) -> str:
     """The training lengths and the number of runs that are still improving.
 
     Args:
-        all_lengths: the table of `hloss.study.results.read_results`.
-        complete: its complete runs at the longest length of each method.
+        results: the table of `hloss.study.results.read_results`.
     """
-    lengths = ", ".join(f"{length:,}" for length in lengths_in(all_lengths))
-    improving = complete[complete["length"] > 0].drop_duplicates(["run_id", "length"])["still_improving"]
+    lengths = ", ".join(f"{length:,}" for length in lengths_in(results))
+    improving = distinct_runs(results[results["complete"] & (results["length"] > 0)])["still_improving"]
     return (
         f"The test is reported after {lengths} iterations, which were named before the runs, each time with the "
         "network that validation chose up to there. Tables and figures show the longest length of each method. "
-        f"{improving.sum()} of {len(improving)} trained runs are **still improving** at this length: their best "
-        "validation Recall@1 lies in its last tenth."
+        f"{improving.sum()} of {len(improving)} trained runs are **still improving** at the end of their training: the "
+        "best validation Recall@1 lies in its last tenth."
     )
 
 

@@ -293,7 +293,7 @@ class Report:
         """Notes on data, intervals, lengths, missing runs and the code that made the results."""
         of_datasets = self.complete.groupby("dataset", sort=False)
         told = [notes.dataset_note(str(dataset), rows) for dataset, rows in of_datasets]
-        told += [notes.lengths_note(self.all_lengths, self.complete)]
+        told += [notes.lengths_note(self.all_lengths)]
         if len(self.missing):
             told += [f"**This study is not complete: {len(self.missing)} runs of its comparisons are missing.**"]
         told += [origin(self.runs, project_path(self.file)), notes.repeat_note(self.results, self.file)]

@@ -80,7 +80,7 @@ def test_counts_of_verdicts_tell_on_how_many_comparisons_they_rest():
     third = ABOVE | {"name": "c", "rivals": [{"loss": "lifted"}]}
     contradict = "Its claims about different datasets can contradict each other on one dataset."
     text = limits(results, ABOVE, other, third)
-    shown = "2 different comparisons decide the 3 verdicts; 2 verdicts rest on the same one (histogram minus triplet)."
+    shown = "The 3 verdicts rest on 2 different comparisons; one (histogram minus triplet) decides 2 of them."
     assert f"The counts do not measure how reliable the paper is. {shown} {contradict}" in text
     assert "The counts do not measure how reliable the paper is. Section 1 says why." in told(results, ABOVE, third)[1]
     text = limits(results, ABOVE, third)
@@ -135,7 +135,10 @@ def test_one_seed_has_no_interval_and_may_be_chance():
     assert "one seed" in text
     assert "which can be chance" in text
     assert "CI" not in parts[0].text
-    assert "No verdict is decided by a statistical test. The verdicts rest on one dataset" in text
+    assert "The counts of verdicts have limits. Section 1 says why." in text
+    assert limits(table_of({"triplet": 40.0, "histogram": 36.0}, seeds=1)).endswith(
+        "No verdict is decided by a statistical test."
+    )
     assert "Holm" not in text
 
 
@@ -245,9 +248,7 @@ def test_the_claim_with_the_most_rivals_is_told():
     results = table_of({"histogram": 40.0, "triplet": 36.0, "lifted": 50.0})
     broad = {**ABOVE, "name": "b", "claim": "It is the best.", "rivals": [{"loss": "triplet"}, {"loss": "lifted"}]}
     parts, _ = told(results, ABOVE, broad)
-    assert parts[-2].text.startswith(
-        'The claim that compares the histogram loss with the most others is not reproduced: "It is the best". '
-    )
+    assert parts[-2].text.startswith('"It is the best": not reproduced. ')
     assert "most others" not in told(results, ABOVE)[1]
 
 
@@ -338,9 +339,10 @@ def test_verdicts_without_a_test_are_counted():
     asked = [Claim(**ABOVE), Claim(**{**ABOVE, "name": "c", "check": "quadratic", "comparison": [], "method": None,
                                       "rivals": None})]  # fmt: skip
     board = judge(results, cost, asked)
-    part = answers(results, summary(results, ["recall@1"]), board)[-1]
-    assert part.text.startswith("1 of the verdicts rests on no statistical test. The verdicts rest on one dataset ")
-    assert "data of the paper" in part.text
+    (part,) = reach_of_counts(board)
+    assert str(part) == "The counts of verdicts have limits. 1 of the verdicts rests on no statistical test."
+    (*_, of_claims, _) = answers(results, summary(results, ["recall@1"]), board)
+    assert "data of the paper" in of_claims.text
 
 
 def test_data_that_only_some_claims_name_are_said_to_be_so():
@@ -365,3 +367,29 @@ def test_the_head_has_the_answer_and_a_line_per_loss():
     page = head_html("A & B", results, told(results)[0], [figure])
     assert "<h1>A &amp; B</h1>" in page
     assert page.count("<li><strong>") == 3
+
+
+def test_the_rank_of_the_histogram_loss_is_a_range_if_a_neighbour_is_not_separated():
+    results = table_of({"triplet": 40.0, "lifted": 36.3, "histogram": 36.0, "contrastive": 35.8, "quadruplet": 30.0})
+    gaps = {name: difference(results, "histogram", name) for name in ("lifted", "contrastive", "quadruplet")}
+    assert [interval(gap)[0] < 0 < interval(gap)[1] for gap in gaps.values()] == [True, True, False]
+    parts, text = told(results)
+    assert parts[0].short.endswith("; the histogram loss is number 2 to 4 of 5.")
+    assert "The difference from lifted and contrastive can be chance." in text
+    results = table_of({"triplet": 40.0, "lifted": 38.0, "histogram": 36.0, "quadruplet": 30.0})
+    parts, text = told(results)
+    assert parts[0].short.endswith("; the histogram loss is number 3 of 4.")
+    assert "can be chance" not in text
+
+
+def test_reproduced_verdicts_that_compare_the_histogram_loss_are_counted():
+    results = table_of({"histogram": 40.0, "triplet": 36.0, "lifted": 30.0})
+    other = ABOVE | {"name": "b", "method": {"loss": "triplet"}, "rivals": [{"loss": "lifted"}]}
+    beside = ABOVE | {"name": "c", "rivals": [{"loss": "lifted"}]}
+    assert (
+        "1 of the 2 reproduced verdicts compares the histogram loss with another loss."
+        in told(results, ABOVE, other)[1]
+    )
+    assert "2 of the 2 reproduced verdicts compare the histogram loss" in told(results, ABOVE, beside)[1]
+    text = told(results, other, other | {"name": "d"})[1]
+    assert "None of the 2 reproduced verdicts compares the histogram loss with another loss." in text

@@ -106,7 +106,7 @@ OUTSIDE = {"verdict": "inconclusive"}
 EQUIVALENT = {"decisive": "A minus B: +0.5 (95 % CI -0.1 to +1.1 over seeds, n = 5, equivalent)",
               "difference": 0.5, "low": -0.1, "high": 1.1}  # fmt: skip
 CLOSE = {"verdict": "reproduced", "difference": 22.4, "low": 21.6, "high": 23.1, "holds above": -2.0}
-CORRECTED = ", not significant when corrected for all parts"
+CORRECTED = ", not significant when corrected for the comparisons of this claim"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ CORRECTED = ", not significant when corrected for all parts"
         (OUTSIDE | {"holds above": math.nan, "holds below": 0.0}, ""),
         (OUTSIDE | {"holds above": math.nan, "holds below": -5.0}, CORRECTED),
         (EQUIVALENT, ", equivalent"),
-        (EQUIVALENT | OUTSIDE, ", equivalent, but not when corrected for all parts"),
+        (EQUIVALENT | OUTSIDE, ", equivalent, but not when corrected for the comparisons of this claim"),
         (EQUIVALENT | {"verdict": "reproduced"}, ""),
         (CLOSE, ", above by more than the margin"),
         (CLOSE | {"low": 1.9}, ""),

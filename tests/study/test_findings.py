@@ -263,3 +263,21 @@ def test_the_board_read_from_its_file_gives_the_same_words(three_lengths, tmp_pa
     file = tmp_path / "claims.csv"
     three_lengths.drop(columns="parts").to_csv(file, index=False)
     assert findings(read_board(file)) == findings(three_lengths)
+
+
+@pytest.mark.parametrize(("rival", "verdict"), [(1, "not reproduced"), (9, "reproduced")])
+def test_a_claim_on_little_tuning_names_the_drop_of_each_loss(rival, verdict):
+    grids = [
+        pd.DataFrame({"comparison": "losses: choice", "method": f"{loss}, {i}", "dataset": "glyphs", "loss": loss,
+                      "seed": 9, "complete": True, "run_id": f"{loss}-{i}", "length": 200, "still_improving": False,
+                      "validation_recall@1": 50.0 + gap * (i == 3)} for i in range(8))
+        for loss, gap in (("histogram", 2), ("triplet", rival))
+    ]  # fmt: skip
+    board = judge(pd.concat(grids, ignore_index=True), claims=[claim("budget", comparison=["losses"])])
+    assert board["verdict"].tolist() == [verdict]
+    (found,) = (found for group in findings(board).values() for found in group)
+    drop = f"−{0.75 * rival + 1e-9:.1f}"  # two of eight draws have the best value with a chance of 1/4
+    assert found.told.startswith(
+        "best of 2 random settings minus best of all 8, on validation classes: histogram −1.5 points and triplet "
+        f"{drop} points; a loss that drops by less than 2 points needs no tuning"
+    )

@@ -174,7 +174,7 @@ def test_the_answer_has_the_numbers_of_the_tables(page, tuned, board, judged, ru
     assert (f"{len(changed)} of the {len(judged)} verdicts differ" in text) == bool(changed)
     only = sum("reproduced" in rows["verdict"].tolist()[:-1] and rows["verdict"].iloc[-1] != "reproduced"
                for rows in changed)  # fmt: skip
-    assert bool(re.search(rf"; {only} (is|are) reproduced at a shorter length only", text)) == bool(only)
+    assert bool(re.search(rf"; {only} (was|were) reproduced earlier in training only", text)) == bool(only)
     untested = (last["p holds"].isna() & (last["verdict"] != "inconclusive")).sum()
     assert bool(re.search(rf"{untested} of the verdicts rests? on no statistical test", text)) == bool(untested)
     never = (board["verdict"] == "not run").groupby([board["claim"], board["comparison"].fillna("")]).all().sum()
@@ -232,7 +232,8 @@ def told_of(row, with_unit=True):
         if low and row["holds below"] == row["margin"] and beyond[1]:
             reason = ", below by more than the margin"
     if row["verdict"] == "inconclusive" and (equivalent or outside):
-        reason = f", {'equivalent, but not' if equivalent else 'not significant'} when corrected for all parts"
+        reason = f", {'equivalent, but not' if equivalent else 'not significant'} when corrected"
+        reason += " for the comparisons of this claim"
     return difference_of(row, with_unit) + reason
 
 
