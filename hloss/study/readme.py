@@ -14,7 +14,7 @@ from hloss.study.criteria import NOT_RUN
 from hloss.study.estimates import mean_over_runs
 from hloss.study.findings import findings, heading, lines, note
 from hloss.study.results import at_length, chosen_settings, distinct_runs, lengths_in, read_results
-from hloss.study.spec import DIFFICULTY, LOSS_COMPARISONS, OF_TUNING
+from hloss.study.spec import DIFFICULTY, INITIAL, LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import EQUIVALENCE_MARGIN, late_gain, shown_mean, summary
 from hloss.study.tables import listed
 
@@ -195,9 +195,19 @@ def _settings(results: pd.DataFrame, losses: pd.DataFrame) -> str:
         told += (
             f" Tuned: chosen on validation classes, from a grid of {initial} runs per loss"
             f"{f', which is extended where the choice is at an edge ({listed(extended)})' * bool(extended)}. "
-            "The intervals do not include the variation of this choice."
+            f"{_before_extension(results)}"
+            "The intervals do not include the variation of this choice, which rests on one run per setting."
         )
     return fill(told, width=120)
+
+
+def _before_extension(results: pd.DataFrame) -> str:
+    """Means with the settings that the initial grids had chosen, where these are other settings; else ""."""
+    tuned, initial = (at_length(results[results["comparison"] == name]) for name in (TUNED, TUNED + INITIAL))
+    changed = initial[~initial["run_id"].isin(tuned["run_id"])]
+    means = changed.groupby("method", sort=False)["recall@1"].mean()
+    shown = [f"{method} {mean:.1f} %" for method, mean in means.items()]
+    return f"With the settings that the initial grid chose: {listed(shown)}. " if shown else ""
 
 
 def _means_table(losses: pd.DataFrame) -> str:
