@@ -114,7 +114,7 @@ def _drops(row: pd.Series) -> str:
     drops = re.findall(r"([^;]+), (best of \d+ random settings .*?): (-?[\d.]+) \(", str(row["evidence"]))
     points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in drops]
     limit = f"{row['margin']:g} points"
-    return f"{drops[0][1]}: {listed(points)}; a loss that drops by less than {limit} needs no tuning" if drops else ""
+    return f"{drops[0][1]}: {listed(points)}. A loss that drops by less than {limit} needs no tuning" if drops else ""
 
 
 def _verdicts(rows: pd.DataFrame) -> str:

@@ -321,7 +321,7 @@ def test_committed_claim_names_the_better_method(name, comparison, above, others
     [
         ("bins", "bins", "n_bins", dict.fromkeys((25, 50, 100, 200, 400), 40.0) | {25: 1.0},
          dict.fromkeys((25, 50, 100, 200), 40.0) | {400: 50.0}, {}),
-        ("bins, any dataset", "bins at the tuned rate", "n_bins", dict.fromkeys((50, 100, 200, 400), 40.0),
+        ("bins, any dataset", "bins at a higher rate", "n_bins", dict.fromkeys((50, 100, 200, 400), 40.0),
          dict.fromkeys((50, 100, 200), 40.0) | {400: 30.0}, {}),
         ("bins by batch", "bins by batch", "n_bins", {25: 40.0, 200: 40.0}, {25: 50.0, 200: 40.0}, {"batch_size": 32}),
         ("batch", "batch", "batch_size", {64: 30.0, 128: 40.0, 256: 42.0}, {64: 43.0, 128: 40.0, 256: 42.0}, {}),

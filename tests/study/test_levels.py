@@ -92,7 +92,7 @@ def test_two_numbers_make_a_grid_over_the_one_with_more_levels():
 def test_comparisons_drawn_together_are_lines_named_by_their_setting():
     bins = [25.0, 50.0, 100.0]
     slow = table_of(*crossed("n_bins", bins), comparison="bins")
-    fast = table_of(*crossed("n_bins", bins, learning_rate=0.003), comparison="bins at the tuned rate")
+    fast = table_of(*crossed("n_bins", bins, learning_rate=0.003), comparison="bins at a higher rate")
     found = levels_of(pd.concat([slow, fast], ignore_index=True))
     assert (found.kind, found.setting, found.other) == (CURVES, "n_bins", "learning_rate")
     assert found.places["line"].tolist() == ["0.001"] * 3 + ["0.003"] * 3
