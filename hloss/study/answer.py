@@ -228,8 +228,8 @@ def _histogram_place(ranking: Ranking) -> tuple[str, str]:
         return "", ""
     gaps = {method: ranking.difference(methods[place], method) for method in methods if method != methods[place]}
     close = [method for method, gap in gaps.items() if gap.interval()[0] <= 0 <= gap.interval()[1]]
-    best = place + 1 - len(set(close) & set(methods[:place]))
-    worst = place + 1 + len(set(close) & set(methods[place + 1 :]))
+    best = 1 + sum(method not in close for method in methods[:place])
+    worst = len(methods) - sum(method not in close for method in methods[place + 1 :])
     number = f"{best} to {worst}" if worst > best else str(best)
     points = f"{signed(gaps[methods[0]].mean, plus=True)} points{_doubt(gaps[methods[0]])}"
     chance = f" The difference from {listed(close)} can be chance." * bool(close)
@@ -390,7 +390,7 @@ def _broadest_claim(last: pd.DataFrame) -> str:
 
 
 def _reproduced_comparisons(last: pd.DataFrame) -> str:
-    """How many reproduced verdicts compare the histogram loss with another loss; "" if none is reproduced."""
+    """How many reproduced verdicts compare the histogram loss with another loss; "" for fewer than two."""
     found = last[last["verdict"] == REPRODUCED]
     if len(found) < 2:
         return ""

@@ -113,8 +113,8 @@ def _drops(row: pd.Series) -> str:
     """For a claim on little tuning, the drop of each loss, as its parts are refuted in opposite directions; else ""."""
     drops = re.findall(r"([^;]+), (best of \d+ random settings .*?): (-?[\d.]+) \(", str(row["evidence"]))
     points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in drops]
-    limit = f"{row['margin']:g} points"
-    return f"{drops[0][1]}: {listed(points)}. A loss that drops by less than {limit} needs no tuning" if drops else ""
+    enough = f"A loss that drops by less than {row['margin']:g} points needs no tuning"
+    return f"{drops[0][1]}: {listed(points)}. {enough}" if drops else ""
 
 
 def _verdicts(rows: pd.DataFrame) -> str:

@@ -255,8 +255,8 @@ def slopes_and_recall(means: pd.DataFrame) -> Figure:
             bars = {"xerr": bars_of(points, "pairs_with_slope"), "yerr": bars_of(points, "recall@1")}
             axes.errorbar(x, y, **bars, fmt="o:", color=color, linewidth=0.8, elinewidth=1, label=loss)
             open_circles(axes, x, y, points, color=color)
-        for number, label in enumerate(_levels(rows["method"])):
-            place = rows["pairs_with_slope"].iloc[number], rows["recall@1"].iloc[number]
+        places = zip(rows["pairs_with_slope"], rows["recall@1"], strict=True)
+        for number, (label, place) in enumerate(zip(_levels(rows["method"]), places, strict=True)):
             beside, side = ((4, 4), "left") if number % 2 else ((-4, 4), "right")
             axes.annotate(label, place, beside, textcoords="offset points", ha=side, fontsize=8)
         if losses.nunique() > 1:
