@@ -66,9 +66,12 @@ print('begun', flush=True)
         assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 
 
-def test_all_time_limits_together_are_below_five_minutes():
-    parts = ("TESTS", "SHARING", "BENCHMARK", "SPEED")
-    assert sum(getattr(gpu_check, f"{part}_SECONDS") + gpu_check.STOP_SECONDS for part in parts) < 300
+def test_all_time_limits_together_are_below_five_minutes_and_leave_time_to_measure_speed():
+    parts = ("TESTS", "SHARING", "BENCHMARK")
+    latest = sum(getattr(gpu_check, f"{part}_SECONDS") + gpu_check.STOP_SECONDS for part in parts)
+    left = gpu_check.MOST_SECONDS - gpu_check.STOP_SECONDS - latest
+    assert left >= 2 * gpu_check.START_SECONDS
+    assert gpu_check.MOST_SECONDS < 300
 
 
 def test_interruption_ends_checks_that_run_at_once():
