@@ -62,7 +62,7 @@ def test_plan_of_the_paper_has_hours_of_a_known_gpu(monkeypatch, tmp_path):
     planned = plan_runs(study, None, {}, h200)
     needs = [entry.need for entry in planned]
     cub = [entry.need for entry in planned if entry.run.dataset == "cub" and entry.run.config.iterations]
-    table = pd.read_csv(file).query("network == 'googlenet' and precision == '32-true'")
+    table = pd.read_csv(file).query("card == 'NVIDIA H200' and network == 'googlenet' and precision == '32-true'")
     (rate,) = table.query("batch_size == 128 and tf32 == 'convolutions'")["steps_per_second"]
     assert {round(need.hours, 3) for need in cub} == {round(2 * 20_000 / rate / 3600, 3)}
     assert {need.source for need in cub} == {"estimated for NVIDIA H200, without validations"}
