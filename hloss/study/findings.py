@@ -113,8 +113,10 @@ def _drops(row: pd.Series) -> str:
     """For a claim on little tuning, the drop of each loss, as its parts are refuted in opposite directions; else ""."""
     drops = re.findall(r"([^;]+), (best of \d+ random settings .*?): (-?[\d.]+) \(", str(row["evidence"]))
     points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in drops]
-    enough = f"A loss that drops by less than {row['margin']:g} points needs no tuning"
-    return f"{drops[0][1]}: {listed(points)}. {enough}" if drops else ""
+    if not drops:
+        return ""
+    method, measured, _ = drops[0]
+    return f"{measured}: {listed(points)}. Reproduced if {method} alone drops by less than {row['margin']:g} points"
 
 
 def _verdicts(rows: pd.DataFrame) -> str:
