@@ -338,10 +338,11 @@ def reach_of_counts(board: pd.DataFrame) -> list[Answer]:
     if not judged:
         return []
     last = _last_verdicts(judged)
-    told, short = [_common_comparisons(last), _without_test(last)], "The counts of verdicts have limits."
+    told = [_common_comparisons(last), _without_test(last), _after_holm(last)]
+    short = "The counts of verdicts have limits."
     if (last.loc[last["dataset"] != "any", "asked"] == "other data").sum() > 1:
         short = "The counts do not measure how reliable the paper is."
-        told += ["Its claims about different datasets can contradict each other on one dataset."]
+        told += ["Claims of the paper about different datasets can contradict each other on one dataset."]
     if (last["shared training"] != "").any():
         corrected = last["shared training"].where(last["shared training"] != "", last["verdict"])
         told += [
@@ -374,7 +375,21 @@ def _without_test(last: pd.DataFrame) -> str:
     if not _by_test(last):
         return "No verdict is decided by a statistical test."
     untested = int(((last["verdict"] != OPEN) & ~(last["p holds"] >= 0)).sum())
-    return f"{untested} of the verdicts rest{'s' * (untested == 1)} on no statistical test." if untested else ""
+    several = f"{untested} of the verdicts rest{'s' * (untested == 1)} on no statistical test"
+    return f"{several}; Holm's correction does not change {'it' if untested == 1 else 'them'}." if untested else ""
+
+
+def _after_holm(last: pd.DataFrame) -> str:
+    """The comparisons that decide the tested verdicts after Holm's correction; "" if it leaves none or all."""
+    decided = last[(last["holm"] != OPEN) & (last["p holds"] >= 0)]
+    if not len(decided) or (last["holm"] == last["verdict"]).all():
+        return ""
+    told = []
+    for verdict, rows in decided.groupby("holm", sort=False):
+        pairs = [compared(row) for _, row in rows.iterrows()]
+        named = [f"{pair} ({pairs.count(pair)})" if pairs.count(pair) > 1 else pair for pair in dict.fromkeys(pairs)]
+        told.append(f"{verdict}: {'; '.join(named)}")
+    return f"After this correction these comparisons decide the others: {'. '.join(told)}."
 
 
 def _broadest_claim(last: pd.DataFrame) -> str:

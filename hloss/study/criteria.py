@@ -77,12 +77,17 @@ class Part(NamedTuple):
     def __str__(self) -> str:
         mean, n, varies = self.difference.mean, self.difference.n, self.difference.varies
         if not self.is_tested:
-            return f"{self.label}: {mean:+.1f}{self.note}"
+            return f"{self.label}: {_points(mean)}{self.note}"
         if n < 2:
-            return f"{self.label}: {mean:+.1f} (one seed)" if n else f"{self.label}: no common seed"
+            return f"{self.label}: {_points(mean)} (one seed)" if n else f"{self.label}: no common seed"
         low, high = self.difference.interval(self.confidence)
-        interval = f"{100 * self.confidence:.3g} % CI {low:+.1f} to {high:+.1f} over {varies}, n = {n}"
-        return f"{self.label}: {mean:+.1f} ({interval}{self.note})"
+        interval = f"{100 * self.confidence:.3g} % CI {_points(low)} to {_points(high)} over {varies}, n = {n}"
+        return f"{self.label}: {_points(mean)} ({interval}{self.note})"
+
+
+def _points(value: float) -> str:
+    """A number with a sign and one decimal; a value that rounds to zero is +0.0."""
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def _repeatable(criterion: Callable[[str, Estimate, float], Part]) -> Callable[[str, Estimate, float], Part]:

@@ -116,7 +116,8 @@ def _drops(row: pd.Series) -> str:
     if not drops:
         return ""
     method, measured, _ = drops[0]
-    return f"{measured}: {listed(points)}. Reproduced if {method} alone drops by less than {row['margin']:g} points"
+    enough = f"Reproduced if {method} alone drops by less than {row['margin']:g} points"
+    return f"{measured}: {listed(points)}. {enough}; the condition on the other loss is ours, not the paper's"
 
 
 def _verdicts(rows: pd.DataFrame) -> str:

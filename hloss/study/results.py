@@ -20,6 +20,7 @@ from hloss.runs.errors import ConfigError, DatasetError
 from hloss.runs.evaluation import identified_rows
 from hloss.runs.files import atomic_write, non_finite, read_result, reading_of_run
 from hloss.runs.provenance import NAMED_PACKAGES, fingerprint
+from hloss.study.estimates import paired_difference
 from hloss.study.input_files import read_table, write_table
 from hloss.study.parts import merged_parts, parts_of, write_part
 from hloss.study.spec import CHOICE, EXTENDED, INITIAL, LOSS_COMPARISONS, OF_TUNING, Study, StudyRun, short_value
@@ -589,6 +590,52 @@ def chosen_settings(results: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).dropna(axis="columns", how="all")
+
+
+def better_settings(results: pd.DataFrame) -> pd.DataFrame:
+    """Settings that a grid could choose and did not, whose test Recall@1 is above that of the chosen ones.
+
+    Runs of any comparison count that differ from the chosen runs in settings of the grid alone.
+
+    Args:
+        results: the table of `read_results`.
+
+    Returns:
+        The best such settings of each tuned method and length whose 95 % interval of the paired difference lies above
+        0. Columns: dataset, comparison, method, length, chosen, "recall@1 (%)", settings (the better ones), "their
+        recall@1 (%)", difference (in points), low and high. As they are found on the test classes, the difference
+        overestimates what they gain.
+    """
+    rows = []
+    complete = results[results["complete"]]
+    for names, chosen in _tuned(complete).groupby(["dataset", "comparison", "method", "length"], sort=False):
+        dataset, comparison, method, length = names
+        of_length = complete[(complete["dataset"] == dataset) & (complete["length"] == length)]
+        axes = _axes(pd.concat(grid_of(of_length, comparison, method)))
+        found = [
+            (difference.mean, difference, runs)
+            for runs in _with_other_values(of_length, chosen, axes)
+            if (difference := paired_difference(runs, chosen)).interval()[0] > 0
+        ]
+        if found:
+            _, difference, runs = max(found, key=lambda entry: entry[0])
+            low, high = difference.interval()
+            recalls = [round(part["recall@1"].mean(), 1) for part in (chosen, runs)]
+            shown = [_shown_settings(part.iloc[0], axes) for part in (chosen, runs)]
+            rows.append([*names, shown[0], recalls[0], shown[1], recalls[1], difference.mean, low, high])
+    columns = ["dataset", "comparison", "method", "length", "chosen", "recall@1 (%)", "settings"]
+    return pd.DataFrame(rows, columns=[*columns, "their recall@1 (%)", "difference", "low", "high"])
+
+
+def _with_other_values(of_length: pd.DataFrame, chosen: pd.DataFrame, axes: list[str]) -> list[pd.DataFrame]:
+    """Runs with all seeds of the chosen runs that differ from them in `axes` alone, one table per combination."""
+    same = [name for name in RunConfig.model_fields if name in of_length and name not in (*axes, "seed", "iterations")]
+    values, wanted = of_length[same], chosen.iloc[0][same]
+    alike = (values.eq(wanted) | values.isna() & wanted.isna()).all(axis=1)
+    runs = of_length[alike & of_length["seed"].isin(chosen["seed"])]
+    runs = runs.drop_duplicates([*axes, "seed"])  # a longer run reports the same result at this length
+    combinations = [table for _, table in runs.groupby(axes)] if axes else []
+    return [table for table in combinations if set(table["seed"]) == set(chosen["seed"])]
 
 
 def grid_recalls(results: pd.DataFrame) -> pd.DataFrame:

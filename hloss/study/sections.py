@@ -30,6 +30,7 @@ from hloss.study.report import run_links
 from hloss.study.results import (
     MADE_BY,
     at_length,
+    better_settings,
     chosen_settings,
     distinct_runs,
     grid_recalls,
@@ -209,6 +210,9 @@ class Report:
         tuned = chosen_settings(self.all_lengths)
         if len(tuned):
             self.show.table(tuned, "tuned settings", captions.TUNED)
+        better = better_settings(self.all_lengths)
+        if len(better):
+            self.show.table(better.round(1), "better settings", captions.BETTER)
         recalls = grid_recalls(self.results)
         if len(recalls):
             self.show.table(recalls.round(1), "grids", captions.GRIDS)

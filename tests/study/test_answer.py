@@ -78,7 +78,7 @@ def test_counts_of_verdicts_tell_on_how_many_comparisons_they_rest():
     results = table_of({"triplet": 40.0, "histogram": 36.0, "lifted": 38.0})
     other = ABOVE | {"name": "b", "method": {"loss": "triplet"}, "rivals": [{"loss": "histogram"}]}
     third = ABOVE | {"name": "c", "rivals": [{"loss": "lifted"}]}
-    contradict = "Its claims about different datasets can contradict each other on one dataset."
+    contradict = "Claims of the paper about different datasets can contradict each other on one dataset."
     text = limits(results, ABOVE, other, third)
     shown = "The 3 verdicts rest on 2 different comparisons; one (histogram minus triplet) decides 2 of them."
     assert f"The counts do not measure how reliable the paper is. {shown} {contradict}" in text
@@ -333,6 +333,20 @@ def test_losses_without_a_run_and_the_choice_of_the_setting_are_named():
     assert "tuned" not in told(fixed)[1]
 
 
+def test_the_comparisons_that_decide_verdicts_after_holms_correction_are_named():
+    results = table_of({"histogram": 40.0, "triplet": 36.0, "lifted": 39.0})
+    asked = [Claim(**{**ABOVE, "name": f"above {rival} {i}", "rivals": [{"loss": rival}]})
+             for i, rival in enumerate(("triplet", "triplet", "lifted"))]  # fmt: skip
+    board = judge(results, None, asked)
+    board["holm"] = ["reproduced", "reproduced", "inconclusive"]
+    board["verdict"] = ["reproduced", "reproduced", "not reproduced"]
+    (part,) = reach_of_counts(board)
+    after = "After this correction these comparisons decide the others: "
+    assert f"{after}reproduced: histogram minus triplet (2). Claims" in part.text
+    board["holm"] = board["verdict"]
+    assert after not in reach_of_counts(board)[0].text
+
+
 def test_verdicts_without_a_test_are_counted():
     results = table_of({"histogram": 40.0, "triplet": 36.0})
     cost = pd.DataFrame({"batch_size": [1024, 2048, 4096], "seconds": [0.1, 0.4, 1.6]})
@@ -340,7 +354,10 @@ def test_verdicts_without_a_test_are_counted():
                                       "rivals": None})]  # fmt: skip
     board = judge(results, cost, asked)
     (part,) = reach_of_counts(board)
-    assert str(part) == "The counts of verdicts have limits. 1 of the verdicts rests on no statistical test."
+    assert str(part) == (
+        "The counts of verdicts have limits. 1 of the verdicts rests on no statistical test; Holm's correction does "
+        "not change it."
+    )
     (*_, of_claims, _) = answers(results, summary(results, ["recall@1"]), board)
     assert "data of the paper" in of_claims.text
 

@@ -279,5 +279,6 @@ def test_a_claim_on_little_tuning_names_the_drop_of_each_loss(rival, verdict):
     drop = f"−{0.75 * rival + 1e-9:.1f}"  # two of eight draws have the best value with a chance of 1/4
     assert found.told.startswith(
         "best of 2 random settings minus best of all 8, on validation classes: histogram −1.5 points and triplet "
-        f"{drop} points. Reproduced if histogram alone drops by less than 2 points"
+        f"{drop} points. Reproduced if histogram alone drops by less than 2 points; the condition on the "
+        "other loss is ours, not the paper's"
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from hloss.retrieval.ranks import first_match_ranks
 from hloss.runs.datasets import open_dataset
@@ -18,6 +19,7 @@ from hloss.runs.provenance import NAMED_PACKAGES
 from hloss.runs.run import run
 from hloss.study.results import (
     at_length,
+    better_settings,
     chosen_settings,
     collect,
     histories,
@@ -387,6 +389,36 @@ def test_ranks_of_the_queries_give_the_recall_of_each_length(study):
     assert set(np.concatenate(results.loc[~of_grid, "ranks"].tolist())) == {1, 2, 3, 4, 5}  # up to recall@4
     chosen = chosen_settings(results)
     assert chosen["length"].tolist() == [2, 4]
+
+
+def runs_at(comparison, method, recalls, first_seed=0, **settings):
+    """Runs of one setting, one per Recall@1, with seeds from `first_seed`."""
+    common = {"dataset": "glyphs", "comparison": comparison, "method": method, "length": 100, "complete": True,
+              "loss": "histogram", "batch_size": 128, "bandwidth": np.nan} | settings  # fmt: skip
+    rows = enumerate(recalls, first_seed)
+    return [common | {"seed": seed, "recall@1": r, "validation_recall@1": r, "run_id": f"{method} {seed}"}
+            for seed, r in rows]  # fmt: skip
+
+
+def test_settings_that_a_grid_did_not_choose_are_better_if_the_interval_of_the_difference_is():
+    chosen, others = {"learning_rate": 0.1, "n_bins": 50}, {"learning_rate": 0.01, "n_bins": 100}
+    rows = runs_at("tuned losses", "histogram", [50.0, 51, 52], **chosen)
+    for i, settings in enumerate((chosen, others)):
+        rows += runs_at("tuned losses: choice", f"histogram, {i}", [60.0], first_seed=9, **settings)
+    rows += runs_at("rate", "b", [53.0, 54.5, 55.5], **others)
+    rows += runs_at("rate", "surely worse than b", [51.5, 52.4, 53.6], **others | {"n_bins": 50})
+    rows += runs_at("rate", "too variable", [45.0, 60, 75], **others | {"n_bins": 25})
+    rows += runs_at("rate", "one seed less", [70.0, 71], **others | {"n_bins": 200})
+    rows += runs_at("batch", "larger batch", [70.0, 71, 72], **others | {"batch_size": 256})
+    (row,) = better_settings(pd.DataFrame(rows)).to_dict("records")
+    low, high = stats.t.interval(0.95, 2, 10 / 3, stats.sem([3.0, 3.5, 3.5]))
+    assert row == {
+        "dataset": "glyphs", "comparison": "tuned losses", "method": "histogram", "length": 100,
+        "chosen": "n_bins 50, learning_rate 0.1", "recall@1 (%)": 51.0, "settings": "n_bins 100, learning_rate 0.01",
+        "their recall@1 (%)": 54.3, "difference": pytest.approx(10 / 3), "low": pytest.approx(low),
+        "high": pytest.approx(high),
+    }  # fmt: skip
+    assert better_settings(pd.DataFrame(rows[:3])).empty
 
 
 def test_older_tables_have_one_length(tmp_path):
