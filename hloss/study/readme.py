@@ -217,7 +217,7 @@ def _better_settings(results: pd.DataFrame) -> str:
     """Settings that the grids did not choose and that are better on the test classes; else ""."""
     found = better_settings(results)
     shown = [
-        f"{row.method} after {row.length:,} iterations with {row.settings} {row[7]:.1f} % instead of {row[5]:.1f} %"
+        f"{row.method} after {row.length:,} iterations {row[7]:.1f} % instead of {row[5]:.1f} % (with {row.settings})"
         for row in found[found["comparison"] == TUNED].itertuples(index=False)
     ]
     return f" Settings that were not chosen can be better on the test classes: {listed(shown)}." if shown else ""
