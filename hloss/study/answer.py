@@ -388,8 +388,8 @@ def _after_holm(last: pd.DataFrame) -> str:
     for verdict, rows in decided.groupby("holm", sort=False):
         pairs = [compared(row) for _, row in rows.iterrows()]
         named = [f"{pair} ({pairs.count(pair)})" if pairs.count(pair) > 1 else pair for pair in dict.fromkeys(pairs)]
-        told.append(f"{verdict}: {'; '.join(named)}")
-    return f"After this correction these comparisons decide the others: {'. '.join(told)}."
+        told.append(f"{verdict.capitalize()}: {'; '.join(named)}.")
+    return f"After this correction these comparisons decide the others. {' '.join(told)}"
 
 
 def _broadest_claim(last: pd.DataFrame) -> str:

@@ -73,7 +73,7 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
         of_claim = [other for other in judged if other.iloc[-1]["text"] == last["text"]]
         lasts = [other.iloc[-1] for other in of_claim]
         other_verdicts = [
-            f"but {_name(other, lasts, both)}: {other['verdict']}"
+            f"{_name(other, lasts, both)}: {other['verdict']}"
             for of_other, other in zip(of_claim, lasts, strict=True)
             if outcome(of_other) != outcome(rows) and other["verdict"] != last["verdict"]
         ]
@@ -82,7 +82,7 @@ def findings(board: pd.DataFrame) -> dict[str, list[Finding]]:
                 number,
                 last["text"].removesuffix("."),
                 _name(last, lasts, both),
-                "; ".join([_told(rows), *other_verdicts]),
+                _told(rows) + f". But {'; '.join(other_verdicts)}" * bool(other_verdicts),
                 last["verdict"],
                 len(rows),
                 bool(last["still improving"]) if last["run_ids"] else None,

@@ -11,6 +11,7 @@ from hloss.runs.files import atomic_write
 from hloss.study.answer import counted_verdicts, reach_of_counts
 from hloss.study.claims import conclusions, read_board
 from hloss.study.criteria import NOT_RUN
+from hloss.study.difficulty import in_words
 from hloss.study.estimates import mean_over_runs
 from hloss.study.findings import findings, heading, lines, note
 from hloss.study.results import at_length, better_settings, chosen_settings, distinct_runs, lengths_in, read_results
@@ -72,7 +73,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def results_section(folder: Path) -> str:
-    """The section in Markdown: limits of the results, the means of the losses, and the claims in words.
+    """The section in Markdown: limits of the results, the means of the losses, the claims and the difficulty in words.
 
     Args:
         folder: folder with results.parquet and claims.csv.
@@ -80,9 +81,11 @@ def results_section(folder: Path) -> str:
     Raises:
         ConfigError: if a file is missing, or the results are of other data than `DATASET`.
     """
-    results, board = _read(folder)
+    results, of_drawings, board = _read(folder)
     reach = [fill(str(part), width=120) for part in reach_of_counts(board)]
-    return "\n\n".join([_limits(results), *_means(results), _reading(board), *reach, *_findings(board)])
+    return "\n\n".join(
+        [_limits(results), *_means(results), _reading(board), *reach, *_findings(board), *_drawings(of_drawings)]
+    )
 
 
 def results_page(folder: Path) -> str:
@@ -94,21 +97,22 @@ def results_page(folder: Path) -> str:
     Raises:
         ConfigError: if a file is missing, or the results are of other data than `DATASET`.
     """
-    results, board = _read(folder)
+    results, _, board = _read(folder)
     title = f"<!-- {MADE} -->\n\n# Results on {DATASET}, claim by claim"
     return "\n\n".join([title, _limits(results), _table_reading(), _claims_table(conclusions(board))]) + "\n"
 
 
-def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Results and board of a folder."""
-    results = read_results(folder / "results.parquet")
-    results = results[results["comparison"] != DIFFICULTY]
+def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Results, those of the comparison of easier and harder data apart, and board of a folder."""
+    every = read_results(folder / "results.parquet")
+    of_drawings = every["comparison"] == DIFFICULTY
+    results = every[~of_drawings]
     datasets = sorted(results["dataset"].unique())
     if datasets != [DATASET]:
         raise ConfigError(f"{folder / 'results.parquet'}: got results on {', '.join(datasets)}; allowed is {DATASET}")
     if not (folder / "claims.csv").is_file():
         raise ConfigError(f"{folder / 'claims.csv'}: no such file; `make report STUDY={folder.name}` writes it")
-    return results, read_board(folder / "claims.csv")
+    return results, every[of_drawings], read_board(folder / "claims.csv")
 
 
 def _limits(results: pd.DataFrame) -> str:
@@ -170,6 +174,14 @@ def _item(claim: str, told: list[str]) -> str:
     return fill(f"- *{claim}*{sentences}", width=120, subsequent_indent="  ")
 
 
+def _drawings(results: pd.DataFrame) -> list[str]:
+    """What depends on the difficulty of the data, in words; none without the comparison."""
+    if results.empty:
+        return []
+    items = [fill(f"- {short} {told}", width=120, subsequent_indent="  ") for short, told in in_words(results)]
+    return ["**Easier and harder drawings of the same classes, with the settings tuned on glyphs**", "\n".join(items)]
+
+
 def _means(results: pd.DataFrame) -> list[str]:
     """Title, table and note of the means of the losses at each length."""
     losses = results[results["comparison"].isin(LOSS_COMPARISONS)]
@@ -196,7 +208,7 @@ def _settings(results: pd.DataFrame, losses: pd.DataFrame) -> str:
         initial = ", ".join(dict.fromkeys(size.partition(" ")[0] for size in sizes.values()))
         told += (
             f" Tuned: chosen on validation classes, from a grid of {initial} runs per loss"
-            f"{f', which is extended where the choice is at an edge ({listed(extended)})' * bool(extended)}. "
+            f"{f'. It is extended where the choice is at an edge: {listed(extended)}' * bool(extended)}. "
             f"{_before_extension(results)}"
             "The intervals do not include the variation of this choice, which rests on one run per setting."
             f"{_better_settings(results)}"

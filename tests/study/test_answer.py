@@ -341,8 +341,8 @@ def test_the_comparisons_that_decide_verdicts_after_holms_correction_are_named()
     board["holm"] = ["reproduced", "reproduced", "inconclusive"]
     board["verdict"] = ["reproduced", "reproduced", "not reproduced"]
     (part,) = reach_of_counts(board)
-    after = "After this correction these comparisons decide the others: "
-    assert f"{after}reproduced: histogram minus triplet (2). Claims" in part.text
+    after = "After this correction these comparisons decide the others. "
+    assert f"{after}Reproduced: histogram minus triplet (2). Claims" in part.text
     board["holm"] = board["verdict"]
     assert after not in reach_of_counts(board)[0].text
 

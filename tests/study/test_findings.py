@@ -225,8 +225,8 @@ def test_a_verdict_names_another_verdict_on_the_claim_that_is_in_another_group()
     results = pd.concat([runs_of(fixed), runs_of(tuned, comparison="tuned losses")])
     found = findings(judge(results, claims=[claim()]))
     (above,), (below,) = found["reproduced"], found["not reproduced"]
-    assert above.told.endswith("; but tuned: not reproduced")
-    assert below.told.endswith("; but fixed setting: reproduced")
+    assert above.told.endswith(". But tuned: not reproduced")
+    assert below.told.endswith(". But fixed setting: reproduced")
     same = pd.concat([runs_of(fixed), runs_of(fixed, comparison="tuned losses")])
     assert not any("but" in one.told for one in findings(judge(same, claims=[claim()]))["reproduced"])
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 from scipy import stats
@@ -28,6 +29,12 @@ def page():
 @pytest.fixture
 def board():
     return read_board(SAMPLE / "claims.csv")
+
+
+def test_when_to_use_this_loss_is_the_text_of_notebook_45():
+    cells = nbformat.read(ROOT / "notebooks/45_gradient_support.ipynb", 4).cells
+    (text,) = (cell.source for cell in cells if cell.source.startswith("## When to use this loss"))
+    assert f"\n\n{text}\n\n## " in (ROOT / "README.md").read_text()
 
 
 def test_results_are_up_to_date():
@@ -140,6 +147,22 @@ def test_limits_name_the_smallest_and_the_largest_late_gain(section):
     low, high = min((np.mean(v), m) for m, v in of_methods.items()), max((np.mean(v), m) for m, v in of_methods.items())
     words = " ".join(section.split())
     assert f"rises by {low[0]:.1f} points ({low[1]}) to {high[0]:.1f} points ({high[1]}), mean over seeds." in words
+
+
+def test_the_differences_on_each_drawing_are_given(section):
+    table = sample_table().explode(["comparison", "method"])
+    runs = table[(table["comparison"] == "difficulty") & (table["length"] == 2000)].assign(
+        recall=lambda t: 100 * t["recall@1"]
+    )
+    recalls = runs.pivot(index=["dataset", "seed"], columns="method", values="recall")
+    histogram = recalls.pop("histogram")
+    told = " ".join(section.partition("**Easier and harder drawings")[2].split())
+    assert len(recalls.columns) == 2
+    for other in recalls:
+        for dataset, differences in (histogram - recalls[other]).groupby("dataset"):
+            mean = f"{differences.mean():+.1f}".replace("-", "−")
+            line = told.partition(f"Histogram minus {other} after 2,000 iterations")[2].partition("The change")[0]
+            assert re.search(rf"{re.escape(mean)} \([^)]*\) on {dataset}\b(?!-)", line)
 
 
 def test_fixed_and_tuned_settings_are_explained(section):
