@@ -196,7 +196,7 @@ def _settings(results: pd.DataFrame, losses: pd.DataFrame) -> str:
     rates = losses.loc[(losses["comparison"] == FIXED) & (losses["iterations"] > 0), "learning_rate"].unique()
     told = (
         f"Fixed: a learning rate of {', '.join(f'{rate:g}' for rate in rates)} for all losses, and the other settings "
-        "of the paper of each loss. Our choice are normalised embeddings and margin 1 (contrastive), and margin 0.1 "
+        "of the paper of each loss. Our choices are normalised embeddings and margin 1 (contrastive), and margin 0.1 "
         "(quadruplet, a loss of this project). This rate (the paper of the histogram loss: 0.0001, on its "
         "data) is not equally good for all losses."
     )
