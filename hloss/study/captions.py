@@ -49,7 +49,7 @@ BETTER = (
 )
 GRIDS = (
     "Recall@1 (%) on the validation classes of each run of the grids, after the longest training: one run per cell. "
-    "Empty: not run. The highest value of a method is its choice in the table above."
+    "Empty: not run. The highest value of a method is the setting chosen after the longest training."
 )
 ABLATION = (
     "Test Recall@K (%) of the comparison {comparison!r} on {dataset} at each length: mean over n seeds; the 95 % "
@@ -57,8 +57,8 @@ ABLATION = (
 )
 DIFFICULTY = (
     "Differences in test Recall@1 (points) between {first} and other losses on each dataset, the easiest first, after "
-    "{length:,} iterations: mean over seeds with its 95 % interval. Each loss has the same settings on all datasets, "
-    "which are not tuned for each. " + OPEN_CIRCLE
+    "{length:,} iterations: mean over seeds with its 95 % interval. Each loss has the same settings on all datasets "
+    "and at all lengths, which are not tuned for each. " + OPEN_CIRCLE
 )
 DIFFICULTIES = (
     "Test Recall@1 (%) of {first} and of each other loss, and their difference (first minus other, in points) with the "

@@ -6,7 +6,8 @@ are described at the longest length.
 
 import html
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -105,19 +106,23 @@ def _told(rows: pd.DataFrame) -> str:
     verdicts = f"{_verdicts(rows)}. At the longest length " if outcome(rows) == DEPENDS else ""
     take = f"; needed to decide it: {last['needed']}" * bool(last["needed"])
     take += f"; Holm: {last['holm']}" * (last["holm"] != last["verdict"])
-    told = _drops(last) or f"{compared(last)}: {shown_difference(last)}{reason(last)}"
+    told = drops(last) or f"{compared(last)}: {shown_difference(last)}{reason(last)}"
     return f"{verdicts}{told}{take}"
 
 
-def _drops(row: pd.Series) -> str:
-    """For a claim on little tuning, the drop of each loss, as its parts are refuted in opposite directions; else ""."""
-    drops = re.findall(r"([^;]+), (best of \d+ random settings .*?): (-?[\d.]+) \(", str(row["evidence"]))
-    points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in drops]
-    if not drops:
+def drops(row: Mapping[Any, Any] | pd.Series) -> str:
+    """For a claim on little tuning, the drop of each loss, as its parts are refuted in opposite directions; else "".
+
+    Args:
+        row: a row of the table of `hloss.study.claims.judge`.
+    """
+    found = re.findall(r"([^;]+), (best of \d+ random settings .*?): (-?[\d.]+) \(", str(row["evidence"]))
+    points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in found]
+    if not found:
         return ""
-    method, measured, _ = drops[0]
-    enough = f"Reproduced if {method} alone drops by less than {row['margin']:g} points"
-    return f"{measured}: {listed(points)}. {enough}; the condition on the other loss is ours, not the paper's"
+    method, measured, _ = found[0]
+    rule = f"Reproduced if {method} alone drops by less than {row['margin']:g} points"
+    return f"{measured}: {listed(points)}. {rule}; the condition on the other loss is ours, not the paper's"
 
 
 def _verdicts(rows: pd.DataFrame) -> str:

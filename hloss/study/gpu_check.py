@@ -102,6 +102,8 @@ def at_once(*parts: Callable[[], list[Check]]) -> list[Check]:
         try:
             for part in parts:
                 found.append(pool.submit(part))  # one by one, so that an interruption loses none
+            while not all(running.done() for running in found):
+                time.sleep(0.1)  # a wait without end can miss an interruption that comes just before it
             return [check for running in found for check in running.result()]
         except KeyboardInterrupt:
             while not all(running.done() for running in found):  # the pool would wait for their commands

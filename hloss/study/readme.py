@@ -13,7 +13,7 @@ from hloss.study.claims import conclusions, read_board
 from hloss.study.criteria import NOT_RUN
 from hloss.study.difficulty import in_words
 from hloss.study.estimates import mean_over_runs
-from hloss.study.findings import findings, heading, lines, note
+from hloss.study.findings import drops, findings, heading, lines, note
 from hloss.study.results import at_length, better_settings, chosen_settings, distinct_runs, lengths_in, read_results
 from hloss.study.spec import DIFFICULTY, INITIAL, LOSS_COMPARISONS, OF_TUNING
 from hloss.study.statistics import EQUIVALENCE_MARGIN, late_gain, shown_mean, summary
@@ -152,6 +152,8 @@ def _reading(board: pd.DataFrame) -> str:
         "longest training. Differences are in points of test Recall@1, with their confidence interval (CI). All runs "
         "are on glyphs, even if the claim names another dataset. Two losses are equivalent if the 90 % CI of their "
         f"difference lies within {MARGIN}; neither then counts as better. "
+        "'Close' means less than 5 points below for two losses, and less than 2 points for values of C. Intervals have "
+        "95 %, for equivalence and closeness 90 %, and more where a claim has several comparisons. "
         f"Verdicts after the longest training: {counted_verdicts(board)}. A line says which verdict the correction "
         "changes. [docs/results.md](docs/results.md) has the table of all verdicts; the report, "
         "`reports/sample/report.html`, has the criteria and all runs.",
@@ -179,7 +181,11 @@ def _drawings(results: pd.DataFrame) -> list[str]:
     if results.empty:
         return []
     items = [fill(f"- {short} {told}", width=120, subsequent_indent="  ") for short, told in in_words(results)]
-    return ["**Easier and harder drawings of the same classes, with the settings tuned on glyphs**", "\n".join(items)]
+    title = (
+        "**An easier and a harder drawing of the same classes (less or more jitter, noise and occlusion), with the "
+        "settings tuned on glyphs for the longest length**"
+    )
+    return [title, "\n".join(items)]
 
 
 def _means(results: pd.DataFrame) -> list[str]:
@@ -229,10 +235,12 @@ def _better_settings(results: pd.DataFrame) -> str:
     """Settings that the grids did not choose and that are better on the test classes; else ""."""
     found = better_settings(results)
     shown = [
-        f"{row.method} after {row.length:,} iterations {row[7]:.1f} % instead of {row[5]:.1f} % (with {row.settings})"
+        f"{row.method} with {row.better} has {row[7]:.1f} % after {row.length:,} iterations, with the chosen ones "
+        f"{row[5]:.1f} %"
         for row in found[found["comparison"] == TUNED].itertuples(index=False)
     ]
-    return f" Settings that were not chosen can be better on the test classes: {listed(shown)}." if shown else ""
+    found_there = "They are found on the test classes, so the gain is overestimated"
+    return f" Settings that were not chosen can be better: {listed(shown)}. {found_there}." if shown else ""
 
 
 def _means_table(losses: pd.DataFrame) -> str:
@@ -259,9 +267,9 @@ def _mean(row: pd.Series) -> str:
 def _edges(results: pd.DataFrame) -> str:
     """The losses whose tuned setting is at an edge of its grid."""
     shown = []
-    columns = ["method", "chosen", "at an edge of its grid"]
+    columns = ["comparison", "method", "chosen", "at an edge of its grid"]
     found = chosen_settings(at_length(results)).reindex(columns=columns)
-    for method, chosen, edges in found.itertuples(index=False, name=None):
+    for _, method, chosen, edges in found[found["comparison"] == TUNED].itertuples(index=False, name=None):
         at_edge = [setting for setting in chosen.split(", ") if setting.split()[0] in edges.split(", ")]
         shown += [f"{method}, {', '.join(at_edge)}"] if at_edge else []
     told = "Tuned values at an edge of the grid after the longest training, beyond which a better value may lie: "
@@ -293,7 +301,7 @@ def _cell(verdicts: pd.DataFrame) -> str:
     for row in verdicts.itertuples():
         name = f"*{row.comparison}*: " if len(verdicts) > 1 else ""
         adjusted = f"; Holm: {row.holm}" * (row.holm != row.verdict)
-        lines.append(f"{name}{row.conclusion}: {typeset(str(row.decisive))}{adjusted}")
+        lines.append(f"{name}{row.conclusion}: {drops(row._asdict()) or typeset(str(row.decisive))}{adjusted}")
     return "<br>".join(lines)
 
 

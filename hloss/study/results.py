@@ -604,7 +604,7 @@ def better_settings(results: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The best such settings of each tuned method and length whose 95 % interval of the paired difference lies above
-        0. Columns: dataset, comparison, method, length, chosen, "recall@1 (%)", settings (the better ones), "their
+        0. Columns: dataset, comparison, method, length, chosen, "chosen: recall@1 (%)", better (settings), "better:
         recall@1 (%)", difference (in points), low and high. As they are found on the test classes, the difference
         overestimates what they gain.
     """
@@ -625,8 +625,8 @@ def better_settings(results: pd.DataFrame) -> pd.DataFrame:
             recalls = [round(part["recall@1"].mean(), 1) for part in (chosen, runs)]
             shown = [_shown_settings(part.iloc[0], axes) for part in (chosen, runs)]
             rows.append([*names, shown[0], recalls[0], shown[1], recalls[1], difference.mean, low, high])
-    columns = ["dataset", "comparison", "method", "length", "chosen", "recall@1 (%)", "settings"]
-    return pd.DataFrame(rows, columns=[*columns, "their recall@1 (%)", "difference", "low", "high"])
+    columns = ["dataset", "comparison", "method", "length", "chosen", "chosen: recall@1 (%)", "better"]
+    return pd.DataFrame(rows, columns=[*columns, "better: recall@1 (%)", "difference", "low", "high"])
 
 
 def _with_other_values(of_length: pd.DataFrame, chosen: pd.DataFrame, axes: list[str]) -> list[pd.DataFrame]:

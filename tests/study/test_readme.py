@@ -76,7 +76,12 @@ def test_table_has_every_verdict_and_its_decisive_difference(page, board):
             lines = [line.strip() for line in cell.split("<br>") if line.strip()]
             assert len(lines) == len(rows)
             for line, row in zip(lines, rows.itertuples(), strict=True):
-                assert f"{row.conclusion}: {typeset(row.decisive)}" in line
+                assert f"{row.conclusion}: " in line
+                if row.claim == "little tuning":  # both parts can decide it
+                    ours, other = re.findall(r": -(\d+\.\d) \(", row.evidence)
+                    assert f": histogram −{ours} points and binomial deviance −{other} points. " in line
+                else:
+                    assert typeset(row.decisive) in line
                 assert row.verdict in line
             assert cell.count("; Holm: ") == (rows["holm"] != rows["verdict"]).sum()
     assert "-0." not in page

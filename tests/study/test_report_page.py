@@ -277,8 +277,9 @@ def test_the_board_has_the_verdicts_and_differences_of_the_claims(page, board, j
 
 def test_numbers_of_the_claims_are_those_of_their_evidence(board):
     for row in board[board["low"].notna()].to_dict("records"):
-        interval = f"{row['confidence']:.3g} % CI {row['low']:+.1f} to {row['high']:+.1f}"
-        assert f": {row['difference']:+.1f} ({interval} over" in row["decisive"]
+        difference, low, high = (f"{row[name]:+.1f}".replace("-0.0", "+0.0") for name in ("difference", "low", "high"))
+        interval = f"{row['confidence']:.3g} % CI {low} to {high}"
+        assert f": {difference} ({interval} over" in row["decisive"]
         assert f"n = {row['n']}" in row["decisive"]
 
 

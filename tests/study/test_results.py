@@ -414,9 +414,9 @@ def test_settings_that_a_grid_did_not_choose_are_better_if_the_interval_of_the_d
     low, high = stats.t.interval(0.95, 2, 10 / 3, stats.sem([3.0, 3.5, 3.5]))
     assert row == {
         "dataset": "glyphs", "comparison": "tuned losses", "method": "histogram", "length": 100,
-        "chosen": "n_bins 50, learning_rate 0.1", "recall@1 (%)": 51.0, "settings": "n_bins 100, learning_rate 0.01",
-        "their recall@1 (%)": 54.3, "difference": pytest.approx(10 / 3), "low": pytest.approx(low),
-        "high": pytest.approx(high),
+        "chosen": "n_bins 50, learning_rate 0.1", "chosen: recall@1 (%)": 51.0,
+        "better": "n_bins 100, learning_rate 0.01", "better: recall@1 (%)": 54.3,
+        "difference": pytest.approx(10 / 3), "low": pytest.approx(low), "high": pytest.approx(high),
     }  # fmt: skip
     assert better_settings(pd.DataFrame(rows[:3])).empty
 
