@@ -181,7 +181,8 @@ def test_report_of_incomplete_study_lists_missing_runs_and_gives_no_verdict_on_t
     assert "not run" not in set(tuned[["contrastive, trained here"]])
     table = pd.read_csv(tmp_path / "summary.csv")
     lifted = table[table["method"] == "lifted structure"]
-    assert {name for name in lifted["comparison"] if not name.endswith(OF_TUNING)} == {"losses", "tuned losses"}
+    comparisons = {name for name in lifted["comparison"] if not name.endswith(OF_TUNING)}
+    assert comparisons == {"losses", "tuned losses", "difficulty"}
     assert set(lifted["n"]) == {0}
     assert f"make study STUDY={STUDY}" in said
     check_tables(shown, table[table["n"] > 0])

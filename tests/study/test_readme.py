@@ -161,7 +161,7 @@ def test_the_differences_on_each_drawing_are_given(section):
     )
     recalls = runs.pivot(index=["dataset", "seed"], columns="method", values="recall")
     histogram = recalls.pop("histogram")
-    told = " ".join(section.partition("**Easier and harder drawings")[2].split())
+    told = " ".join(section.partition("**An easier and a harder drawing")[2].split())
     assert len(recalls.columns) == 2
     for other in recalls:
         for dataset, differences in (histogram - recalls[other]).groupby("dataset"):
