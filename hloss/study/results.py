@@ -442,7 +442,17 @@ def read_results(file: Path) -> pd.DataFrame:
     metrics = [name for name in table.columns if name.startswith(fractions)]
     table[metrics] *= 100
     table = table.explode(["comparison", "method", "place"])
-    return table.sort_values("place", kind="stable", ignore_index=True)
+    return _in_few_blocks(table.sort_values("place", kind="stable", ignore_index=True))
+
+
+def _in_few_blocks(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table stored in one block per type, with texts as objects.
+
+    pandas stores each column of another type of text by itself, and then takes rows several times as slowly. Verdicts
+    take rows thousands of times.
+    """
+    texts = table.select_dtypes("string").columns
+    return table.astype(dict.fromkeys(texts, object)).copy()
 
 
 def at_length(results: pd.DataFrame, length: int | None = None) -> pd.DataFrame:
