@@ -47,15 +47,15 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 endif
 
 # The easier and the harder drawing of glyphs, for studies and results that have them.
-ifneq ($(filter sample glyphs-difficulty,$(STUDY))$(findstring glyphs-difficulty,$(RESULTS) $(wildcard $(RESULTS)/parts/*)),)
 DRAWINGS := data/glyphs-easy-5/card.json data/glyphs-hard-5/card.json
-endif
+STUDY_DRAWINGS := $(if $(filter sample glyphs-difficulty,$(STUDY)),$(DRAWINGS))
+RESULTS_DRAWINGS := $(if $(findstring glyphs-difficulty,$(RESULTS) $(wildcard $(RESULTS)/parts/*)),$(DRAWINGS))
 
 .PHONY: study plan watch report verify docs lab test types tests test-browser test-all check-gpu
-study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
+study: $(STUDY_INSTALLED) $(if $(filter-out local,$(PROFILE)),$(SLURM_INSTALLED)) data/glyphs/card.json data/glyphs-5/card.json $(STUDY_DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/run_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES) $(if $(KEEP),--keep)
 
-plan: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
+plan: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json $(STUDY_DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/plan_study.py $(STUDY) --profile $(PROFILE) --cores $(CORES)
 
 watch: $(STUDY_INSTALLED)
@@ -65,7 +65,7 @@ report: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json
 	@"$(BIN)"/python workflow/scripts/run_study.py $(STUDY) --collect $(if $(KEEP),--keep)
 	@"$(BIN)"/python workflow/scripts/run_notebook.py report $(STUDY)
 
-verify: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json $(DRAWINGS)
+verify: $(STUDY_INSTALLED) data/glyphs/card.json data/glyphs-5/card.json $(RESULTS_DRAWINGS)
 	@"$(BIN)"/python workflow/scripts/verify_results.py $(RESULTS) --runs $(RUNS) --seed $(SEED)
 
 docs: $(DOCS_INSTALLED)

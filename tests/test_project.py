@@ -1,5 +1,6 @@
 """The project's own files agree with each other."""
 
+import os
 import re
 import subprocess
 import sys
@@ -67,3 +68,21 @@ neighbors(torch.eye(3), torch.eye(3), 1, backend="faiss")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "torch came first\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "drawings"),
+    [
+        (["study"], []),
+        (["plan"], []),
+        (["study", "STUDY=sample"], ["easy", "hard"]),
+        (["verify"], ["easy", "hard"]),
+        (["verify", "RESULTS=reports/quick"], []),
+    ],
+    ids=str,
+)
+def test_only_studies_and_results_with_other_drawings_prepare_them(target, drawings):
+    command = ["make", "--dry-run", "--always-make", *target, f"BIN={sys.prefix}/bin"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert re.findall(r"--difficulty (\w+)", answer.stdout) == drawings
