@@ -6,8 +6,7 @@ are described at the longest length.
 
 import html
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -110,16 +109,16 @@ def _told(rows: pd.DataFrame) -> str:
     return f"{verdicts}{told}{take}"
 
 
-def drops(row: Mapping[Any, Any] | pd.Series) -> str:
+def drops(row: pd.Series) -> str:
     """For a claim on little tuning, the drop of each loss, as its parts are refuted in opposite directions; else "".
 
     Args:
         row: a row of the table of `hloss.study.claims.judge`.
     """
     found = re.findall(r"([^;]+), (best of \d+ random settings .*?): (-?[\d.]+) \(", str(row["evidence"]))
-    points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in found]
     if not found:
         return ""
+    points = [f"{loss.strip()} {signed(float(drop), plus=True)} points" for loss, _, drop in found]
     method, measured, _ = found[0]
     rule = f"Reproduced if {method} alone drops by less than {row['margin']:g} points"
     return f"{measured}: {listed(points)}. {rule}; the condition on the other loss is ours, not the paper's"

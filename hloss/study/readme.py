@@ -235,9 +235,9 @@ def _better_settings(results: pd.DataFrame) -> str:
     """Settings that the grids did not choose and that are better on the test classes; else ""."""
     found = better_settings(results)
     shown = [
-        f"{row.method} with {row.better} has {row[7]:.1f} % after {row.length:,} iterations, with the chosen ones "
-        f"{row[5]:.1f} %"
-        for row in found[found["comparison"] == TUNED].itertuples(index=False)
+        f"{row['method']} with {row['better']} has {row['better: recall@1 (%)']:.1f} % after {row['length']:,} "
+        f"iterations, with the chosen ones {row['chosen: recall@1 (%)']:.1f} %"
+        for row in found[found["comparison"] == TUNED].to_dict("records")
     ]
     found_there = "They are found on the test classes, so the gain is overestimated"
     return f" Settings that were not chosen can be better: {listed(shown)}. {found_there}." if shown else ""
@@ -298,10 +298,10 @@ def _claims_table(board: pd.DataFrame) -> str:
 
 def _cell(verdicts: pd.DataFrame) -> str:
     lines = []
-    for row in verdicts.itertuples():
-        name = f"*{row.comparison}*: " if len(verdicts) > 1 else ""
-        adjusted = f"; Holm: {row.holm}" * (row.holm != row.verdict)
-        lines.append(f"{name}{row.conclusion}: {drops(row._asdict()) or typeset(str(row.decisive))}{adjusted}")
+    for _, row in verdicts.iterrows():
+        name = f"*{row['comparison']}*: " if len(verdicts) > 1 else ""
+        adjusted = f"; Holm: {row['holm']}" * (row["holm"] != row["verdict"])
+        lines.append(f"{name}{row['conclusion']}: {drops(row) or typeset(str(row['decisive']))}{adjusted}")
     return "<br>".join(lines)
 
 

@@ -625,12 +625,12 @@ def better_settings(results: pd.DataFrame) -> pd.DataFrame:
         of_length = complete[(complete["dataset"] == dataset) & (complete["length"] == length)]
         axes = _axes(pd.concat(grid_of(of_length, comparison, method)))
         found = [
-            (difference.mean, difference, runs)
+            (difference, runs)
             for runs in _with_other_values(of_length, chosen, axes)
             if (difference := paired_difference(runs, chosen)).interval()[0] > 0
         ]
         if found:
-            _, difference, runs = max(found, key=lambda entry: entry[0])
+            difference, runs = max(found, key=lambda entry: entry[0].mean)
             low, high = difference.interval()
             recalls = [round(part["recall@1"].mean(), 1) for part in (chosen, runs)]
             shown = [_shown_settings(part.iloc[0], axes) for part in (chosen, runs)]
