@@ -208,9 +208,7 @@ class Contrastive(BaselineLoss):
         self.margin = number("margin", margin, above=0)
 
     def _loss(self, pairs: DensePairs) -> Tensor:
-        squared = pairs.squared_distances(self.normalize)
-        hinge = F.relu(self.margin - root(squared)).square()
-        total = (squared * pairs.positive + hinge * pairs.negative).sum()
+        total = pairs.contrastive_sum(pairs.squared_distances(self.normalize), self.margin)
         return total / (2 * (pairs.n_positive + pairs.n_negative))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hloss.losses.pairwise import DensePairs, squared_within
+from hloss.losses.pairwise import DensePairs, root, squared_within
 
 
 def true_places(mask: Tensor, n: int) -> Tensor:
@@ -41,11 +41,44 @@ class FusedSquaredDistances(torch.autograd.Function):
         return torch.addmm(both.sum(1, keepdim=True) * y, both, y, beta=2, alpha=-2)
 
 
+def contrastive_terms(squared: Tensor, positive: Tensor, negative: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Return `DensePairs.contrastive_sum`, and its derivative (n, m) with respect to the squared distances."""
+    distance = root(squared)
+    hinge = F.relu(margin - distance) * negative
+    total = torch.where(positive, squared, hinge.square()).sum()
+    divisor = distance.masked_fill(distance == 0, torch.inf)  # The derivative of root at 0 is 0.
+    return total, torch.addcdiv(positive.to(hinge), hinge, divisor, value=-1)
+
+
+class FusedContrastiveSum(torch.autograd.Function):
+    """`DensePairs.contrastive_sum` with an explicit gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, squared: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
+        """Return the sum."""
+        total, slopes = contrastive_terms(squared, positive, negative, margin)
+        ctx.save_for_backward(squared, positive, negative, slopes)
+        ctx.margin = margin
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of the squared distances."""
+        squared, positive, negative, slopes = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            slopes = contrastive_terms(squared, positive, negative, ctx.margin)[1]
+        return grads[0] * slopes, None, None, None
+
+
 class CudaPairs(DensePairs):
     """`DensePairs` on a GPU."""
 
     _normalized = staticmethod(fused_normalize)
     _squared_within = staticmethod(FusedSquaredDistances.apply)
+
+    def contrastive_sum(self, squared: Tensor, margin: float) -> Tensor:
+        """Return the sum of D^2 over positive and max(0, margin - D)^2 over negative pairs, from D^2 (n, m)."""
+        return FusedContrastiveSum.apply(squared, self.positive, self.negative, margin)
 
     def listed(self, matrix: Tensor, mask: Tensor, n: int) -> Tensor:
         """Return the n entries of a matrix where the mask is true, row by row."""

@@ -69,6 +69,11 @@ class DensePairs:
         squares = rows.square().sum(1, keepdim=True) + columns.square().sum(1)
         return torch.sub(squares, rows @ columns.T, alpha=2).clamp(min=0)
 
+    def contrastive_sum(self, squared: Tensor, margin: float) -> Tensor:
+        """Return the sum of D^2 over positive and max(0, margin - D)^2 over negative pairs, from D^2 (n, m)."""
+        hinge = F.relu(margin - root(squared)).square()
+        return (squared * self.positive + hinge * self.negative).sum()
+
     def each(self, mask: Tensor) -> Tensor:
         """Return a mask that contains each pair once: within one batch, only the pairs i < j."""
         return mask.triu(1) if self.batch.within else mask

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hloss import HistogramLoss
+from hloss.losses import baselines
 from hloss.losses.baselines import (
     BASELINES,
     BinomialDeviance,
@@ -100,6 +102,13 @@ ORACLES = {
 CASES = [(name, options) for name, (_, settings_) in ORACLES.items() for options in settings_]
 
 
+@pytest.fixture(params=[DensePairs, CudaPairs])
+def pair_forms(request, monkeypatch):
+    """Compute the losses on the CPU by the forms for the CPU, then by those for CUDA."""
+    monkeypatch.setattr(baselines, "DensePairs", request.param)
+
+
+@pytest.mark.usefixtures("pair_forms")
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_value_and_gradient_equal_the_printed_formula(name, options, seed):
@@ -170,6 +179,7 @@ def test_a_negative_as_near_as_the_positive_is_not_semi_hard(dtype):
     assert Triplet()(same, torch.arange(60) // 3).item() == pytest.approx(0.2, rel=1e-6)
 
 
+@pytest.mark.usefixtures("pair_forms")
 @pytest.mark.parametrize("name", [name for name, loss in BASELINES.items() if "margin" in signature(loss).parameters])
 @pytest.mark.parametrize("margin", [1e-9, 1e9])
 def test_extreme_margins_are_finite(name, margin):
@@ -210,6 +220,7 @@ def test_the_order_of_the_batch_and_the_names_of_classes_do_not_matter(name, see
     torch.testing.assert_close(loss(embeddings[order], 7 - labels[order]), loss(embeddings, labels))
 
 
+@pytest.mark.usefixtures("pair_forms")
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["duplicates", "all same", "huge", "tiny"])
@@ -300,6 +311,39 @@ def test_the_forms_without_a_wait_equal_those_with_one():
     torch.testing.assert_close(hinges[mask], expected)
     assert hinges.count_nonzero() == expected.count_nonzero() > 30
     assert torch.equal(*(pairs.listed(distance, mask, int(mask.sum())) for pairs in (everything, listed)))
+
+
+class ComputingOperators(TorchDispatchMode):
+    """Counts the operators within this context that compute, which are all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+
+# The number of operators with torch 2.14, plus 3 for other versions.
+MOST_OPERATORS = {
+    "binomial": 50,
+    "contrastive": 43,
+    "triplet": 69,
+    "semi-hard-triplet": 73,
+    "lifted": 70,
+    "quadruplet": 70,
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_batch_on_a_gpu_takes_few_operators(name, monkeypatch):
+    """The time of a small batch is the time to launch its kernels. The forms for CUDA are computed on the CPU here."""
+    monkeypatch.setattr(baselines, "DensePairs", CudaPairs)
+    embeddings, labels = batch(n=64)
+    with ComputingOperators() as operators:
+        BASELINES[name]()(embeddings.float().detach().requires_grad_(), labels).backward()
+    assert 30 < operators.count <= MOST_OPERATORS[name]
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 needs a driver to imitate a GPU")
