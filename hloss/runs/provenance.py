@@ -132,13 +132,15 @@ def provenance(device: torch.device, threads: int) -> dict[str, Any]:
         threads: CPU threads of torch.
 
     Returns:
-        Git commit, whether the working tree was changed, versions of Python and packages, device, processor and
-        threads; the commit is None outside a repository.
+        Git commit, whether the working tree was changed outside `reports`, versions of Python and packages, device,
+        processor and threads; the commit is None outside a repository.
     """
+    # `reports` contains results: their writing and verification must not mark later runs as made by changed code.
+    changes = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)reports")
     packages = ("torch", "torchvision", "lightning-fabric", "numpy", "pandas", "pytorch-metric-learning", *FAISS)
     return {
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": bool(_git(*changes)),
         "python": platform.python_version(),
         "packages": {name: found for name in packages if (found := _version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

@@ -175,10 +175,11 @@ def test_fingerprint_has_the_versions_of_selected_packages(settings, package, mo
 
 
 def repository(folder: Path) -> str:
-    """Initialise a git repository with one commit, and return its hash."""
+    """Initialise a git repository with one commit of the files in a folder, and return its hash."""
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(folder)]
     subprocess.run([*git, "init", "--quiet"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "Empty"], check=True)
+    subprocess.run([*git, "add", "--all"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "First"], check=True)
     return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -190,6 +191,20 @@ def test_git_commit_is_that_of_the_project_or_none(tmp_path, monkeypatch):
     assert (told["git_commit"], told["git_dirty"]) == (None, False)
     own = repository(tmp_path / "outer/unpacked")
     assert provenance(torch.device("cpu"), threads=1)["git_commit"] == own
+
+
+def test_changed_results_are_no_changes_of_the_working_tree(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PACKAGE", tmp_path / "hloss")
+    code, results = tmp_path / "hloss/code.py", tmp_path / "reports/sample/verified.json"
+    for file in (code, results):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    repository(tmp_path)
+    dirty = []
+    for file in (results, code):
+        file.write_text("2")
+        dirty.append(provenance(torch.device("cpu"), threads=1)["git_dirty"])
+    assert dirty == [False, True]
 
 
 def test_provenance_names_every_installed_faiss(monkeypatch):
