@@ -74,15 +74,17 @@ def summary(results: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     Returns:
         One row per dataset, comparison, method and length. Columns: dataset, comparison, method, length, n (complete
         runs), of (all runs), still improving (runs), for each metric its mean and the bounds "METRIC low" and "METRIC
-        high" of its 95 % interval, run_ids, and chosen_how if runs were trained without validation
-        (`choose` "last").
+        high" of its 95 % interval (NaN if no run has a value), run_ids, and chosen_how if runs were trained without
+        validation (`choose` "last").
     """
     rows, names = [], ["dataset", "comparison", "method", "length"]
     for key, runs in results.groupby(names, sort=False):
         complete = runs[runs["complete"]]
         row: dict[str, object] = dict(zip(names, key, strict=True))
         row |= {"n": len(complete), "of": len(runs), "still improving": int(complete["still_improving"].sum())}
-        for metric in metrics if len(complete) else []:
+        for metric in metrics:
+            if complete[metric].isna().all():  # The protocol of another dataset has this K.
+                continue
             found = mean_over_runs(complete, metric)
             row |= {metric: found.mean, **dict(zip((f"{metric} low", f"{metric} high"), found.interval(), strict=True))}
         if "choose" in complete and (complete["choose"] == LAST).any():

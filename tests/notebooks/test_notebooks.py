@@ -245,6 +245,24 @@ def test_report_separates_published_values_of_other_protocols(sample, tmp_path):
     assert "histogram" in {row["method"] for row in same} & {row["method"] for row in other}
 
 
+def test_report_of_datasets_with_other_k(sample, tmp_path):
+    """The sample is relabelled as CUB with Recall@1, 2, 4, and as Online Products with Recall@1, 10, 100."""
+    of_losses = sample["comparison"].map(lambda names: "losses" in names) & (sample["dataset"] == "glyphs")
+    losses = sample[of_losses & (sample["seed"] < 2) & sample["loss"].isin(["histogram", "binomial", "none"])]
+    losses = losses.drop(columns=["recall@8", "recall@16", "recall@32"])
+    products = losses.rename(columns={"recall@2": "recall@10", "recall@4": "recall@100"})
+    products = products.assign(run_id=products["run_id"] + "-sop")
+    report(tmp_path, pd.concat([losses.assign(dataset="cub"), products.assign(dataset="sop")], ignore_index=True))
+    means = pd.read_csv(tmp_path / "summary.csv").set_index("dataset")
+    headers = [tuple(rows[0]) for rows in tables(tmp_path)]
+    for dataset, metrics in {"cub": ("@1", "@2", "@4"), "sop": ("@1", "@10", "@100")}.items():
+        values = means.loc[dataset].filter(like="recall@").dropna(axis="columns", how="all")
+        assert set(values) == {f"recall{metric}{bound}" for metric in metrics for bound in ("", " low", " high")}
+        assert not values.isna().any(axis=None)
+        shown = tuple(f"recall{metric} (%)" for metric in metrics)
+        assert shown in [tuple(name for name in header if name.startswith("recall@")) for header in headers]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
