@@ -162,6 +162,26 @@ def test_the_report_fits_its_window(report, browser, width, scheme):
     context.close()
 
 
+@pytest.mark.parametrize("width", [390, 1300])
+def test_figures_of_several_datasets_fit_the_window(report, browser, width):
+    """The figure of the losses four times, as in the study paper, with the longest names of its datasets and losses."""
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    page.goto((report / "report.html").resolve().as_uri())
+    page.wait_for_function(READY)
+    names = {"on glyphs": "on market1501", "binomial deviance": "binomial deviance, C 25"}
+    page.locator(".figures").evaluate(
+        """(figures, names) => {
+          let html = figures.innerHTML
+          for (const [name, longer] of names) html = html.replaceAll(name, longer)
+          figures.innerHTML = html.repeat(4)
+        }""",
+        list(names.items()),
+    )
+    assert page.get_by_role("columnheader", name="test Recall@1 on market1501 (%)").count() == 4
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.close()
+
+
 def test_a_claim_unfolds_by_the_keyboard(report, visit):
     page = visit.page
     page.goto((report / "report.html").resolve().as_uri())
