@@ -108,7 +108,10 @@ class IndexPage:
         states = [self._state(run) for run in self.study.runs]
         text = page(self.study, states, self.file.parent, self._seconds_left(states))
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.file, lambda part: part.write_text(text, encoding="utf-8"))
+        # `make study` and `make watch` can write the page at the same time: each process has its own temporary file.
+        own = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        atomic_write(own, lambda part: part.write_text(text, encoding="utf-8"))
+        own.replace(self.file)
 
     def _state(self, run: StudyRun) -> RunState:
         folder = run.config.folder

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from hloss.runs.checkpoints import read_progress, write_progress, write_status
+from hloss.runs.files import atomic_write
 from hloss.runs.run import run
 from hloss.study.index_page import IndexPage, page, read_state, seconds_left
 from hloss.study.spec import load_study
@@ -127,6 +128,27 @@ def test_a_change_is_written_at_once(half_done):
     index.outdated = True
     index.write_if_due()
     assert index.file.exists()
+
+
+def test_two_processes_write_the_page_at_the_same_time(half_done, monkeypatch):
+    ours, theirs = IndexPage(half_done), IndexPage(half_done)
+    waiting = [theirs]
+
+    def while_another_writes(file, write):
+        def write_after(part):
+            write(part)
+            if waiting:
+                with monkeypatch.context() as other_process:
+                    other_process.setattr("os.getpid", lambda: 1)
+                    waiting.pop().write()
+
+        atomic_write(file, write_after)
+
+    monkeypatch.setattr("hloss.study.index_page.atomic_write", while_another_writes)
+    ours.write()
+    assert waiting == []
+    assert [file.name for file in ours.file.parent.iterdir() if file.is_file()] == ["index.html"]
+    assert "small" in ours.file.read_text()
 
 
 def test_a_tuned_study_says_what_waits(study, tmp_path, monkeypatch):
