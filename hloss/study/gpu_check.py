@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ TESTS_SECONDS, SHARING_SECONDS, BENCHMARK_SECONDS = 150, 45, 40  # limits of the
 MOST_SECONDS = 295  # of all parts; the fourth, training speed, has what the others leave
 START_SECONDS = 20  # that training speed takes before its first case and for a case begun at its last moment
 STOP_SECONDS = 5  # to stop a part
+QUIET_CHECKS = 10  # number of checks, 0.1 seconds apart, without a running command after which none will start
 SPEED_FILE = Path("throughput.csv")
 NCCL = "tests/losses/test_nccl.py"
 
@@ -98,18 +100,21 @@ def at_once(*parts: Callable[[], list[Check]]) -> list[Check]:
         The rows in the order of the parts.
     """
     with ThreadPoolExecutor(len(parts)) as pool:
-        found: list[Future[list[Check]]] = []
         try:
-            for part in parts:
-                found.append(pool.submit(part))  # one by one, so that an interruption loses none
+            found = [pool.submit(part) for part in parts]
             while not all(running.done() for running in found):
                 time.sleep(0.1)  # a wait without end can miss an interruption that comes just before it
             return [check for running in found for check in running.result()]
         except KeyboardInterrupt:
-            while not all(running.done() for running in found):  # the pool would wait for their commands
-                for child in psutil.Process().children(recursive=True):
+            end = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})  # waits for running parts
+            end.start()
+            quiet = 0  # The pool does not know a thread whose start was interrupted, so wait until no command runs.
+            while end.is_alive() or quiet < QUIET_CHECKS:
+                commands = psutil.Process().children(recursive=True)
+                for command in commands:
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
+                        command.kill()
+                quiet = 0 if commands else quiet + 1
                 time.sleep(0.1)
             raise
 

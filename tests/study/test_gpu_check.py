@@ -86,6 +86,22 @@ at_once(*2 * [lambda: [run_command(sleep, 300)]])"""
         assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
 
 
+def test_interruption_while_checks_are_started_ends_them():
+    code = """import sys
+from concurrent.futures import ThreadPoolExecutor
+from hloss.study.gpu_check import at_once, run_command
+
+class Interrupted(ThreadPoolExecutor):
+    def submit(self, part):
+        super().submit(part)
+        raise KeyboardInterrupt
+
+sys.modules["hloss.study.gpu_check"].ThreadPoolExecutor = Interrupted
+at_once(lambda: [run_command([sys.executable, "-c", "import time; time.sleep(300)"], 300)])"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert b"KeyboardInterrupt" in answer.stderr
+
+
 @pytest.mark.slow
 def test_reports_tests_that_finished_before_the_time_limit(tmp_path):
     file = tmp_path / "test_some.py"
