@@ -111,9 +111,7 @@ def at_once(*parts: Callable[[], list[Check]]) -> list[Check]:
             quiet = 0  # The pool does not know a thread whose start was interrupted, so wait until no command runs.
             while end.is_alive() or quiet < QUIET_CHECKS:
                 commands = psutil.Process().children(recursive=True)
-                for command in commands:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        command.kill()
+                _kill(commands)
                 quiet = 0 if commands else quiet + 1
                 time.sleep(0.1)
             raise
@@ -282,10 +280,14 @@ def stop_command(process: subprocess.Popen[str]) -> str:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     finally:
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+        _kill(children)
     return process.communicate()[0]
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def check_table(checks: list[Check], gpus: int) -> str:
